@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.baselines_config import MAIN
-from experiments.baselines_summary import Result, Summary, front
+from experiments.baselines_summary import Result, Summary
+from experiments.intervals import front
 
 STYLES = {
     "full": ("#000000", "", "-"),

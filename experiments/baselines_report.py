@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from crypten_llm.report import size
 from experiments.baselines_config import MAIN
-from experiments.baselines_summary import Interval, Result, Summary
+from experiments.baselines_summary import Result, Summary
+from experiments.intervals import Interval
 
 NONE = "–"
 

@@ -29,8 +29,8 @@ from experiments import baselines_cells as cells
 from experiments import baselines_config as configuration
 from experiments.baselines_report import markdown
 from experiments.baselines_summary import Summary
+from experiments.eviction_counts import shape_of
 from experiments.journal import Journal
-from experiments.tune_measure import shape_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("accuracy", "cost", "crypten", "private", "report")

@@ -27,7 +27,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -43,6 +42,7 @@ from crypten_llm.roles import CLIENT
 from eviction.recorder import Recorder
 from experiments.corpus import TASKS, Encoder, sample
 from experiments.eviction_cost import SHIPPED, markdown
+from experiments.quality import processes
 from experiments.shared_prefill import Onlookers, prefill
 
 RESULTS = Path(__file__).parent / "results" / "eviction_agreement.json"
@@ -239,10 +239,8 @@ def tables(samples: dict[str, dict]) -> str:
 def _measured(jobs: list[tuple], workers: int) -> Iterator[tuple]:
     """``measure`` of each, as they are done."""
     if jobs:
-        with get_context("spawn").Pool(min(workers, len(jobs)), torch.set_num_threads, (1,)) as pool:
+        with processes(min(workers, len(jobs)), torch.set_num_threads, (1,)) as pool:
             yield from pool.imap_unordered(measure, jobs)
-            pool.close()
-            pool.join()
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from fractions import Fraction
 
 from crypten_llm import bench
 from crypten_llm.bench import Shape
+from crypten_llm.checkpoint import resolve_config
+from crypten_llm.config import LlamaConfig
 from crypten_llm.cost import Machine
 from crypten_llm.engines.cost_engine import CostEngine, Links
 from crypten_llm.errors import UsageError
@@ -76,6 +78,20 @@ class Step:
         )
         work = {"products": products, "material": material}
         return Machine().seconds(rounds, sent / 2, work, parse_network(network))
+
+
+def shape_of(model: str, tokens: int, offline: bool = False) -> Shape:
+    """What ``count`` needs of a model. Raises UsageError for one that it cannot count."""
+    config = LlamaConfig.from_folder(resolve_config(model, offline))
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    if config.head_dim * heads != config.hidden_size:
+        raise UsageError(
+            f"head_dim is {config.head_dim}, with {heads} heads and hidden_size {config.hidden_size}; costs are "
+            "counted for models whose heads make up hidden_size"
+        )
+    if layers > 6 and layers % 2:
+        raise UsageError(f"the model has {layers} layers; costs are counted for an even number, or six at most")
+    return Shape(config.hidden_size, heads, config.num_key_value_heads, config.intermediate_size, layers, tokens)
 
 
 def count(shape: Shape) -> Step:

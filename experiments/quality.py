@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -192,11 +194,20 @@ class Evaluator:
 
 @contextmanager
 def processes(count: int, start: Callable, arguments: tuple):
-    """A pool of processes, in each of which ``start`` was called."""
-    with multiprocessing.get_context("spawn").Pool(count, start, arguments) as pool:
+    """A pool of processes, in each of which ``start`` was called; they end with this one, however it dies."""
+    with multiprocessing.get_context("spawn").Pool(count, _begin, (start, arguments)) as pool:
         yield pool
         pool.close()  # let them end by themselves; an error ends them at once
         pool.join()
+
+
+def _begin(start: Callable, arguments: tuple) -> None:
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+    start(*arguments)
 
 
 @contextmanager

@@ -28,8 +28,13 @@ class Tried:
     cost: dict[str, float]
 
 
+class _Constraint:
+    def is_met(self, tried: Tried, full: float) -> bool:
+        return self.excess(tried, full) <= 0
+
+
 @dataclass(frozen=True)
-class Ceiling:
+class Ceiling(_Constraint):
     """The most accurate policy that costs no more than ``limit``; of equally accurate ones the cheapest.
 
     what: the cost, a name in ``COSTS``.
@@ -45,9 +50,6 @@ class Ceiling:
     def excess(self, tried: Tried, full: float) -> float:
         """By how much the constraint is missed; at 0 and below it is met. full: the full cache's accuracy."""
         return self.surplus(tried.cost, None)
-
-    def is_met(self, tried: Tried, full: float) -> bool:
-        return self.excess(tried, full) <= 0
 
     def surplus(self, cost: dict[str, float], best: Tried | None) -> float:
         """By which share the cost alone rules a policy out; 0 and below, it does not. best: so far."""
@@ -66,7 +68,7 @@ class Ceiling:
 
 
 @dataclass(frozen=True)
-class Floor:
+class Floor(_Constraint):
     """The cheapest policy whose accuracy is at least ``limit`` times that of the full cache."""
 
     what: str
@@ -78,9 +80,6 @@ class Floor:
 
     def excess(self, tried: Tried, full: float) -> float:
         return self.limit * full - tried.accuracy
-
-    def is_met(self, tried: Tried, full: float) -> bool:
-        return self.excess(tried, full) <= 0
 
     def surplus(self, cost: dict[str, float], best: Tried | None) -> float:
         return cost[self.what] / best.cost[self.what] - 1 if best else -1.0

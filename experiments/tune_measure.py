@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from crypten_llm.bench import Shape
-from crypten_llm.checkpoint import load_tokenizer, resolve_config
-from crypten_llm.config import LlamaConfig
+from crypten_llm.checkpoint import load_tokenizer
 from crypten_llm.errors import UsageError
-from experiments.eviction_counts import count
+from experiments.eviction_counts import count, shape_of
 from experiments.quality import Evaluator, draw
 from experiments.tasks import Example, find
 from experiments.tune_store import Measured, name_of
@@ -72,20 +70,6 @@ def draw_prompts(
             first, then, unseen = first + prompts[:look], then + prompts[look:samples], unseen + prompts[samples:]
         rungs += [tuple(rung) for rung in (first, then) if rung]
     return Prompts(tuple(rungs), tuple(unseen))
-
-
-def shape_of(model: str, tokens: int, offline: bool = False) -> Shape:
-    """What ``count`` needs of a model. Raises UsageError for one that it cannot count."""
-    config = LlamaConfig.from_folder(resolve_config(model, offline))
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
-    if config.head_dim * heads != config.hidden_size:
-        raise UsageError(
-            f"head_dim is {config.head_dim}, with {heads} heads and hidden_size {config.hidden_size}; costs are "
-            "counted for models whose heads make up hidden_size"
-        )
-    if layers > 6 and layers % 2:
-        raise UsageError(f"the model has {layers} layers; costs are counted for an even number, or six at most")
-    return Shape(config.hidden_size, heads, config.num_key_value_heads, config.intermediate_size, layers, tokens)
 
 
 class Bench:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.baselines_summary import bootstrap, front, of_task
 from experiments.eviction_cost import markdown
+from experiments.intervals import bootstrap, front, of_task
 from experiments.tune_goal import COSTS, Ceiling, Goal
 from experiments.tune_measure import FULL, Prompt
 from experiments.tune_search import Outcome, Search

@@ -28,11 +28,11 @@ from experiments.baselines_config import Ablation, Config, CrypTen, Private
 from experiments.baselines_plots import PICTURES, STYLES
 from experiments.baselines_policies import ABLATION, TABLE, at_budget, names
 from experiments.baselines_report import markdown
-from experiments.baselines_summary import Summary, bootstrap, front, of_task, resampled, wilson
-from experiments.eviction_counts import ATTENTION, count
+from experiments.baselines_summary import Summary
+from experiments.eviction_counts import ATTENTION, count, shape_of
+from experiments.intervals import bootstrap, front, of_task, resampled, wilson
 from experiments.journal import Journal
 from experiments.quality import Scorer, draw
-from experiments.tune_measure import shape_of
 
 ROOT = Path(__file__).parents[1]
 TINY = Config(

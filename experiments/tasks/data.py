@@ -8,6 +8,7 @@ by row. A dataset repository on the hub is fetched as files and then is such a f
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,7 @@ DOCS = "docs/evaluation_data.md says where to get it and in which form"
 
 
 @dataclass(frozen=True)
-class FileTask:
+class FileTask(ABC):
     """A task whose rows lie in files; `data` is a folder or a hub id, and with `offline` no hub is asked.
 
     The set is what it is: the first rows are taken, in their order, whatever the seed.
@@ -47,17 +48,17 @@ class FileTask:
     def clean(self, prediction: str) -> str:
         return prediction
 
+    @abstractmethod
     def places(self, length: int) -> tuple[str, ...]:
         """Where the rows may lie, best first: patterns of files, or `ARCHIVE.zip::MEMBER`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prompt(self, folder: Path, row: dict) -> str:
         """The whole prompt of a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answers(self, row: dict) -> Sequence[str]:
         """All answers that count as right."""
-        raise NotImplementedError
 
     def wanted(self, row: dict) -> bool:
         """Whether a row belongs to this task, where files hold several."""
