@@ -17,6 +17,7 @@ from eviction.locret import Locret
 from eviction.longcache import LongCache
 from eviction.mikv import MiKV
 from eviction.mpcache import MPCache
+from eviction.mpcache_spread import MPCacheSpread
 from eviction.policy import Policy
 from eviction.pyramidkv import PyramidKV
 from eviction.quest import Quest
@@ -27,8 +28,8 @@ from eviction.streaming_llm import StreamingLLM
 from eviction.tova import TOVA
 
 _ALL = (
-    *(Full, StreamingLLM, H2O, TOVA, SnapKV, PyramidKV, Quest, InfLLM, LongCache, MPCache, LazyEviction, MiKV),
-    *(Locret, AttentionGate, Random),
+    *(Full, StreamingLLM, H2O, TOVA, SnapKV, PyramidKV, Quest, InfLLM, LongCache, MPCache, MPCacheSpread),
+    *(LazyEviction, MiKV, Locret, AttentionGate, Random),
 )
 POLICIES = {policy.name: policy for policy in _ALL}
 

@@ -21,6 +21,13 @@ def page_bound(ops, query, high, low):
     return ops.add(ops.scores(positive, high), ops.scores(negative, low))
 
 
+def page_ends(ops, layer, pages: range, page: int):
+    """Of each coordinate of the keys in these pages of ``page`` rows, the largest and the least: [G, C, D] each."""
+    keys = ops.contents(ops.take(layer.keys, torch.arange(pages.start * page, pages.stop * page)))
+    keys = keys.reshape(layer.kv_heads, len(pages), page, layer.head_dim)
+    return ops.largest(keys, 2), ops.scale(ops.largest(ops.scale(keys, -1), 2), -1)
+
+
 @dataclass(frozen=True)
 class Quest(Policy):
     """Keeps all rows; each page of ``page`` rows is summed up by the largest and least of each coordinate of its keys.
@@ -66,9 +73,6 @@ class Quest(Policy):
         done, pages = layer.notes.get("pages", 0), (rows - 1) // self.page
         if layer.index < self.dense or pages <= done:
             return
-        keys = ops.contents(ops.take(layer.keys, torch.arange(done * self.page, pages * self.page)))
-        keys = keys.reshape(layer.kv_heads, pages - done, self.page, layer.head_dim)
-        high, low = ops.largest(keys, 2), ops.scale(ops.largest(ops.scale(keys, -1), 2), -1)
-        for name, bound in (("high", high), ("low", low)):
+        for name, bound in zip(("high", "low"), page_ends(ops, layer, range(done, pages), self.page), strict=True):
             note_more(ops, layer, name, ops.fixed(bound), 1)
         layer.notes["pages"] = pages

@@ -12,7 +12,8 @@ from crypten_llm.errors import UsageError, did_you_mean
 from experiments import baselines_policies as table
 from experiments.tasks import find
 
-MAIN = "mpcache"  # the policy whose parts the ablation takes away
+# What is compared where a run of all would take too long.
+COMPARED = ("full", "streaming_llm", "snapkv", "h2o", "quest_every_layer", "mpcache", "mpcache_spread")
 SHIPPED_TASKS = ("passkey", "key_value", "one_hop", "two_hop", "few_shot", "span_copy", "variables", "stories")
 
 CHOOSES_CELLS = (
@@ -36,7 +37,7 @@ class CrypTen:
     """Decode steps run on engine ``crypten``, which counts by running: policies, budgets, lengths, and steps of each
     beside one that warms up."""
 
-    policies: tuple[str, ...] = ("full", "streaming_llm", "snapkv", "h2o", "quest_every_layer", "mpcache")
+    policies: tuple[str, ...] = COMPARED
     budgets: tuple[float, ...] = (0.2,)
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     steps: int = 2
@@ -46,7 +47,7 @@ class CrypTen:
 class Private:
     """Prompts answered end to end on engine ``wire`` and compared with ``plain``: samples of each task and policy."""
 
-    policies: tuple[str, ...] = ("full", "streaming_llm", "snapkv", "h2o", "quest_every_layer", "mpcache")
+    policies: tuple[str, ...] = COMPARED
     budget: float = 0.2
     tasks: tuple[str, ...] = ("one_hop", "few_shot", "key_value")
     length: int = 256
@@ -190,7 +191,7 @@ def as_toml(config: Config) -> str:
 
 
 QUICK = Config(
-    policies=("full", "streaming_llm", "h2o", "snapkv", "quest_every_layer", "mpcache", "random"),
+    policies=("full", "streaming_llm", "h2o", "snapkv", "quest_every_layer", "mpcache", "mpcache_spread", "random"),
     tasks=("passkey", "two_hop", "few_shot", "stories"),
     lengths=(128, 256),
     budgets=(0.1, 0.2, 0.5),

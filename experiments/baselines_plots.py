@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from experiments.baselines_config import MAIN
+from experiments.baselines_policies import PARTS
 from experiments.baselines_summary import Result, Summary
 from experiments.intervals import front
 
 STYLES = {
     "full": ("#000000", "", "-"),
-    "mpcache": ("#D55E00", "o", "-"),
+    "mpcache": ("#D55E00", "o", "--"),
+    "mpcache_spread": ("#D55E00", "s", "-"),
     "quest": ("#0072B2", "s", "--"),
     "quest_every_layer": ("#0072B2", "s", "-"),
     "infllm": ("#56B4E9", "^", "-"),
@@ -44,7 +45,7 @@ WIDTH = 10.0  # inches
 
 def _style(name: str) -> dict:
     color, marker, line = STYLES.setdefault(name, next(OTHERS) if name not in STYLES else STYLES.get(name))
-    main = name == MAIN
+    main = name in PARTS
     return {
         **{"color": color, "marker": marker, "linestyle": line},
         **{"linewidth": 2.4 if main else 1.3, "markersize": 7 if main else 5.5, "zorder": 5 if main else 3},
@@ -93,7 +94,7 @@ def accuracy(summary: Summary) -> Figure:
             points = sorted((r for r in found if r.attended), key=lambda r: (r.attended, r.entry.budget or 0))
             x, y = [r.attended for r in points], [100 * r.mean.mean for r in points]
             axis.plot(x, y, **_style(name))
-            if name == MAIN:
+            if name in PARTS:
                 low, high = [100 * r.mean.low for r in points], [100 * r.mean.high for r in points]
                 axis.fill_between(x, low, high, color=STYLES[name][0], alpha=0.15, linewidth=0)
         axis.set_title(f"{length:,} tokens", fontsize=11)
@@ -154,7 +155,7 @@ def time(summary: Summary) -> Figure:
     for axis, network in zip(figure.subplots(1, 2, sharey=True), ("lan", "wan"), strict=True):
         name = f"seconds_{network}"
         for place, policy in enumerate(order):
-            color = "#D55E00" if policy == MAIN else "#0072B2" if policy != "full" else "#000000"
+            color = "#D55E00" if policy in PARTS else "#0072B2" if policy != "full" else "#000000"
             x = [result.cost["wire"][name] for result in lines[policy]]
             axis.plot([min(x), max(x)], [place, place], color=color, linewidth=1, alpha=0.4)
             for result, value in zip(lines[policy], x, strict=True):

@@ -65,6 +65,10 @@ def _longcache(rows, prompt, heads):
     return {"top": 1, "span": span, "sinks": sinks, "local": max(1, rows - sinks - heads * span - span // 2)}
 
 
+def _spread(rows):
+    return {"budget": rows, "block": _fitting(16, rows / 4)}
+
+
 def _lazyeviction(rows, prompt, heads):
     return {"budget": rows, "window": _fitting(175, rows / 4)}
 
@@ -109,6 +113,7 @@ TABLE: dict[str, Callable[[int, int, int], dict]] = {
     "infllm": _infllm,
     "longcache": _longcache,
     "mpcache": lambda rows, prompt, heads: mpcache_settings(rows, prompt),
+    "mpcache_spread": lambda rows, prompt, heads: _spread(rows),
     "lazyeviction": _lazyeviction,
     "mikv": _mikv,
     "locret": _locret,
@@ -117,7 +122,7 @@ TABLE: dict[str, Callable[[int, int, int], dict]] = {
 }
 """Settings by (rows, prompt tokens, query heads), by name. ``full`` has none; a name may be a variant of a policy."""
 
-ABLATION: dict[str, Callable[[int, int, int], dict]] = {
+_MPCACHE: dict[str, Callable[[int, int, int], dict]] = {
     "mean summary": lambda rows, prompt, heads: mpcache_settings(rows, prompt, summary="mean"),
     "bound score": lambda rows, prompt, heads: mpcache_settings(rows, prompt, summary="bound"),
     "one level": lambda rows, prompt, heads: mpcache_settings(
@@ -130,7 +135,17 @@ ABLATION: dict[str, Callable[[int, int, int], dict]] = {
     "static only": lambda rows, prompt, heads: {"static": rows / prompt, "second": 1},
     "dynamic only": lambda rows, prompt, heads: mpcache_settings(rows, prompt, static=1.0),
 }
-"""MPCache with one part changed or taken away, at the same budget. ``half clusters``: as long as the paper's."""
+_SPREAD: dict[str, Callable[[int, int, int], dict]] = {
+    "no width": lambda rows, prompt, heads: {**_spread(rows), "width": False},
+    "every layer searches": lambda rows, prompt, heads: {**_spread(rows), "lower": 0, "upper": 0},
+    "a choice per head": lambda rows, prompt, heads: {**_spread(rows), "per_head": True},
+    "long blocks": lambda rows, prompt, heads: {**_spread(rows), "block": 2 * _spread(rows)["block"]},
+}
+PARTS = {"mpcache": _MPCACHE, "mpcache_spread": _SPREAD}
+"""By policy: it with one part changed or taken away, at the same budget. ``half clusters``: as long as the paper's."""
+
+ABLATION = {row: (policy, settings) for policy, rows in PARTS.items() for row, settings in rows.items()}
+"""By row: the policy whose part it is, and the settings."""
 
 
 def names() -> list[str]:
@@ -154,7 +169,7 @@ def has_budget(name: str) -> bool:
 def at_budget(name: str, budget: float | None, prompt: int, heads: int) -> str:
     """The policy called ``name`` that reads ``budget``, a share, of a prompt of so many tokens, as text.
 
-    name: of ``TABLE``, of ``ABLATION`` (with MPCache), or a policy's text, which is taken as it is.
+    name: of ``TABLE``, of ``ABLATION``, or a policy's text, which is taken as it is.
     Raises UsageError for a budget of fewer rows than can be split.
     """
     if not has_budget(name):
@@ -162,6 +177,10 @@ def at_budget(name: str, budget: float | None, prompt: int, heads: int) -> str:
     rows = round(budget * prompt)
     if rows < LEAST:
         raise UsageError(f"a budget of {budget:g} of {prompt} tokens is {rows} rows; give one of at least {LEAST} rows")
-    settings = (TABLE | ABLATION)[name](rows, prompt, heads)
-    kind = max((kind for kind in POLICIES if name.startswith(kind)), key=len, default=MPCache.name)
-    return str(POLICIES[kind](**settings))
+    kind, settings = ABLATION[name] if name in ABLATION else (_kind(name), TABLE[name])
+    return str(POLICIES[kind](**settings(rows, prompt, heads)))
+
+
+def _kind(name: str) -> str:
+    """The policy of which ``name`` is a variant."""
+    return max((kind for kind in POLICIES if name.startswith(kind)), key=len)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from crypten_llm.report import size
-from experiments.baselines_config import MAIN
+from experiments.baselines_policies import PARTS
 from experiments.baselines_summary import Result, Summary
 from experiments.intervals import Interval
 
@@ -140,6 +140,19 @@ def _private_rows(rows: list[dict], results: list[Result]) -> list[str]:
     return table(heads, lines)
 
 
+def _ablation(summary: Summary, policy: str, parts: Iterable[str]) -> list[str]:
+    """The policy and its rows of the ablation, by length and budget; nothing where none of these was asked for."""
+    budgets = summary.config.ablation.budgets
+    whole = [result for result in summary.policies if result.entry.name == policy and result.entry.budget in budgets]
+    changed = [result for result in summary.ablation if result.entry.name in parts]
+    lines = [f"## Ablation: `{policy}` with one of its parts changed", ""]
+    for length in summary.config.ablation.lengths:
+        found = [result for result in whole + changed if result.length == length]
+        found.sort(key=lambda result: budgets.index(result.entry.budget))
+        lines += [f"{length:,} tokens:", "", *_main_rows(found), "", *_task_rows(found), ""]
+    return lines if changed else []
+
+
 def _setting_rows(results: list[Result]) -> list[str]:
     return table(
         ("tokens", "policy", "budget", "settings"),
@@ -179,16 +192,8 @@ def markdown(summary: Summary, runs: list[dict], command: str, pictures: Sequenc
     for length, results in per_length.items():
         lines += [f"## {length:,} tokens", "", *_main_rows(results), ""]
     if summary.ablation:
-        lines += ["## Ablation: MPCache without one of its parts", ""]
-        for length in config.ablation.lengths:
-            whole = [
-                result
-                for result in per_length[length]
-                if result.entry.name == MAIN and result.entry.budget in config.ablation.budgets
-            ]
-            found = whole + [result for result in summary.ablation if result.length == length]
-            found.sort(key=lambda result: config.ablation.budgets.index(result.entry.budget))
-            lines += [f"{length:,} tokens:", "", *_main_rows(found), "", *_task_rows(found), ""]
+        for policy, parts in PARTS.items():
+            lines += _ablation(summary, policy, parts)
     crypten = _crypten_rows(summary.policies)
     if len(crypten) > 2:
         lines += [

@@ -120,6 +120,8 @@ def fills(policy: str, length: int) -> tuple[int, int, int]:
     found = parse_policy(policy)
     if found.name == "quest":
         period, rows = found.page, lambda prompt: prompt
+    elif found.name == "mpcache_spread":
+        period, rows = found.block, lambda prompt: prompt
     elif found.name == "infllm":
         period, rows = found.block, lambda prompt: prompt + 1 - found.local - found.initial
     elif found.name == "mpcache" and found.second < 1:

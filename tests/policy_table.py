@@ -39,6 +39,11 @@ ROWS = {
         "static=1,coarse=4,fine=2,second=1",
         "static=0.01,coarse=2,fine=2,second=0.01,least=0",
     ),
+    "mpcache_spread": Row(
+        "budget=10,block=3,ends=6",
+        "budget=128,block=4",
+        "budget=0.01,block=1,ends=1,lower=0,upper=0",
+    ),
     "lazyeviction": Row("budget=12,window=3", "budget=64", "budget=0.01,window=1"),
     # Numbers next to a limit between two levels may take the other: a jump of 1/127 of a coordinate's range.
     "mikv": Row("important=8,recent=3,bits=8", "important=64", "important=0.01,recent=0,bits=8", wire_tolerance=0.4),

@@ -211,6 +211,33 @@ def test_mpcache_chooses_from_its_least_number_of_rows_on():
         assert len(attended(found, layer)[1][0]) == len(attended(chosen, layer)[1][0]) < 50
 
 
+@pytest.mark.parametrize("heads, kv_heads", HEADS)
+@pytest.mark.parametrize("per_head, width", [(False, True), (True, True), (False, False)])
+def test_mpcache_spread(heads, kv_heads, per_head, width):
+    """5 layers: 2 and 3 search and have 21 rows, the others keep the first 2 and the last 4; 12 is the mean."""
+    found = run(
+        f"mpcache_spread(budget=12,ends=6,block=3,per_head={per_head},width={width})", 50, STEPS, heads, kv_heads, 5
+    )
+    for layer, step in itertools.product((0, 1, 4), range(STEPS)):
+        assert kept(found, layer)[step] == [[0, 1, *range(46 + step, 50 + step)]] * kv_heads
+        assert attended(found, layer)[step] == [[0, 1, *range(46 + step, 51 + step)]] * kv_heads
+    for layer, step in itertools.product((2, 3), range(STEPS)):
+        newest, sums = 50 + step, []
+        starts = range(3, newest // 3 * 3, 3)
+        for one in range(heads):
+            query = found.queries(layer)[one, newest]
+            boxes = {start: found.keys(layer)[one, start : start + 3].aminmax(dim=0) for start in starts}
+            spread = {start: (box.max - box.min) / 2 for start, box in boxes.items()}
+            likely = {start: query @ (box.max + box.min) / 2 for start, box in boxes.items()}
+            sums.append({start: (likely[start] + width * query**2 @ spread[start] ** 2 / 6).item() for start in starts})
+        for head in range(kv_heads):
+            choosing = heads_of(found, head) if per_head else range(heads)
+            chosen = best({start: sum(sums[one][start] for one in choosing) for start in starts}, 21 // 3 - 1)
+            blocks = [n for start in chosen for n in range(start, start + 3)]
+            expected = [0, 1, 2, *blocks, *range(newest // 3 * 3, newest + 1)]
+            assert attended(found, layer)[step][head] == expected
+
+
 def clusters(found, layer, head, newest, summary):
     """Indices of the cache's rows in the fine clusters that a step chooses between the first and the newest."""
     rows = kept(found, layer)[0][head] + list(range(80, newest + 1))

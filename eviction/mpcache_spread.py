@@ -1,0 +1,110 @@
+"""Policy ``mpcache_spread``: MPCache's clusters, found by their keys' spread too, in the layers that look far back."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from eviction.operations import Choice
+from eviction.policy import Policy
+from eviction.quest import page_ends
+from eviction.rows import note_more, take
+from eviction.settings import budget, number, switch, tokens, whole
+
+FIRST = 16  # rows that a layer of ends keeps of the prompt's beginning, if they are a third of its rows at most
+
+
+@dataclass(frozen=True)
+class MPCacheSpread(Policy):
+    """Layers in the middle keep all rows and attend to the likeliest blocks of them; the others keep the ends alone.
+
+    A block of ``block`` rows counts as the attention that keys would draw on average which fill the box between its
+    largest and its least value of each coordinate evenly. To second order the logarithm of that is q·m + q²·w²/6, for
+    the box's middle m and half its width w: Quest's bound takes |q|·w instead, and with it a comparison per coordinate.
+    The first block and the newest, which grows until it is full, are always attended to.
+
+    budget: rows attended to, the mean over layers. lower, upper: shares of the layers, from below and from above, that
+    keep the prompt's first rows and the last ones, together half the budget, or ``ends`` rows where that is more; the
+    layers between have what those leave. width: whether q²·w²/6 counts, or q·m alone. per_head: each kv head chooses
+    for itself, not all of a layer together.
+
+    Source: this project (docs/eviction.md), from what MPCache (Zeng et al. 2025) loses on the shipped model. Which
+    layers look far back was measured there, by leaving rows out of one layer at a time; set lower=0,upper=0 for a model
+    of which it is not known.
+    """
+
+    budget: float = budget(0.2)
+    block: int = whole(16, 1)
+    ends: int = whole(24, 1)
+    lower: float = number(0.5, 0.0, 1.0)
+    upper: float = number(0.2, 0.0, 1.0)
+    width: bool = switch(True)
+    per_head: bool = switch(False)
+
+    name: ClassVar[str] = "mpcache_spread"
+    when: ClassVar[str] = "prefill and step"
+    shared_over: ClassVar[str] = "layer"
+    cost: ClassVar[str] = "in the middle layers a square, two products over blocks and a top-k; in the others none"
+    uses: ClassVar[tuple[str, ...]] = (
+        *("take", "contents", "largest", "scale", "multiply", "fixed", "total"),
+        *("best", "gather_scores", "scatter_weights"),
+    )
+
+    def searching(self, layers: int) -> range:
+        """The layers that keep all rows and choose among them."""
+        first = min(int(self.lower * layers), layers - 1)
+        return range(first, max(first + 1, layers - int(self.upper * layers)))
+
+    def rows(self, layer) -> tuple[int, int]:
+        """Rows that a layer of ends attends to, and one that searches."""
+        mean, searching = tokens(self.budget, layer.prompt_tokens), len(self.searching(layer.layers))
+        ends = min(mean, max(self.ends, mean // 2))
+        return ends, ends + (mean - ends) * layer.layers // searching
+
+    def evict(self, ops, layer):
+        if layer.index in self.searching(layer.layers):
+            self._summarise(ops, layer)
+        else:
+            self._keep_ends(ops, layer)
+
+    def after_step(self, ops, layer, seen):
+        if layer.index not in self.searching(layer.layers):
+            self._keep_ends(ops, layer)
+
+    def _keep_ends(self, ops, layer) -> None:
+        ends, _ = self.rows(layer)
+        if len(layer) > ends:
+            index, first = torch.arange(len(layer)), min(FIRST, ends // 3)
+            take(ops, layer, torch.cat([index[:first], index[first - ends :]]))
+
+    def choose(self, ops, layer, query, query_before):
+        if layer.index not in self.searching(layer.layers):
+            return None
+        self._summarise(ops, layer)
+        blocks = layer.notes.get("blocks", 0)
+        count = max(1, self.rows(layer)[1] // self.block - 1)
+        if count >= blocks:
+            return None
+        rows = torch.arange(len(layer))
+        public = torch.cat([rows[: self.block], rows[(blocks + 1) * self.block :]])
+        return Choice(public, ops.best(self._likeness(ops, layer, query), count), self.block, self.block)
+
+    def _likeness(self, ops, layer, query):
+        """[G or 1, C], added over the heads that choose together."""
+        likeness = ops.scores(query, layer.notes["middle"])
+        if self.width:
+            likeness = ops.add(likeness, ops.scores(ops.multiply(query, query), layer.notes["spread"]))
+        likeness = ops.total(likeness, 1)
+        return likeness if self.per_head else ops.total(likeness, 0).reshape(1, -1)
+
+    def _summarise(self, ops, layer) -> None:
+        """Boxes of the blocks that are full, not the first and not the newest, once each."""
+        done, blocks = layer.notes.get("blocks", 0), (len(layer) - 1) // self.block - 1
+        if blocks <= done:
+            return
+        high, low = page_ends(ops, layer, range(done + 1, blocks + 1), self.block)
+        note_more(ops, layer, "middle", ops.fixed(ops.scale(ops.add(high, low), 0.5)), 1)
+        if self.width:
+            width = ops.scale(ops.add(high, ops.scale(low, -1)), 0.5)
+            note_more(ops, layer, "spread", ops.fixed(ops.scale(ops.multiply(width, width), 1 / 6)), 1)
+        layer.notes["blocks"] = blocks
