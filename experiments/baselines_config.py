@@ -73,7 +73,7 @@ class Config:
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     budgets: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     samples: int = 50
-    long_samples: int = 10
+    long_samples: int = 50
     text_samples: int = 12
     data: dict[str, str] = field(default_factory=dict)
     ablation: Ablation = Ablation()
