@@ -31,7 +31,7 @@ from experiments.tune_goal import Ceiling, Floor, Goal
 from experiments.tune_measure import Bench, draw_prompts
 from experiments.tune_report import beside, draw, result, text
 from experiments.tune_search import Search
-from experiments.tune_space import ENUMERABLE, space
+from experiments.tune_space import space
 from experiments.tune_store import Measured
 from experiments.tune_study import locked
 
@@ -54,7 +54,7 @@ def goal(arguments: argparse.Namespace) -> Goal:
 def tune(arguments: argparse.Namespace) -> str:
     """Searches, or goes on; writes the result's files and returns its page."""
     wanted, searched = goal(arguments), space(arguments.policy, arguments.search, arguments.set)
-    if arguments.grid and searched.size > ENUMERABLE:
+    if arguments.grid and searched.points is None:
         raise UsageError(f"the grid has {searched.size:,} points; name fewer settings or values with --search")
     setup = {
         "model": arguments.model,
@@ -71,7 +71,7 @@ def tune(arguments: argparse.Namespace) -> str:
             study = f"{name}_grid" if arguments.grid else name
             how = (arguments.confidence, arguments.batch, arguments.seed, arguments.grid)
             search = Search(out, study, setup, searched, wanted, bench, prompts, *how)
-            search.run(searched.distinct() if arguments.grid else arguments.policies)
+            search.run(len(searched.points) if arguments.grid else arguments.policies)
             found = {"title": title + (" (full grid)" if arguments.grid else ""), "setup": setup}
             found |= result(search, arguments.finalists) | {"provenance": provenance("optuna")}
     path = out / study

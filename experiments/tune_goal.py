@@ -49,11 +49,11 @@ class Ceiling(_Constraint):
 
     def excess(self, tried: Tried, full: float) -> float:
         """By how much the constraint is missed; at 0 and below it is met. full: the full cache's accuracy."""
-        return self.surplus(tried.cost, None)
+        return tried.cost[self.what] / self.limit - 1
 
-    def surplus(self, cost: dict[str, float], best: Tried | None) -> float:
-        """By which share the cost alone rules a policy out; 0 and below, it does not. best: so far."""
-        return cost[self.what] / self.limit - 1
+    def rules_out(self, cost: dict[str, float], best: Tried | None) -> bool:
+        """Whether a policy's cost alone rules it out. best: so far."""
+        return cost[self.what] > self.limit
 
     def order(self, tried: Tried) -> tuple:
         """Least for the best."""
@@ -81,8 +81,8 @@ class Floor(_Constraint):
     def excess(self, tried: Tried, full: float) -> float:
         return self.limit * full - tried.accuracy
 
-    def surplus(self, cost: dict[str, float], best: Tried | None) -> float:
-        return cost[self.what] / best.cost[self.what] - 1 if best else -1.0
+    def rules_out(self, cost: dict[str, float], best: Tried | None) -> bool:
+        return best is not None and cost[self.what] > best.cost[self.what]
 
     def order(self, tried: Tried) -> tuple:
         return (tried.cost[self.what], -tried.accuracy)

@@ -78,15 +78,15 @@ def _front(goal: Goal, outcomes: list[Outcome]) -> list[str]:
 
 
 def _saving(search: Search, outcomes: list[Outcome]) -> dict:
-    distinct = search.space.distinct()
-    policies = distinct or search.space.size
+    every = search.space.points
+    policies = search.space.size if every is None else len(every)
     return {
         "pairs": sum(outcome.prompts for outcome in outcomes),
         "policies_tried": sum(outcome.prompts > 0 for outcome in outcomes),
         "policies_on_all_prompts": sum(outcome.finished for outcome in outcomes),
         "ruled_out_by_cost": sum(not outcome.prompts for outcome in outcomes),
         "grid_policies": policies,
-        "grid_is_exact": distinct is not None,
+        "grid_is_exact": every is not None,
         "grid_pairs": policies * len(search.prompts.searched),
     }
 

@@ -6,7 +6,7 @@ first prompt, so one that its cost rules out takes none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -14,14 +14,14 @@ from statistics import mean
 from optuna.trial import Trial
 from tqdm import tqdm
 
-from eviction import PolicyError
 from experiments.tune_goal import Goal, Tried, is_hopeless
 from experiments.tune_measure import FULL, Bench, Prompt, Prompts
 from experiments.tune_space import Space
+from experiments.tune_spread import Spread
 from experiments.tune_study import Pruner, Study
 
-REPEATS = 5  # proposals of known policies in a row after which one is drawn at random
-ASKS = 200  # proposals without a new policy after which there is nothing left to try
+STARTUP = 10  # policies spread over the space before the sampler has enough to go by
+PROPOSALS = 5  # of the sampler in a row, all known or ruled out, after which one is drawn elsewhere
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Search:
         self.space, self.goal, self.bench, self.prompts = space, goal, bench, prompts
         self.confidence, self.batch, self.exhaustive = confidence, batch, exhaustive
         self.study = Study(folder, name, setup, space, goal.direction, Pruner(self._is_hopeless), seed)
+        self._spread = Spread(space, self.study.seed)
         self._names = [prompt.name for prompt in prompts.searched]
         self._at_work: tuple[str, ...] = ()
 
@@ -116,59 +117,58 @@ class Search:
         rival = self.goal.rival(store.scores(FULL, names), known)
         return is_hopeless(store.scores(policy, names), rival, self.confidence)
 
-    def _points(self):
-        """Points to look at whatever the sampler proposes: the default settings, or the whole grid."""
-        if self.exhaustive:
-            yield from self.space.points()
-        elif (point := self.space.default()) is not None:
-            yield self.space.policy(point), point
-
     def _next(self, size: int) -> dict[str, Trial]:
         """Up to ``size`` policies that have not been tried, with their trials."""
-        known, chosen, asks, repeats = {outcome.policy for outcome in self.outcomes()}, {}, 0, 0
-        best, points = self.best(), self._points()
-        while len(chosen) < size and asks < ASKS:
-            point = next((point for policy, point in points if policy not in known), None)
-            if point is None and self.exhaustive:
-                break
-            asks += 1
-            trial = self.study.ask(point, at_random=repeats >= REPEATS)
-            try:
-                policy = self.space.policy(trial.params)
-            except PolicyError:
-                trial.set_constraint("settings fit together", 1.0)
-                self.study.stop(trial)
-                continue
-            if policy in known:
+        outcomes, best, chosen = self.outcomes(), self.best(), {}
+        known = {outcome.policy for outcome in outcomes}
+        met = [outcome.policy for outcome in outcomes if outcome.prompts]
+        while len(chosen) < size and (trial := self._affordable(known, [*met, *chosen], best)):
+            chosen[trial.user_attrs["policy"]] = trial
+        return chosen
+
+    def _affordable(self, known: set[str], tried: list[str], best: Tried | None) -> Trial | None:
+        """The trial of a policy that is not ``known`` and that its cost does not rule out; ``None`` if none is left.
+
+        All that are looked at become known.
+        """
+        for point in self._proposals(known, tried):
+            trial = self.study.ask(point)
+            policy = next(iter(self.space.policies([trial.params])), None)
+            if policy is None or policy in known:
                 self.study.drop(trial)
-                repeats += 1
                 continue
             known.add(policy)
-            repeats = 0
             trial.set_user_attr("policy", policy)
-            surplus = self.goal.surplus(self.bench.cost(policy), best)
-            trial.set_constraint("cost", surplus)
-            if surplus > 0 and not self.exhaustive:
-                self.study.stop(trial)
-                continue
-            chosen[policy], asks = trial, 0
-        return chosen
+            if self.exhaustive or not self.goal.rules_out(self.bench.cost(policy), best):
+                return trial
+            self.study.rule_out(trial)
+        return None
+
+    def _proposals(self, known: set[str], tried: list[str]) -> Iterator[dict[str, int] | None]:
+        """Points to look at, one after the other; ``None`` for what the sampler proposes."""
+        if self.exhaustive:
+            yield from (point for policy, point in self.space.points.items() if policy not in known)
+            return
+        if (default := self.space.default()) is not None and self.space.policy(default) not in known:
+            yield default
+        if len(tried) >= STARTUP:
+            yield from [None] * PROPOSALS
+        yield from self._spread.points(known, tried)
 
     def _try(self, chosen: dict[str, Trial]) -> None:
         self._at_work, alive, seen = tuple(chosen), dict(chosen), 0
         for rung in self.prompts.rungs:
             self.bench.scores(rung, [FULL, *alive])
             seen += len(rung)
-            for policy, trial in alive.items():
-                trial.report(mean(self.bench.store.scores(policy, self._names[:seen])), seen)
-            if seen < len(self._names) and not self.exhaustive:
-                alive = {policy: trial for policy, trial in alive.items() if not trial.should_prune()}
-        full = self.on(FULL, self.prompts.searched).accuracy
-        for policy, trial in chosen.items():
-            if policy not in alive:
-                self.study.stop(trial)
-                continue
-            tried = self.on(policy, self.prompts.searched)
-            trial.set_constraint("goal", self.goal.excess(tried, full))
-            self.study.complete(trial, self.goal.objective(tried))
+            prompts = self.prompts.searched[:seen]
+            full = self.on(FULL, prompts).accuracy
+            for policy, trial in tuple(alive.items()):
+                tried = self.on(policy, prompts)
+                trial.report(tried.accuracy, seen)
+                ends = seen == len(self._names)
+                if not ends and (self.exhaustive or not trial.should_prune()):
+                    continue
+                trial.set_constraint("goal", self.goal.excess(tried, full))
+                self.study.end(trial, self.goal.objective(tried) if ends else None)
+                del alive[policy]
         self._at_work = ()

@@ -6,8 +6,10 @@ position in the values of each of its settings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import Field, dataclass, fields, replace
+from functools import cached_property
 from itertools import product
 from math import prod
 
@@ -100,22 +102,21 @@ class Space:
             return None
         return {name: found.index(default[name]) for name, found in self.axes.items()}
 
-    def points(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """(policy's text, point) of all policies there are, each once."""
-        seen = set()
-        for places in product(*(range(len(found)) for found in self.axes.values())):
-            point = dict(zip(self.axes, places, strict=True))
-            try:
-                text = self.policy(point)
-            except PolicyError:
-                continue
-            if text not in seen:
-                seen.add(text)
-                yield text, point
+    @cached_property
+    def points(self) -> dict[str, dict[str, int]] | None:
+        """A point of each policy that there is, by the policy's text; ``None`` for a space too large to go through."""
+        if self.size > ENUMERABLE:
+            return None
+        places = product(*(range(len(found)) for found in self.axes.values()))
+        return self.policies(dict(zip(self.axes, chosen, strict=True)) for chosen in places)
 
-    def distinct(self) -> int | None:
-        """How many policies there are; ``None`` for a space that is too large to go through."""
-        return sum(1 for _ in self.points()) if self.size <= ENUMERABLE else None
+    def policies(self, points: Iterable[dict[str, int]]) -> dict[str, dict[str, int]]:
+        """The first point of each policy among these, by the policy's text; refused combinations are left out."""
+        found = {}
+        for point in points:
+            with suppress(PolicyError):
+                found.setdefault(self.policy(point), point)
+        return found
 
     def describe(self) -> dict:
         """As JSON."""

@@ -1,6 +1,8 @@
 """The search itself, by Optuna: a study in a journal file that outlives a kill at any moment.
 
-Owns Optuna. A trial that a killed run left unfinished is failed, and its point is asked for again before any other.
+Owns Optuna. The sampler learns from policies that have met a prompt, and from no others: what a cost rules out says
+nothing of how the values of its settings would do in an affordable policy.
+A trial that a killed run left unfinished is failed, and its point is asked for again before any other.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
-from optuna.samplers import RandomSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -22,7 +24,7 @@ from crypten_llm.errors import UsageError
 from experiments.journal import cut_torn_line
 from experiments.tune_space import Space
 
-STARTUP = 10  # trials drawn at random before the sampler has enough to go by
+RULED_OUT = "ruled out"
 
 
 class _Held(JournalFileSymlinkLock):
@@ -72,15 +74,16 @@ class Study:
             storage=storage, study_name=name, direction=direction, pruner=pruner, load_if_exists=True
         )
         self.space = space
-        seed = (1_000_003 * seed + len(self._study.get_trials(deepcopy=False))) % 2**32  # a run that goes on draws anew
-        self._samplers = {True: RandomSampler(seed), False: TPESampler(seed=seed, n_startup_trials=STARTUP)}
+        before = len(self._study.get_trials(deepcopy=False))
+        self.seed = (1_000_003 * seed + before) % 2**32  # a run that goes on draws anew
+        self._study.sampler = TPESampler(seed=self.seed, n_startup_trials=1, multivariate=True)
         self._distributions = {axis: _distribution(space, axis) for axis in space.axes}
         setup = json.loads(json.dumps(setup))
-        before = self._study.user_attrs.get("setup")
-        if before is None:
+        begun = self._study.user_attrs.get("setup")
+        if begun is None:
             self._study.set_user_attr("setup", setup)
-        elif before != setup:
-            changed = ", ".join(key for key in setup if before.get(key) != setup[key])
+        elif begun != setup:
+            changed = ", ".join(key for key in setup if begun.get(key) != setup[key])
             raise UsageError(
                 f"the search {name!r} in {folder} was begun with another {changed}; go on as it was begun, or give "
                 "another --out"
@@ -90,22 +93,26 @@ class Study:
             self._study.tell(trial.number, state=TrialState.FAIL)
 
     def trials(self) -> list[FrozenTrial]:
-        """Those that have ended, by themselves or stopped, in order."""
-        return self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        """Those of policies that went to their end, were stopped or ruled out, in order."""
+        ended = (TrialState.COMPLETE, TrialState.PRUNED)
+        found = self._study.get_trials(deepcopy=False)
+        return [trial for trial in found if trial.state in ended or RULED_OUT in trial.user_attrs]
 
-    def ask(self, point: dict[str, int] | None = None, at_random: bool = False) -> Trial:
+    def ask(self, point: dict[str, int] | None = None) -> Trial:
         """What was left unfinished, else the given point, else what the sampler proposes."""
         waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         if point is not None and not waiting:
             self._study.enqueue_trial(point)
-        self._study.sampler = self._samplers[at_random]
         return self._study.ask(self._distributions)
 
-    def complete(self, trial: Trial, objective: float) -> None:
-        self._study.tell(trial, objective)
+    def end(self, trial: Trial, objective: float | None) -> None:
+        """With what it came to; ``None`` for one that was stopped."""
+        self._study.tell(trial, objective, state=TrialState.PRUNED if objective is None else TrialState.COMPLETE)
 
-    def stop(self, trial: Trial) -> None:
-        self._study.tell(trial, state=TrialState.PRUNED)
+    def rule_out(self, trial: Trial) -> None:
+        """Keeps a trial's policy in mind, and the trial away from the sampler."""
+        trial.set_user_attr(RULED_OUT, True)
+        self.drop(trial)
 
     def drop(self, trial: Trial) -> None:
         """Leaves a trial out, as if it had not been asked for."""
