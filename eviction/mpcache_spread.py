@@ -35,7 +35,7 @@ class MPCacheSpread(Policy):
 
     budget: float = budget(0.2)
     block: int = whole(16, 1)
-    ends: int = whole(24, 1)
+    ends: int = whole(48, 1)
     lower: float = number(0.5, 0.0, 1.0)
     upper: float = number(0.2, 0.0, 1.0)
     width: bool = switch(True)

@@ -7,7 +7,7 @@ line.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import cycle
+from itertools import cycle, groupby
 from math import floor, log10
 from pathlib import Path
 
@@ -196,11 +196,12 @@ def pareto(summary: Summary) -> Figure:
             axis.plot(x, y, **style)
         best = front(points)
         axis.plot(*zip(*(points[i] for i in best), strict=True), color="black", linewidth=0.8, zorder=1)
-        for i in best:
-            budget = results[i].entry.budget
-            label = results[i].entry.name.replace("_", " ") + (f" {100 * budget:g} %" if budget else "")
+        for name, run in groupby(best, key=lambda i: results[i].entry.name):  # one label for neighbours on the line
+            run = list(run)
+            budgets = ", ".join(f"{100 * results[i].entry.budget:g}" for i in run if results[i].entry.budget)
+            label = name.replace("_", " ") + (f" {budgets} %" if budgets else "")
             place = {"xytext": (-5, 3), "textcoords": "offset points", "ha": "right"}  # above the line there is nothing
-            axis.annotate(label, points[i], **place, fontsize=7, zorder=6)
+            axis.annotate(label, points[run[0]], **place, fontsize=7, zorder=6)
         low, high = min(x for x, _ in points), max(x for x, _ in points)
         axis.set_xscale("log")
         axis.set_xlim(low / (high / low) ** 0.6, high * 1.08)
