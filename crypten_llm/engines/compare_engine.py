@@ -55,7 +55,7 @@ class CompareEngine(TrackedSelection, OpenedEngine):
         seen = self.see(out)
         if self.is_shown:
             table = self._plain_weight(weight)
-            self._note("embed", seen, table[one_hot.ids], bounds.embed(self.config, table))
+            self._note("embed", seen, table[one_hot.ids], bounds.embed(self.config))
         return out
 
     def linear(self, x, weight, bias=None):
@@ -101,7 +101,7 @@ class CompareEngine(TrackedSelection, OpenedEngine):
         seen = self.see(out)
         if self.is_shown:
             expected = self._plain.swiglu(gate_seen, up_seen)
-            bound = bounds.swiglu(self.config, gate_seen, up_seen, expected)
+            bound = bounds.swiglu(self.config, gate_seen, up_seen)
             self._note("swiglu", seen, expected, bound, bounds.outside(self.config, "swiglu", gate_seen))
         return out
 

@@ -29,7 +29,7 @@ def _l1(x: torch.Tensor) -> float:
     return x.abs().sum(-1).max().item()
 
 
-def embed(c: WireConfig, weight) -> float:
+def embed(c: WireConfig) -> float:
     """The table's rounding."""
     return _unit(c.weight + 1)
 
@@ -101,7 +101,7 @@ def inverse_sum() -> float:
     return 2 * (_unit(ROW_BITS) + fit.error + fourier.rounding(fit, 22))
 
 
-def swiglu(c: WireConfig, gate, up, expected) -> float:
+def swiglu(c: WireConfig, gate, up) -> float:
     """The fit of silu, one unit of its value at 16 bits, and one of ``up``."""
     fit = fourier.silu_even()
     slip = fit.error + fourier.rounding(fit, 22) + _unit(16)
