@@ -55,7 +55,8 @@ DYNAMICS = (
 )
 OTHERS = (
     *("streaming_llm(recent=0.5)", "random", "snapkv(budget=0.5)", "pyramidkv(budget=0.5)", "h2o", "tova(size=0.5)"),
-    *("lazyeviction", "mikv", "quest(budget=0.1)", "infllm(block=32,blocks=4,initial=32,local=128)"),
+    *("mpcache_spread", "lazyeviction", "mikv", "quest(budget=0.1)"),
+    "infllm(block=32,blocks=4,initial=32,local=128)",
     "longcache(top=1,local=128)",
 )
 TRAINED = ("locret(budget=0.5)", "attention_gate")  # for the shipped model alone
