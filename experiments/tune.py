@@ -78,7 +78,7 @@ def tune(arguments: argparse.Namespace) -> str:
     _write(path, ".json", json.dumps(found, indent=1) + "\n")
     page = text(found)
     if (both := _both(out, name, setup)) is not None:
-        page += beside(*both)
+        page += "\n" + beside(*both)
     _write(path, ".md", page)
     draw(found, wanted, Path(f"{path}.png"))
     return page

@@ -127,9 +127,9 @@ def _nothing(found: dict) -> str:
 
 
 def _shown(row: dict, found: dict) -> dict:
-    marks = {FULL: "", found["untuned"]: " (default)", found["best"]: " **best**"}
+    default, best = (row["policy"] == found[name] for name in ("untuned", "best"))
     return {
-        "policy": f"`{row['policy']}`{marks.get(row['policy'], '')}",
+        "policy": f"`{row['policy']}`" + " (default)" * default + " **best**" * best,
         "accuracy": "{mean:.1%} ({low:.1%} to {high:.1%})".format_map(row["accuracy"]),
         "less_full's": "{mean:+.1%} ({low:+.1%} to {high:+.1%})".format_map(row["difference"]),
         "times_fewer": round(row["times_fewer"], 2),
@@ -191,7 +191,8 @@ def draw(found: dict, goal: Goal, path: Path) -> None:
 
     styles = {STOPPED: ("x", "#999999", 28), "all prompts": ("o", "#56B4E9", 34)}  # colours of Okabe and Ito
     for how, (marker, colour, area) in styles.items():
-        chosen = [row for row in rows if row["how"] == how]
+        if not (chosen := [row for row in rows if row["how"] == how]):
+            continue
         label = f"{how} ({len(chosen)})" + (": on the prompts it met" if how == STOPPED else "")
         panel.scatter(*points(chosen), marker=marker, s=area, color=colour, label=label)
     best_known = [row for policy in found["front"] for row in rows if row["policy"] == policy]

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,23 +18,27 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from optuna.trial import TrialState
 
 from crypten_llm.bench import Shape
 from crypten_llm.checkpoint import load_tokenizer
 from crypten_llm.errors import UsageError
 from eviction import POLICIES, Policy, parse, settings
+from eviction.settings import written
 from experiments import tune, tune_measure
 from experiments.eviction_counts import count
 from experiments.quality import Evaluator
 from experiments.tasks import Example, find
 from experiments.tune_goal import Ceiling, Floor, Tried, is_hopeless
-from experiments.tune_measure import FULL, Bench, Prompt, Prompts
+from experiments.tune_measure import FULL, Bench, Prompt, Prompts, draw_prompts
 from experiments.tune_report import beside, draw, result, text
 from experiments.tune_search import Search
 from experiments.tune_space import HELD, space, values
+from experiments.tune_spread import POOL, Spread
 from experiments.tune_store import Measured, name_of
 from experiments.tune_study import locked
 
+RESULTS = Path(tune.__file__).parent / "results" / "tune"
 AXES = ("static=0.1,0.3,0.5,1", "second=0.05,0.1,0.3,0.5", "fine=8,16,32", "summary=minmax,mean")  # 96 policies
 
 
@@ -121,6 +126,19 @@ def test_spaces_that_there_are_not(arguments, message):
     with pytest.raises(UsageError) as error:
         space(*arguments)
     assert message in str(error.value)
+
+
+def test_what_is_unlike_the_policies_tried_comes_first():
+    found = space("mpcache", ["static=0.3,0.5", "fine=8,16", "summary=minmax,mean"])
+    tried = [text for text in found.points if "summary=mean" not in text and "static=0.3" not in text]
+    first, *rest = [found.policy(point) for point in Spread(found, 0).points(set(tried), tried)][:6]
+    assert "static=0.3" in first and "summary=mean" in first and {first, *rest} == found.points.keys() - set(tried)
+    assert list(Spread(found, 0).points(found.points.keys(), tried)) == []
+    alone = space("mpcache", ["static=0.3,0.5,1"])
+    assert len(list(islice(Spread(alone, 0).points({alone.untuned}, [alone.untuned]), 2))) == 2
+    large = space("mpcache")
+    points = list(islice(Spread(large, 0).points(set(), []), 2 * POOL // 3))
+    assert len({large.policy(point) for point in points}) == len(points)
 
 
 # Goals and statistics.
@@ -306,6 +324,21 @@ def test_cost_rules_policies_out_before_their_first_prompt(made_up, tmp_path):
     assert "No policy of the search meets the goal (bytes at most 0.0001)" in text(found | {"title": "none"})
 
 
+def test_the_sampler_learns_from_policies_that_met_a_prompt_alone(made_up, tmp_path):
+    """And one that fell short of a floor does not count as good for being inaccurate."""
+    with opened(tmp_path) as store:
+        for goal in (Ceiling("bytes", 0.1), Floor("bytes", 0.85)):
+            some = search(tmp_path, store, goal, name=str(goal))
+            some.run(24)
+            told = [trial for trial in some.study.trials() if trial.state != TrialState.FAIL]
+            assert {trial.user_attrs["policy"] for trial in told} == {
+                outcome.policy for outcome in some.outcomes() if outcome.prompts
+            }
+            assert any(not outcome.prompts for outcome in some.outcomes())
+            stopped = [trial for trial in told if trial.state == TrialState.PRUNED]
+            assert stopped and all((trial.constraints["goal"] > 0) == isinstance(goal, Floor) for trial in stopped)
+
+
 def test_a_space_that_is_used_up_ends_the_search(made_up, tmp_path):
     with opened(tmp_path) as store:
         some = search(tmp_path, store, Ceiling("bytes", 2.0), axes=["static=0.3,0.5,1", "summary=minmax,mean"])
@@ -327,6 +360,28 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
             pass
     with locked(tmp_path):
         pass
+
+
+# The search, on the scores of a grid that was measured on the shipped model.
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))])
+def test_the_best_of_a_measured_grid_is_found_with_a_quarter_of_its_answers(monkeypatch, tmp_path, seed):
+    grid = json.loads((RESULTS / "mpcache_bytes_at_most_0.3_grid.json").read_text())
+    setup = grid["setup"]
+    drawn = {name: setup[name] for name in ("model", "tasks", "lengths", "samples", "seed")}
+    shutil.copy(RESULTS / "measured.jsonl", tmp_path)
+    for name in ("Evaluator", "count"):
+        monkeypatch.setattr(tune_measure, name, None)  # all is there
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    axes = [f"{name}={','.join(map(written, found))}" for name, found in setup["space"]["axes"].items()]
+    with opened(tmp_path) as store:
+        how = (Ceiling("bytes", 0.3), Bench(store, "shipped", max(setup["lengths"]), workers=1))
+        given = (draw_prompts(**drawn, fresh=0), setup["confidence"], setup["batch"], seed)
+        some = Search(tmp_path, "again", {}, space("mpcache", axes), *how, *given)
+        some.run(36)
+        pairs = sum(outcome.prompts for outcome in some.outcomes())
+    assert some.best().policy == grid["leaders"][0] and pairs < grid["saving"]["pairs"] / 4
 
 
 # Kills.
@@ -415,6 +470,20 @@ def test_the_command_measures_what_quality_and_cost_measure(monkeypatch, capsys,
     assert _main(monkeypatch, capsys, *QUICK, "--out", str(tmp_path)) == page
 
 
+def test_the_grid_by_itself_and_beside_the_search(made_up, monkeypatch, capsys, tmp_path):
+    arguments = ["--search", *AXES[:2], "--max-bytes", "0.3", "--tasks", "passkey", "--lengths", "64"]
+    arguments += ["--samples", "24", "--fresh", "8", "--policies", "16", "--out", str(tmp_path)]
+    grid = _main(monkeypatch, capsys, *arguments, "--grid")
+    name = tmp_path / "mpcache_bytes_at_most_0.3"
+    assert Path(f"{name}_grid.md").read_text() == grid and not Path(f"{name}.md").exists()
+    assert "beside the full grid" not in grid and Path(f"{name}_grid.png").exists()
+    search = _main(monkeypatch, capsys, *arguments)
+    assert "\n\n## The search beside the full grid" in search
+    found, all_of_it = (json.loads(Path(f"{name}{ending}.json").read_text()) for ending in ("", "_grid"))
+    assert found["leaders"][0] == all_of_it["leaders"][0]
+    assert found["saving"]["pairs"] < all_of_it["saving"]["pairs"] == 4 * 4 * 24
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -433,14 +502,15 @@ def test_commands_that_mean_nothing(monkeypatch, tmp_path, arguments, message):
 
 @pytest.mark.slow
 def test_the_command_goes_on_after_kills(tmp_path):
-    """As a file, from another folder, killed for real at three moments; then it ends as one that was not."""
+    """As a file, from another folder, killed for real at three moments drawn; then it ends as one that was not."""
     command = [sys.executable, str(Path(tune.__file__).resolve()), *QUICK, "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], cwd=tmp_path, check=True)
-    path = tmp_path / "killed" / "measured.jsonl"
+    path, draws = tmp_path / "killed" / "measured.jsonl", random.Random(2)
     for lines in (1, 4, 7):
         process = subprocess.Popen([*command, str(tmp_path / "killed")], cwd=tmp_path)
         while process.poll() is None and (not path.exists() or path.read_text().count("\n") < lines):
             time.sleep(0.01)
+        time.sleep(draws.uniform(0, 0.3))
         process.kill()
         process.wait()
     subprocess.run([*command, str(tmp_path / "killed")], cwd=tmp_path, check=True)
