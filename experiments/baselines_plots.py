@@ -204,7 +204,7 @@ def pareto(summary: Summary) -> Figure:
             axis.annotate(label, points[run[0]], **place, fontsize=7, zorder=6)
         low, high = min(x for x, _ in points), max(x for x, _ in points)
         axis.set_xscale("log")
-        axis.set_xlim(low / (high / low) ** 0.6, high * 1.08)
+        axis.set_xlim(low / (high / low) ** 0.75, high * 1.08)
         _log_axis(axis.xaxis)
         axis.tick_params(labelsize=8)
         axis.set_xlabel(title)

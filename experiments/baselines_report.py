@@ -173,11 +173,12 @@ def markdown(summary: Summary, runs: list[dict], command: str, pictures: Sequenc
     per_length = {
         length: [result for result in summary.policies if result.length == length] for length in config.lengths
     }
+    above = "" if config.long_samples == config.samples else f" ({config.long_samples} above 1,024 tokens)"
     lines = [
         *("# Eviction policies: accuracy against secure cost", ""),
         *(f"Made by `{command}`; model `{config.model}`, seed {config.seed}. {origin(runs)}", ""),
         f"Accuracy: the mean over {', '.join(tasks)}, greedy answers on engine `plain`, {config.samples} held-out "
-        f"prompts of each task and length ({config.long_samples} above 1,024 tokens). In brackets 95 % intervals: of a "
+        f"prompts of each task and length{above}. In brackets 95 % intervals: of a "
         "task by Wilson, of a mean and of the difference to `full` on the same prompts by a bootstrap over prompts. "
         "*kept*: rows in the cache, *read*: rows that a step attends to, both measured, in percent of those that the "
         "full cache has at that step. Cost: of the layers of one token on engine `wire` (embedding and logits, the "
