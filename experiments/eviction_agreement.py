@@ -52,8 +52,12 @@ POLICIES = (
     *("locret(budget=0.5)", "attention_gate", "lazyeviction(window=2)", "mikv", "quest(budget=0.25)"),
     *("infllm(block=16,blocks=4,initial=16,local=64)", "longcache(top=1,span=16,sinks=16,local=64)"),
     *("mpcache(coarse=32,fine=16,least=0)", "mpcache(coarse=32,fine=32,least=0)"),
+    "mpcache_spread(budget=64,block=8)",
 )
-LONGER = ("h2o", "tova(size=0.5)", "snapkv(budget=0.5)", "lazyeviction(window=2)", "quest(budget=0.25)", "mpcache")
+LONGER = (
+    *("h2o", "tova(size=0.5)", "snapkv(budget=0.5)", "lazyeviction(window=2)", "quest(budget=0.25)"),
+    *("mpcache", "mpcache_spread"),
+)
 SETS = ((256, 8, POLICIES), (1024, 2, LONGER))  # prompt tokens, prompts, policies
 
 
