@@ -162,6 +162,8 @@ def _setting_rows(results: list[Result]) -> list[str]:
 
 def origin(runs: list[dict]) -> str:
     """Revisions, machines and versions of the runs that made a file."""
+    if not runs:
+        return "Nothing is measured yet."
     revisions, machines = ({run[what] or "unknown" for run in runs} for what in ("revision", "machine"))
     versions = ", ".join(f"{name} {number}" for name, number in runs[-1]["versions"].items())
     return f"Revision {', '.join(sorted(revisions))}; {'; '.join(sorted(machines))}; {versions}."

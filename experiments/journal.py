@@ -39,7 +39,8 @@ class Journal:
     """The rows of ``path``, each a dictionary with a ``kind``; ``append`` writes one more before it returns.
 
     free: settings that may differ from run to run, since they say which rows there are and not what is in them.
-    ``runs``: the configuration, revision, versions and machine of each run that added to the file.
+    ``runs``: the configuration, revision, versions and machine of each run that added to the file; a run that adds
+    nothing leaves no trace.
 
     Raises UsageError where the file was made with another configuration, or is of another kind.
     """
@@ -52,12 +53,12 @@ class Journal:
         self.rows = [row for row in found if row["kind"] != RUN]
         if self.runs:
             self._check(self.runs[0]["config"], config, free)
-        run = {"kind": RUN, "config": config, **provenance("crypten", "transformers", "numpy")}
-        if run not in self.runs:
-            self.runs.append(run)
-            self._write(run)
+        self._this = {"kind": RUN, "config": config, **provenance("crypten", "transformers", "numpy")}
 
     def append(self, row: dict) -> None:
+        if self._this not in self.runs:
+            self.runs.append(self._this)
+            self._write(self._this)
         self.rows.append(row)
         self._write(row)
 

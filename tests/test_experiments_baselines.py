@@ -195,20 +195,26 @@ def test_a_journal_goes_on_after_its_last_whole_line(tmp_path):
 
 
 def test_each_revision_that_added_to_a_journal_is_named(tmp_path, monkeypatch):
-    path = tmp_path / "a.jsonl"
-    Journal(path, {"seed": 0})
-    monkeypatch.setattr("experiments.provenance.revision", lambda: "another")
-    assert [run["revision"] for run in Journal(path, {"seed": 0}).runs][-1] == "another"
-    assert len(Journal(path, {"seed": 0}).runs) == 2
+    path, revision = tmp_path / "a.jsonl", "experiments.provenance.revision"
+    for name in ("one", "another", "another", "a third"):
+        monkeypatch.setattr(revision, lambda name=name: name)
+        journal = Journal(path, {"seed": 0})
+        if name != "a third":  # that one looks at the file and adds nothing
+            journal.append({"kind": "cost"})
+    assert [run["revision"] for run in journal.runs] == ["one", "another"]
+    lines = [json.loads(line)["kind"] for line in path.read_text("utf-8").splitlines()]
+    assert lines == ["run", "cost", "run", "cost", "cost"]
 
 
 def test_a_journal_of_another_configuration_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
-    Journal(path, {"seed": 0, "samples": 4})
+    Journal(path, {"seed": 0, "samples": 4}).append({"kind": "cost"})
     with pytest.raises(UsageError, match=r"was made with seed = 0, and this run has 1; give another name \(--out\)"):
         Journal(path, {"seed": 1, "samples": 4})
-    assert len(path.read_text("utf-8").splitlines()) == 1
-    assert len(Journal(path, {"seed": 0, "samples": 6}, free=["samples"]).runs) == 2
+    assert len(path.read_text("utf-8").splitlines()) == 2
+    grown = Journal(path, {"seed": 0, "samples": 6}, free=["samples"])
+    grown.append({"kind": "cost"})
+    assert [run["config"]["samples"] for run in grown.runs] == [4, 6]
 
 
 @pytest.mark.parametrize("text", ["# notes\n", '{"a": 1}\n', "[1]\n", '{"kind": "cost"}\n'])
@@ -489,7 +495,6 @@ def test_only_report_writes_what_there_is(measured, tmp_path, capsys):
     assert "was made with seed = 0, and this run has 1" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_quick_grid_runs_as_a_script_and_survives_a_kill(tmp_path):
     """From another folder; killed without warning once it has cells, and started again."""
     command = [sys.executable, ROOT / "experiments" / "compare_baselines.py", "--quick", "--out", tmp_path / "out"]
