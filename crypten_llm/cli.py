@@ -1,4 +1,4 @@
-"""The command line: ``generate``, ``bench``, ``deal``, ``doctor``, and ``party`` for a process that only serves.
+"""The command line: ``generate``, ``bench``, ``deal``, ``keys``, ``doctor``, and ``party``, which only serves.
 
 Owns the commands and their arguments. stdout carries the answer (and, with ``--json``, one JSON object as its last
 line). torch is imported after the arguments have been read, so that a typing error is answered at once.
@@ -89,6 +89,12 @@ def _parser() -> Parser:
     party.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)
     _run_options(party)
 
+    what = "make a role's key and certificate for encrypted links (--tls); give the others the certificate"
+    keys = add_command(commands, "keys", _keys, what)
+    keys.add_argument("role", help="owner, client or dealer ('compute 2' and on with more parties)")
+    keys.add_argument("--out", default="keys", metavar="DIR", help="folder of the files (default: keys)")
+    keys.add_argument("--verbose", action="store_true", help="show tracebacks")
+
     doctor = add_command(commands, "doctor", _doctor, "check this machine and run a tiny private inference")
     doctor.add_argument("--timeout", type=float, default=120.0, metavar="S", help=argparse.SUPPRESS)
     doctor.add_argument("--verbose", action="store_true", help="show tracebacks")
@@ -130,6 +136,7 @@ def _run_options(parser: Parser) -> None:
     add("--network", default="", metavar="lan|wan|RTTms,Mbit", help="emulate a network between local parties")
     add("--threads", type=int, default=0, metavar="N", help="torch threads (default: cores / local processes)")
     add("--host", default="", metavar="ADDRESS", help="address at which the other parties reach this process")
+    add("--tls", default="", metavar="DIR", help="this party's key and all certificates (see keys): encrypted links")
     what = "this party's file of a tape, or its folder: takes the dealer's place (see deal)"
     add("--tape", default="", metavar="PATH", help=what)
 
@@ -142,7 +149,8 @@ def _settings(arguments) -> dict:
         "precision_bits": arguments.precision_bits,
         "tape": arguments.tape,
         "progress": sys.stderr.isatty(),
-        **{name: getattr(arguments, name) for name in ("timeout", "network", "threads", "host", "offline", "verbose")},
+        **{name: getattr(arguments, name) for name in ("timeout", "network", "threads", "host", "tls")},
+        **{name: getattr(arguments, name) for name in ("offline", "verbose")},
     }
 
 
@@ -299,6 +307,14 @@ def _debug_compare(arguments) -> None:
     show_comparison(comparison, arguments.json, checked)
     if comparison.first_beyond:
         raise CryptenLLMError(f"{comparison.describe_first()}; look there first, later errors may follow from it")
+
+
+def _keys(arguments) -> None:
+    from crypten_llm import tls
+
+    made = tls.make_key(arguments.out, arguments.role)
+    print(f"{made.key}: stays here, readable by you alone\n{made.certificate}: give it to the other parties")
+    print(f"fingerprint, for them to compare: {made.fingerprint}")
 
 
 def _doctor(arguments) -> None:

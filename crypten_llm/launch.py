@@ -24,6 +24,7 @@ from crypten_llm.errors import INTERRUPTED, CryptenLLMError, PartyError, UsageEr
 from crypten_llm.party import Party
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.settings import Agreement, LaunchConfig, ProtocolConfig
+from crypten_llm.tls import Links
 from crypten_llm.transport import Transport, parse_network
 
 PACKAGE_HOME = str(Path(__file__).parents[1])
@@ -76,6 +77,7 @@ def join(
         launch.timeout,
         host=launch.host or None,
         is_master=True if parties else None,
+        links=Links(launch.tls, protocol.roles, rank) if launch.tls else None,
         network=parse_network(launch.network) if launch.network else None,
         while_waiting=parties.check if parties else None,
     )
@@ -212,7 +214,8 @@ class LocalParties:
         arguments += ["--parties", str(self.protocol.compute_parties)]
         arguments += ["--precision-bits", str(self.protocol.precision_bits), "--timeout", str(self.launch.timeout)]
         arguments += ["--threads", str(self.launch.threads)]
-        given = {"--model": model_folder, "--network": self.launch.network, "--tape": self._tapes.get(rank, "")}
+        given = {"--model": model_folder, "--network": self.launch.network, "--tls": self.launch.tls}
+        given["--tape"] = self._tapes.get(rank, "")
         for option, value in given.items():
             arguments += [option, value] if value else []
         for option, wanted in (("--offline", self.launch.offline), ("--verbose", self.launch.verbose)):

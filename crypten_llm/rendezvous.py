@@ -6,7 +6,8 @@ and knows nothing of what the parties compute.
 
 Each party publishes in the store where it listens, and a random token. For each pair the higher rank connects to
 the lower, and each side proves that it read the store by sending the other's token: a stray connection is turned
-away. This keeps out accidents and whoever cannot reach the store; it is no substitute for TLS (see `transport`).
+away. This keeps out accidents and whoever cannot reach the store; it is no substitute for TLS (see `tls`), under which
+each side shows its role's key as well. The store itself is never under TLS: it holds addresses and tokens alone.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from torch.distributed import TCPStore
 from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.transport import Transport
 
-PROTOCOL_VERSION = 1  # of the handshake and the frames: change it when either changes
+PROTOCOL_VERSION = 2  # of the handshake and the frames: change it when either changes
 HELLO = struct.Struct("<8sHHH16s")  # magic, version, rank, world size, the token of the party addressed
 MAGIC = b"cryptllm"
 READY = b"R"
@@ -73,6 +74,7 @@ def connect(
     *,
     port_base=None,
     job=None,
+    links=None,
     meter=None,
     network=None,
     while_waiting=None,
@@ -83,8 +85,9 @@ def connect(
     host: the address the others reach this party at; by default that of the interface that reaches the store.
     is_master: whether this process hosts the store; by default rank 0 does unless a torchrun agent hosts it.
     port_base: listen on port_base + rank instead of a free port. job: separates jobs that share a store; by
-    default torchrun's run id and restart count. meter, network: see `Transport`. while_waiting: called again and
-    again until all have come; what it raises ends the wait (a launcher looks after its children there).
+    default torchrun's run id and restart count. links: `tls.Links` that put each connection under TLS; all parties or
+    none. meter, network: see `Transport`. while_waiting: called again and again until all have come; what it raises
+    ends the wait (a launcher looks after its children there).
 
     Raises PartyError for parties that do not come or cannot be reached, UsageError for a port in use, a rank
     taken twice, or parties that disagree on the world size, the roles or the version.
@@ -102,15 +105,15 @@ def connect(
         listener = opened.enter_context(_listen(address, port_base, rank, world))
         token = secrets.token_bytes(16)
         mine = {"host": address, "port": listener.getsockname()[1], "token": token.hex()}
-        _agree(store, rank, world, roles)
+        _agree(store, rank, world, roles, links)
         _claim_rank(store, names, rank, mine)
         directory = _read_directory(store, names, rank, deadline, timeout, while_waiting)
         sockets = {}
         opened.callback(lambda: [sock.close() for sock in sockets.values()])
         for peer in range(rank):
-            sockets[peer] = _dial(names[peer], directory[peer], rank, world, token, deadline)
+            sockets[peer] = _dial(names, peer, directory[peer], rank, world, token, deadline, links)
         while len(sockets) < world - 1:
-            peer, sock = _answer(listener, names, rank, world, token, directory, sockets, deadline, timeout)
+            peer, sock = _answer(listener, names, rank, world, token, directory, sockets, deadline, timeout, links)
             sockets[peer] = sock
         _barrier(sockets, names, deadline, timeout)
         transport = Transport(rank, roles, dict(sockets), timeout=timeout, meter=meter, network=network)
@@ -205,9 +208,10 @@ class _Store:
         return self._call("get", key).decode() if self._call("check", [key]) else None
 
 
-def _agree(store, rank, world, roles):
+def _agree(store, rank, world, roles, links):
     """Hold the first party's idea of the job against this one's; a disagreement stops everyone."""
     mine = {"world size": world, "roles": list(roles), "protocol version": PROTOCOL_VERSION}
+    mine["links"] = "TLS (--tls)" if links else "plain TCP"
     first = json.loads(store.put_first("job", json.dumps(mine)))
     for fact, value in mine.items():
         if first.get(fact) != value:
@@ -285,9 +289,9 @@ def _listen(address, port_base, rank, world):
     raise AssertionError("the loop returns or raises")
 
 
-def _dial(name, entry, rank, world, token, deadline):
+def _dial(names, peer, entry, rank, world, token, deadline, links):
     """Connect to a lower rank that listens at `entry` and greet each other."""
-    place = f"{entry['host']}:{entry['port']}"
+    name, place = names[peer], f"{entry['host']}:{entry['port']}"
     try:
         sock = socket.create_connection((entry["host"], entry["port"]), timeout=max(0.1, deadline - time.monotonic()))
     except OSError as error:
@@ -296,6 +300,7 @@ def _dial(name, entry, rank, world, token, deadline):
             "one reaches, and open the port in the firewall"
         ) from None
     try:
+        sock = links.secure(sock, peer) if links else sock
         sock.sendall(HELLO.pack(MAGIC, PROTOCOL_VERSION, rank, world, bytes.fromhex(entry["token"])))
         answer = _read_exactly(sock, HELLO.size, max(0.1, deadline - time.monotonic()))
         if hmac.compare_digest(HELLO.unpack(answer)[4], token):
@@ -310,8 +315,10 @@ def _dial(name, entry, rank, world, token, deadline):
     )
 
 
-def _answer(listener, names, rank, world, token, directory, sockets, deadline, timeout):
-    """Accept the next higher rank; connections that do not show our token are dropped without a word."""
+def _answer(listener, names, rank, world, token, directory, sockets, deadline, timeout, links):
+    """Accept the next higher rank; connections that do not show our token, or the rank's key, are dropped without a
+    word.
+    """
     while True:
         left = deadline - time.monotonic()
         try:
@@ -324,13 +331,16 @@ def _answer(listener, names, rank, world, token, directory, sockets, deadline, t
                 f"reaches {listener.getsockname()[0]}:{listener.getsockname()[1]}"
             ) from None
         try:
+            sock.settimeout(HELLO_SECONDS)
+            sock = links.secure(sock) if links else sock
             magic, version, peer, their_world, shown = HELLO.unpack(_read_exactly(sock, HELLO.size, HELLO_SECONDS))
             known = hmac.compare_digest(shown, token) and (magic, version, their_world) == (
                 MAGIC,
                 PROTOCOL_VERSION,
                 world,
             )
-            if known and rank < peer < world and peer not in sockets:
+            expected = known and rank < peer < world and peer not in sockets
+            if expected and (not links or links.is_of(sock, peer)):
                 theirs = bytes.fromhex(directory[peer]["token"])
                 sock.sendall(HELLO.pack(MAGIC, PROTOCOL_VERSION, rank, world, theirs))
                 return peer, sock

@@ -81,6 +81,7 @@ class LaunchConfig:
     """timeout: seconds any wait may last. network: "lan", "wan" or "RTTms,Mbit" to emulate between local parties.
     threads: of torch in each process; 0 divides this machine's cores among the local parties.
     host: address at which the others reach this process (found by itself when empty).
+    tls: folder of keys and certificates that put the links under TLS (see ``tls``); plain TCP when empty.
     offline: never ask a hub. progress: show progress bars. verbose: tracebacks, and what the other parties print.
     """
 
@@ -88,6 +89,7 @@ class LaunchConfig:
     network: str = ""
     threads: int = 0
     host: str = ""
+    tls: str = ""
     offline: bool = False
     progress: bool = False
     verbose: bool = False

@@ -3,9 +3,9 @@
 Owns the sockets once the rendezvous has connected them, the frame format, timeouts, the messages about a peer
 that stopped, and the calls to `Meter.count`. It knows nothing of shares, masks or models and must stay so.
 
-**Links are plain TCP: nothing is encrypted or authenticated here.** What the parties send each other is masked
-data, but whoever reads both links of a party, or alters one, breaks the protocol's assumptions. Run the
-parties inside a trusted network or through a tunnel (WireGuard, ssh).
+**Links are plain TCP unless the sockets came under TLS (see `tls`).** What the parties send each other is masked data,
+but whoever reads both links of a party, or alters one, breaks the protocol's assumptions: between hosts, use TLS, a
+trusted network or a tunnel.
 
 A frame is a 24-byte header and a payload of raw little-endian elements, UTF-8 JSON or one line of text. The
 receiver knows what must come next and compares kind, dtype, sequence number and size before it allocates
@@ -13,8 +13,8 @@ anything. No pickle is ever read.
 
 Rounds: a transfer that waits for peers counts one round, however many peers take part: `exchange`,
 `all_exchange` and `all_exchange_many` one round for each participant, `recv` and `recv_json` one round for the
-receiver. `send` and `send_json` count a message and no round. Bytes are those on the socket, headers included,
-counted when the transfer is complete; the rendezvous handshake is not counted.
+receiver. `send` and `send_json` count a message and no round. Bytes are those of frames, headers included, counted
+when the transfer is complete; the rendezvous handshake and what TLS adds (22 bytes for 16 KiB) are not counted.
 
 Not for two threads on the same direction of the same link; different links are independent.
 """
@@ -24,6 +24,7 @@ import json
 import math
 import select
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -50,6 +51,8 @@ DTYPES = {
 }
 DTYPE_NAMES = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPES.items()} | {MIXED: "mixed"}
 MAX_BUFFERS = 512  # of one system call; Linux allows 1024
+TLS_RECORD = 16384  # bytes at most; smaller buffers are joined to one
+WAITS = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 MAX_ABORT_BYTES = 4096
 LAST_WORDS_SECONDS = 1.0  # how long to look for a peer's abort frame after its link broke
 # Small frames leave at once; a machine that vanished is noticed within a minute even by a wait without end. Buffer
@@ -119,6 +122,22 @@ class _Link:
             for option, value in TCP_OPTIONS.items():
                 if hasattr(socket, option):
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+    def send(self, views):
+        """Bytes of these that the kernel took; raises one of ``WAITS`` where it takes none now."""
+        if not isinstance(self.sock, ssl.SSLSocket):
+            return self.sock.sendmsg(views[:MAX_BUFFERS])
+        count, size = 0, 0
+        while count < len(views) and size + views[count].nbytes <= TLS_RECORD:
+            size += views[count].nbytes
+            count += 1
+        return self.sock.send(b"".join(views[:count]) if count > 1 else views[0])
+
+    def receive_into(self, views):
+        """Bytes read into the first of these; 0 at the end, raises one of ``WAITS`` where there are none yet."""
+        if len(views) == 1 or isinstance(self.sock, ssl.SSLSocket):
+            return self.sock.recv_into(views[0])
+        return self.sock.recvmsg_into(views[:MAX_BUFFERS])[0]
 
     @property
     def is_local(self):
@@ -343,8 +362,8 @@ class Transport:
         progress = False
         while out.views:
             try:
-                sent = out.link.sock.sendmsg(out.views[:MAX_BUFFERS])
-            except BlockingIOError:
+                sent = out.link.send(out.views)
+            except WAITS:
                 break
             except OSError:
                 out.broken, out.views = True, []
@@ -358,12 +377,14 @@ class Transport:
         progress = False
         while frame.views:
             try:
-                if len(frame.views) == 1:
-                    received = frame.link.sock.recv_into(frame.views[0])
-                else:
-                    received = frame.link.sock.recvmsg_into(frame.views[:MAX_BUFFERS])[0]
-            except BlockingIOError:
+                received = frame.link.receive_into(frame.views)
+            except WAITS:
                 break
+            except ssl.SSLError as error:
+                raise PartyError(
+                    f"what came from {frame.link.name} during {self.meter.where} is not as it was sent "
+                    f"({error.reason}): something between the two changes it; look at that party's own output too"
+                ) from None
             except OSError:
                 received = 0
             if received == 0:

@@ -274,7 +274,7 @@ def test_versions_differ(hosted):
     store, port = hosted
     store.set("crypten_llm//0/job", '{"world size": 3, "roles": ["owner", "client", "dealer"]}')
     (error,) = meet(port, ranks=(1,), is_master=False)
-    assert "disagree on the protocol version: rank 1 was started with 1, another with None" in str(error)
+    assert "disagree on the protocol version: rank 1 was started with 2, another with None" in str(error)
 
 
 # Strangers
@@ -312,13 +312,13 @@ def test_wrong_listener_is_noticed():
         threading.Thread(target=answer, args=(listener,)).start()
         entry = {"host": "127.0.0.1", "port": listener.getsockname()[1], "token": "00" * 16}
         with pytest.raises(PartyError, match=r"rank 0 \(owner\) did not complete .* \(another program answered\)"):
-            rendezvous._dial("rank 0 (owner)", entry, 1, 2, b"\x01" * 16, time.monotonic() + 2)
+            rendezvous._dial(["rank 0 (owner)"], 0, entry, 1, 2, b"\x01" * 16, time.monotonic() + 2, None)
 
 
 def test_unreachable_listener(port):
     entry = {"host": "127.0.0.1", "port": port, "token": "00" * 16}
     with pytest.raises(PartyError, match=rf"rank 0 \(owner\) cannot be reached at 127.0.0.1:{port} \(Conn"):
-        rendezvous._dial("rank 0 (owner)", entry, 1, 2, bytes(16), time.monotonic() + 2)
+        rendezvous._dial(["rank 0 (owner)"], 0, entry, 1, 2, bytes(16), time.monotonic() + 2, None)
 
 
 def test_party_that_publishes_but_never_connects(hosted):

@@ -1,0 +1,140 @@
+"""TLS on the links: each party proves who it is with a key that it made itself, and nobody between them reads along.
+
+Owns keys, certificates and their verification; `rendezvous` puts a connection through `Links.secure` before the parties
+greet each other. There is no authority: every party makes its own key (``python -m crypten_llm keys ROLE``), gives its
+certificate to the others, and accepts from each role that role's certificate and no other. A party's folder holds
+ROLE.crt of all roles and ROLE.key of its own; the key file never leaves the machine.
+
+TLS 1.3 alone: AES-GCM or ChaCha20, fresh keys for each connection, from the interpreter's OpenSSL.
+"""
+
+import hashlib
+import os
+import re
+import ssl
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.x509.oid import NameOID
+
+from crypten_llm.errors import UsageError
+
+DAYS = 365  # that a certificate holds
+
+
+@dataclass(frozen=True)
+class Made:
+    """A role's new files. fingerprint: SHA-256 of the certificate, in groups of four digits for people to compare."""
+
+    key: Path
+    certificate: Path
+    fingerprint: str
+
+
+def make_key(folder: str | Path, role: str) -> Made:
+    """Writes ROLE.key, readable by this user alone, and ROLE.crt.
+
+    Raises UsageError for a role that there is not, a folder that cannot be written, or one that has such a key already.
+    """
+    if not re.fullmatch(r"owner|client|dealer|compute \d+", role):
+        raise UsageError(f"there is no role {role!r}; give owner, client, dealer, or 'compute 2' and on")
+    folder, key = Path(folder), ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"crypten_llm {role}")]), datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=DAYS))
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    certificate = builder.sign(key, SHA256())
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path, public = _key_path(folder, role), _certificate_path(folder, role)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secret)
+        public.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    except FileExistsError:
+        raise UsageError(f"{path} exists; remove it first if that key is no longer in use") from None
+    except OSError as error:
+        raise UsageError(f"cannot write {error.filename} ({error.strerror}); give another folder (--out)") from None
+    digest = hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
+    return Made(path, public, " ".join(digest[i : i + 4] for i in range(0, len(digest), 4)))
+
+
+class Links:
+    """How this party's connections become TLS.
+
+    folder: see above. roles: one name per rank. rank: this party's.
+    Raises UsageError for a file that is missing, or is no key or certificate.
+    """
+
+    def __init__(self, folder: str | Path, roles: list[str], rank: int):
+        self._roles, self._folder = roles, Path(folder)
+        self._certificates = [self._read(role) for role in roles]
+        self._dialling, self._answering = (
+            self._context(purpose, roles[rank]) for purpose in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)
+        )
+
+    def secure(self, sock, peer: int | None = None):
+        """The socket under TLS, handshake done; the socket's timeout bounds it.
+
+        peer: the rank that was dialled, whose certificate must be shown; ``None`` at the side that answers, which asks
+        ``is_of`` once it knows who came. Raises OSError where the handshake fails; the connection is closed then.
+        """
+        if peer is None:
+            return self._answering.wrap_socket(sock, server_side=True)
+        secured = self._dialling.wrap_socket(sock)
+        if not self.is_of(secured, peer):
+            secured.close()
+            raise ConnectionResetError("it shows another party's certificate")
+        return secured
+
+    def is_of(self, secured, peer: int) -> bool:
+        """Whether the other side of a connection holds the key of ``peer``."""
+        return secured.getpeercert(binary_form=True) == self._certificates[peer]
+
+    def _read(self, role: str) -> bytes:
+        path = _certificate_path(self._folder, role)
+        try:
+            certificate = ssl.PEM_cert_to_DER_cert(path.read_text("ascii"))
+            x509.load_der_x509_certificate(certificate)
+            return certificate
+        except OSError as error:
+            raise UsageError(
+                f"--tls: cannot read {path} ({error.strerror}); the {role} makes it with python -m crypten_llm keys "
+                f"'{role}' and gives it to the others"
+            ) from None
+        except ValueError:
+            raise UsageError(f"--tls: {path} is no certificate; have the {role} send it again") from None
+
+    def _context(self, purpose: int, role: str) -> ssl.SSLContext:
+        context = ssl.SSLContext(purpose)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False  # a party is known by its key, wherever it runs
+        context.verify_mode = ssl.CERT_REQUIRED
+        if purpose == ssl.PROTOCOL_TLS_SERVER:
+            context.num_tickets = 0  # a party that only sends would close with them unread, which resets the link
+        for certificate in self._certificates:
+            context.load_verify_locations(cadata=certificate)
+        path = _key_path(self._folder, role)
+        try:
+            context.load_cert_chain(_certificate_path(self._folder, role), path)
+        except OSError as error:  # ssl.SSLError among them
+            reason = f"no key of {role}'s certificate" if isinstance(error, ssl.SSLError) else error.strerror
+            raise UsageError(
+                f"--tls: cannot use {path} ({reason}); the {role} makes both with python -m crypten_llm keys '{role}'"
+            ) from None
+        return context
+
+
+def _key_path(folder: Path, role: str) -> Path:
+    return folder / f"{role.replace(' ', '_')}.key"
+
+
+def _certificate_path(folder: Path, role: str) -> Path:
+    return folder / f"{role.replace(' ', '_')}.crt"
