@@ -7,7 +7,7 @@
 
 Accuracy is measured on engine ``plain``, cost counted for engine ``wire`` and measured on ``crypten``, for the same
 settings; some prompts are also answered on ``wire`` end to end and compared with ``plain`` token by token. What a
-budget means for each policy is in ``baselines_policies``.
+budget means for each policy is in ``experiments.baselines.policies``.
 
 Results go to OUT.jsonl, one line for each cell when it is done; the tables (OUT.md) and pictures (OUT-*.png) follow
 from these. A run that was killed goes on where it was, one with more policies, tasks, lengths, budgets or samples adds
@@ -25,10 +25,10 @@ if not __package__:  # run as a file, which puts this folder where the project's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from crypten_llm.errors import CryptenLLMError, exit_code, last_words
-from experiments import baselines_cells as cells
-from experiments import baselines_config as configuration
-from experiments.baselines_report import markdown
-from experiments.baselines_summary import Summary
+from experiments.baselines import cells
+from experiments.baselines import config as configuration
+from experiments.baselines.report import markdown
+from experiments.baselines.summary import Summary
 from experiments.eviction_counts import shape_of
 from experiments.journal import Journal
 
@@ -40,7 +40,7 @@ QUICK = ROOT / "runs" / "baselines-quick"
 
 def report(summary: Summary, journal: Journal, out: Path, command: str) -> list[Path]:
     """Writes tables and pictures; returns their paths."""
-    from experiments.baselines_plots import draw
+    from experiments.baselines.plots import draw
 
     pictures, tables = draw(summary, out), out.with_suffix(".md")
     tables.write_text(markdown(summary, journal.runs, command, [path.name for path in pictures]), "utf-8")

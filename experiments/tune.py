@@ -27,13 +27,13 @@ if not __package__:  # run as a file, which puts this folder where the project's
 
 from crypten_llm.errors import INTERRUPTED, UsageError
 from experiments.provenance import provenance
-from experiments.tune_goal import Ceiling, Floor, Goal
-from experiments.tune_measure import Bench, draw_prompts
-from experiments.tune_report import beside, draw, result, text
-from experiments.tune_search import Search
-from experiments.tune_space import space
-from experiments.tune_store import Measured
-from experiments.tune_study import locked
+from experiments.tuning.goal import Ceiling, Floor, Goal
+from experiments.tuning.measure import Bench, draw_prompts
+from experiments.tuning.report import beside, draw, result, text
+from experiments.tuning.search import Search
+from experiments.tuning.space import space
+from experiments.tuning.store import Measured
+from experiments.tuning.study import locked
 
 TASKS = ("passkey", "key_value", "one_hop", "two_hop", "few_shot", "span_copy", "variables")
 

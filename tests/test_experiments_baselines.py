@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from crypten_llm.api import PrivateLlama
 from crypten_llm.errors import UsageError
 from crypten_llm.generation import parse_policy
-from experiments import baselines_cells as cells
-from experiments import baselines_config as configuration
 from experiments import compare_baselines
-from experiments.baselines_config import Ablation, Config, CrypTen, Private
-from experiments.baselines_plots import PICTURES, STYLES
-from experiments.baselines_policies import ABLATION, TABLE, at_budget, names
-from experiments.baselines_report import markdown
-from experiments.baselines_summary import Summary
+from experiments.baselines import cells
+from experiments.baselines import config as configuration
+from experiments.baselines.config import Ablation, Config, CrypTen, Private
+from experiments.baselines.plots import PICTURES, STYLES
+from experiments.baselines.policies import ABLATION, TABLE, at_budget, names
+from experiments.baselines.report import markdown
+from experiments.baselines.summary import Summary
 from experiments.eviction_counts import ATTENTION, count, shape_of
 from experiments.intervals import bootstrap, front, of_task, resampled, wilson
 from experiments.journal import Journal

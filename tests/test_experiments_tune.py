@@ -25,18 +25,19 @@ from crypten_llm.checkpoint import load_tokenizer
 from crypten_llm.errors import UsageError
 from eviction import POLICIES, Policy, parse, settings
 from eviction.settings import written
-from experiments import tune, tune_measure
+from experiments import tune
 from experiments.eviction_counts import count
 from experiments.quality import Evaluator
 from experiments.tasks import Example, find
-from experiments.tune_goal import Ceiling, Floor, Tried, is_hopeless
-from experiments.tune_measure import FULL, Bench, Prompt, Prompts, draw_prompts
-from experiments.tune_report import beside, draw, result, text
-from experiments.tune_search import Search
-from experiments.tune_space import HELD, space, values
-from experiments.tune_spread import POOL, Spread
-from experiments.tune_store import Measured, name_of
-from experiments.tune_study import locked
+from experiments.tuning import measure as tune_measure
+from experiments.tuning.goal import Ceiling, Floor, Tried, is_hopeless
+from experiments.tuning.measure import FULL, Bench, Prompt, Prompts, draw_prompts
+from experiments.tuning.report import beside, draw, result, text
+from experiments.tuning.search import Search
+from experiments.tuning.space import HELD, space, values
+from experiments.tuning.spread import POOL, Spread
+from experiments.tuning.store import Measured, name_of
+from experiments.tuning.study import locked
 
 RESULTS = Path(tune.__file__).parent / "results" / "tune"
 AXES = ("static=0.1,0.3,0.5,1", "second=0.05,0.1,0.3,0.5", "fine=8,16,32", "summary=minmax,mean")  # 96 policies

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from itertools import combinations_with_replacement, islice
 
 from eviction import parse
-from experiments.tune_space import Space
+from experiments.tuning.space import Space
 
 POOL = 32  # policies drawn at a time, of which the most novel comes first
 POOLS = 8  # draws in a row after which there is nothing left to try

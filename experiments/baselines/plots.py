@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from experiments.baselines_policies import PARTS
-from experiments.baselines_summary import Result, Summary
+from experiments.baselines.policies import PARTS
+from experiments.baselines.summary import Result, Summary
 from experiments.intervals import front
 
 STYLES = {

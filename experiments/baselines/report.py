@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from crypten_llm.report import size
-from experiments.baselines_policies import PARTS
-from experiments.baselines_summary import Result, Summary
+from experiments.baselines.policies import PARTS
+from experiments.baselines.summary import Result, Summary
 from experiments.intervals import Interval
 
 NONE = "–"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from crypten_llm.errors import UsageError, did_you_mean
-from experiments import baselines_policies as table
+from experiments.baselines import policies as table
 from experiments.tasks import find
 
 # What is compared where a run of all would take too long.
@@ -25,7 +25,7 @@ CHOOSES_CELLS = (
 
 @dataclass(frozen=True)
 class Ablation:
-    """Rows of ``baselines_policies.ABLATION``, at these budgets and lengths."""
+    """Rows of ``policies.ABLATION``, at these budgets and lengths."""
 
     rows: tuple[str, ...] = tuple(table.ABLATION)
     budgets: tuple[float, ...] = (0.05, 0.1, 0.2)
@@ -57,7 +57,7 @@ class Private:
 
 @dataclass(frozen=True)
 class Config:
-    """model, offline: as for ``PrivateLlama``. policies: names of ``baselines_policies.TABLE``, ``full``, or texts with
+    """model, offline: as for ``PrivateLlama``. policies: names of ``policies.TABLE``, ``full``, or texts with
     settings of their own, which have no budget. tasks: of ``experiments.tasks``. data: folder or hub id by source, for
     tasks whose rows lie in files. lengths: prompt tokens. budgets: shares of the prompt. samples: prompts of each task
     and length; long_samples: the same where the length is above 1,024. text_samples: the same for texts.

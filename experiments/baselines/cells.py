@@ -24,8 +24,8 @@ from crypten_llm.checkpoint import load_tokenizer
 from crypten_llm.settings import split
 from crypten_llm.transport import parse_network
 from experiments import agreement
-from experiments.baselines_config import Config
-from experiments.baselines_policies import at_budget, has_budget
+from experiments.baselines.config import Config
+from experiments.baselines.policies import at_budget, has_budget
 from experiments.eviction_cost import measured_step
 from experiments.eviction_counts import ATTENTION, NUMBER, count, fills
 from experiments.journal import Journal

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from experiments.baselines_cells import Entry, ablation, entries
-from experiments.baselines_config import Config
+from experiments.baselines.cells import Entry, ablation, entries
+from experiments.baselines.config import Config
 from experiments.intervals import Interval, bootstrap, of_task
 from experiments.journal import Journal
 from experiments.tasks import TASKS

@@ -14,11 +14,11 @@ from statistics import mean
 from optuna.trial import Trial
 from tqdm import tqdm
 
-from experiments.tune_goal import Goal, Tried, is_hopeless
-from experiments.tune_measure import FULL, Bench, Prompt, Prompts
-from experiments.tune_space import Space
-from experiments.tune_spread import Spread
-from experiments.tune_study import Pruner, Study
+from experiments.tuning.goal import Goal, Tried, is_hopeless
+from experiments.tuning.measure import FULL, Bench, Prompt, Prompts
+from experiments.tuning.space import Space
+from experiments.tuning.spread import Spread
+from experiments.tuning.study import Pruner, Study
 
 STARTUP = 10  # policies spread over the space before the sampler has enough to go by
 PROPOSALS = 5  # of the sampler in a row, all known or ruled out, after which one is drawn elsewhere

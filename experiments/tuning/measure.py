@@ -16,7 +16,7 @@ from crypten_llm.errors import UsageError
 from experiments.eviction_counts import count, shape_of
 from experiments.quality import Evaluator, draw
 from experiments.tasks import Example, find
-from experiments.tune_store import Measured, name_of
+from experiments.tuning.store import Measured, name_of
 
 FULL = "full"
 FIRST_LOOK = 4  # a length's first rung has one in so many of its prompts
@@ -121,7 +121,7 @@ class Bench:
         return found
 
     def cost(self, policy: str) -> dict[str, float]:
-        """By the names in ``tune_goal.COSTS``."""
+        """By the names in ``goal.COSTS``."""
         found, full = self.counts(policy), self.counts(FULL)
         share = (found["online"] + found["dealer"]) / (full["online"] + full["dealer"])
         return {"bytes": share, "lan": found["lan"], "wan": found["wan"]}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from experiments.eviction_cost import markdown
 from experiments.intervals import bootstrap, front, of_task
-from experiments.tune_goal import COSTS, Ceiling, Goal
-from experiments.tune_measure import FULL, Prompt
-from experiments.tune_search import Outcome, Search
+from experiments.tuning.goal import COSTS, Ceiling, Goal
+from experiments.tuning.measure import FULL, Prompt
+from experiments.tuning.search import Outcome, Search
 
 TICKS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # of a share of bytes
 STOPPED, RULED_OUT = "stopped early", "ruled out by its cost"

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from crypten_llm.errors import UsageError
 from experiments.journal import cut_torn_line
-from experiments.tune_space import Space
+from experiments.tuning.space import Space
 
 RULED_OUT = "ruled out"
 

@@ -1,0 +1,1 @@
+"""What `experiments/compare_baselines.py` is made of: its configuration, cells, summary, tables and pictures."""
