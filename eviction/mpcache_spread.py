@@ -25,7 +25,8 @@ class MPCacheSpread(Policy):
 
     budget: rows attended to, the mean over layers. lower, upper: shares of the layers, from below and from above, that
     keep the prompt's first rows and the last ones, together half the budget, or ``ends`` rows where that is more; the
-    layers between have what those leave. width: whether q²·w²/6 counts, or q·m alone. per_head: each kv head chooses
+    layers between have what those leave. A budget below half of ``ends`` leaves the ends too little to be of use, and
+    every layer searches then. width: whether q²·w²/6 counts, or q·m alone. per_head: each kv head chooses
     for itself, not all of a layer together.
 
     Source: this project (docs/eviction.md), from what MPCache (Zeng et al. 2025) loses on the shipped model. Which
@@ -50,25 +51,28 @@ class MPCacheSpread(Policy):
         *("best", "gather_scores", "scatter_weights"),
     )
 
-    def searching(self, layers: int) -> range:
+    def searching(self, layer) -> range:
         """The layers that keep all rows and choose among them."""
+        layers = layer.layers
+        if 2 * tokens(self.budget, layer.prompt_tokens) < self.ends:
+            return range(layers)
         first = min(int(self.lower * layers), layers - 1)
         return range(first, max(first + 1, layers - int(self.upper * layers)))
 
     def rows(self, layer) -> tuple[int, int]:
         """Rows that a layer of ends attends to, and one that searches."""
-        mean, searching = tokens(self.budget, layer.prompt_tokens), len(self.searching(layer.layers))
+        mean, searching = tokens(self.budget, layer.prompt_tokens), len(self.searching(layer))
         ends = min(mean, max(self.ends, mean // 2))
         return ends, ends + (mean - ends) * layer.layers // searching
 
     def evict(self, ops, layer):
-        if layer.index in self.searching(layer.layers):
+        if layer.index in self.searching(layer):
             self._summarise(ops, layer)
         else:
             self._keep_ends(ops, layer)
 
     def after_step(self, ops, layer, seen):
-        if layer.index not in self.searching(layer.layers):
+        if layer.index not in self.searching(layer):
             self._keep_ends(ops, layer)
 
     def _keep_ends(self, ops, layer) -> None:
@@ -78,7 +82,7 @@ class MPCacheSpread(Policy):
             take(ops, layer, torch.cat([index[:first], index[first - ends :]]))
 
     def choose(self, ops, layer, query, query_before):
-        if layer.index not in self.searching(layer.layers):
+        if layer.index not in self.searching(layer):
             return None
         self._summarise(ops, layer)
         blocks = layer.notes.get("blocks", 0)

@@ -238,6 +238,17 @@ def test_mpcache_spread(heads, kv_heads, per_head, width):
             assert attended(found, layer)[step][head] == expected
 
 
+def test_mpcache_spread_searches_everywhere_on_a_budget_too_small_for_ends():
+    """12 rows: the first block, the newest of 1 to 3 rows, and three between, in each layer."""
+    found = run("mpcache_spread(budget=12,ends=25,block=3)", 50, STEPS, 4, 2, 5)
+    for layer, step in itertools.product(range(5), range(STEPS)):
+        newest = 50 + step
+        assert kept(found, layer)[step] == [list(range(newest))] * 2
+        rows = attended(found, layer)[step][0]
+        assert rows[:3] == [0, 1, 2] and rows[12:] == list(range(newest // 3 * 3, newest + 1))
+        assert len(rows) == 12 + newest % 3 + 1 and all(row % 3 == 0 for row in rows[3:12:3])
+
+
 def clusters(found, layer, head, newest, summary):
     """Indices of the cache's rows in the fine clusters that a step chooses between the first and the newest."""
     rows = kept(found, layer)[0][head] + list(range(80, newest + 1))
