@@ -442,6 +442,13 @@ def test_results_join_the_blocks_and_stand_against_full(summary):
     assert some.mean.mean == pytest.approx((some.tasks["few_shot"].mean + some.tasks["key_value"].mean) / 2)
     assert some.difference.mean == pytest.approx(some.mean.mean - full.mean.mean)
     assert some.difference.high < 0
+    for result in summary.over_lengths:
+        name, budget = result.entry.name, result.entry.budget or 0.2
+        assert summary.beside(name, "full", budget) == result.difference
+        other = summary.beside(name, "streaming_llm", budget)
+        rival = next(r for r in summary.over_lengths if (r.entry.name, r.entry.budget) == ("streaming_llm", budget))
+        assert other.mean == pytest.approx(result.mean.mean - rival.mean.mean)
+        assert other.low <= other.mean <= other.high
     assert some.losses["stories"].mean > full.losses["stories"].mean
     assert some.attended == pytest.approx(0.2, abs=0.03)
     assert [result.entry.name for result in summary.ablation] == ["static only"]

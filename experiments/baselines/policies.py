@@ -2,7 +2,8 @@
 
 Owns the table. A budget is R rows, a share of the prompt, that a decode step reads in each layer and head: what the
 papers call the cache size (policies that drop rows) or the retrieval budget (policies that keep all rows and choose
-among them). Where a policy rounds to pages or clusters, R is met on average over the steps, as near as they allow.
+among them). Where a policy rounds to pages or clusters, R is met on average over the steps, as near as they allow;
+``pyramidkv`` and ``mpcache_spread`` give some layers more and others less, and meet R on average over layers.
 Three do not fit: the published ``quest`` leaves its first two layers whole (``quest_every_layer`` does not), ``mikv``
 reads all rows and keeps R of them in full precision, and ``full`` has no budget. What was really kept and read is
 measured (``quality.Decoder.shares``) and stands beside each result.

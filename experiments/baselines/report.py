@@ -103,6 +103,20 @@ def _matrix(summary: Summary) -> list[str]:
     return table(("policy", *(f"{100 * budget:g} %" for budget in budgets)), lines)
 
 
+def _differences(summary: Summary, name: str) -> list[str]:
+    """A policy beside each other one, by budget, on the same prompts; nothing where there is nothing to compare."""
+    budgets, others = summary.config.budgets, [other for other in summary.config.policies if other != name]
+    found = {other: [summary.beside(name, other, budget) for budget in budgets] for other in others}
+    rows = [(f"`{other}`", *(interval(cell, "+") for cell in cells)) for other, cells in found.items() if any(cells)]
+    if not rows:
+        return []
+    return [
+        *(f"## `{name}` beside each other policy", ""),
+        "The mean over tasks and lengths less that of the other policy at the same budget, on the same prompts.",
+        *("", *table(("policy", *(f"{100 * budget:g} %" for budget in budgets)), rows), ""),
+    ]
+
+
 def _signed(found: Interval | None) -> str:
     return NONE if found is None else f"{100 * found.mean:+.1f}"
 
@@ -192,6 +206,8 @@ def markdown(summary: Summary, runs: list[dict], command: str, pictures: Sequenc
     for picture in pictures:
         lines += [f"![{picture}]({picture})", ""]
     lines += ["## Mean over tasks and lengths", "", "In round brackets: against `full`.", "", *_matrix(summary), ""]
+    for policy in PARTS:
+        lines += _differences(summary, policy) if policy in config.policies else []
     for length, results in per_length.items():
         lines += [f"## {length:,} tokens", "", *_main_rows(results), ""]
     if summary.ablation:

@@ -54,7 +54,17 @@ class Summary:
         self.ablation = [
             self._result(entry, length) for length in config.lengths for entry in ablation(config, length, heads)
         ]
-        self.over_lengths = [self._joined(rows) for rows in zip(*lists.values(), strict=True)]
+        joined = list(zip(*lists.values(), strict=True))
+        self._of_all = {(rows[0].name, rows[0].budget): self._all_scores(rows) for rows in joined}
+        self.over_lengths = [self._joined(rows[0]) for rows in joined]
+
+    def beside(self, name: str, other: str, budget: float) -> Interval | None:
+        """By how much a policy's mean over tasks and lengths lies above another's, on the same prompts."""
+        mine, theirs = (self._at(policy, budget) for policy in (name, other))
+        return _difference(mine, theirs)
+
+    def _at(self, name: str, budget: float | None) -> dict:
+        return self._of_all.get((name, budget)) or self._of_all.get((name, None), {})
 
     def _is_done(self, config: Config, length: int) -> bool:
         found = self._scores.get((length, "full"), {})
@@ -70,14 +80,17 @@ class Summary:
         result.cost = {engine: self._costs[key] for engine, key in keys.items() if key in self._costs}
         return result
 
-    def _joined(self, rows: Sequence[Entry]) -> Result:
-        """One policy and budget at all lengths, whose texts may differ."""
-        mine, full = {}, {}
-        for length, entry in zip(self.config.lengths, rows, strict=True):
-            for all_of, text in ((mine, entry.text), (full, "full")):
-                found = self._scores.get((length, text), {})
-                all_of.update({f"{task}, {length}": scores for task, scores in found.items() if not _is_text(task)})
-        return _compared(rows[0], None, mine, full)
+    def _joined(self, entry: Entry) -> Result:
+        return _compared(entry, None, self._at(entry.name, entry.budget), self._at("full", None))
+
+    def _all_scores(self, rows: Sequence[Entry]) -> dict:
+        """By task and length, of one policy and budget at all lengths, whose texts may differ."""
+        return {
+            f"{task}, {length}": scores
+            for length, entry in zip(self.config.lengths, rows, strict=True)
+            for task, scores in self._scores.get((length, entry.text), {}).items()
+            if not _is_text(task)
+        }
 
 
 def _of_lengths(config: Config, lengths: list[int]) -> Config:
@@ -95,9 +108,15 @@ def _compared(entry: Entry, length: int | None, mine: dict, full: dict) -> Resul
     result.tasks = {task: of_task(mine[task]) for task in scored}
     if scored:
         result.mean = bootstrap([mine[task] for task in scored])
-        if all(len(full.get(task, ())) == len(mine[task]) for task in scored):
-            result.difference = bootstrap([mine[task] for task in scored], [full[task] for task in scored])
+        result.difference = _difference({task: mine[task] for task in scored}, full)
     return result
+
+
+def _difference(mine: dict, theirs: dict) -> Interval | None:
+    """Of the means over tasks; ``None`` where they are not of the same prompts."""
+    if mine and all(len(theirs.get(task, ())) == len(scores) for task, scores in mine.items()):
+        return bootstrap(list(mine.values()), [theirs[task] for task in mine])
+    return None
 
 
 def _is_text(task: str) -> bool:
