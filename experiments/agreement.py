@@ -26,6 +26,7 @@ from crypten_llm.api import PrivateLlama
 from crypten_llm.generation import Answer, Plan
 from experiments.corpus import TASKS, Encoder, sample
 from experiments.evaluate import print_table
+from experiments.provenance import sign
 
 LONG_ANSWERS = ["stories", "few_shot", "span_copy"]  # tasks whose greedy answers reach ten tokens
 
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="results are kept here; an interrupted run goes on from them")
     arguments = parser.parse_args()
 
-    references, results = {}, {}
+    references, result = {}, {"samples": {}}
     with PrivateLlama.from_pretrained(arguments.model, engine="plain") as plain:
         encode = Encoder(plain.tokenizer)
         for index in range(arguments.samples):
@@ -117,7 +118,8 @@ def main() -> None:
             key = f"{arguments.engine}/{mode}/{task}/{arguments.length}/{arguments.tokens}/{index}"
             references[key] = ids, greedy(plain, ids, arguments.tokens)
     if arguments.json and arguments.json.exists():
-        results = json.loads(arguments.json.read_text("utf-8"))["samples"]
+        result = json.loads(arguments.json.read_text("utf-8"))
+    results = result["samples"]
 
     def table() -> list[dict]:
         done = {bits: [results[k] for key in references if (k := f"{bits}/{key}") in results] for bits in chosen}
@@ -126,8 +128,9 @@ def main() -> None:
     def save() -> None:
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"summary": table(), "samples": results}, indent=1)
-            arguments.json.write_text(text + "\n", "utf-8")
+            sign(result, "crypten")
+            result["summary"] = table()
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
     chosen = arguments.precision_bits
     for bits in chosen:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -30,8 +29,8 @@ from crypten_llm.config import LlamaConfig
 from crypten_llm.deal import deal
 from crypten_llm.generation import Plan
 from crypten_llm.report import size
-from crypten_llm.settings import cores
 from experiments.evaluate import print_table
+from experiments.provenance import sign
 
 COUNTS = ("rounds", "bytes_sent", "dealer_bytes")
 
@@ -82,17 +81,18 @@ def main() -> None:
     def key(length: int) -> str:
         return f"{arguments.model}/{engine}/{arguments.network or 'loopback'}/{arguments.tokens}/{length}"
 
-    rows = {}
+    result = {"rows": {}}
     if arguments.json and arguments.json.exists():
-        rows = json.loads(arguments.json.read_text("utf-8"))["rows"]
+        result = json.loads(arguments.json.read_text("utf-8"))
+    rows = result["rows"]
     missing = [length for length in arguments.lengths if key(length) not in rows]
 
     def keep(length: int, row: dict) -> None:
         rows[key(length)] = row
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            machine = f"{cores()} cores, {platform.machine()}, all parties on this machine"
-            arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", "utf-8")
+            sign(result, "crypten")
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
     if missing:
         progress = tqdm(missing, unit="prompt")

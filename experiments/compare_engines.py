@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 from dataclasses import replace
@@ -29,7 +28,8 @@ from crypten_llm.api import PrivateLlama
 from crypten_llm.bench import Shape
 from crypten_llm.deal import deal
 from crypten_llm.report import size
-from crypten_llm.settings import cores, split
+from crypten_llm.settings import split
+from experiments.provenance import sign
 
 RESULTS = Path(__file__).parent / "results" / "compare_engines.json"
 SHAPES = {
@@ -107,10 +107,9 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def save(path: Path, shapes: list[Shape], cells: dict[str, dict]) -> None:
+def save(path: Path, shapes: list[Shape], result: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    machine = f"{cores()} cores, {platform.machine()}, all parties on this machine"
-    result = {"machine": machine, "summary": summary(shapes, cells), "cells": cells}
+    result["summary"] = summary(shapes, result["cells"])
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     path.with_suffix(".md").write_text(markdown(result["summary"]), "utf-8")
 
@@ -132,9 +131,10 @@ def main() -> None:
     shapes = [SHAPES[name] for name in arguments.shapes]
     if arguments.steps:
         shapes = [replace(shape, steps=arguments.steps) for shape in shapes]
-    cells = {}
+    result = {"cells": {}}
     if arguments.json and arguments.json.exists():
-        cells = json.loads(arguments.json.read_text("utf-8"))["cells"]
+        result = json.loads(arguments.json.read_text("utf-8"))
+    cells = result["cells"]
     todo = [
         (shape, engine, repeat)
         for shape in shapes
@@ -146,10 +146,11 @@ def main() -> None:
         for shape, engine, repeat in bar:
             bar.set_postfix_str(key(shape, engine, repeat))
             cells[key(shape, engine, repeat)] = measure(shape, engine, arguments.timeout)
+            sign(result, "crypten")
             if arguments.json:
-                save(arguments.json, shapes, cells)
+                save(arguments.json, shapes, result)
     if arguments.json:
-        save(arguments.json, shapes, cells)
+        save(arguments.json, shapes, result)
     print(markdown(summary(shapes, cells)), end="")
 
 

@@ -42,6 +42,7 @@ from crypten_llm.roles import CLIENT
 from eviction.recorder import Recorder
 from experiments.corpus import TASKS, Encoder, sample
 from experiments.eviction_cost import SHIPPED, markdown
+from experiments.provenance import sign
 from experiments.quality import processes
 from experiments.shared_prefill import Onlookers, prefill
 
@@ -262,9 +263,10 @@ def main() -> None:
     sets = SETS
     if arguments.length:
         sets = ((arguments.length, arguments.samples, arguments.policies or list(POLICIES)),)
-    path, samples, todo = arguments.json, {}, []
+    path, result, todo = arguments.json, {"samples": {}}, []
     if path and path.exists():
-        samples = json.loads(path.read_text("utf-8"))["samples"]
+        result = json.loads(path.read_text("utf-8"))
+    samples = result["samples"]
     with PrivateLlama.from_pretrained("shipped", engine="plain") as plain:
         encode = Encoder(plain.tokenizer)
         for length, count, policies in sets:
@@ -280,9 +282,10 @@ def main() -> None:
         _measured(todo, arguments.workers), total=len(todo), unit="prompt", disable=not sys.stderr.isatty()
     ):
         samples |= {f"{policy}|{name}": figures for policy, figures in made.items()}
+        sign(result)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"samples": samples}, indent=1) + "\n", "utf-8")
+            path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
             path.with_suffix(".md").write_text(tables(samples), "utf-8")
     print(tables(samples), end="")
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -36,8 +35,9 @@ from crypten_llm.config import LlamaConfig
 from crypten_llm.cost import predict
 from crypten_llm.generation import Plan
 from crypten_llm.report import size
-from crypten_llm.settings import cores, split
+from crypten_llm.settings import split
 from experiments.eviction_counts import ATTENTION, CHOICE, NUMBER, count, fills, layers
+from experiments.provenance import sign
 
 RESULTS = Path(__file__).parent / "results"
 SHIPPED = Path(__file__).parent.parent / "crypten_llm" / "shipped"
@@ -258,6 +258,7 @@ def measure(arguments, result: dict, save) -> None:
             plain = fills(policy, length)[1]  # bench repeats one step: that which fills a cluster is once in many
             shape = replace(MODELS["shipped"], kv_len=plain, policy=policy, steps=arguments.steps)
             runs[name] = {"engine": arguments.engine, "tokens": length, "policy": policy, **measured_step(llama, shape)}
+            sign(result, "crypten")
             save()
 
 
@@ -354,14 +355,17 @@ def count_all(arguments, result: dict, save) -> None:
     todo = [entry for entry in todo if key(*entry) not in cells]
     for entry in tqdm(todo, unit="step", disable=not sys.stderr.isatty()):
         cells[key(*entry)] = cell(*entry)
+        sign(result)
         save()
     for length in LENGTHS["shipped"]:
         for policy in (STATIC, *DYNAMICS):
             if f"{length}/{policy}" not in prefills:
                 prefills[f"{length}/{policy}"] = prefill_cell(length, policy)
+                sign(result)
                 save()
     if "parts" not in result:
         result["parts"] = parts("shipped", 2048, (FULL, STATIC, DYNAMIC, ONE_LEVEL))
+        sign(result)
         save()
 
 
@@ -393,8 +397,6 @@ def main() -> None:
     def save() -> None:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if arguments.measure:
-                result["machine"] = f"{cores()} cores, {platform.machine()}, all parties on this machine"
             path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
             path.with_suffix(".md").write_text(tables(), "utf-8")
 

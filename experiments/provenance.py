@@ -21,6 +21,13 @@ def provenance(*packages: str) -> dict:
     }
 
 
+def sign(result: dict, *packages: str) -> None:
+    """Adds this run to those that made ``result`` (its ``made_by``), once; to be called when it adds a figure."""
+    mine, makers = provenance(*packages), result.setdefault("made_by", [])
+    if mine not in makers:
+        makers.append(mine)
+
+
 def revision() -> str | None:
     """The commit of this clone, with ``+`` where files that git knows have changed since; ``None`` outside one."""
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 from statistics import median
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from crypten_llm.wire import ring
 from experiments.evaluate import print_table
+from experiments.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "ring_kernels.json"
 COPY_BYTES = 1 << 28  # more than a last-level cache
@@ -98,7 +98,7 @@ def run(vectors=VECTORS, matrices=MATRICES, repeats: int = 7, seconds: float = 0
         for name, count, size, narrow in tqdm(todo, unit="product", disable=not progress, leave=False)
     ]
     return {
-        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
+        "made_by": [provenance("numba")],
         "copy_gb_per_s": [round(value / 1e9, 2) for value in (before, copy_bandwidth())],
         "rows": rows,
     }

@@ -32,6 +32,7 @@ from experiments.baselines.summary import Summary
 from experiments.eviction_counts import ATTENTION, count, shape_of
 from experiments.intervals import bootstrap, front, of_task, resampled, wilson
 from experiments.journal import Journal
+from experiments.provenance import sign
 from experiments.quality import Scorer, draw
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +205,15 @@ def test_each_revision_that_added_to_a_journal_is_named(tmp_path, monkeypatch):
     assert [run["revision"] for run in journal.runs] == ["one", "another"]
     lines = [json.loads(line)["kind"] for line in path.read_text("utf-8").splitlines()]
     assert lines == ["run", "cost", "run", "cost", "cost"]
+
+
+def test_each_run_that_made_a_result_signs_it_once(monkeypatch):
+    result = {"rows": {}}
+    for name in ("one", "one", "another"):
+        monkeypatch.setattr("experiments.provenance.revision", lambda name=name: name)
+        sign(result, "numpy")
+    assert [maker["revision"] for maker in result["made_by"]] == ["one", "another"]
+    assert all(set(maker) == {"revision", "versions", "machine"} for maker in result["made_by"])
 
 
 def test_a_journal_of_another_configuration_is_refused(tmp_path):
