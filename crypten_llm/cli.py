@@ -257,8 +257,8 @@ def _deal(arguments) -> None:
 def _cost(arguments) -> None:
     from crypten_llm.cost import predict
     from crypten_llm.generation import Plan
+    from crypten_llm.network import parse_network
     from crypten_llm.show import show_cost
-    from crypten_llm.transport import parse_network
 
     plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, policy=_policy(arguments))
     network = parse_network(arguments.network) if arguments.network else None

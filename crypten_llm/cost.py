@@ -13,10 +13,10 @@ from crypten_llm.api import check_policy
 from crypten_llm.config import LlamaConfig
 from crypten_llm.engines.cost_engine import CostEngine, Links
 from crypten_llm.errors import UsageError
+from crypten_llm.network import Network
 from crypten_llm.party import Party
 from crypten_llm.report import ONLINE, Cost
 from crypten_llm.roles import role_names
-from crypten_llm.transport import Network
 
 WORD = 8
 
@@ -39,9 +39,7 @@ class Machine:
     def seconds(self, rounds: int, sent: int, work: dict, network: Network | None) -> float:
         """Of a party that finds its material ready: on a tape, or from a dealer that is ahead."""
         computed = rounds * self.round + work["products"] * self.product + work["material"] * self.material
-        if network is None:
-            return computed
-        return computed + rounds * network.rtt_ms / 2e3 + sent * 8e-6 / network.mbit
+        return computed + (network.seconds(rounds, sent) if network else 0.0)
 
     def dealing(self, rounds: int, work: dict) -> float:
         """Of the dealer, which sends without waiting."""

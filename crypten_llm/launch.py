@@ -21,11 +21,12 @@ import torch
 
 from crypten_llm import rendezvous
 from crypten_llm.errors import INTERRUPTED, CryptenLLMError, PartyError, UsageError, public_words
+from crypten_llm.network import parse_network
 from crypten_llm.party import Party
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.settings import Agreement, LaunchConfig, ProtocolConfig
 from crypten_llm.tls import Links
-from crypten_llm.transport import Transport, parse_network
+from crypten_llm.transport import Transport
 
 PACKAGE_HOME = str(Path(__file__).parents[1])
 GRACE_SECONDS = 10.0  # for the other processes to end by themselves, once the links are closed

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 import crypten_llm
 from crypten_llm.engines import check_engine
 from crypten_llm.errors import UsageError, did_you_mean
+from crypten_llm.network import parse_network
 from crypten_llm.roles import role_names
-from crypten_llm.transport import parse_network
 
 DEFAULT_ENGINE = "wire"
 DEFAULT_PRECISION_BITS = 15

@@ -28,7 +28,6 @@ import ssl
 import struct
 import sys
 import time
-from dataclasses import dataclass
 
 import torch
 
@@ -59,51 +58,6 @@ LAST_WORDS_SECONDS = 1.0  # how long to look for a peer's abort frame after its 
 # sizes are left to the kernel: fixing them turns its tuning to the link off, and gained nothing on loopback.
 TCP_OPTIONS = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 assert sys.byteorder == "little", "frames carry raw little-endian elements"
-
-
-@dataclass(frozen=True)
-class Network:
-    """A link to emulate: round trip time in milliseconds, bandwidth in Mbit/s per link and direction.
-
-    For parties on one machine only: the send time travels in the header and is compared with the receiver's
-    clock (CLOCK_MONOTONIC, shared by the processes of a machine). A message of n bytes may be read no earlier
-    than rtt/2 + 8n/bandwidth after it was sent, nor before the link has passed on those sent earlier.
-    """
-
-    rtt_ms: float
-    mbit: float
-
-    def __post_init__(self):
-        if not (0 <= self.rtt_ms < math.inf and 0 < self.mbit < math.inf):
-            raise UsageError(
-                f"network of {self.rtt_ms} ms and {self.mbit} Mbit/s is impossible: give a round trip time of 0 ms or "
-                "more and a bandwidth above 0 Mbit/s"
-            )
-
-
-NETWORKS = {  # the settings usual in the field's papers, which range over 1-3 Gbit/s and 100-400 Mbit/s
-    "lan": Network(rtt_ms=0.3, mbit=1000),
-    "wan": Network(rtt_ms=40, mbit=200),
-}
-
-
-def parse_network(text):
-    """The `Network` that "lan", "wan" or "<round trip>ms,<Mbit/s>" (such as "20ms,100") names.
-
-    Raises UsageError for anything else.
-    """
-    if text in NETWORKS:
-        return NETWORKS[text]
-    rtt, comma, mbit = text.replace(" ", "").partition(",")
-    try:
-        if not (comma and rtt.endswith("ms")):
-            raise ValueError
-        rtt_ms, mbit = float(rtt.removesuffix("ms")), float(mbit)
-    except ValueError:
-        raise UsageError(
-            f"network {text!r} is not known: give {', '.join(NETWORKS)} or '<round trip>ms,<Mbit/s>' such as '20ms,100'"
-        ) from None
-    return Network(rtt_ms, mbit)
 
 
 class _Link:

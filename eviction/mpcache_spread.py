@@ -29,9 +29,8 @@ class MPCacheSpread(Policy):
     every layer searches then. width: whether q²·w²/6 counts, or q·m alone. per_head: each kv head chooses
     for itself, not all of a layer together.
 
-    Source: this project (docs/eviction.md), from what MPCache (Zeng et al. 2025) loses on the shipped model. Which
-    layers look far back was measured there, by leaving rows out of one layer at a time; set lower=0,upper=0 for a model
-    of which it is not known.
+    Source: this project, from what MPCache (Zeng et al. 2025) loses on the shipped model. Which of its layers look far
+    back is measured in docs/eviction.md; set lower=0,upper=0 for a model of which it is not known.
     """
 
     budget: float = budget(0.2)

@@ -18,8 +18,8 @@ from crypten_llm.cost import Machine
 from crypten_llm.engines.cost_engine import CostEngine, Links
 from crypten_llm.errors import UsageError
 from crypten_llm.generation import parse_policy
+from crypten_llm.network import parse_network
 from crypten_llm.party import Party
-from crypten_llm.transport import parse_network
 from eviction.settings import tokens
 
 CHOICE = ("selection", "gather", "scatter")  # of rows: similarity and top-k, then their scores, then their weights

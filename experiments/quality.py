@@ -217,12 +217,18 @@ def _scorer(model: str, chunk: int, to_the_end: bool, offline: bool):
 
 
 def _start_worker(*arguments) -> None:
+    """An error waits for the first example: a process that ended here would be started again without end."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
-    _worker = _scorer(*arguments).__enter__()
+    try:
+        _worker = _scorer(*arguments).__enter__()
+    except Exception as error:
+        _worker = error
 
 
 def _score(example, policies) -> list[dict]:
+    if isinstance(_worker, Exception):
+        raise _worker
     return _worker.rows(example, policies)
 
 

@@ -13,10 +13,10 @@ from crypten_llm.config import LlamaConfig
 from crypten_llm.engines.wire_engine import WireEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.generation import Answer, Plan
+from crypten_llm.network import Network
 from crypten_llm.one_process import run_roles
 from crypten_llm.party import Party
 from crypten_llm.roles import CLIENT
-from crypten_llm.transport import Network
 
 SHIPPED = Path(cost.__file__).parent / "shipped"
 ONLINE = ("rounds", "bytes_sent", "bytes_received")

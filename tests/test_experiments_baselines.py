@@ -1,4 +1,4 @@
-"""The comparison of policies: budgets, configuration, cells that survive a kill, statistics, tables and pictures."""
+"""The comparison of policies: budgets, configuration, cells that survive a kill, tables and pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,9 +29,7 @@ from experiments.baselines.policies import ABLATION, TABLE, at_budget, names
 from experiments.baselines.report import markdown
 from experiments.baselines.summary import Summary
 from experiments.eviction_counts import ATTENTION, count, shape_of
-from experiments.intervals import bootstrap, front, of_task, resampled, wilson
 from experiments.journal import Journal
-from experiments.provenance import sign
 from experiments.quality import Scorer, draw
 
 ROOT = Path(__file__).parents[1]
@@ -174,118 +171,6 @@ def test_files_that_are_no_configuration_are_refused(tmp_path, capsys, name, tex
     assert compare_baselines.main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
     assert message in error and "--print-config" in error and error.count("\n") == 1
-
-
-# The file of results.
-
-
-def test_a_journal_goes_on_after_its_last_whole_line(tmp_path):
-    path = tmp_path / "deep" / "a.jsonl"
-    journal = Journal(path, {"seed": 0})
-    journal.append({"kind": "cost", "value": 1})
-    with path.open("ab") as file:
-        file.write(b'{"kind":"cost","val')  # what a kill leaves
-    again = Journal(path, {"seed": 0})
-    assert again.of("cost") == [{"kind": "cost", "value": 1}]
-    again.append({"kind": "cost", "value": 2})
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert [line["kind"] for line in lines] == ["run", "cost", "cost"]
-    run = lines[0]
-    assert run["config"] == {"seed": 0} and run["versions"]["torch"] and "cores" in run["machine"]
-    assert set(run) == {"kind", "config", "revision", "versions", "machine"}
-
-
-def test_each_revision_that_added_to_a_journal_is_named(tmp_path, monkeypatch):
-    path, revision = tmp_path / "a.jsonl", "experiments.provenance.revision"
-    for name in ("one", "another", "another", "a third"):
-        monkeypatch.setattr(revision, lambda name=name: name)
-        journal = Journal(path, {"seed": 0})
-        if name != "a third":  # that one looks at the file and adds nothing
-            journal.append({"kind": "cost"})
-    assert [run["revision"] for run in journal.runs] == ["one", "another"]
-    lines = [json.loads(line)["kind"] for line in path.read_text("utf-8").splitlines()]
-    assert lines == ["run", "cost", "run", "cost", "cost"]
-
-
-def test_each_run_that_made_a_result_signs_it_once(monkeypatch):
-    result = {"rows": {}}
-    for name in ("one", "one", "another"):
-        monkeypatch.setattr("experiments.provenance.revision", lambda name=name: name)
-        sign(result, "numpy")
-    assert [maker["revision"] for maker in result["made_by"]] == ["one", "another"]
-    assert all(set(maker) == {"revision", "versions", "machine"} for maker in result["made_by"])
-
-
-def test_a_journal_of_another_configuration_is_refused(tmp_path):
-    path = tmp_path / "a.jsonl"
-    Journal(path, {"seed": 0, "samples": 4}).append({"kind": "cost"})
-    with pytest.raises(UsageError, match=r"was made with seed = 0, and this run has 1; give another name \(--out\)"):
-        Journal(path, {"seed": 1, "samples": 4})
-    assert len(path.read_text("utf-8").splitlines()) == 2
-    grown = Journal(path, {"seed": 0, "samples": 6}, free=["samples"])
-    grown.append({"kind": "cost"})
-    assert [run["config"]["samples"] for run in grown.runs] == [4, 6]
-
-
-@pytest.mark.parametrize("text", ["# notes\n", '{"a": 1}\n', "[1]\n", '{"kind": "cost"}\n'])
-def test_a_file_of_another_kind_is_refused_and_left(tmp_path, text):
-    path = tmp_path / "a.jsonl"
-    path.write_text(text, "utf-8")
-    with pytest.raises(UsageError, match="is no file of results of this command"):
-        Journal(path, {})
-    assert path.read_text("utf-8") == text
-
-
-# Statistics.
-
-
-def test_wilson_against_published_values():
-    """Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
-    for right, total, low, high in (
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ):
-        found = wilson(right, total)
-        assert (found.low, found.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
-        assert found.mean == right / total
-
-
-def test_a_bootstrap_finds_the_standard_error_of_a_mean():
-    generator = np.random.default_rng(1)
-    scores = [list(generator.normal(size=200)), list(3 + generator.normal(size=100))]
-    found = bootstrap(scores)
-    error = np.sqrt(np.var(scores[0]) / 200 + np.var(scores[1]) / 100) / 2
-    assert found.mean == pytest.approx((np.mean(scores[0]) + np.mean(scores[1])) / 2)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.08)
-
-
-def test_differences_are_taken_in_pairs():
-    full = [[1, 0, 1, 1, 0, 1, 0, 1] * 5]
-    same = bootstrap(full, full)
-    assert (same.mean, same.low, same.high) == (0, 0, 0)
-    worse = [[*full[0][:-8], 1, 0, 0, 1, 0, 0, 0, 1]]  # two answers of forty lost
-    paired = bootstrap(worse, full)
-    assert paired.mean == pytest.approx(-0.05)
-    assert paired.high <= 0 and paired.high - paired.low < 0.15
-    apart = np.quantile(resampled(worse, seed=1) - resampled(full, seed=2), (0.025, 0.975))
-    assert apart[1] - apart[0] > 0.3
-
-
-def test_a_task_of_partial_scores_has_a_bootstrap_interval():
-    assert of_task([1, 0, 1, 1]) == wilson(3, 4)
-    assert of_task([0.5, 0.25, 1.0]) == bootstrap([[0.5, 0.25, 1.0]])
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20))
-def test_no_point_beats_one_of_the_front(points):
-    best = front(points)
-    for i, (cost, gain) in enumerate(points):
-        beaten = any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points)
-        assert beaten or any(points[j] == (cost, gain) for j in best)
-        assert not (beaten and i in best)
-    assert [points[i][0] for i in best] == sorted(points[i][0] for i in best)
 
 
 # Cells.

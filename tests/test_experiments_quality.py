@@ -193,3 +193,9 @@ def test_processes_end_with_the_one_that_started_them():
         program.process.kill()
         program.process.wait()
         ended(program.process.pid, 30.0)
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path, examples):
+    """And is not started again for ever."""
+    with pytest.raises(UsageError, match="no such folder"), Evaluator(str(tmp_path / "none"), workers=2) as evaluator:
+        list(evaluator.rows(examples, ["full"]))

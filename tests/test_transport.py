@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from crypten_llm.errors import PartyError, UsageError
-from crypten_llm.transport import DTYPES, HEADER, MAGIC, NETWORKS, TENSOR, Network, Transport, parse_network
+from crypten_llm.network import NETWORKS, Network, parse_network
+from crypten_llm.transport import DTYPES, HEADER, MAGIC, TENSOR, Transport
 
 ROLES = ("owner", "client", "dealer")
 

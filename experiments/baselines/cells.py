@@ -21,8 +21,8 @@ from tqdm import tqdm
 from crypten_llm.api import PrivateLlama
 from crypten_llm.bench import Shape
 from crypten_llm.checkpoint import load_tokenizer
+from crypten_llm.network import parse_network
 from crypten_llm.settings import split
-from crypten_llm.transport import parse_network
 from experiments import agreement
 from experiments.baselines.config import Config
 from experiments.baselines.policies import at_budget, has_budget
@@ -80,13 +80,12 @@ def measure_accuracy(config: Config, journal: Journal, heads: int, workers: int)
     }
     todo: dict[tuple, list] = {}  # blocks of examples by length and the policies that they miss
     for length in config.lengths:
+        every = texts(config, length, heads)
         for task in config.tasks:
             count = config.count(task, length)
             for first in range(0, count, BLOCK):
                 size = min(BLOCK, count - first)
-                missing = tuple(
-                    text for text in texts(config, length, heads) if done.get((task, length, first, text), 0) < size
-                )
+                missing = tuple(text for text in every if done.get((task, length, first, text), 0) < size)
                 if missing:
                     todo.setdefault((length, missing), []).append((task, first, size))
     total = sum(count * len(policies) for (_, policies), blocks in todo.items() for _, _, count in blocks)
@@ -170,8 +169,7 @@ def run_crypten(config: Config, journal: Journal, shape: Shape, timeout: float) 
             _, plain, _ = fills(text, length)  # most steps fill no cluster; such a one is measured
             found = measured_step(llama, replace(shape, kv_len=plain, policy=text, steps=part.steps))
             for name in NETWORKS:
-                network = parse_network(name)
-                travel = found["rounds"] * network.rtt_ms / 2e3 + found["online_bytes"] / 2 * 8e-6 / network.mbit
+                travel = parse_network(name).seconds(found["rounds"], found["online_bytes"] / 2)
                 found[f"seconds_{name}"] = found["seconds"] + travel
             journal.append({"kind": "cost", "engine": "crypten", "length": length, "policy": text, **found})
 
@@ -179,14 +177,14 @@ def run_crypten(config: Config, journal: Journal, shape: Shape, timeout: float) 
 def answer_privately(config: Config, journal: Journal, heads: int, timeout: float) -> None:
     """Prompts answered on engines ``plain`` and ``wire``, greedily, and compared token by token."""
     part = config.private
-    done = {(row["task"], row["index"], row["policy"]) for row in journal.of("private")}
+    done = {(row["task"], row["length"], row["index"], row["policy"]) for row in journal.of("private")}
     policies = [entry.text for entry in entries(part.policies, (part.budget,), part.length, heads)]
     todo = [
         (task, index, text)
         for task in part.tasks
         for index in range(part.samples)
         for text in policies
-        if (task, index, text) not in done
+        if (task, part.length, index, text) not in done
     ]
     if not todo:
         return

@@ -44,7 +44,9 @@ WIDTH = 10.0  # inches
 
 
 def _style(name: str) -> dict:
-    color, marker, line = STYLES.setdefault(name, next(OTHERS) if name not in STYLES else STYLES.get(name))
+    if name not in STYLES:
+        STYLES[name] = next(OTHERS)
+    color, marker, line = STYLES[name]
     main = name in PARTS
     return {
         **{"color": color, "marker": marker, "linestyle": line},

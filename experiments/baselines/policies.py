@@ -67,7 +67,7 @@ def _longcache(rows, prompt, heads):
     return {"top": 1, "span": span, "sinks": sinks, "local": max(1, rows - sinks - heads * span - span // 2)}
 
 
-def _spread(rows):
+def _mpcache_spread(rows, prompt, heads):
     return {"budget": rows, "block": _fitting(16, rows / 8)}
 
 
@@ -115,7 +115,7 @@ TABLE: dict[str, Callable[[int, int, int], dict]] = {
     "infllm": _infllm,
     "longcache": _longcache,
     "mpcache": lambda rows, prompt, heads: mpcache_settings(rows, prompt),
-    "mpcache_spread": lambda rows, prompt, heads: _spread(rows),
+    "mpcache_spread": _mpcache_spread,
     "lazyeviction": _lazyeviction,
     "mikv": _mikv,
     "locret": _locret,
@@ -138,10 +138,10 @@ _MPCACHE: dict[str, Callable[[int, int, int], dict]] = {
     "dynamic only": lambda rows, prompt, heads: mpcache_settings(rows, prompt, static=1.0),
 }
 _SPREAD: dict[str, Callable[[int, int, int], dict]] = {
-    "no width": lambda rows, prompt, heads: {**_spread(rows), "width": False},
-    "every layer searches": lambda rows, prompt, heads: {**_spread(rows), "lower": 0, "upper": 0},
-    "a choice per head": lambda rows, prompt, heads: {**_spread(rows), "per_head": True},
-    "long blocks": lambda rows, prompt, heads: {**_spread(rows), "block": 2 * _spread(rows)["block"]},
+    "no width": lambda *sizes: {**_mpcache_spread(*sizes), "width": False},
+    "every layer searches": lambda *sizes: {**_mpcache_spread(*sizes), "lower": 0, "upper": 0},
+    "a choice per head": lambda *sizes: {**_mpcache_spread(*sizes), "per_head": True},
+    "long blocks": lambda *sizes: {**_mpcache_spread(*sizes), "block": 2 * _mpcache_spread(*sizes)["block"]},
 }
 PARTS = {"mpcache": _MPCACHE, "mpcache_spread": _SPREAD}
 """By policy: it with one part changed or taken away, at the same budget. ``half clusters``: as long as the paper's."""

@@ -28,20 +28,21 @@ class Tried:
     cost: dict[str, float]
 
 
+@dataclass(frozen=True)
 class _Constraint:
+    """what: the cost, a name in ``COSTS``."""
+
+    what: str
+    limit: float
+
     def is_met(self, tried: Tried, full: float) -> bool:
         return self.excess(tried, full) <= 0
 
 
 @dataclass(frozen=True)
 class Ceiling(_Constraint):
-    """The most accurate policy that costs no more than ``limit``; of equally accurate ones the cheapest.
+    """The most accurate policy that costs no more than ``limit``; of equally accurate ones the cheapest."""
 
-    what: the cost, a name in ``COSTS``.
-    """
-
-    what: str
-    limit: float
     direction: ClassVar[str] = "maximize"
 
     def __str__(self) -> str:
@@ -71,8 +72,6 @@ class Ceiling(_Constraint):
 class Floor(_Constraint):
     """The cheapest policy whose accuracy is at least ``limit`` times that of the full cache."""
 
-    what: str
-    limit: float
     direction: ClassVar[str] = "minimize"
 
     def __str__(self) -> str:

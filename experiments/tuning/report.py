@@ -176,9 +176,6 @@ def beside(search: dict, grid: dict) -> str:
 
 def draw(found: dict, goal: Goal, path: Path) -> None:
     """Accuracy against cost: all policies, the front, the goal."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
