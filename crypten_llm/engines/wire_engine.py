@@ -1,4 +1,4 @@
-"""Engine ``wire``: two parties and a dealer, every secret opened at most once.
+"""Engine ``wire``: two parties and a dealer, every secret of a layer opened at most once.
 
 Owns the plan of a Llama on wires: its inputs, its layers, and what is shown in the end. What travels together is said
 in ``wire_openings``, attention is in ``wire_attention``, and what eviction policies are handed beside it is in
