@@ -194,7 +194,7 @@ QUICK = Config(
     policies=("full", "streaming_llm", "h2o", "snapkv", "quest_every_layer", "mpcache", "mpcache_spread", "random"),
     tasks=("passkey", "two_hop", "few_shot", "stories"),
     lengths=(128, 256),
-    budgets=(0.1, 0.2, 0.5),
+    budgets=(0.1, 0.2),
     samples=4,
     text_samples=2,
     ablation=Ablation(rows=("mean summary", "static only"), budgets=(0.2,), lengths=(256,)),
