@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/python -m experiments.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

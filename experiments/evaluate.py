@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crypten_llm.api import PrivateLlama
 from experiments.corpus import MAX_ANSWER_TOKENS, TASKS, Encoder, Sample, sample
 from experiments.forward import Activations, logits
+from experiments.processes import processes
 
 SHIPPED = Path(__file__).parents[1] / "crypten_llm" / "shipped"
 GenerateIds = Callable[[list[int], int], list[int]]
@@ -175,8 +175,8 @@ def draw_all(folder: Path | str, tasks, lengths, count: int, split: str = "heldo
     keys = [(task, length) for length in lengths for task in tasks]
     jobs = [(task, length, i, split, seed) for task, length in keys for i in range(count)]
     if workers > 1:
-        with multiprocessing.Pool(workers, _start_worker, (str(folder),)) as pool:
-            drawn = pool.map(_draw, jobs, chunksize=64)
+        with processes(workers, _start_worker, str(folder)) as found:
+            drawn = list(found.map(_draw, jobs))
     else:
         _start_worker(str(folder))
         drawn = [_draw(job) for job in jobs]
@@ -212,7 +212,6 @@ def main() -> None:
     if not (args.model / "config.json").exists():
         parser.error(f"--model {args.model} has no config.json: give a folder that train.py wrote, or leave it out")
 
-    # Written before the device is touched, since processes are forked.
     drawn = draw_all(args.model, args.tasks, args.lengths, args.samples, args.split, args.seed, args.workers)
     if args.engine:
         return report(decode_all(args.engine, args.model, drawn), args.json)

@@ -42,8 +42,8 @@ from crypten_llm.roles import CLIENT
 from eviction.recorder import Recorder
 from experiments.corpus import TASKS, Encoder, sample
 from experiments.eviction_cost import SHIPPED, markdown
+from experiments.processes import processes
 from experiments.provenance import sign
-from experiments.quality import processes
 from experiments.shared_prefill import Onlookers, prefill
 
 RESULTS = Path(__file__).parent / "results" / "eviction_agreement.json"
@@ -244,8 +244,8 @@ def tables(samples: dict[str, dict]) -> str:
 def _measured(jobs: list[tuple], workers: int) -> Iterator[tuple]:
     """``measure`` of each, as they are done."""
     if jobs:
-        with processes(min(workers, len(jobs)), torch.set_num_threads, (1,)) as pool:
-            yield from pool.imap_unordered(measure, jobs)
+        with processes(min(workers, len(jobs)), torch.set_num_threads, 1) as found:
+            yield from found.map(measure, jobs, ordered=False)
 
 
 def main() -> None:

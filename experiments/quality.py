@@ -11,12 +11,8 @@ they are the same, and the tests hold them to that.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +26,7 @@ from crypten_llm.checkpoint import load_tokenizer
 from crypten_llm.errors import UsageError
 from crypten_llm.generation import DEFAULT_CHUNK, Plan
 from experiments.evaluate import print_table
+from experiments.processes import processes
 from experiments.shared_prefill import prefill_all
 from experiments.tasks import Example, Text, find, score
 
@@ -169,8 +166,8 @@ class Evaluator:
 
     def __enter__(self):
         if self.workers > 1:
-            pool = self._open.enter_context(processes(self.workers, _start_worker, self._arguments))
-            self._map, self._score = pool.imap, _score
+            found = self._open.enter_context(processes(self.workers, _start_worker, *self._arguments))
+            self._map, self._score = found.map, _score
         else:
             self._open.callback(torch.set_num_threads, torch.get_num_threads())
             self._map, self._score = map, self._open.enter_context(_scorer(*self._arguments)).rows
@@ -193,42 +190,17 @@ class Evaluator:
 
 
 @contextmanager
-def processes(count: int, start: Callable, arguments: tuple):
-    """A pool of processes, in each of which ``start`` was called; they end with this one, however it dies."""
-    with multiprocessing.get_context("spawn").Pool(count, _begin, (start, arguments)) as pool:
-        yield pool
-        pool.close()  # let them end by themselves; an error ends them at once
-        pool.join()
-
-
-def _begin(start: Callable, arguments: tuple) -> None:
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-    start(*arguments)
-
-
-@contextmanager
 def _scorer(model: str, chunk: int, to_the_end: bool, offline: bool):
     with PrivateLlama.from_pretrained(model, engine="plain", threads=1, offline=offline) as llama:
         yield Scorer(llama, chunk, to_the_end)
 
 
 def _start_worker(*arguments) -> None:
-    """An error waits for the first example: a process that ended here would be started again without end."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
-    try:
-        _worker = _scorer(*arguments).__enter__()
-    except Exception as error:
-        _worker = error
+    _worker = _scorer(*arguments).__enter__()
 
 
 def _score(example, policies) -> list[dict]:
-    if isinstance(_worker, Exception):
-        raise _worker
     return _worker.rows(example, policies)
 
 

@@ -1,12 +1,10 @@
 """Scores from a shared prefill, against the answers of a run alone: token for token, for every policy."""
 
-import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 from policy_table import ROWS
-from programs import Program, ended
 
 from crypten_llm.api import PrivateLlama
 from crypten_llm.errors import UsageError
@@ -181,21 +179,3 @@ def test_prefill_all_gives_each_policy_an_evicted_cache(llama, examples):
     assert set(found) == set(POLICIES)
     assert len(found["full"].layers[0]) == len(ids)
     assert len(found["tova(size=6)"].layers[0]) == 6
-
-
-def test_processes_end_with_the_one_that_started_them():
-    """Killed, it can tell them nothing."""
-    text = "import time, sys; from experiments.quality import processes\n"
-    text += "with processes(2, print, ('begun',)) as pool: print('ready', file=sys.stderr, flush=True); time.sleep(60)"
-    with Program("-c", text, stdout=subprocess.DEVNULL) as program:
-        program.read_until("ready")
-        program.wait_for(4)  # itself, two, and Python's tracker of their resources
-        program.process.kill()
-        program.process.wait()
-        ended(program.process.pid, 30.0)
-
-
-def test_a_worker_that_cannot_start_says_why(tmp_path, examples):
-    """And is not started again for ever."""
-    with pytest.raises(UsageError, match="no such folder"), Evaluator(str(tmp_path / "none"), workers=2) as evaluator:
-        list(evaluator.rows(examples, ["full"]))

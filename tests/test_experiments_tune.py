@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -27,6 +28,7 @@ from eviction import POLICIES, Policy, parse, settings
 from eviction.settings import written
 from experiments import tune
 from experiments.eviction_counts import count
+from experiments.processes import processes
 from experiments.quality import Evaluator
 from experiments.tasks import Example, find
 from experiments.tuning import measure as tune_measure
@@ -403,12 +405,21 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-@pytest.mark.parametrize("exhaustive", [False, True], ids=["search", "grid"])
-def test_a_run_that_is_killed_again_and_again_loses_nothing(made_up, tmp_path, exhaustive):
-    folders, kills, draws = (tmp_path / "whole", tmp_path / "killed"), 0, random.Random(1)
-    path = folders[1] / "measured.jsonl"
-    while kills < 6:
-        process = multiprocessing.get_context("fork").Process(target=_run, args=(folders[1], exhaustive, 0.0003))
+def _made_up_run(*arguments):
+    """In a process of its own: with what ``made_up`` puts in place of what is slow."""
+    tune_measure.Evaluator, tune_measure.count, os.fsync = Scores, Counts, lambda file: None
+    _run(*arguments)
+
+
+def _kill_again_and_again(folder, exhaustive) -> int:
+    """How often a run was killed until it was done, at moments drawn, at most 6 times.
+
+    To be called where no bar of tqdm has been made: forked processes share its lock, and would wait for one that was
+    killed as it held it.
+    """
+    path, draws = folder / "measured.jsonl", random.Random(1)
+    for kills in range(6):
+        process = multiprocessing.get_context("fork").Process(target=_made_up_run, args=(folder, exhaustive, 0.0003))
         process.start()
         enough = _size(path) + draws.randrange(500, 6_000)
         while process.is_alive() and _size(path) < enough:
@@ -416,8 +427,15 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(made_up, tmp_path, e
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         if process.exitcode != -signal.SIGKILL:
-            break  # it was done
-        kills += 1
+            return kills  # it was done
+    return 6
+
+
+@pytest.mark.parametrize("exhaustive", [False, True], ids=["search", "grid"])
+def test_a_run_that_is_killed_again_and_again_loses_nothing(made_up, tmp_path, exhaustive):
+    folders = tmp_path / "whole", tmp_path / "killed"
+    with processes(1, len, ()) as found:
+        (kills,) = found.map(partial(_kill_again_and_again, exhaustive=exhaustive), [folders[1]])
     assert kills >= 3
     found, outcomes, pairs = _run(folders[1], exhaustive)
     assert len(pairs) == len(set(pairs))  # nothing is measured twice

@@ -29,7 +29,8 @@ from experiments.baselines.policies import at_budget, has_budget
 from experiments.eviction_cost import measured_step
 from experiments.eviction_counts import ATTENTION, NUMBER, count, fills
 from experiments.journal import Journal
-from experiments.quality import Evaluator, draw, means, processes
+from experiments.processes import processes
+from experiments.quality import Evaluator, draw, means
 from experiments.tasks import find
 
 BLOCK = 10  # examples of an accuracy cell
@@ -135,9 +136,9 @@ def count_costs(config: Config, journal: Journal, shape: Shape, workers: int) ->
     ]
     if not todo:
         return
-    with processes(workers, torch.set_num_threads, (1,)) as pool:
-        for found in watched(pool.imap(_counted, todo), "cost", "step", len(todo)):
-            journal.append(found)
+    with processes(workers, torch.set_num_threads, 1) as found:
+        for row in watched(found.map(_counted, todo), "cost", "step", len(todo)):
+            journal.append(row)
 
 
 def _counted(shape: Shape) -> dict:
