@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from crypten_llm.api import PrivateLlama
 from crypten_llm.generation import Answer, Plan
+from experiments.command import command
 from experiments.corpus import TASKS, Encoder, sample
 from experiments.evaluate import print_table
 from experiments.provenance import sign
@@ -94,6 +95,7 @@ def summary(rows: list[dict]) -> dict:
     }
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shipped")

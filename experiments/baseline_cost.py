@@ -29,6 +29,7 @@ from crypten_llm.config import LlamaConfig
 from crypten_llm.deal import deal
 from crypten_llm.generation import Plan
 from crypten_llm.report import size
+from experiments.command import command
 from experiments.evaluate import print_table
 from experiments.provenance import sign
 
@@ -64,6 +65,7 @@ def readable(row: dict) -> dict:
     return {name: size(value) if "bytes" in name else value for name, value in row.items()}
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shipped")

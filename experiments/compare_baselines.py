@@ -24,11 +24,11 @@ from time import perf_counter
 if not __package__:  # run as a file, which puts this folder where the project's should be
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from crypten_llm.errors import CryptenLLMError, exit_code, last_words
 from experiments.baselines import cells
 from experiments.baselines import config as configuration
 from experiments.baselines.report import markdown
 from experiments.baselines.summary import Summary
+from experiments.command import command
 from experiments.eviction_counts import shape_of
 from experiments.journal import Journal
 
@@ -97,7 +97,8 @@ def print_summary(summary: Summary) -> None:
         print_table(rows)
 
 
-def main(given: list[str] | None = None) -> int:
+@command
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="settings (.toml or .json; see --print-config)")
     parser.add_argument("--print-config", action="store_true", help="print the settings as TOML and stop")
@@ -112,20 +113,15 @@ def main(given: list[str] | None = None) -> int:
         parser.error("--quick is a configuration of its own; give either it or --config")
     if arguments.workers < 1:
         parser.error(f"--workers is {arguments.workers}; it must be 1 or more")
-    try:
-        config = configuration.QUICK if arguments.quick else configuration.Config()
-        if arguments.config:
-            config = configuration.load(arguments.config)
-        if arguments.seed is not None:
-            config = configuration.from_dict(config.to_dict() | {"seed": arguments.seed})
-        if arguments.print_config:
-            print(configuration.as_toml(config), end="")
-            return 0
-        run(arguments, config, arguments.out or (QUICK if arguments.quick else RESULTS))
-    except (CryptenLLMError, KeyboardInterrupt) as error:
-        print(f"error: {last_words(error)}", file=sys.stderr)
-        return exit_code(error)
-    return 0
+    config = configuration.QUICK if arguments.quick else configuration.Config()
+    if arguments.config:
+        config = configuration.load(arguments.config)
+    if arguments.seed is not None:
+        config = configuration.from_dict(config.to_dict() | {"seed": arguments.seed})
+    if arguments.print_config:
+        print(configuration.as_toml(config), end="")
+        return
+    run(arguments, config, arguments.out or (QUICK if arguments.quick else RESULTS))
 
 
 if __name__ == "__main__":

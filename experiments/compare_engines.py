@@ -29,6 +29,7 @@ from crypten_llm.bench import Shape
 from crypten_llm.deal import deal
 from crypten_llm.report import size
 from crypten_llm.settings import split
+from experiments.command import command
 from experiments.provenance import sign
 
 RESULTS = Path(__file__).parent / "results" / "compare_engines.json"
@@ -114,6 +115,7 @@ def save(path: Path, shapes: list[Shape], result: dict) -> None:
     path.with_suffix(".md").write_text(markdown(result["summary"]), "utf-8")
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="NAME")

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from crypten_llm.api import PrivateLlama, Request
 from crypten_llm.show import say, show_generation
+from experiments.command import command
 
 DOCUMENT = Path(__file__).parent / "demo_prompt.txt"
 
 
+@command
 def main() -> int:
     request = Request(DOCUMENT.read_text("utf-8").rstrip("\n"), max_new_tokens=8)
     say(request.prompt)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crypten_llm.api import PrivateLlama
+from experiments.command import command
 from experiments.corpus import MAX_ANSWER_TOKENS, TASKS, Encoder, Sample, sample
 from experiments.forward import Activations, logits
 from experiments.processes import processes
@@ -194,6 +196,7 @@ def print_table(rows: list[dict]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHIPPED, help="folder of the model (default: the shipped one)")
@@ -258,4 +261,4 @@ def report(rows: list[dict], path: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

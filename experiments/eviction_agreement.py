@@ -40,6 +40,7 @@ from crypten_llm.one_process import run_roles
 from crypten_llm.party import Party
 from crypten_llm.roles import CLIENT
 from eviction.recorder import Recorder
+from experiments.command import command
 from experiments.corpus import TASKS, Encoder, sample
 from experiments.eviction_cost import SHIPPED, markdown
 from experiments.processes import processes
@@ -248,6 +249,7 @@ def _measured(jobs: list[tuple], workers: int) -> Iterator[tuple]:
             yield from found.map(measure, jobs, ordered=False)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", metavar="POLICY", help="with --length; (default: those of SETS)")

@@ -36,6 +36,7 @@ from crypten_llm.cost import predict
 from crypten_llm.generation import Plan
 from crypten_llm.report import size
 from crypten_llm.settings import split
+from experiments.command import command
 from experiments.eviction_counts import ATTENTION, CHOICE, NUMBER, count, fills, layers
 from experiments.provenance import sign
 
@@ -369,6 +370,7 @@ def count_all(arguments, result: dict, save) -> None:
         save()
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the shipped model alone; measured: 512 tokens, two steps")

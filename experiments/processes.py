@@ -16,6 +16,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 
+from tqdm import tqdm
+
 from crypten_llm.errors import CryptenLLMError
 
 
@@ -74,6 +76,7 @@ def _begin(lifeline, start: Callable, arguments: tuple) -> None:
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which this process would leave behind
     threading.Thread(target=end, daemon=True).start()
     try:
         start(*arguments)

@@ -30,6 +30,7 @@ from crypten_llm.engines.wire_engine import WireEngine
 from crypten_llm.generation import Answer, Plan
 from crypten_llm.party import Party
 from crypten_llm.roles import role_names
+from experiments.command import command
 from experiments.evaluate import print_table
 
 EVERY_SECONDS = 1e-3  # asked for; the system's clock may tick less often
@@ -123,6 +124,7 @@ def profile(job: dict) -> list[dict]:
     return sorted(rows, key=lambda row: (row["phase"] != "prefill", ROLES.index(row["role"])))
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=256)
@@ -148,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,6 +25,7 @@ from crypten_llm.api import PrivateLlama
 from crypten_llm.checkpoint import load_tokenizer
 from crypten_llm.errors import UsageError
 from crypten_llm.generation import DEFAULT_CHUNK, Plan
+from experiments.command import command
 from experiments.evaluate import print_table
 from experiments.processes import processes
 from experiments.shared_prefill import prefill_all
@@ -224,6 +225,7 @@ def draw(
     return drawn
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shipped")
@@ -234,20 +236,17 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["full", "mpcache"], metavar="POLICY")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     arguments = parser.parse_args()
-    try:
-        tokenizer = load_tokenizer(arguments.model)
-        drawn = [
-            example
-            for task in arguments.tasks
-            for example in draw(task, tokenizer, arguments.length, arguments.samples, arguments.seed)
-        ]
-        scores: dict[tuple, list[dict]] = {}
-        with Evaluator(arguments.model, arguments.workers) as evaluator:
-            rows = evaluator.rows(drawn, arguments.policies)
-            for row in tqdm(rows, total=len(drawn) * len(arguments.policies), unit="answer"):
-                scores.setdefault((row["task"], row["policy"]), []).append(row)
-    except UsageError as error:
-        sys.exit(str(error))
+    tokenizer = load_tokenizer(arguments.model)
+    drawn = [
+        example
+        for task in arguments.tasks
+        for example in draw(task, tokenizer, arguments.length, arguments.samples, arguments.seed)
+    ]
+    scores: dict[tuple, list[dict]] = {}
+    with Evaluator(arguments.model, arguments.workers) as evaluator:
+        rows = evaluator.rows(drawn, arguments.policies)
+        for row in tqdm(rows, total=len(drawn) * len(arguments.policies), unit="answer"):
+            scores.setdefault((row["task"], row["policy"]), []).append(row)
     print_table([{"task": task, "policy": policy, **means(rows)} for (task, policy), rows in scores.items()])
 
 
@@ -261,4 +260,4 @@ def means(rows: Sequence[dict]) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from crypten_llm.wire import ring
+from experiments.command import command
 from experiments.evaluate import print_table
 from experiments.provenance import provenance
 
@@ -104,6 +105,7 @@ def run(vectors=VECTORS, matrices=MATRICES, repeats: int = 7, seconds: float = 0
     }
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="pairs of each row (default: 7)")

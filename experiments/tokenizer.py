@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from experiments.command import command
 from experiments.corpus import SPLITS, TASKS, Encoder, sample
 from experiments.lexicon import POOLS
 
@@ -69,6 +71,7 @@ def train_tokenizer(vocab: int = 2048, positions: int = 4096, documents: int = 4
     return _wrap(tokenizer, positions)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write tokenizer.json into")
@@ -81,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from experiments import forward
+from experiments.command import command
 from experiments.corpus import ANSWER, PROSE, Encoder, training_batch
 from experiments.evaluate import SHIPPED, draw_all, print_table, score
 
@@ -491,6 +493,7 @@ def plot(rows: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/model"), help="folder of the run; resumes what is there")
@@ -521,4 +524,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from crypten_llm.engines.plain import PlainEngine
 from crypten_llm.party import Party
 from eviction import trained
 from eviction.recorder import Recorder
+from experiments.command import command
 from experiments.evaluate import SHIPPED, draw_all
 
 TASKS = ("passkey", "key_value", "one_hop", "two_hop", "few_shot", "span_copy")
@@ -111,6 +113,7 @@ def _correlation(x, y) -> float:
     return (x * y).mean().item()
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHIPPED, help="folder of the model (default: the shipped one)")
@@ -142,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

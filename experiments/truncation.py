@@ -29,6 +29,7 @@ from crypten_llm.randomness import fresh_key
 from crypten_llm.transport import Transport
 from crypten_llm.wire.dealing import DEALER, PARTY0, PARTY1, Runtime
 from crypten_llm.wire.opening import Opening, Secret, as_secret, open_wires
+from experiments.command import command
 
 BLOCK = 1 << 19
 ROLES = ("owner", "client", "dealer")
@@ -130,6 +131,7 @@ class Experiment:
         }
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=float, default=1e8)

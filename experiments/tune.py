@@ -25,7 +25,8 @@ from pathlib import Path
 if not __package__:  # run as a file, which puts this folder where the project's should be
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from crypten_llm.errors import INTERRUPTED, UsageError
+from crypten_llm.errors import UsageError
+from experiments.command import command
 from experiments.provenance import provenance
 from experiments.tuning.goal import Ceiling, Floor, Goal
 from experiments.tuning.measure import Bench, draw_prompts
@@ -97,6 +98,7 @@ def _both(out: Path, name: str, setup: dict) -> tuple[dict, dict] | None:
     return (search, grid) if search["setup"] == grid["setup"] else None
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     limit = parser.add_mutually_exclusive_group(required=True)
@@ -141,14 +143,8 @@ def main() -> None:
     parser.add_argument("--grid", action="store_true", help="try every combination on all prompts")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/tune"), metavar="FOLDER", help="(default: runs/tune)")
-    try:
-        print(tune(parser.parse_args()), end="")
-    except UsageError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    print(tune(parser.parse_args()), end="")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
