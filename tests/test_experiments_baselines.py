@@ -194,12 +194,12 @@ def shape():
 def one_process():
     """Small cells, and counts in this process: to start a pool takes longer than what is tested."""
 
-    class Pool:
-        imap = staticmethod(map)
+    class Here:
+        map = staticmethod(map)
 
     @contextmanager
-    def processes(count, start, arguments):
-        yield Pool
+    def processes(count, start, *arguments):
+        yield Here
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "processes", processes)
