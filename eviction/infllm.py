@@ -37,7 +37,7 @@ class InfLLM(Policy):
     arxiv: ClassVar[str] = "2402.04617"
     when: ClassVar[str] = "step"
     shared_over: ClassVar[str] = "layer"
-    cost: ClassVar[str] = "one product over blocks, one top-k over blocks per layer"
+    cost: ClassVar[str] = "one product over blocks, one top-k over blocks per layer; scores are opened once more"
     uses: ClassVar[tuple[str, ...]] = (
         *("scale", "total", "within", "contents", "take", "fixed", "top", "gather", "best"),
         *("gather_scores", "scatter_weights"),
@@ -49,7 +49,7 @@ class InfLLM(Policy):
             raise self.refuse(f"representatives is {self.representatives}; a block has {self.block} rows, give fewer")
 
     def watch(self, ops, layer, seen):
-        """Scores that fall into the window after a key, added up; local on shares."""
+        """Scores that fall into the window after a key, added up. On shares that opens them, to make room for a sum."""
         rows = seen.weights.shape[-1]
         distance = seen.positions[:, None] - torch.arange(rows)
         near = ((distance > 0) & (distance <= self.local)).float()

@@ -39,7 +39,7 @@ class LazyEviction(Policy):
         "LazyEviction: Lagged KV Eviction with Attention Pattern Observation for Efficient Long Reasoning"
     )
     arxiv: ClassVar[str] = "2506.15969"
-    when: ClassVar[str] = "every window steps"
+    when: ClassVar[str] = "prefill, then every window steps"
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "a comparison and a maximum per row; a top-k and an oblivious compaction every window steps"
     uses: ClassVar[tuple[str, ...]] = (

@@ -42,7 +42,7 @@ class MiKV(Policy):
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "attention over all rows, a minimum over the important ones, one row made coarse"
     uses: ClassVar[tuple[str, ...]] = (
-        *("mass", "contents", "fixed", "scale", "largest", "reciprocal", "multiply", "coarse", "within"),
+        *("mass", "contents", "fixed", "public", "scale", "largest", "reciprocal", "multiply", "coarse", "within"),
         *("top", "picks", "keep", "take", "drop", "transform", "choose", "gather"),
     )
 
@@ -74,8 +74,9 @@ class MiKV(Policy):
         rows = len(layer)
         older, best = rows - recent, important - recent
         mass, index = layer.notes["mass"][..., :older], torch.arange(rows)
-        least = ops.picks(ops.top(ops.scale(mass, -1), older - best), older - best)
-        most = ops.picks(ops.top(mass, best), best) if best else None
+        most = ops.top(mass, best)  # compared once: a row is one of these or one of the others, whatever ties there are
+        least = ops.picks(ops.add(ops.public(torch.ones(most.shape)), ops.scale(most, -1)), older - best)
+        most = ops.picks(most, best) if best else None
         for name in ("keys", "values"):
             stored = getattr(layer, name)
             old = ops.take(stored, index[:older])

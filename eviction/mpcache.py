@@ -125,9 +125,9 @@ class MPCache(Policy):
         return self.second < 1 and len(layer) >= self.least
 
     def follows(self, layer) -> bool:
-        """Whether a layer attends to what the layer below chose."""
-        index = layer.index - self.share_from
-        return self.share and index > 0 and index % 2 == 1 and layer.index < layer.layers - self.alone
+        """Whether a layer attends to what the layer below chose; none does where each keeps other rows."""
+        index, shares = layer.index - self.share_from, self.share and not self.reference
+        return shares and index > 0 and index % 2 == 1 and layer.index < layer.layers - self.alone
 
     def choose(self, ops, layer, query, query_before):
         self._summarise(ops, layer)

@@ -37,6 +37,6 @@ class PyramidKV(SnapKV):
         if high >= prompt - window:
             high = prompt - window
             low = 2 * average - high
-        if not window <= low <= prompt:
+        if not window <= low <= high:
             return average
         return round(high - layer.index * (high - low) / (layer.layers - 1))

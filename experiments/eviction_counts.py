@@ -1,7 +1,7 @@
 """What one decode step sends and holds under an eviction policy, counted by engine ``cost``.
 
 Owns the counting for ``experiments.eviction_cost``: which part of attention is which, the mean over steps at which a
-cluster of the cache fills and steps at which none does, and the layers that need not be counted again.
+cluster of the cache fills and steps at which none does.
 """
 
 from __future__ import annotations
@@ -89,17 +89,13 @@ def shape_of(model: str, tokens: int, offline: bool = False) -> Shape:
             f"head_dim is {config.head_dim}, with {heads} heads and hidden_size {config.hidden_size}; costs are "
             "counted for models whose heads make up hidden_size"
         )
-    if layers > 6 and layers % 2:
-        raise UsageError(f"the model has {layers} layers; costs are counted for an even number, or six at most")
     return Shape(config.hidden_size, heads, config.num_key_value_heads, config.intermediate_size, layers, tokens)
 
 
 def count(shape: Shape) -> Step:
     """The mean decode step of ``shape``, over as many steps as a cluster takes to fill or an eviction to come round.
 
-    Exact for up to six layers; for more, but for the headers of the dealer's messages, and for budgets that differ from
-    layer to layer by less than half a row of each.
-    Raises ValueError for an odd number of layers above six.
+    Every layer is counted: policies choose in some and not in others.
     """
     policy = parse_policy(shape.policy)
     if policy.name == "lazyeviction":  # each step has a row more than the one before, and the last one evicts them
@@ -141,24 +137,7 @@ def fills(policy: str, length: int) -> tuple[int, int, int]:
 
 
 def layers(shape: Shape, steps: int = 1) -> Step:
-    """The first step after a prompt of ``shape.kv_len`` tokens; or several in all, from the second on.
-
-    Of more than six layers, four and six are counted: the others are pairs of the same two.
-    """
-    if shape.layers <= 6:
-        return _counted(shape, steps)
-    if shape.layers % 2:
-        raise ValueError(f"the shape has {shape.layers} layers; give an even number of them, or six at most")
-    four, six = (_counted(replace(shape, layers=few), steps) for few in (4, 6))
-    pairs = (shape.layers - 4) // 2
-    held = ((getattr(four, name), getattr(six, name)) for name in ("cached", "summaries"))
-    return Step(
-        _combined((1 - pairs, four.counts), (pairs, six.counts)),
-        *(before + pairs * (after - before) for before, after in held),
-    )
-
-
-def _counted(shape: Shape, steps: int) -> Step:
+    """The first step after a prompt of ``shape.kv_len`` tokens; or several in all, from the second on."""
     links, counts = Links(), Counter()
     engine = SplitEngine(links)
     bench.run(Party(engine, links, compute_parties=2), replace(shape, steps=steps), grows=steps > 1)

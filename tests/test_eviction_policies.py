@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eviction_runs import run, weights
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import eviction
@@ -111,6 +113,14 @@ def test_budgets_of_the_pyramid():
     assert [policy.kept(layer) for layer in layers] == [88, 61, 35, 8]
     assert eviction.parse("pyramidkv(budget=200)").kept(layers[0]) == 96
     assert eviction.parse("pyramidkv(budget=0.5)").kept(Layer(0, 1, 96, 4, 2, 8)) == 48
+
+
+@given(st.integers(2, 200), st.integers(1, 200), st.integers(1, 20), st.integers(1, 30))
+def test_no_pyramid_stands_on_its_head(budget, prompt, window, beta):
+    policy = eviction.parse(f"pyramidkv(budget={budget},window={window},beta={beta})")
+    sizes = [policy.kept(Layer(i, 5, prompt, 4, 2, 8)) for i in range(5)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) <= prompt and sum(sizes) == pytest.approx(5 * min(budget, prompt), abs=5)
 
 
 def test_page_bound_is_quests():
@@ -284,6 +294,14 @@ def test_mpcache_reference_is_the_published_choice(threshold):
     assert len(counts) > 1, "the count depends on the data"
 
 
+def test_mpcache_reference_shares_no_choice():
+    """Layers keep different counts of rows, so each finds its own clusters."""
+    found = run("mpcache(reference=true,threshold=0.03,coarse=6,fine=3,least=10,share_from=0,alone=0)", 60, 2, 2, 2)
+    sizes = [len(kept(found, layer)[0][0]) for layer in range(4)]
+    assert len(set(sizes)) > 1 and min(sizes) >= 10
+    assert all(len(attended(found, layer)[1][0]) < sizes[layer] for layer in range(4))
+
+
 @pytest.mark.parametrize("heads, kv_heads", HEADS)
 def test_lazyeviction(heads, kv_heads):
     window, alpha, budget = 3, 0.03, 20
@@ -327,6 +345,17 @@ def test_random_is_a_public_choice():
     assert all(layer[0] == layer[1] for layer in rows)
     assert rows[0] != rows[1]
     assert run("random(budget=10,seed=4)", 30, 1).layers[0].kept[0].tolist() != rows[0]
+
+
+@given(st.lists(st.integers(0, 3), min_size=12, max_size=12), st.integers(1, 11), st.integers(0, 5))
+def test_mikv_keeps_each_row_once_whatever_ties_there_are(mass, important, recent):
+    rows = torch.arange(1.0, 13.0).reshape(1, 12, 1)
+    layer = Layer(0, 1, 12, 1, 1, 1, rows.clone(), rows.clone(), torch.arange(12), {"mass": torch.tensor([mass]) / 4})
+    eviction.parse(f"mikv(important={important},recent={recent},bits=8)").evict(PlainEngine(), layer)
+    if "coarse" in layer.notes:
+        held = (layer.keys * layer.notes["key range"])[0, :, 0]
+        assert sorted(held.round().tolist()) == rows[0, :, 0].tolist()
+        assert len(layer.notes["mass"][0]) == 12 - layer.notes["coarse"]
 
 
 @pytest.mark.parametrize("heads, kv_heads", HEADS)
