@@ -12,11 +12,13 @@ from crypten_llm import bench, generation
 from crypten_llm.api import check_policy
 from crypten_llm.config import LlamaConfig
 from crypten_llm.engines.cost_engine import CostEngine, Links
+from crypten_llm.engines.wire_rows import Rows
 from crypten_llm.errors import UsageError
 from crypten_llm.network import Network
 from crypten_llm.party import Party
 from crypten_llm.report import ONLINE, Cost
 from crypten_llm.roles import role_names
+from crypten_llm.wire.opening import Secret
 
 WORD = 8
 
@@ -166,17 +168,22 @@ def _keep_caches(model) -> list:
 
 def _memory(model, cache) -> dict[str, dict[str, int]]:
     """Bytes by role. A weight is 32-bit integers and floats at the owner, a word elsewhere; a cached number is two
-    words at a party, what was opened and the part of its mask, and one at the dealer. Room to grow is not counted.
+    words at a party, what was opened and the part of its mask, and one at the dealer; so are the rows that a policy
+    keeps beside the cache, such as those that stand for its blocks. A share that it keeps is one word. Room to grow is
+    not counted.
     """
     layers = [layer for layer in cache.layers if layer.keys is not None]
     rows = sum(rows.shape.numel() for layer in layers for rows in (layer.keys, layer.values))
     rows = rows * len(cache.layers) // len(layers)
+    notes = [note for layer in layers for note in layer.layer.notes.values()]
+    rows += sum(note.shape.numel() for note in notes if isinstance(note, Rows))
+    shares = sum(note.shape.numel() for note in notes if isinstance(note, Secret))
     weights = list(model.parameters())
     operands = sum(matrix.shape.numel() for weight in weights for matrix in weight.matrices.values())
     plain = sum(weight.shape.numel() for weight in weights)
     owner, client, dealer = role_names(2)
     return {
-        owner: {"weights": 4 * operands + 4 * plain, "cache": 2 * WORD * rows},
-        client: {"weights": WORD * operands, "cache": 2 * WORD * rows},
-        dealer: {"weights": WORD * operands, "cache": WORD * rows},
+        owner: {"weights": 4 * operands + 4 * plain, "cache": WORD * (2 * rows + shares)},
+        client: {"weights": WORD * operands, "cache": WORD * (2 * rows + shares)},
+        dealer: {"weights": WORD * operands, "cache": WORD * (rows + shares)},
     }

@@ -103,6 +103,21 @@ def test_layers_counted_once_are_all_counted(monkeypatch):
     assert quick.memory == slow.memory
 
 
+def test_memory_of_what_a_policy_keeps_beside_the_cache():
+    """``longcache`` keeps the keys a second time, as they were before the rotary embedding; half as much again."""
+    config = LlamaConfig.from_sizes(hidden=32, heads=4, kv_heads=2, ffn=48, layers=3, vocab=8, context=256, tied=True)
+
+    def cache(policy):
+        memory = cost.predict(config, Plan(100, 2, policy=policy)).memory
+        return memory["client"]["cache"], memory["dealer"]["cache"]
+
+    full, numbers = cache("full"), 101 * 2 * 8 * 3
+    assert full == (2 * numbers * 16, 2 * numbers * 8)
+    assert cache("longcache") == (3 * numbers * 16, 3 * numbers * 8)
+    pages = 100 // 16 * 2 * 8 * 3  # numbers of their largest keys; as many of their smallest
+    assert cache("quest(page=16,budget=32,dense=0)")[0] == full[0] + 2 * pages * 16
+
+
 def test_cache_of_a_llama_2_7b():
     """Its size is the architecture's: rows of keys and values in every layer, two words a number at a party."""
     config = LlamaConfig.from_sizes(hidden=4096, heads=32, kv_heads=32, ffn=11008, layers=32, vocab=32000, context=4096)
