@@ -6,6 +6,7 @@ gathers the cost. The process that calls it is the client; under torchrun it is 
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from statistics import median
@@ -16,7 +17,7 @@ import torch
 from crypten_llm import checkpoint, launch
 from crypten_llm.bench import Shape
 from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.errors import UsageError, public_words
+from crypten_llm.errors import ENDED, CryptenLLMError, PartyError, UsageError, public_words, unheard
 from crypten_llm.generation import DEFAULT_CHUNK, Answer, Plan, Progress, Step, parse_policy
 from crypten_llm.party import Party
 from crypten_llm.report import Cost
@@ -24,14 +25,17 @@ from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.sampling import Sampler, SamplingConfig
 from crypten_llm.settings import LaunchConfig, ProtocolConfig, check_names, split
 
+ENDED_SESSION = "this session has ended, by close() or an error; open another with PrivateLlama.from_pretrained()"
+
 
 @dataclass(frozen=True)
 class Request:
     """What ``generate`` and ``stream`` take; what can be refused without a model is refused here.
 
     prompt or input_ids: text, or token ids used as they are. max_new_tokens, do_sample, temperature, top_k, top_p,
-    seed: as in transformers; without ``do_sample`` decoding is greedy. hide_length: run all steps, so that only the
-    client knows where the answer ended. prefill_chunk: prompt tokens per pass. policy: a KV-cache eviction policy.
+    seed: as in transformers; without ``do_sample`` decoding is greedy. hide_length: run all steps alike and show the
+    answer after the last, so that only the client knows where it ended. prefill_chunk: prompt tokens per pass.
+    policy: a KV-cache eviction policy.
 
     Raises UsageError for a value out of range.
     """
@@ -105,8 +109,9 @@ class PrivateLlama:
         """Parties that have met but share no model yet. ``model_folder``: what a local owner will open."""
         self.protocol, self.launch = protocol, launched
         self.load_seconds = 0.0
-        self._children = self._transport = self._tokenizer = self._tokenizer_source = None
-        self._streaming = False
+        self._children = self._joined = self._transport = self._tokenizer = self._tokenizer_source = None
+        self._no_tokenizer = False
+        self._reading: tuple[Answer, Iterator[Progress | Step]] | None = None
         if not protocol.is_private:
             torch.set_num_threads(launched.thread_count(1))
             self.party = Party(PlainEngine())
@@ -121,7 +126,7 @@ class PrivateLlama:
             self._children = launch.LocalParties(protocol, launched, model_folder)
             environment = self._children.environment(CLIENT)
         with self._guarded():
-            self._transport = launch.join(protocol, launched, environment, self._children)
+            self._transport = self._joined = launch.join(protocol, launched, environment, self._children)
             self.party = launch.make_party(self._transport, protocol)
 
     @classmethod
@@ -172,11 +177,16 @@ class PrivateLlama:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether answers can be shown as text; without a tokenizer, prompts and answers are token ids."""
-        try:
-            return self.tokenizer is not None
-        except UsageError:
-            return False
+        """Whether answers can be shown as text; without a tokenizer, prompts and answers are token ids.
+
+        Looked for once in a session: a hub may have to be asked.
+        """
+        if self._tokenizer is None and not self._no_tokenizer:
+            try:
+                return self.tokenizer is not None
+            except UsageError:
+                self._no_tokenizer = True
+        return self._tokenizer is not None
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of ``prompt``, as ``generate`` uses them."""
@@ -188,23 +198,29 @@ class PrivateLlama:
     def stream(self, prompt: str | None = None, **arguments) -> Iterator[Progress | Step]:
         """Yields ``Progress`` while the prompt is prefilled and then a ``Step`` per token; ``result`` follows.
 
-        arguments: fields of ``Request``. A stream that is left early ends the answer at the next token
-        (with ``hide_length``, after all steps); the next request may follow.
+        arguments: fields of ``Request``. The other parties wait while the reader does something with a token, and see
+        how long. With ``hide_length`` they do not: every ``Step`` comes after the last step was run, all at once. When
+        the next request comes, or the end of the session, they see in any case.
+
+        A stream that is left early ends the answer at the next token, with ``hide_length`` after all steps, and only
+        then goes on what left it: also an exception or Ctrl-C in the reader's loop. The next request may follow.
+
+        Raises UsageError for a request that cannot be run, or when the session has ended.
         """
         check_names("argument", arguments, [field.name for field in fields(Request)])
         return self._stream(Request(prompt, **arguments))
 
     def _stream(self, request: Request) -> Iterator[Progress | Step]:
-        if self._streaming:
-            raise UsageError("another stream of this session is still being read; read it to its end or close it")
+        self._check_free()
         ids = _check_ids(self._ids_of(request), self.config.vocab_size)
         plan = request.plan(len(ids)).check(self.config)
         self.party.expect("generate", plan)
         answer = Answer(ids, Sampler(request.sampling()), self.config.eos_token_ids)
         text = Detokenizer(self.tokenizer if self.has_tokenizer else None)
         steps: list[Step] = []
-        events = self.party.request_generate(plan, answer)
-        self._streaming = True
+        ranks: list[dict] = []
+        events = self._events(plan, answer, ranks)
+        self._reading = answer, events
         try:
             with self._guarded():
                 for event in events:
@@ -212,16 +228,15 @@ class PrivateLlama:
                         event = replace(event, text=text.push(event.token_id, event.finish_reason is not None))
                         steps.append(event)
                     yield event
-                ranks = self.party.collect_statistics()
+            if answer.abandoned:
+                raise UsageError(ENDED_SESSION)
         except GeneratorExit:
-            if self._transport is not None:  # the reader left, but the other parties still follow the plan
-                answer.abandoned = True
-                with self._guarded():
-                    for _ in events:
-                        pass
+            if not answer.abandoned:
+                self._leave_stream()
             raise
         finally:
-            self._streaming = False
+            if not answer.abandoned:
+                self._reading = None
         decode = [step.seconds for step in steps[1:]]
         self.result = Result(
             text=text.text,
@@ -239,6 +254,40 @@ class PrivateLlama:
             revealed=self.party.reveals.as_list(),
         )
 
+    def _events(self, plan: Plan, answer: Answer, ranks: list[dict]) -> Iterator[Progress | Step]:
+        """Runs one request to its end, putting every rank's counters into ``ranks``.
+
+        With ``hide_length`` nothing is left to be sent when the first ``Step`` is yielded.
+        """
+        held: list[Step] = []
+        for event in self.party.request_generate(plan, answer):
+            if plan.hide_length and isinstance(event, Step):
+                held.append(event)
+            else:
+                yield event
+        ranks += self.party.collect_statistics()
+        yield from held
+
+    def _leave_stream(self) -> None:
+        """Ends the answer that is being read, if any: the other parties still follow its plan."""
+        if self._reading is None:
+            return
+        (answer, events), self._reading = self._reading, None
+        answer.abandoned = True
+        if self._transport is None:
+            events.close()
+            return
+        with self._guarded():
+            for _ in events:
+                pass
+
+    def _check_free(self) -> None:
+        """Raises UsageError when no request can be made now."""
+        if self.protocol.is_private and self._transport is None:
+            raise UsageError(ENDED_SESSION)
+        if self._reading is not None:
+            raise UsageError("another stream of this session is still being read; read it to its end or close it")
+
     def generate(self, prompt: str | None = None, **arguments) -> Result:
         """The whole answer; arguments as for ``stream``."""
         for _ in self.stream(prompt, **arguments):
@@ -248,15 +297,17 @@ class PrivateLlama:
     def bench(self, shape: Shape) -> tuple[dict, Cost]:
         """Times decode steps on random weights; needs no model (see ``bench.run``). Returns figures and cost."""
         check_policy(shape.policy)
+        self._check_free()
         with self._guarded():
             self.party.expect("bench", shape)
             figures = self.party.request_bench(shape)
             return figures, Cost(self.party.collect_statistics(), self.party.compute_parties)
 
     def close(self) -> None:
-        """Ends the other parties. Calling it twice is harmless."""
-        transport, self._transport = self._transport, None
+        """Ends the other parties, and a stream that is still being read. Calling it twice is harmless."""
         try:
+            self._leave_stream()
+            transport, self._transport = self._transport, None
             if transport is not None:
                 self.party.close()
                 transport.close()
@@ -269,34 +320,51 @@ class PrivateLlama:
     def __exit__(self, kind, error, trace):
         if error is None:
             self.close()
-        else:
-            self._abort(error)
+        else:  # of the caller's own code, or a mistake in a request: nothing that was written for the other parties
+            self._abort(error, public_words(error) if isinstance(error, KeyboardInterrupt) else ENDED)
 
     @contextlib.contextmanager
     def _guarded(self):
         """Ends all parties when the block raises, and raises what went wrong first."""
         try:
-            yield
+            with unheard():
+                yield
         except GeneratorExit:
             raise
         except BaseException as error:
-            cause = self._abort(error)
+            cause = self._abort(error, public_words(error))
             if cause is error:
                 raise
             raise cause from error
 
-    def _abort(self, error: BaseException) -> BaseException:
-        """Ends all parties, telling them why; returns what ended the first of them."""
+    def _abort(self, error: BaseException, words: str) -> BaseException:
+        """Ends all parties, telling the others ``words``; returns what ended the first of them."""
         transport, self._transport = self._transport, None
         if transport is not None:
-            transport.abort(public_words(error))
-        cause = self._children.cause_of(error) if self._children else error
+            transport.abort(words)
+        self._leave_stream()
+        cause = self._cause_of(error)
         self._stop_children(failed=True)
         return cause
 
+    def _cause_of(self, error: BaseException) -> BaseException:
+        """What ended the first party, in its own words where a local owner told the others that it has some."""
+        if self._children is None:
+            return error
+        cause = self._children.cause_of(error)
+        if isinstance(cause, PartyError) and str(cause).endswith(ENDED):
+            try:
+                self._children.processes[OWNER].wait(launch.GRACE_SECONDS)
+                self._children.check()
+            except subprocess.TimeoutExpired:
+                pass
+            except CryptenLLMError as own_words:
+                return own_words
+        return cause
+
     def _stop_children(self, failed: bool = False) -> None:
-        if self.protocol.is_private:
-            launch.forget()
+        if self._joined is not None:
+            launch.forget(self._joined)
         children, self._children = self._children, None
         if children is not None:
             children.stop(failed)
@@ -330,7 +398,11 @@ def check_policy(name: str) -> None:
 def _one_row(ids) -> list[int]:
     """Ids as a list; tensors and a batch of one are taken as transformers takes them."""
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    return ids[0] if len(ids) == 1 and isinstance(ids[0], list) else ids
+    if not any(isinstance(row, list) for row in ids):
+        return ids
+    if len(ids) > 1:
+        raise UsageError(f"input_ids holds {len(ids)} prompts; ask one at a time")
+    return ids[0]
 
 
 def _check_ids(ids: list[int], vocab_size: int) -> list[int]:

@@ -195,9 +195,10 @@ def start_dealer(transport, compute_parties: int) -> Dealer:
     return Dealer(transport, compute_parties)
 
 
-def is_started() -> bool:
-    """Whether this process is one of CrypTen's parties."""
-    return TransportCommunicator.is_initialized()
+def is_started(transport=None) -> bool:
+    """Whether this process is one of CrypTen's parties: over ``transport``, when one is given."""
+    running = TransportCommunicator.instance
+    return running is not None and (transport is None or running.transport is transport)
 
 
 def stop() -> None:

@@ -23,34 +23,50 @@ TARGET = 2.7  # the middle of [0.043, 173] on a logarithmic scale
 class Ranges:
     """Extremes over random tokens. mean_square: (low, high) at each norm's input, by the name of its weight.
 
-    score: (low, high) of attention scores that may be seen. gate: largest |x| that silu sees.
+    limited: (low, high) of what engine ``wire`` limits, in all layers, by the operation (``wire_bounds.domains``).
     """
 
     mean_square: dict[str, tuple[float, float]]
-    score: tuple[float, float]
-    gate: float
+    limited: dict[str, tuple[float, float]]
 
 
 class _Recorder(PlainEngine):
     """The plain engine, noting ranges as it goes."""
 
-    def __init__(self):
+    def __init__(self, growth: float):
+        """growth: how many times longer than what is run a row of scores may become."""
         super().__init__()
+        self.growth = growth
         self.mean_square: dict[int, tuple[float, float]] = {}
-        self.score, self.gate = (math.inf, -math.inf), 0.0
+        self.limited: dict[str, tuple[float, float]] = {}
+
+    def _note(self, operation: str, seen: torch.Tensor) -> None:
+        low, high = self.limited.get(operation, (math.inf, -math.inf))
+        self.limited[operation] = min(low, seen.min().item()), max(high, seen.max().item())
 
     def rms_norm(self, x, weight, eps, scale):
         mean_square = x.square().mean(-1)
         self.mean_square[id(weight)] = (mean_square.min().item(), mean_square.max().item())
+        self._note("rms_norm", (mean_square + eps) * x.shape[-1])
         return super().rms_norm(x, weight, eps, scale)
 
     def softmax(self, scores, mask=None):
-        seen = scores if mask is None else scores[mask.expand_as(scores)]
-        self.score = min(self.score[0], seen.min().item()), max(self.score[1], seen.max().item())
+        """Rows as they are, and longer: with the largest score once and as many more of all others as it is longer."""
+        visible = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+        largest = visible.amax(-1, keepdim=True)
+        others = (visible - largest).exp().sum(-1, keepdim=True) - 1
+        self._note("softmax", scores if mask is None else scores[mask.expand_as(scores)])
+        for growth in (1.0, self.growth):
+            self._note("softmax of a row", largest + (growth * others).log1p())
         return super().softmax(scores, mask)
 
+    def mix(self, weights, values):
+        mixed = super().mix(weights, values)
+        self._note("mix", mixed)
+        return mixed
+
     def swiglu(self, gate, up):
-        self.gate = max(self.gate, gate.abs().max().item())
+        self._note("swiglu", gate)
         return super().swiglu(gate, up)
 
 
@@ -60,13 +76,14 @@ def measure(config, weights: dict[str, torch.Tensor]) -> Ranges:
 
     Random tokens stand for a prompt, drawn with a fixed seed; they are no secret, and other text may reach further.
     """
-    recorder = _Recorder()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (min(ROWS, config.max_position_embeddings),), generator=generator)
+    context = config.max_position_embeddings
+    count = min(ROWS, context)
+    recorder = _Recorder(context / count)
+    ids = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
     model = Llama(recorder, config, weights)
     model(recorder.tokens(ids, len(ids), config.vocab_size), model.new_cache())
     found = {name: recorder.mean_square.get(id(weight)) for name, weight in weights.items()}
-    return Ranges({name: range for name, range in found.items() if range}, recorder.score, recorder.gate)
+    return Ranges({name: range for name, range in found.items() if range}, recorder.limited)
 
 
 def norm_scales(ranges: Ranges) -> dict[str, float]:

@@ -9,6 +9,7 @@ import sys
 
 from crypten_llm.command_line import Parser, add_command, read_text, run, whole_numbers
 from crypten_llm.errors import CryptenLLMError, UsageError
+from crypten_llm.settings import DEFAULT_PRECISION_BITS
 
 _SIZES = ("hidden", "heads", "kv-heads", "ffn", "layers", "vocab")  # of a model that is only counted
 
@@ -33,7 +34,8 @@ def _parser() -> Parser:
     add("--top-k", type=int, metavar="K", help="sample among the K best tokens")
     add("--top-p", type=float, metavar="P", help="sample among the best tokens that hold probability P")
     add("--seed", type=int, help="of the client's sampling; no secret depends on it")
-    add("--hide-length", action="store_true", help="run all N steps: only the client knows the answer's length")
+    what = "run all N steps, then show the answer at once: only the client knows its length"
+    add("--hide-length", action="store_true", help=what)
 
     bench = add_command(commands, "bench", _bench, "time decode steps on random weights and a secret cache")
 
@@ -131,7 +133,8 @@ def _run_options(parser: Parser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--engine", default="wire", help="plain (no privacy), crypten or wire (default: wire)")
     add("--parties", type=int, default=2, metavar="N", help="compute parties; the dealer comes on top (default: 2)")
-    add("--precision-bits", type=int, default=16, metavar="F", help="fractional bits of a secret (default: 16)")
+    what = f"fractional bits of a secret on engine crypten (default: {DEFAULT_PRECISION_BITS})"
+    add("--precision-bits", type=int, default=DEFAULT_PRECISION_BITS, metavar="F", help=what)
     add("--timeout", type=float, default=300.0, metavar="S", help="seconds any wait may last (default: 300)")
     add("--network", default="", metavar="lan|wan|RTTms,Mbit", help="emulate a network between local parties")
     add("--threads", type=int, default=0, metavar="N", help="torch threads (default: cores / local processes)")

@@ -1,16 +1,23 @@
-"""Errors that a user can cause, and how a process ends on each.
+"""Errors that a user can cause, how a process ends on each, and who may read them.
 
 Owns the exception types and their exit codes. Every message is one line: what was wrong, the value, what to
-do next. The command line prints it and exits; a traceback is shown only with ``--verbose``.
+do next. The command line prints it and exits; a traceback is shown only with ``--verbose``. The other parties are told
+that this one stops and why, but never in words that may quote what it alone knows (``unheard``, ``public_words``).
 """
 
+import contextlib
 import difflib
+import os
 
 
 class CryptenLLMError(Exception):
-    """An error whose message is written for the person at the terminal."""
+    """An error whose message is written for the person at the terminal.
+
+    heard: whether the other parties may read it too.
+    """
 
     exit_code = 1
+    heard = True
 
 
 class UsageError(CryptenLLMError):
@@ -20,11 +27,15 @@ class UsageError(CryptenLLMError):
 
 
 class PartyError(CryptenLLMError):
-    """Another party is missing, stopped, answered something else than the protocol says, or timed out."""
+    """Another party is missing, stopped, answered something else than the protocol says, or timed out.
+
+    Its words name ranks and operations alone, so that all parties may read them.
+    """
 
     exit_code = 3
 
 
+ENDED = "its program ended with an error; see its own output"  # all that others hear of what is not for them
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
@@ -46,10 +57,31 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextlib.contextmanager
+def unheard():
+    """Around work on what one party alone knows: an error there may quote a prompt or a path, and stays with it.
+
+    The other parties are told that this one stopped. A PartyError passes, its words are public.
+    """
+    try:
+        yield
+    except PartyError:
+        raise
+    except BaseException as error:
+        error.heard = False
+        raise
+
+
 def public_words(error: BaseException) -> str:
-    """One line for the other parties: never the text of an unforeseen error, which could quote a secret."""
-    if isinstance(error, CryptenLLMError | KeyboardInterrupt | MemoryError | OSError | ModuleNotFoundError):
+    """One line for the other parties. Of an error that is ``unheard``, and of any other library's, never the text."""
+    if isinstance(error, KeyboardInterrupt | ModuleNotFoundError) or _lacks_memory(error):
         return last_words(error)
+    if not getattr(error, "heard", True):
+        return ENDED
+    if isinstance(error, CryptenLLMError):
+        return last_words(error)
+    if isinstance(error, OSError) and error.errno:
+        return f"{os.strerror(error.errno)}; see its own output"
     return f"internal error, {type(error).__name__}; run again with --verbose for the traceback"
 
 
@@ -62,9 +94,15 @@ def last_words(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name!r} is not installed; run 'make install' and use .venv/bin/python"
-    if isinstance(error, MemoryError) or "not enough memory" in text:
+    if _lacks_memory(error):
         return "not enough memory; use a shorter prompt, a smaller --chunk or a smaller model"
     if isinstance(error, OSError) and error.strerror:
         place = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{place}; free the resource it names and run again"
     return f"internal error, {type(error).__name__}: {text}; run again with --verbose for the traceback"
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    if isinstance(error, CryptenLLMError):
+        return False
+    return isinstance(error, MemoryError) or "not enough memory" in str(error)

@@ -21,7 +21,8 @@ class Plan:
     """The public shape of one request, which every compute party follows.
 
     prompt_tokens: length of the prompt. max_new_tokens: upper bound of the answer. chunk: rows per prefill pass.
-    hide_length: run all ``max_new_tokens`` steps, so that nobody but the client learns the length of the answer.
+    hide_length: run all ``max_new_tokens`` steps alike and only then show the tokens, so that nobody but the client
+    learns the length of the answer.
     policy: the eviction policy as text, such as "mpcache" or "mpcache(static=0.25)"; kept in one canonical form, which
     parties compare.
 
@@ -93,17 +94,18 @@ class Answer:
     finished: bool = False
 
     def take(self, logits: torch.Tensor) -> None:
-        """Draws the next token. A finished answer keeps its stop token, so that nobody sees where it ended."""
+        """Draws the next token. A finished answer keeps its stop token, and draws all the same: it takes as long."""
+        drawn = int(self.choose(logits))
         if not self.finished:
-            self.token_id = int(self.choose(logits))
-            self.finished = self.token_id in self.stop_ids
+            self.token_id, self.finished = drawn, drawn in self.stop_ids
 
 
 @torch.inference_mode()
 def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | Step]:
     """Follows ``plan`` on this party; at the client, which alone has an ``answer``, yields each of its tokens.
 
-    Once started it must be read to its end, or the parties lose step: see ``Answer.abandoned``.
+    Once started it must be read to its end, or the parties lose step: see ``Answer.abandoned``. With ``hide_length``
+    all tokens come after the last step: the others wait while a reader does something with a token.
 
     Reveals: to the client the logits of each generated token; to all the number of steps, unless ``hide_length``.
     """
@@ -113,9 +115,9 @@ def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | 
     party.reveals.public(f"prompt length: {plan.prompt_tokens} tokens", "shapes and rounds depend on it")
     limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
     party.reveals.public(f"request: {limits}", "all parties run the same program")
+    held: list[Step] = []
     for index in range(plan.max_new_tokens):
-        started = perf_counter()
-        last, shown = index + 1 == plan.max_new_tokens, answer is not None and not answer.finished
+        started, last = perf_counter(), index + 1 == plan.max_new_tokens
         section = engine.section(f"request {party.requests} token {index}")
         with meter.phase("decode" if index else "prefill"), section:
             if index == 0:
@@ -124,18 +126,23 @@ def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | 
                 logits = model(_tokens(party, answer and [answer.token_id], 1), cache)
             value = _open(party, logits)
         if answer is not None:
+            ended = answer.finished
             answer.take(value[0])
-        if shown:
             online = meter.snapshot().online
             reason = "stop" if answer.finished else "length" if last else None
             seconds = perf_counter() - started
-            yield Step(index, answer.token_id, "", seconds, online.rounds, online.bytes_sent, reason)
+            step = Step(index, answer.token_id, "", seconds, online.rounds, online.bytes_sent, reason)
+            if not plan.hide_length:
+                yield step
+            elif not ended:
+                held.append(step)
         if not last and not plan.hide_length:
             with meter.phase("decode"), party.engine.operation("whether the answer goes on", "stop or go"):
                 if party.agree(answer and (answer.finished or answer.abandoned)):
                     break
     counted = "upper bound of the answer's length" if plan.hide_length else "number of generated tokens"
     party.reveals.public(f"{counted}: {index + 1}", "each token is one decode step that all parties run")
+    yield from held
 
 
 def _prefill(party, plan, cache, answer):

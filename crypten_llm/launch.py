@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from crypten_llm import rendezvous
-from crypten_llm.errors import INTERRUPTED, CryptenLLMError, PartyError, UsageError, public_words
+from crypten_llm.errors import INTERRUPTED, CryptenLLMError, PartyError, UsageError, public_words, unheard
 from crypten_llm.network import parse_network
 from crypten_llm.party import Party
 from crypten_llm.roles import CLIENT, OWNER
@@ -97,11 +97,12 @@ def check_free() -> None:
         raise UsageError("this process already has a private session; close it first, or use another process")
 
 
-def forget() -> None:
-    """Makes this process free for another session."""
+def forget(transport: Transport) -> None:
+    """Makes this process free for another session, if CrypTen runs over ``transport``."""
     from crypten_llm import bridge
 
-    bridge.stop()
+    if bridge.is_started(transport):
+        bridge.stop()
 
 
 def make_party(transport: Transport, protocol: ProtocolConfig) -> Party:
@@ -112,7 +113,8 @@ def make_party(transport: Transport, protocol: ProtocolConfig) -> Party:
         from crypten_llm.wire.tape import Tape
 
         config = WireConfig()
-        tape = Tape(protocol.tape, transport.rank, transport) if protocol.tape else None
+        with unheard():
+            tape = Tape(protocol.tape, transport.rank, transport) if protocol.tape else None
         if tape:
             tape.compare(asdict(config))
         return Party(WireEngine(transport, config, tape), transport, protocol.compute_parties)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from crypten_llm import bench, checkpoint, generation
 from crypten_llm.config import LlamaConfig
-from crypten_llm.errors import PartyError, UsageError
+from crypten_llm.errors import PartyError, UsageError, unheard
 from crypten_llm.meter import Meter, peak_bytes
 from crypten_llm.model import Llama, prepare
 from crypten_llm.reveal import RevealLog
@@ -54,7 +54,10 @@ class Party:
 
     def agree(self, flag: bool) -> bool:
         """The client's public ``flag``, at every compute party."""
-        return self.from_client({"stop": flag} if self.is_client else None)["stop"]
+        message = self.from_client({"stop": flag} if self.is_client else None)
+        if not isinstance(message.get("stop"), bool):
+            raise self._unexpected(self.client, "whether the answer goes on")
+        return message["stop"]
 
     def from_client(self, message: dict | None, timeout: float | None = None) -> dict:
         """The client's public message, at every compute party."""
@@ -68,10 +71,19 @@ class Party:
         if self.transport is None:
             return message
         if self.rank != source:
-            return self.transport.recv_json(source, timeout=timeout)
+            message = self.transport.recv_json(source, timeout=timeout)
+            if not isinstance(message, dict):
+                raise self._unexpected(source, "named facts")
+            return message
         for peer in self.peers:
             self.transport.send_json(peer, message)
         return message
+
+    def _unexpected(self, source: int, due: str) -> PartyError:
+        return PartyError(
+            f"{self.transport.name(source)} sent something else than {due} during {self.engine.meter.where}: the "
+            "parties run different programs; start all of them with the same version and the same settings"
+        )
 
     def start_request(self) -> None:
         """Counts from zero, and lists reveals from where the loaded model left them."""
@@ -116,23 +128,31 @@ class Party:
         """At the owner: the public announcement, which the others get, and the weights, which stay."""
         if not folder:
             raise UsageError("the owner was started without a model; give it --model")
-        config = LlamaConfig.from_folder(folder)
-        shapes = checkpoint.expected_shapes(config)
+        with unheard():
+            config = LlamaConfig.from_folder(folder)
+            weights = self._read_weights(folder, config, progress)
+        announced = {"config": config.to_dict(), "norm_scales": self.engine.calibrate(config, weights)}
+        return self.from_owner(announced), weights
+
+    def _read_weights(self, folder, config, progress: bool) -> dict:
+        """By name, as ``prepare`` makes them; the others hear how far it is."""
+        total = len(checkpoint.expected_shapes(config))
         weights, told = {}, perf_counter()
-        with _loading_bar(len(shapes), progress) as bar:
+        with _loading_bar(total, progress) as bar:
             for name, value in checkpoint.load_weights(folder, config):
                 weights[name] = prepare(name, value, config)
                 bar.update()
                 if perf_counter() - told > HEARTBEAT_SECONDS:
-                    self.from_owner({"loaded": len(weights), "total": len(shapes)})
+                    self.from_owner({"loaded": len(weights), "total": total})
                     told = perf_counter()
-        announced = {"config": config.to_dict(), "norm_scales": self.engine.calibrate(config, weights)}
-        return self.from_owner(announced), weights
+        return weights
 
     def _await(self, progress: bool) -> dict:
         """The owner's announcement. A large checkpoint takes its time; meanwhile the owner shows that it lives."""
         with _loading_bar(None, progress) as bar:
             while "config" not in (message := self.from_owner(None)):
+                if not message.keys() >= {"loaded", "total"}:
+                    raise self._unexpected(self.owner, "its model's configuration")
                 bar.total = message["total"]
                 bar.update(message["loaded"] - bar.n)
         return message

@@ -33,6 +33,7 @@ MAGIC = b"cryptllm"
 READY = b"R"
 HELLO_SECONDS = 2.0  # a stray connection that says nothing holds the others up no longer than this
 POLL_SECONDS = 0.02
+LATE_SECONDS = 1.0  # for what is asked of the store at the very end: an answer is on its way
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -86,75 +87,119 @@ def connect(
     is_master: whether this process hosts the store; by default rank 0 does unless a torchrun agent hosts it.
     port_base: listen on port_base + rank instead of a free port. job: separates jobs that share a store; by
     default torchrun's run id and restart count. links: `tls.Links` that put each connection under TLS; all parties or
-    none. meter, network: see `Transport`. while_waiting: called again and again until all have come; what it raises
+    none. meter, network: see `Transport`. while_waiting: called again and again until all links stand; what it raises
     ends the wait (a launcher looks after its children there).
 
-    Raises PartyError for parties that do not come or cannot be reached, UsageError for a port in use, a rank
-    taken twice, or parties that disagree on the world size, the roles or the version.
+    Raises PartyError for parties that do not come or cannot be reached and for a store that does not answer,
+    UsageError for a port in use, a rank taken twice, or parties that disagree on the world size, the roles or the
+    version.
     """
     assert len(roles) == world, f"{len(roles)} roles for {world} parties"
-    deadline = time.monotonic() + timeout
+    wait = _Wait(timeout, while_waiting)
     names = [f"rank {r} ({role})" for r, role in enumerate(roles)]
     if is_master is None:
         is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if job is None:
         job = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     with contextlib.ExitStack() as opened:
-        store = _Store(store_host, store_port, is_master, names[0], deadline, timeout, prefix=f"crypten_llm/{job}/")
+        store = _Store(store_host, store_port, is_master, names[0], wait, prefix=f"crypten_llm/{job}/")
         address = host or _address_towards(store_host, store_port)
         listener = opened.enter_context(_listen(address, port_base, rank, world))
         token = secrets.token_bytes(16)
         mine = {"host": address, "port": listener.getsockname()[1], "token": token.hex()}
         _agree(store, rank, world, roles, links)
         _claim_rank(store, names, rank, mine)
-        directory = _read_directory(store, names, rank, deadline, timeout, while_waiting)
+        directory = _read_directory(store, names, rank, wait)
         sockets = {}
         opened.callback(lambda: [sock.close() for sock in sockets.values()])
         for peer in range(rank):
-            sockets[peer] = _dial(names, peer, directory[peer], rank, world, token, deadline, links)
+            sockets[peer] = _dial(names, peer, directory[peer], rank, world, token, wait, links)
         while len(sockets) < world - 1:
-            peer, sock = _answer(listener, names, rank, world, token, directory, sockets, deadline, timeout, links)
+            peer, sock = _answer(listener, names, rank, world, token, directory, sockets, wait, links)
             sockets[peer] = sock
-        _barrier(sockets, names, deadline, timeout)
+        _barrier(sockets, names, wait)
         transport = Transport(rank, roles, dict(sockets), timeout=timeout, meter=meter, network=network)
         sockets.clear()  # the transport's now
         return transport
+
+
+class _Wait:
+    """How long this party waits for the others, all in all, and what it looks after meanwhile.
+
+    timeout: seconds from now. look: called at every turn; what it raises ends the wait.
+    """
+
+    def __init__(self, timeout, look=None):
+        self.timeout, self._deadline, self._look = timeout, time.monotonic() + timeout, look
+
+    @property
+    def left(self):
+        """Seconds; negative when the time is over."""
+        return self._deadline - time.monotonic()
+
+    def turn(self):
+        """Seconds until the next turn. Raises TimeoutError when the time is over."""
+        if self._look is not None:
+            self._look()
+        left = self.left
+        if left <= 0:
+            raise TimeoutError("timed out")
+        return min(left, POLL_SECONDS)
+
+    def on(self, sock, step, *args):
+        """`step(*args)`, which waits for `sock` and can be tried again after a timeout."""
+        while True:
+            sock.settimeout(self.turn())
+            with contextlib.suppress(TimeoutError):
+                return step(*args)
+
+    def in_thread(self, job):
+        """`job()`, in a thread that is left to itself when the time is over: for what neither timeout nor Ctrl-C ends.
+
+        One that starts late still has LATE_SECONDS.
+        """
+        wait, done = _Wait(max(self.left, LATE_SECONDS), self._look), []
+
+        def work():
+            try:
+                done.append((job(), None))
+            except Exception as error:
+                done.append((None, error))
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        while not done:
+            worker.join(wait.turn())
+        ((result, error),) = done
+        if error is not None:
+            raise error
+        return result
 
 
 class _Store:
     """The few operations needed of a TCPStore, its failures in our words, polling in place of its waits.
 
     TCPStore's own waits print C++ stack traces and do not notice Ctrl-C; so it is only connected when the port
-    answers, and keys are polled.
+    answers, and keys are polled. Its other operations wait for ever on a host that hangs; so each is made in a thread.
     """
 
-    def __init__(self, host, port, is_master, master_name, deadline, timeout, prefix):
-        self.place, self.prefix = f"{host}:{port}", prefix
+    def __init__(self, host, port, is_master, master_name, wait, prefix):
+        self.place, self.prefix, self._wait = f"{host}:{port}", prefix, wait
         if not is_master:
-            self._await_port(host, port, master_name, deadline, timeout)
-        self._store = self._open(host, port, is_master, master_name, deadline, timeout)
+            self._await_port(host, port, master_name)
+        self._store = self._open(host, port, is_master, master_name)
 
-    def _open(self, host, port, is_master, master_name, deadline, timeout):
-        """The TCPStore. It is made in a thread, because it waits for ever on a port where something else answers."""
-        seconds = max(1.0, deadline - time.monotonic())
-        made, failed = [], []
-
-        def make():
-            try:
-                made.append(
-                    TCPStore(
-                        host, port, is_master=is_master, wait_for_workers=False, timeout=timedelta(seconds=seconds)
-                    )
-                )
-            except RuntimeError as error:  # DistNetworkError among them
-                failed.append(_first_line(error))
-
-        maker = threading.Thread(target=make, daemon=True)
-        maker.start()
-        maker.join(seconds)
-        if made:
-            return made[0]
-        reason = failed[0] if failed else f"no answer in {timeout:g} s"
+    def _open(self, host, port, is_master, master_name):
+        """The TCPStore. Making it waits for ever on a port where something else answers."""
+        seconds = timedelta(seconds=max(LATE_SECONDS, self._wait.left))
+        try:
+            return self._wait.in_thread(
+                lambda: TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=seconds)
+            )
+        except TimeoutError:
+            reason = f"no answer in {self._wait.timeout:g} s"
+        except RuntimeError as error:  # DistNetworkError among them
+            reason = _first_line(error)
         if is_master and "EADDRINUSE" in reason:
             raise UsageError(
                 f"port {port} is in use on this machine, perhaps by another {master_name}, so the rendezvous store "
@@ -164,27 +209,34 @@ class _Store:
             f"what listens at {self.place} is no rendezvous store ({reason}): check MASTER_ADDR and MASTER_PORT"
         )
 
-    def _await_port(self, host, port, master_name, deadline, timeout):
+    def _await_port(self, host, port, master_name):
         while True:
             try:
-                left = max(0.1, deadline - time.monotonic())
-                socket.create_connection((host, port), timeout=left).close()
+                self._wait.in_thread(lambda: _open_connection(host, port, self._wait)).close()
                 return
             except OSError as error:
                 if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
                     raise UsageError(
                         f"MASTER_ADDR={host!r} is no known host: give the address of {master_name}"
                     ) from None
-                if time.monotonic() >= deadline:
+                if self._wait.left <= 0:
                     raise PartyError(
-                        f"no rendezvous store at {self.place} after {timeout:g} s ({_first_line(error)}): start "
-                        f"{master_name} and check MASTER_ADDR and MASTER_PORT"
+                        f"no rendezvous store at {self.place} after {self._wait.timeout:g} s ({_first_line(error)}): "
+                        f"start {master_name} and check MASTER_ADDR and MASTER_PORT"
                     ) from None
             time.sleep(POLL_SECONDS)
 
     def _call(self, method, key, *args):
+        name = self.prefix + key
         try:
-            return getattr(self._store, method)(key, *args)
+            return self._wait.in_thread(
+                lambda: getattr(self._store, method)([name] if method == "check" else name, *args)
+            )
+        except TimeoutError:
+            raise PartyError(
+                f"the rendezvous store at {self.place} did not answer {method} {key!r} within {self._wait.timeout:g} "
+                "s: the party or launcher that hosts it hangs, or its network is down; start all parties again"
+            ) from None
         except RuntimeError as error:
             raise PartyError(
                 f"the rendezvous store at {self.place} went away ({_first_line(error)}): the party or launcher that "
@@ -192,20 +244,19 @@ class _Store:
             ) from None
 
     def put(self, key, value):
-        self._call("set", self.prefix + key, value)
+        self._call("set", key, value)
 
     def put_first(self, key, value):
         """Set `key` unless it is set; the value it has then."""
-        return self._call("compare_set", self.prefix + key, "", value).decode()
+        return self._call("compare_set", key, "", value).decode()
 
     def add(self, key):
         """Count up `key`; its value then."""
-        return self._call("add", self.prefix + key, 1)
+        return self._call("add", key, 1)
 
     def get(self, key):
         """The value of `key`, or None while it is not set."""
-        key = self.prefix + key
-        return self._call("get", key).decode() if self._call("check", [key]) else None
+        return self._call("get", key).decode() if self._call("check", key) else None
 
 
 def _agree(store, rank, world, roles, links):
@@ -232,7 +283,7 @@ def _claim_rank(store, names, rank, mine):
     store.put(f"address/{rank}", json.dumps(mine))
 
 
-def _read_directory(store, names, rank, deadline, timeout, while_waiting):
+def _read_directory(store, names, rank, wait):
     """{peer: where it listens and its token}, waiting until all have come."""
     directory = {}
     while True:
@@ -245,15 +296,14 @@ def _read_directory(store, names, rank, deadline, timeout, while_waiting):
         stop = store.get("stop")
         if stop is not None:
             raise UsageError(stop)
-        if while_waiting is not None:
-            while_waiting()
-        if time.monotonic() >= deadline:
+        try:
+            time.sleep(wait.turn())
+        except TimeoutError:
             absent = [names[r] for r in range(len(names)) if r != rank and r not in directory]
             raise PartyError(
-                f"{', '.join(absent)} did not come within {timeout:g} s: start every party with the same MASTER_ADDR "
-                "and MASTER_PORT, and raise the timeout if they only need longer"
-            )
-        time.sleep(POLL_SECONDS)
+                f"{', '.join(absent)} did not come within {wait.timeout:g} s: start every party with the same "
+                "MASTER_ADDR and MASTER_PORT, and raise the timeout if they only need longer"
+            ) from None
 
 
 def _address_towards(host, port):
@@ -289,25 +339,32 @@ def _listen(address, port_base, rank, world):
     raise AssertionError("the loop returns or raises")
 
 
-def _dial(names, peer, entry, rank, world, token, deadline, links):
+def _open_connection(host, port, wait):
+    return socket.create_connection((host, port), timeout=max(0.1, wait.left))
+
+
+def _dial(names, peer, entry, rank, world, token, wait, links):
     """Connect to a lower rank that listens at `entry` and greet each other."""
     name, place = names[peer], f"{entry['host']}:{entry['port']}"
     try:
-        sock = socket.create_connection((entry["host"], entry["port"]), timeout=max(0.1, deadline - time.monotonic()))
+        sock = wait.in_thread(lambda: _open_connection(entry["host"], entry["port"], wait))
     except OSError as error:
         raise PartyError(
             f"{name} cannot be reached at {place} ({_first_line(error)}): give that party's host an address that this "
             "one reaches, and open the port in the firewall"
         ) from None
     try:
-        sock = links.secure(sock, peer) if links else sock
+        sock = wait.in_thread(lambda: links.secure(sock, peer)) if links else sock
         sock.sendall(HELLO.pack(MAGIC, PROTOCOL_VERSION, rank, world, bytes.fromhex(entry["token"])))
-        answer = _read_exactly(sock, HELLO.size, max(0.1, deadline - time.monotonic()))
+        answer = _read_exactly(sock, HELLO.size, wait)
         if hmac.compare_digest(HELLO.unpack(answer)[4], token):
             return sock
         reason = "another program answered"
     except OSError as error:
         reason = _first_line(error)
+    except BaseException:
+        sock.close()
+        raise
     sock.close()
     raise PartyError(
         f"{name} did not complete the handshake at {place} ({reason}): its own output may say why, start all parties "
@@ -315,25 +372,24 @@ def _dial(names, peer, entry, rank, world, token, deadline, links):
     )
 
 
-def _answer(listener, names, rank, world, token, directory, sockets, deadline, timeout, links):
+def _answer(listener, names, rank, world, token, directory, sockets, wait, links):
     """Accept the next higher rank; connections that do not show our token, or the rank's key, are dropped without a
     word.
     """
     while True:
-        left = deadline - time.monotonic()
         try:
-            listener.settimeout(max(0.01, left))
-            sock, _ = listener.accept()
+            sock, _ = wait.on(listener, listener.accept)
         except TimeoutError:
             absent = [names[peer] for peer in range(rank + 1, world) if peer not in sockets]
             raise PartyError(
-                f"{', '.join(absent)} did not connect within {timeout:g} s: look at its own output, and whether it "
-                f"reaches {listener.getsockname()[0]}:{listener.getsockname()[1]}"
+                f"{', '.join(absent)} did not connect within {wait.timeout:g} s: look at its own output, and whether "
+                f"it reaches {listener.getsockname()[0]}:{listener.getsockname()[1]}"
             ) from None
         try:
-            sock.settimeout(HELLO_SECONDS)
+            hello = _Wait(HELLO_SECONDS)
+            sock.settimeout(hello.timeout)
             sock = links.secure(sock) if links else sock
-            magic, version, peer, their_world, shown = HELLO.unpack(_read_exactly(sock, HELLO.size, HELLO_SECONDS))
+            magic, version, peer, their_world, shown = HELLO.unpack(_read_exactly(sock, HELLO.size, hello))
             known = hmac.compare_digest(shown, token) and (magic, version, their_world) == (
                 MAGIC,
                 PROTOCOL_VERSION,
@@ -349,33 +405,32 @@ def _answer(listener, names, rank, world, token, directory, sockets, deadline, t
         sock.close()
 
 
-def _barrier(sockets, names, deadline, timeout):
+def _barrier(sockets, names, wait):
     """Wait until every party has all its links: then nobody needs the store any more."""
     for peer, sock in sockets.items():
-        with _blames(names[peer], timeout):
+        with _blames(names[peer], wait):
             sock.sendall(READY)
     for peer, sock in sockets.items():
-        with _blames(names[peer], timeout):
-            _read_exactly(sock, len(READY), max(0.1, deadline - time.monotonic()))
+        with _blames(names[peer], wait):
+            _read_exactly(sock, len(READY), wait)
 
 
 @contextlib.contextmanager
-def _blames(name, timeout):
+def _blames(name, wait):
     try:
         yield
     except OSError as error:
         raise PartyError(
-            f"{name} did not finish connecting within {timeout:g} s ({_first_line(error)}): look at its own output, "
-            "start all parties again"
+            f"{name} did not finish connecting within {wait.timeout:g} s ({_first_line(error)}): look at its own "
+            "output, start all parties again"
         ) from None
 
 
-def _read_exactly(sock, count, seconds):
-    """`count` bytes; OSError when they do not come within about `seconds`."""
-    deadline, data = time.monotonic() + seconds, b""
+def _read_exactly(sock, count, wait):
+    """`count` bytes; OSError when they do not come in time."""
+    data = b""
     while len(data) < count:
-        sock.settimeout(max(0.01, deadline - time.monotonic()))
-        chunk = sock.recv(count - len(data))
+        chunk = wait.on(sock, sock.recv, count - len(data))
         if not chunk:
             raise ConnectionResetError("closed the connection")
         data += chunk

@@ -15,18 +15,21 @@ from crypten_llm.network import parse_network
 from crypten_llm.roles import role_names
 
 DEFAULT_ENGINE = "wire"
-DEFAULT_PRECISION_BITS = 15
+DEFAULT_PRECISION_BITS = 15  # CryptenConfig's
 DEFAULT_TIMEOUT = 300.0
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Public settings that every compute party must have alike; the owner's are compared with each other's."""
+    """Public settings that every party must have alike; the owner's are compared with each other's.
+
+    precision_bits: None on an engine that has none.
+    """
 
     version: str
     engine: str
     compute_parties: int
-    precision_bits: int
+    precision_bits: int | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class ProtocolConfig:
         return names[: self.compute_parties] if self.tape else names
 
     def agreement(self) -> Agreement:
-        return Agreement(crypten_llm.__version__, self.engine, self.compute_parties, self.precision_bits)
+        bits = self.precision_bits if self.engine == "crypten" else None
+        return Agreement(crypten_llm.__version__, self.engine, self.compute_parties, bits)
 
 
 @dataclass(frozen=True)

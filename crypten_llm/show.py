@@ -53,6 +53,7 @@ def _who(protocol: ProtocolConfig) -> str:
 
 
 def _stream(llama: PrivateLlama, request: Request, progress: bool, show_text: bool) -> None:
+    as_text = llama.has_tokenizer
     bar = tqdm(desc="prefill", unit="token", total=1, disable=not progress, leave=False)
     for event in llama.stream(**vars(request)):
         match event:
@@ -67,7 +68,7 @@ def _stream(llama: PrivateLlama, request: Request, progress: bool, show_text: bo
                     bar = tqdm(desc="decode", unit="token", total=request.max_new_tokens, disable=hidden, leave=False)
                 bar.update()
                 if show_text:
-                    print(event.text if llama.has_tokenizer else f"{event.token_id} ", end="", flush=True)
+                    print(event.text if as_text else f"{event.token_id} ", end="", flush=True)
     bar.close()
     if show_text:
         print(flush=True)

@@ -37,9 +37,9 @@ class Made:
 
 
 def make_key(folder: str | Path, role: str) -> Made:
-    """Writes ROLE.key, readable by this user alone, and ROLE.crt.
+    """Writes ROLE.key, readable by this user alone, and ROLE.crt. Overwrites neither.
 
-    Raises UsageError for a role that there is not, a folder that cannot be written, or one that has such a key already.
+    Raises UsageError for a role that there is not, and for a folder that cannot be written or has such a file already.
     """
     if not re.fullmatch(r"owner|client|dealer|compute \d+", role):
         raise UsageError(f"there is no role {role!r}; give owner, client, dealer, or 'compute 2' and on")
@@ -55,11 +55,15 @@ def make_key(folder: str | Path, role: str) -> Made:
     path, public = _key_path(folder, role), _certificate_path(folder, role)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for file in (path, public):
+            if file.exists():
+                raise UsageError(
+                    f"{file} exists; give another folder (--out), or remove it first if no party uses that key any more"
+                )
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secret)
-        public.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    except FileExistsError:
-        raise UsageError(f"{path} exists; remove it first if that key is no longer in use") from None
+        with open(public, "xb") as file:
+            file.write(certificate.public_bytes(serialization.Encoding.PEM))
     except OSError as error:
         raise UsageError(f"cannot write {error.filename} ({error.strerror}); give another folder (--out)") from None
     digest = hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
@@ -86,13 +90,17 @@ class Links:
         peer: the rank that was dialled, whose certificate must be shown; ``None`` at the side that answers, which asks
         ``is_of`` once it knows who came. Raises OSError where the handshake fails; the connection is closed then.
         """
-        if peer is None:
-            return self._answering.wrap_socket(sock, server_side=True)
-        secured = self._dialling.wrap_socket(sock)
-        if not self.is_of(secured, peer):
-            secured.close()
-            raise ConnectionResetError("it shows another party's certificate")
-        return secured
+        try:
+            sock.getpeername()  # raises for a connection that has ended already: wrap_socket would leave it open
+            if peer is None:
+                return self._answering.wrap_socket(sock, server_side=True)
+            sock = self._dialling.wrap_socket(sock)
+            if not self.is_of(sock, peer):
+                raise ConnectionResetError("it shows another party's certificate")
+            return sock
+        except OSError:
+            sock.close()
+            raise
 
     def is_of(self, secured, peer: int) -> bool:
         """Whether the other side of a connection holds the key of ``peer``."""

@@ -8,7 +8,7 @@ import torch
 from eviction import trained
 from eviction.policy import Policy
 from eviction.rows import note_more, retain
-from eviction.settings import budget, text, tokens
+from eviction.settings import budget, tokens
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class AttentionGate(Policy):
     """
 
     budget: float = budget(0.5)
-    weights: str = text("shipped")
+    weights: str = trained.weights()
 
     name: ClassVar[str] = "attention_gate"
     paper: ClassVar[str] = "In-context KV-Cache Eviction for LLMs via Attention-Gate"

@@ -6,7 +6,7 @@ from typing import ClassVar
 from eviction import trained
 from eviction.policy import Policy
 from eviction.rows import note_more, retain
-from eviction.settings import budget, text, tokens, whole
+from eviction.settings import budget, tokens, whole
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Locret(Policy):
 
     budget: float = budget(6000)
     recent: int = whole(100, 0)
-    weights: str = text("shipped")
+    weights: str = trained.weights()
 
     name: ClassVar[str] = "locret"
     paper: ClassVar[str] = "Locret: Enhancing Eviction in Long-Context LLM Inference with Trained Retaining Heads"

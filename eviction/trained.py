@@ -4,15 +4,34 @@ Owns the features and the loader. Weights are public: whoever runs the policy kn
 linear maps with public coefficients. They were trained on a model, and tell about it what a trained file tells.
 """
 
+import hashlib
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from eviction.operations import Layer, Operations, Seen
-from eviction.settings import PolicyError
+from eviction.settings import PolicyError, setting, text
 
 FOLDER = Path(__file__).parent / "weights"
+
+
+def weights(default: str = "shipped"):
+    """A setting: the name of weights that come with the project, or a file. Each party reads its own, so the policy's
+    text, which they compare, holds a digest of the file: PATH#DIGEST.
+    """
+    plain = text(default).metadata["read"]
+
+    def read(value):
+        path, _, digest = (value, "", "") if Path(plain(value)).is_file() else value.rpartition("#")
+        if not Path(path).is_file():
+            return value
+        found = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+        if digest not in ("", found):
+            raise ValueError
+        return f"{path}#{found}"
+
+    return setting(default, read, f"{default}, or a file that is alike at all parties", "text")
 
 
 def features(ops: Operations, layer: Layer, seen: Seen):
@@ -38,7 +57,7 @@ def load(name: str, policy: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     shipped = FOLDER / f"{policy}-{name}.safetensors"
-    path = shipped if shipped.exists() else Path(name)
+    path = shipped if shipped.exists() else Path(name.rpartition("#")[0] or name)
     try:
         return {key: value.float() for key, value in load_file(path).items()}
     except FileNotFoundError:

@@ -9,7 +9,8 @@ from hf_models import tiny
 
 from crypten_llm import PrivateLlama, api, checkpoint
 from crypten_llm.api import Detokenizer, Request
-from crypten_llm.errors import UsageError
+from crypten_llm.bench import Shape
+from crypten_llm.errors import ENDED, PartyError, UsageError
 from crypten_llm.generation import Progress, Step
 
 
@@ -46,6 +47,14 @@ def test_generate_equals_plain(private, plain):
     assert json.loads(json.dumps(answer.to_dict()))["online"]["rounds"] == answer.cost.rounds()
 
 
+def dealer_agrees(result):
+    """The dealer's own counters agree with what the parties saw on their links to it."""
+    dealer = result.cost.ranks[-1]
+    sent = sum(row["dealer_bytes_sent"] for row in dealer["table"])
+    received = sum(row["dealer_bytes_received"] for entry in result.cost.ranks[:2] for row in entry["table"])
+    assert dealer["rank"] == 2 and sent == received > 0
+
+
 def test_each_request_is_counted_alone(private):
     request = {"input_ids": [5, 6, 7], "max_new_tokens": 2}
     first, second = private.generate(**request), private.generate(**request)
@@ -53,11 +62,7 @@ def test_each_request_is_counted_alone(private):
     assert first.cost.bytes_sent() == second.cost.bytes_sent()
     assert first.cost.dealer_bytes() == second.cost.dealer_bytes() > 0
     assert first.revealed == second.revealed
-    # The dealer's own counters agree with what the parties saw on their links to it.
-    dealer = second.cost.ranks[-1]
-    sent = sum(row["dealer_bytes_sent"] for row in dealer["table"])
-    received = sum(row["dealer_bytes_received"] for entry in second.cost.ranks[:2] for row in entry["table"])
-    assert dealer["rank"] == 2 and sent == received
+    dealer_agrees(second)
     # The table's rows add up to the totals.
     for phase in ("prefill", "decode"):
         rows = [row for row in second.cost.table() if row["phase"] == phase]
@@ -73,7 +78,22 @@ def test_a_stream_that_is_left_leaves_the_session_usable(private, plain):
     for event in private.stream(**request, hide_length=True, prefill_chunk=2):
         if isinstance(event, Progress):
             break
-    assert private.generate(**request).token_ids == plain.generate(**request).token_ids
+    answer = private.generate(**request)
+    assert answer.token_ids == plain.generate(**request).token_ids
+    dealer_agrees(answer)
+
+
+def test_with_a_hidden_length_nothing_is_sent_while_tokens_are_read(private):
+    request = {"input_ids": [9, 8, 7, 6], "max_new_tokens": 3}
+    expected = private.generate(**request).token_ids
+    tokens, sent = [], set()
+    for event in private.stream(**request, hide_length=True):
+        if isinstance(event, Step):
+            tokens.append(event.token_id)
+            sent.add(sum(link.sent + link.received for link in private.party.transport._links.values()))
+    assert tokens == expected
+    sent.add(sum(link.sent + link.received for link in private.party.transport._links.values()))
+    assert len(sent) == 1
 
 
 def test_events(private):
@@ -106,6 +126,125 @@ def test_mistakes_leave_the_session_usable(private):
         private.generate(input_ids=[5])
     stream.close()
     assert len(private.generate(input_ids=[5], max_new_tokens=1).token_ids) == 1
+
+
+def refuses_requests(llama):
+    with pytest.raises(UsageError, match="this session has ended, .* open another"):
+        llama.generate(input_ids=[5], max_new_tokens=1)
+    with pytest.raises(UsageError, match="this session has ended, .* open another"):
+        llama.bench(Shape(16, 2, 1, 24))
+
+
+def test_a_session_that_is_closed_while_a_stream_is_held(model):
+    with PrivateLlama.from_pretrained(str(model), timeout=60, threads=1) as llama:
+        processes = llama._children.processes
+        events = llama.stream(input_ids=[5, 6, 7], max_new_tokens=20)
+        next(event for event in events if isinstance(event, Step))
+        with pytest.raises(UsageError, match="still being read"):
+            llama.bench(Shape(16, 2, 1, 24))
+    assert {rank: process.returncode for rank, process in processes.items()} == {0: 0, 2: 0}
+    with pytest.raises(UsageError, match="this session has ended"):
+        next(events)
+    refuses_requests(llama)
+    llama.close()
+
+
+def test_a_session_that_ended_with_an_error_while_a_stream_is_held(model):
+    with (
+        pytest.raises(ZeroDivisionError),
+        PrivateLlama.from_pretrained(str(model), timeout=60, threads=1) as llama,
+    ):
+        events = llama.stream(input_ids=[5, 6, 7], max_new_tokens=20)
+        next(events)
+        raise ZeroDivisionError
+    with pytest.raises(UsageError, match="this session has ended"):
+        next(events)
+    refuses_requests(llama)
+
+
+class Listener:
+    """In the place of the links: what the other parties hear when the session ends with an error."""
+
+    def __init__(self):
+        self.heard = []
+
+    def abort(self, words):
+        self.heard.append(words)
+
+
+def asks_a_batch(llama):
+    llama.generate(input_ids=[[1171, 1182], [1193, 1204]])
+
+
+def asks_a_wrong_id(llama):
+    llama.generate(input_ids=[5, 991171])
+
+
+def opens_a_file(_):
+    open("/nowhere/patients/1171")
+
+
+def fails_otherwise(_):
+    raise KeyError("1171")
+
+
+def fails_as_another_session_does(_):
+    raise PartyError("rank 0 (owner) stopped: 1171")
+
+
+def lacks_a_package(_):
+    raise ModuleNotFoundError("no 1171", name="1171")
+
+
+def samples_what_overflowed(llama):
+    with llama._guarded():
+        raise UsageError("the token after 1171")
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        *(asks_a_batch, asks_a_wrong_id, opens_a_file, fails_otherwise, fails_as_another_session_does),
+        *(lacks_a_package, samples_what_overflowed),
+    ],
+)
+def test_the_others_hear_nothing_of_what_the_client_knows(model, mistake):
+    listener = Listener()
+    with (
+        pytest.raises((UsageError, OSError, KeyError, PartyError, ImportError)),
+        PrivateLlama.from_pretrained(str(model), engine="plain") as llama,
+    ):
+        llama._transport = listener
+        mistake(llama)
+    assert listener.heard == [ENDED]
+
+
+def test_the_others_hear_what_parties_say_of_each_other(model):
+    listener = Listener()
+    with (
+        pytest.raises(PartyError),
+        PrivateLlama.from_pretrained(str(model), engine="plain") as llama,
+    ):
+        llama._transport = listener
+        with llama._guarded():
+            raise PartyError("rank 2 (dealer) closed the connection")
+    assert listener.heard == ["rank 2 (dealer) closed the connection"]
+
+
+def test_a_missing_tokenizer_is_looked_for_once(model, monkeypatch):
+    asked = []
+
+    def missing(*arguments):
+        asked.append(arguments)
+        raise UsageError("no tokenizer")
+
+    monkeypatch.setattr(checkpoint, "load_tokenizer", missing)
+    with PrivateLlama.from_pretrained(str(model), engine="plain") as llama:
+        for _ in range(2):
+            assert llama.generate(input_ids=[5, 6], max_new_tokens=2).text == ""
+        assert not llama.has_tokenizer and len(asked) == 1
+        with pytest.raises(UsageError, match="no tokenizer"):
+            llama.generate(PROMPT)
 
 
 def test_one_session_of_crypten_in_a_process(private, model):

@@ -103,6 +103,29 @@ def test_a_model_outside_the_domain_is_followed(monkeypatch):
     assert (first.operation, first.where) == ("softmax", "prefill: layer 1 softmax") and "domain" in first.outside
 
 
+def test_each_limit_of_a_model_is_followed(tmp_path):
+    """Values that are too large, rows whose sum is, hidden states that are too small: the first is named."""
+    cases = {
+        "v_proj": (16.0, "mix", "mixed values of attention from"),
+        "embed_tokens": (2e-3, "rms_norm", "sums of squares of hidden states from"),
+    }
+    for name, (factor, operation, what) in cases.items():
+        folder, model = tiny(tmp_path / name)
+        with torch.no_grad():
+            for parameter in (p for n, p in model.named_parameters() if name in n):
+                parameter *= factor
+        model.save_pretrained(folder)
+        first = debug_compare.compare(folder, IDS, steps=1).first_beyond
+        assert first.operation == operation and first.outside.startswith(what), first
+
+
+def test_the_sum_of_a_row_is_followed(monkeypatch):
+    monkeypatch.setattr(wire_scales.WireConfig, "row_logarithms", (-14.0, 5.0))
+    outside = [f for f in debug_compare.compare(SHIPPED, IDS[:6], steps=1).findings if f.outside]
+    assert outside and {f.operation for f in outside} == {"softmax"}
+    assert all(f.outside.startswith("logarithms of a row's sum") for f in outside)
+
+
 def test_mistakes(capsys):
     for option, message in (("5,99999", "token id 99999 is not in a vocabulary of 2048"), ("", "no prompt")):
         given = ["--prompt-ids", option] if option else []
@@ -121,9 +144,13 @@ def test_domains():
     config = wire_scales.WireConfig()
     high = config.score_limit
     assert wire_bounds.outside(config, "softmax", torch.tensor([high - 36, high])) == ""
-    assert "inputs from 0 to" in wire_bounds.outside(config, "softmax", torch.tensor([0.0, high + 1]))
-    assert "inputs from -37 to" in wire_bounds.outside(config, "softmax", torch.tensor([-37.0, high]))
-    assert wire_bounds.outside(config, "mix", torch.tensor([1e9])) == ""
+    assert "attention scores from 0 to" in wire_bounds.outside(config, "softmax", torch.tensor([0.0, high + 1]))
+    assert "attention scores from -37 to" in wire_bounds.outside(config, "softmax", torch.tensor([-37.0, high]))
+    assert wire_bounds.outside(config, "rotate", torch.tensor([1e9])) == ""
+    for operation, (what, low, high) in wire_bounds.domains(config).items():
+        assert wire_bounds.outside(config, operation, torch.tensor([low, high])) == ""
+        for seen in (low - 0.01 * abs(low), 1.01 * high):
+            assert wire_bounds.outside(config, operation, torch.tensor([seen])).startswith(f"{what} from {seen:.3g} to")
 
 
 def test_what_a_finding_says():

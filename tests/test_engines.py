@@ -8,13 +8,14 @@ import torch
 from hf_models import CASES, options, reference_logits, tiny
 from parties import run
 
-from crypten_llm import checkpoint
+from crypten_llm import checkpoint, cli
 from crypten_llm.config import LlamaConfig
 from crypten_llm.engines import check_engine
 from crypten_llm.engines.crypten_engine import CryptenConfig
 from crypten_llm.engines.plain import PlainEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.model import Llama, prepare
+from crypten_llm.settings import ProtocolConfig
 from crypten_llm.transport import HEADER
 
 IDS = torch.randint(3, 97, (30,), generator=torch.Generator().manual_seed(5))
@@ -185,6 +186,22 @@ def test_crypten_logits_are_close_to_plain(tmp_path, model):
 
 def test_defaults_are_the_declared_ones():
     assert CryptenConfig() == CryptenConfig(15, 0, 5, 10)
+
+
+@pytest.mark.parametrize("command", ["generate", "bench", "party"])
+def test_the_command_line_and_a_program_have_the_same_defaults(command):
+    """A client that is a program meets parties that commands started."""
+    arguments = cli._parser().parse_args([command])
+    assert ProtocolConfig(arguments.engine, arguments.parties, arguments.precision_bits) == ProtocolConfig()
+    assert ProtocolConfig().precision_bits == CryptenConfig().precision_bits
+
+
+def test_precision_is_agreed_on_where_it_is_used():
+    agreed = {
+        engine: {ProtocolConfig(engine, precision_bits=bits).agreement().precision_bits for bits in (14, 15)}
+        for engine in ("crypten", "wire")
+    }
+    assert agreed == {"crypten": {14, 15}, "wire": {None}}
 
 
 def test_unknown_engine_suggests_the_nearest():

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,19 @@ def test_an_engine_without_the_operations_refuses():
         cache.follow(eviction.policy("h2o"), 8)
     assert words in str(caught.value)
     cache.follow(eviction.policy("streaming_llm"), 8)
+
+
+@pytest.mark.parametrize("name", ["locret", "attention_gate"])
+def test_parties_that_read_other_weights_notice(name, tmp_path):
+    """Each reads its own file, and the text that they compare says what is in it."""
+    path = tmp_path / "mine.safetensors"
+    shutil.copy(weights(name, 4, 2, 4), path)
+    policy = eviction.parse(f"{name}(weights={path})")
+    assert eviction.parse(str(policy)) == policy and str(path) + "#" in str(policy)
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(eviction.PolicyError, match="weights is .*#.*; it must be shipped, or a file that is alike"):
+        eviction.parse(str(policy))
+    assert str(eviction.parse(f"{name}(weights={path})")) != str(policy)
 
 
 def test_reference_needs_plaintext():

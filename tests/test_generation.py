@@ -1,5 +1,7 @@
 """Private generation on real parties equals ``plain`` token by token, and its counters and reveals are right."""
 
+import socket
+
 import party_jobs
 import pytest
 import torch
@@ -7,11 +9,12 @@ from hf_models import options, tiny
 from parties import run
 
 from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.errors import UsageError
+from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.generation import Answer, Plan, Progress, Step
 from crypten_llm.generation import run as generation_run
 from crypten_llm.party import Party
 from crypten_llm.sampling import Sampler, SamplingConfig
+from crypten_llm.transport import Transport
 
 IDS = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(7)).tolist()
 GREEDY, SAMPLED = {}, {"do_sample": True, "temperature": 0.7, "top_k": 20, "seed": 11}
@@ -160,6 +163,36 @@ def test_events_in_order(gqa):
     assert events[:3] == [Progress(4, 9), Progress(8, 9), Progress(9, 9)]
     assert [event.index for event in events[3:]] == [0, 1, 2]
     assert [event.finish_reason for event in events[3:]] == [None, None, "length"]
+
+
+@pytest.mark.parametrize("end", [0, 2, 5])
+def test_with_a_hidden_length_every_step_is_alike(gqa, end):
+    """Wherever the answer ends, each step draws a token, and all are shown after the last."""
+    _, plain = gqa
+    plain.party.start_request()
+    drawn, seen = [], []
+
+    def choose(logits):
+        drawn.append(len(seen))
+        return 2 if len(drawn) == end + 1 else 7
+
+    for event in generation_run(plain.party, Plan(5, 6, hide_length=True), Answer(IDS[:5], choose, (2,))):
+        if isinstance(event, Step):
+            seen.append(event)
+    assert drawn == [0] * 6
+    assert [step.token_id for step in seen] == [7] * end + [2]
+    assert [step.finish_reason for step in seen] == [None] * end + ["stop"]
+
+
+@pytest.mark.parametrize("message", [{"verb": "close"}, {"stop": 1}, {}, ["stop"], None])
+def test_another_message_than_the_agreement(message):
+    ours, theirs = socket.socketpair()
+    roles = ("owner", "client")
+    owner, client = Transport(0, roles, {1: ours}, timeout=5), Transport(1, roles, {0: theirs}, timeout=5)
+    client.send_json(0, message)
+    with pytest.raises(PartyError, match=r"rank 1 \(client\) sent something else than .* the same version"):
+        Party(PlainEngine(), owner, 2).agree(False)
+    owner.close(), client.close()
 
 
 def test_an_abandoned_answer_ends_at_the_next_token(gqa):

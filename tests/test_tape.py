@@ -1,6 +1,7 @@
 """Tapes: what two parties read is what a dealer dealt; used once, whatever happens; every mistake is named."""
 
 import fcntl
+import json
 import os
 import re
 import resource
@@ -136,6 +137,24 @@ def test_a_used_tape_is_refused_and_empty(folder):
     assert open_tape(folder, PARTY0), "the other party's file is its own"
 
 
+def test_a_tape_behind_a_link_is_burned_itself(folder, tmp_path):
+    link = tmp_path / "here.tape"
+    link.symlink_to(folder / "owner.tape")
+    open_tape(link, PARTY0).begin("one")
+    assert link.is_symlink() and (folder / "owner.tape").stat().st_size < 500
+    for path in (link, folder):
+        with pytest.raises(UsageError, match="was used on"):
+            open_tape(path, PARTY0)
+
+
+def test_a_tape_of_two_names_is_refused(folder, tmp_path):
+    (tmp_path / "again.tape").hardlink_to(folder / "owner.tape")
+    with pytest.raises(UsageError, match=r"has 2 names \(hard links\).*remove all but one"):
+        open_tape(folder, PARTY0)
+    (tmp_path / "again.tape").unlink()
+    assert open_tape(folder, PARTY0)
+
+
 def test_a_crashed_run_has_used_its_tape(folder):
     child = os.fork()
     if child == 0:
@@ -179,6 +198,13 @@ def test_damage_is_found_before_use(folder, where):
     with pytest.raises(UsageError, match="is damaged; nothing was used: copy it from the dealer again"):
         open_tape(folder, PARTY1)
     path.write_bytes(whole[:-1])
+    with pytest.raises(UsageError, match="is damaged"):
+        open_tape(folder, PARTY1)
+    path.write_bytes(whole)
+    mine = open_tape(folder, PARTY1)
+    key = whole.index(mine.keys[0])
+    mine.close()
+    path.write_bytes(whole[:key] + bytes([whole[key] ^ 1]) + whole[key + 1 :])
     with pytest.raises(UsageError, match="is damaged"):
         open_tape(folder, PARTY1)
     path.write_bytes(whole)
@@ -384,6 +410,23 @@ def test_commands(model, expected, tmp_path, capsys):
     for where, message in ((folder, "no tape at"), (tmp_path / "client", "was used on")):
         assert main([*map(str, command[2:]), "--tape", str(where)]) == 2
         assert message in error_line(capsys.readouterr().err)
+
+
+def test_config_json_alone_deals_for_the_whole_folder(model, tmp_path):
+    """As from a hub, where ``deal`` downloads nothing else; generation_config.json has more ends of a sequence."""
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    shutil.copytree(model, whole)
+    (whole / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2, 3]}))
+    alone.mkdir()
+    shutil.copy(model / "config.json", alone)
+    configs = [LlamaConfig.from_folder(folder) for folder in (whole, alone)]
+    assert configs[0].eos_token_ids == (1, 2, 3) != configs[1].eos_token_ids
+    deal(Plan(len(IDS), 3), tmp_path / "tape", configs[1], say=quiet)
+    mine = open_tape(tmp_path / "tape", PARTY0)
+    mine.expect("model", configs[0].to_dict(), 0)
+    for name, value in (("hidden_size", 128), ("num_hidden_layers", 2), ("rms_norm_eps", 1e-3)):
+        with pytest.raises(UsageError, match="dealt for another architecture"):
+            mine.expect("model", {**configs[0].to_dict(), name: value}, 0)
 
 
 def test_a_bench_is_dealt_too(tmp_path):

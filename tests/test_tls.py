@@ -1,13 +1,16 @@
 """Links under TLS: who is let in, what travels, and what is said when a key does not fit."""
 
 import contextlib
+import gc
 import hashlib
 import shutil
 import socket
 import ssl
 import stat
+import struct
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -216,6 +219,19 @@ def test_another_key_is_turned_away(keys, tmp_path):
     assert "did not complete the handshake" in str(found[1])
 
 
+@pytest.mark.parametrize("peer", [None, 0])
+def test_a_connection_that_ends_before_its_handshake_is_closed(keys, peer):
+    ours, theirs = socket_pair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as of a closed listener
+    theirs.close()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(OSError):
+            Links(keys, ROLES, 1).secure(ours, peer)
+        gc.collect()
+    assert [str(warning.message) for warning in said if warning.category is ResourceWarning] == []
+
+
 def test_one_role_is_not_another(keys, tmp_path):
     """The dealer's key, known to all, does not make a client."""
     posing = tmp_path / "posing"
@@ -263,9 +279,20 @@ def test_a_key_is_private_and_never_overwritten(tmp_path, capsys):
     assert digits == hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.read_text())).hexdigest()
     before = key.read_bytes()
     assert main(["keys", "client", "--out", str(tmp_path / "new")]) == 2
-    assert "exists; remove it first" in capsys.readouterr().err and key.read_bytes() == before
+    assert error_line(capsys.readouterr().err).startswith(f"{key} exists; give another folder (--out)")
+    assert key.read_bytes() == before
     assert main(["keys", "klient", "--out", str(tmp_path)]) == 2
     assert "there is no role 'klient'" in capsys.readouterr().err
+
+
+def test_another_partys_certificate_is_never_overwritten(keys, tmp_path, capsys):
+    """A folder that has been sent the owner's certificate, where somebody makes an owner's key."""
+    received = tmp_path / "owner.crt"
+    shutil.copy(keys / "owner.crt", received)
+    assert main(["keys", "owner", "--out", str(tmp_path)]) == 2
+    assert error_line(capsys.readouterr().err).startswith(f"{received} exists; give another folder (--out)")
+    assert received.read_bytes() == (keys / "owner.crt").read_bytes()
+    assert list(tmp_path.iterdir()) == [received], "no key of another certificate is left"
 
 
 def test_files_that_do_not_fit_are_named(keys, tmp_path):

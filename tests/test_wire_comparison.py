@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import joined, reconstruct, run, share, signed
 
-from crypten_llm.wire import lookup
+from crypten_llm.wire import lookup, selection
 from crypten_llm.wire.comparison import below, bit_opening, difference, ordered, times_bits
 from crypten_llm.wire.opening import Opening, Overflow, open_wires
 
@@ -59,6 +59,33 @@ def test_a_truncated_opening_is_compared_as_it_was_rounded():
         return below(runtime, opener(runtime), difference(wire, wire), [0, 1], np.uint8)
 
     assert torch.equal(reconstruct(run(job)), torch.tensor([0, 1]).expand(80, 2))
+
+
+@pytest.mark.parametrize(("scale", "bits"), [(14, 8), (20, 6), (30, 3), (10, 0)])
+@pytest.mark.parametrize("name", ["pairs", "search", "tournament", "largest"])
+def test_both_extremes_of_the_declared_domain(name, scale, bits):
+    """A unit of the rounding inside the bound, exact multiples of it and not: the order is right in every run."""
+    precision, bound = 20, 2 ** (bits + scale)
+    unit = max(1, 2 ** (bits + 1 - precision + scale))
+    high = bound - unit
+    x = torch.tensor([[-high, high, 3 * unit - high, high - 2 * unit - unit // 2, 0, high // 2, -high, high]])
+    x = torch.cat([x, torch.zeros(1, 12, dtype=torch.int64)], 1)  # more than two blocks of a tournament
+
+    def job(runtime):
+        (wire,) = open_wires(runtime, [ordered(share(runtime, x, scale, bits=bits), precision, "x")])
+        if name == "largest":
+            return selection.largest(runtime, opener(runtime), wire)
+        if name == "tournament":
+            return selection.top(runtime, opener(runtime), wire, 1, 256)
+        return selection.top(runtime, opener(runtime), wire, 3, 256 if name == "pairs" else 4)
+
+    ones = {"pairs": [1, 3, 7], "search": [1, 3, 7], "tournament": [1]}
+    for seed in range(4):  # rounding is by chance
+        found = reconstruct(run(job, seed=seed))
+        if name == "largest":
+            assert found.tolist() == [high // unit]
+        else:
+            assert found.nonzero()[:, 1].tolist() == ones[name]
 
 
 def test_values_without_room_for_a_sign_are_refused():

@@ -1,5 +1,7 @@
 """Each operation of engine ``wire`` against ``plain``'s over its domain, and whole tiny Llamas."""
 
+import math
+
 import pytest
 import torch
 from hf_models import CASES, tiny
@@ -8,8 +10,10 @@ from wire_parties import DEALER, PARTY0, PARTY1, run
 from crypten_llm import checkpoint
 from crypten_llm.config import LlamaConfig
 from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.engines.wire_scales import WireConfig
+from crypten_llm.engines.wire_engine import WireEngine
+from crypten_llm.engines.wire_scales import SHOWN, SHOWN_FACTORS, WireConfig
 from crypten_llm.model import Llama, prepare
+from crypten_llm.wire import ring
 from crypten_llm.wire.opening import Overflow
 
 PLAIN = PlainEngine()
@@ -98,6 +102,48 @@ def test_rms_norm_and_linear_over_row_sizes(outputs, biased):
     # The smallest row is 0.02 in steps of 2^-14.
     close(value[1:], expected[1:], 4e-3)
     close(value[:1], expected[:1], 2e-2)
+
+
+@pytest.mark.parametrize("outputs", [97, 200])
+def test_what_is_shown_has_no_factor_in_common(outputs):
+    """Logits are products with the size of the last hidden state, which is not to be shown with them."""
+    x, gamma, weight = 3 * normal(2, 32), torch.ones(32), normal(outputs, 32, seed=2)
+    seen = []
+
+    def job(engine):
+        secret = engine.secret(x if engine.rank == PARTY0 else None, x.shape, PARTY0)
+        normed = engine.rms_norm(secret, engine.parameter(gamma, gamma.shape), 1e-5, 1.0)
+        value = engine.linear(normed, engine.parameter(weight, weight.shape)).reshape(2, outputs)
+        return engine.open_to(value, PARTY1)
+
+    def shown(self, share, other, cut, width):
+        seen.append((ring.low_bits(share + (other << cut), width), cut, width))
+        return original(self, share, other, cut, width)
+
+    original = WireEngine._shown
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WireEngine, "_shown", shown)
+        value = run(job, engine=True).results[PARTY1]
+    ((words, cut, width),) = seen
+    assert [math.gcd(*row) for row in words.tolist()] == [1, 1]
+    assert cut > SHOWN_FACTORS[1] or outputs == 200, "what is dropped is more than a unit of a factor"
+    close(value, PLAIN.linear(PLAIN.rms_norm(x, gamma, 1e-5, 1.0), weight), 3e-3)
+
+
+def test_what_is_shown_is_rounded():
+    """The sender's message is its share without the bits below the last that is shown."""
+    x = normal(50, 8)
+
+    def job(engine):
+        secret = engine.multiply(*2 * [engine.secret(x if engine.rank == PARTY0 else None, x.shape, PARTY0)])
+        return secret.scale, secret.width, engine.open_to(secret, PARTY1)
+
+    found = run(job, engine=True)
+    scale, width, value = found.results[PARTY1]
+    assert scale > SHOWN and max(len(frame.payload) for frame in found.frames[PARTY0][-1:]) == ring.packed_size(
+        400, width - scale + SHOWN
+    )
+    close(value, x * x, 6 * UNIT)
 
 
 def test_two_layers_share_a_norm_and_its_residual():

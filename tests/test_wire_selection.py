@@ -35,6 +35,7 @@ def shown(job, *arguments):
             handle.bits = bits
             return handle
 
+        engine.shown_bits = 64  # all there are: a reciprocal of 2,000 is small
         made = job(engine, secret, *arguments)
         several = made if isinstance(made, list) else [made]
         values = [engine.open_to(engine.contents(h) if hasattr(h, "settle") else h, PARTY1) for h in several]

@@ -83,7 +83,8 @@ class CompareEngine(TrackedSelection, OpenedEngine):
         if self.is_shown:
             expected = self._plain.rms_norm(before, 1.0, eps, scale)
             seen = unit * root * math.sqrt(x.shape[-1])
-            self._note("rms_norm", seen, expected, bounds.rms_norm(self.config, before, expected))
+            outside = bounds.outside(self.config, "rms_norm", before.square().sum(-1) + eps * x.shape[-1])
+            self._note("rms_norm", seen, expected, bounds.rms_norm(self.config, before, expected), outside)
         return out
 
     def rotate(self, x, cos, sin):

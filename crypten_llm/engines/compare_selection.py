@@ -107,7 +107,7 @@ class TrackedSelection:
         if self.is_shown:
             made.value = getattr(self._plain, name)(*(_doubled(_part(argument, "value")) for argument in given))
             made.error = getattr(self, f"_error_of_{name}")(made, *given)
-        self._hold(made, self._outside(name, given))
+        self._hold(made, self._outside(name, given, made))
         return made
 
     def _inside(self, tracked: list[Tracked], operation, *arguments):
@@ -140,12 +140,17 @@ class TrackedSelection:
         if self.is_shown:
             self.findings.append(worst(self.meter.where, name, seen, made.value, made.error, outside))
 
-    def _outside(self, name: str, given: list) -> str:
-        """What has left the domain of a function, at the client."""
-        if name not in ("softmax", "sigmoid") or not self.is_shown:
+    def _outside(self, name: str, given: list, made: Tracked) -> str:
+        """What has left the domain of an operation, at the client."""
+        if name not in ("softmax", "mix", "sigmoid") or not self.is_shown:
             return ""
-        x, mask = given[0].value, given[1] if name == "softmax" else None
-        return bounds.outside(self.config, name, x if mask is None else x[mask.expand_as(x)])
+        if name != "softmax":
+            return bounds.outside(self.config, name, (made if name == "mix" else given[0]).value)
+        scores, mask = given[0].value, given[1]
+        rows = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+        seen = scores if mask is None else scores[mask.expand_as(scores)]
+        found = bounds.outside(self.config, name, seen)
+        return found or bounds.outside(self.config, "softmax of a row", rows.logsumexp(-1))
 
     # Choices: both go on with that of ``wire``.
 

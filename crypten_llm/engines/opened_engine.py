@@ -17,6 +17,7 @@ class OpenedEngine(WireEngine):
 
     name = "wire, opened"
     shown_dtype = torch.float64
+    shown_bits, shown_factors = 64, (None, None)  # all there are, of what goes on being computed with
     shown_what = "queries, keys and choices"
     shown_why = "trace of an eviction policy: nothing is private"
 

@@ -16,6 +16,8 @@ from crypten_llm.engines.wire_scales import (
     MIXED_BITS,
     ROOT_FRACTIONS,
     ROW_BITS,
+    SPREAD_BITS,
+    SPREAD_SEGMENTS,
     as_units,
     bits_for,
     times,
@@ -67,7 +69,7 @@ class Attention(Openings):
         z to [1/4, 1), opened, and squared: weights whose sum is that, with the resolution that the row needs.
 
         Error: the fit's and a unit of 28 bits in each root, relative to the row's largest; a unit of ``root`` bits
-        (``wire_bounds.softmax``).
+        (``wire_bounds.softmax``), for scores and rows in the domain (``wire_bounds.domains``).
         """
         c, runtime, fit = self.config, self.runtime, fourier.exponential()
         half = Secret(scores.share, scores.scale + 1, scores.width, scores.bits)  # the same integers, read as s / 2
@@ -75,13 +77,13 @@ class Attention(Openings):
         public, dealt = ROOT_FRACTIONS
         root = fourier.evaluate(runtime, wire, fit, public, bits=1, shift=-c.score_limit / 2, dealt=dealt)
         self._mask(root, mask)
-        fraction, top = 28, 62
+        fraction, spread = 28, SPREAD_BITS  # z < 2^spread
+        top = 2 * fraction + spread
         (root_wire,) = self._open(self._lifted(root, fraction))
-        spread = top - 2 * fraction  # z < 2^spread: the row's scores and their number stay in the domain
         total = products.sum_of_squares(runtime, root_wire, bits=spread)
         (total_wire,) = self._open(Opening(total, ring=top + 1, function=True))
-        segments = 28  # down to a row whose largest score is 32 below the limit
-        _, power = normalize(runtime, total_wire, top, segments, [2**k for k in range(segments)])
+        powers = [2**k for k in range(SPREAD_SEGMENTS)]
+        _, power = normalize(runtime, total_wire, top, SPREAD_SEGMENTS, powers)
         (power_wire,) = self._open(Opening(power))
         # root 2^k / 2^(spread / 2): the integers stay, their scale says it
         unit = products.multiply(runtime, root_wire, power_wire, scale=fraction + spread // 2, bits=1)
@@ -97,7 +99,9 @@ class Attention(Openings):
             x.share = x.share * mask.long()
 
     def mix(self, weights, values):
-        """Error: a unit of the result and of the reciprocal (``wire_bounds.mix``)."""
+        """Error: a unit of the result and of the reciprocal (``wire_bounds.mix``), for |results| below
+        2^``MIXED_BITS``.
+        """
         f, inverse = self.config.activation + 3, fourier.reciprocal()
         (wire,) = self._open(Opening(weights.weights, ring=min(weights.weights.width, self.config.mixed_width)))
         mixed = products.matmul(self.runtime, wire, values.operand, transposed=False, bits=MIXED_BITS)

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from crypten_llm.engines.wire_scales import ROOT_FRACTIONS, ROW_BITS, SCATTERED, WireConfig
+from crypten_llm.engines.wire_scales import MIXED_BITS, ROOT_FRACTIONS, ROW_BITS, SCATTERED, WireConfig
 from crypten_llm.wire import fourier
 
 FLOAT = 2.0**-40  # of shown values, which are the doubles nearest to them
@@ -143,14 +143,27 @@ def reciprocal(c: WireConfig, expected) -> torch.Tensor:
     return 2.2 * (_unit(c.activation) + fit.error + fourier.rounding(fit, 22)) * expected
 
 
-def outside(c: WireConfig, operation: str, seen: torch.Tensor) -> str:
-    """What has left the domain of ``operation``, or nothing. seen: its inputs; of softmax without those masked."""
-    domains = {"softmax": (c.score_limit - 36, c.score_limit)}
-    domains |= {
-        name: (fit.low, fit.high) for name, fit in (("swiglu", fourier.silu_even()), ("sigmoid", fourier.sigmoid()))
+def domains(c: WireConfig) -> dict[str, tuple[str, float, float]]:
+    """What is limited, from where to where, by the operation: beyond, its result is wrong without a word."""
+    silu, sigmoid = fourier.silu_even(), fourier.sigmoid()
+    return {
+        "rms_norm": ("sums of squares of hidden states", *c.square_sums),
+        "softmax": ("attention scores", c.score_limit - 36, c.score_limit),
+        "softmax of a row": ("logarithms of a row's sum of exp(score)", *c.row_logarithms),
+        "mix": ("mixed values of attention", -(2.0**MIXED_BITS), 2.0**MIXED_BITS),
+        "swiglu": ("gates", silu.low, silu.high),
+        "sigmoid": ("inputs", sigmoid.low, sigmoid.high),
     }
-    low, high = domains.get(operation, (-math.inf, math.inf))
+
+
+def outside(c: WireConfig, operation: str, seen: torch.Tensor) -> str:
+    """What has left the domain of ``operation``, a key of ``domains``, or nothing.
+
+    seen: what is limited there: of rms_norm sum x^2 + eps H, of softmax the scores without those masked, of its rows
+    log(sum exp(s)), of mix its results, of others their inputs.
+    """
+    what, low, high = domains(c).get(operation, ("inputs", -math.inf, math.inf))
     least, most = seen.min().item(), seen.max().item()
     if low <= least and most <= high:
         return ""
-    return f"inputs from {least:.3g} to {most:.3g}, its domain is {low:g} to {high:g}"
+    return f"{what} from {least:.3g} to {most:.3g}, its domain is {low:.3g} to {high:.3g}"

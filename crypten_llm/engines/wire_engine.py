@@ -10,8 +10,9 @@ import math
 
 import torch
 
+from crypten_llm.engines import wire_bounds
 from crypten_llm.engines.wire_eviction import Eviction
-from crypten_llm.engines.wire_handles import Normed, OneHot, Scaled, Weight
+from crypten_llm.engines.wire_handles import Normed, OneHot, Reshaped, Scaled, Weight
 from crypten_llm.engines.wire_scales import ROW_BITS
 from crypten_llm.errors import UsageError
 from crypten_llm.wire import fourier, products, ring
@@ -19,6 +20,11 @@ from crypten_llm.wire.dealing import DEALER, PARTY0
 from crypten_llm.wire.normalize import normalize
 from crypten_llm.wire.opening import Opening, Overflow, Secret, as_secret
 from crypten_llm.wire.shapes import shape_only
+
+_REMEDIES = {  # the same model, or a smaller promise, within the range
+    "softmax of a row": "try a lower max_position_embeddings, to which rows are continued, or ",
+    "mix": "divide v_proj by a power of two and multiply o_proj by it, or ",
+}
 
 
 class WireEngine(Eviction):
@@ -29,19 +35,15 @@ class WireEngine(Eviction):
     def calibrate(self, config, weights):
         from crypten_llm.calibration import measure  # runs the model definition, which is above engines
 
-        ranges, high, gates = measure(config, weights), self.config.score_limit, fourier.silu_even().high
-        (lowest, highest), low = ranges.score, high - 36
-        # The other parties are told why this one stops, so the message holds no measured number.
-        if not low <= lowest <= highest <= high:
-            raise UsageError(
-                f"this model's attention scores leave the range of engine 'wire', {low:g} to {high:g}, on random "
-                "tokens; use engine 'crypten'"
-            )
-        if ranges.gate > gates:
-            raise UsageError(
-                f"this model's gates leave the range of engine 'wire', {-gates:g} to {gates:g}, on random tokens; use "
-                "engine 'crypten'"
-            )
+        domains = wire_bounds.domains(self.config)
+        for operation, (lowest, highest) in measure(config, weights).limited.items():
+            what, low, high = domains[operation]
+            # The other parties are told why this one stops, so the message holds no measured number.
+            if not low <= lowest <= highest <= high:
+                raise UsageError(
+                    f"this model's {what} leave the range of engine 'wire', {low:.3g} to {high:.3g}, on random "
+                    f"tokens; {_REMEDIES.get(operation, '')}use engine 'crypten'"
+                )
         return {}
 
     def parameter(self, value, shape):
@@ -144,16 +146,30 @@ class WireEngine(Eviction):
     # The end.
 
     def open_to(self, x, rank):
+        """The other party sends its share without the bits below the ``shown_bits``th: they would show how the value
+        was computed, such as a factor that all logits have in common.
+
+        Reveals: to ``rank``, x rounded to ``shown_bits`` fractional bits. Error: half a unit of them.
+        Cost: 1 round of l - d bits an element one way, for a ring of l bits and d bits dropped.
+        """
+        source = x.source if isinstance(x, Reshaped) else x
+        if isinstance(source, Scaled) and source.value is None:
+            self._settle(*self.shown_factors)
         x = self._value(x)
-        size = ring.packed_size(x.share.numel(), x.width)
+        cut = max(0, x.scale - self.shown_bits)
+        width = x.width - cut
+        size = ring.packed_size(x.share.numel(), width)
         if self.rank == DEALER:
             self.runtime.overhear(size, sender=1 - rank)
             return None
         if self.rank != rank:
-            self.transport.send(rank, ring.pack(ring.low_bits(x.share, x.width), x.width))
+            self.transport.send(rank, ring.pack(ring.low_bits(x.share >> cut, width), width))
             return None
-        other = ring.unpack(self.transport.recv(1 - rank, (size,), torch.uint8), x.width, x.shape)
-        value = ring.low_bits(x.share + other, x.width)
-        if x.width < 64:
-            value = value - (ring.top_bit(value, x.width) << x.width)
+        other = ring.unpack(self.transport.recv(1 - rank, (size,), torch.uint8), width, x.shape)
+        value = self._shown(x.share, other, cut, x.width)
         return value.double().div(2.0**x.scale).to(self.shown_dtype)
+
+    def _shown(self, share, other, cut: int, width: int):
+        """The signed integers behind both shares, the other of which came without its ``cut`` low bits."""
+        value = ring.low_bits(share + (other << cut) + ((1 << cut) >> 1), width)
+        return value if width == 64 else value - (ring.top_bit(value, width) << width)

@@ -14,7 +14,7 @@ import torch
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.wire_handles import Scaled, Weight
 from crypten_llm.engines.wire_rows import Rows
-from crypten_llm.engines.wire_scales import ROOM, WireConfig, at_scale, whole_bytes
+from crypten_llm.engines.wire_scales import ROOM, SHOWN, SHOWN_FACTORS, WireConfig, at_scale, whole_bytes
 from crypten_llm.wire import products
 from crypten_llm.wire.dealing import PARTY0, Runtime, agree_on_keys
 from crypten_llm.wire.opening import Opening, Overflow, Secret, Wire, as_secret, open_wires
@@ -26,6 +26,7 @@ class Openings(Engine):
     name = "wire"
     is_private = True
     shown_dtype = torch.float32  # of values that are opened
+    shown_bits, shown_factors = SHOWN, SHOWN_FACTORS  # fractional bits of them, and of what they are a product of
 
     def __init__(self, transport, config: WireConfig | None = None, material=None):
         """config: the defaults unless given.

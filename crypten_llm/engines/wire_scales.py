@@ -14,13 +14,17 @@ from crypten_llm.wire.opening import Secret
 
 ROOT_FRACTIONS = 29, 32  # of public and dealt factors: the fit's coefficients are large, so the dealt ones count more
 ROW_BITS = 19  # fractional bits of what is one number a row, where width allows
-MIXED_BITS = 4  # softmax weights times the values: |x| < 2^4 is declared
+MIXED_BITS = 4  # softmax weights, whose sum is 1/4 to 1, times the values: |x| < 2^4 is declared
+SPREAD_BITS = 6  # a row's sum of exp(s - score_limit), over the scores of a softmax: below 2^6 is declared
+SPREAD_SEGMENTS = 28  # powers of four below that to which such a sum may fall
 PRECISION = 20  # bits of what is compared, with one for a difference; scores below 2^6 keep 13 fractional bits
 KEEPING = 24  # the same for ``top``, which cuts among the many rows of a prompt that draw next to nothing
 DRAWN = 24  # fractional bits of the attention that a row drew, where width allows
 FACTOR = 16  # fractional bits of public factors that are no multiples of a larger unit
 ENOUGH = 10  # the least of them for which a ring without room is left as it is
 ROOM = 16  # fractional bits that are left of a value whose ring became too small
+SHOWN = 16  # fractional bits of what is revealed
+SHOWN_FACTORS = 24, 29  # of its two factors, where it is a product: what is dropped of it is more than a factor's unit
 SCATTERED = 16  # fractional bits of softmax weights that go back to their rows
 
 
@@ -29,9 +33,8 @@ class WireConfig:
     """Fractional bits and declared bounds; all parties must agree on them.
 
     activation, weight, key, value, rope, root (of softmax weights): fractional bits. *_bits: |x| < 2^bits is
-    declared (an overflow is refused). score_limit: softmax sees scores in [score_limit - 36, score_limit], the
-    logarithm of a row's sum of exponentials is at most 4 above the limit, and errors grow as it falls
-    (``wire_bounds.softmax``). What the mask hides may be anything.
+    declared (an overflow is refused). score_limit: softmax sees scores in [score_limit - 36, score_limit], and errors
+    grow as a row's largest falls (``wire_bounds.softmax``). What the mask hides may be anything.
     """
 
     activation: int = 14
@@ -43,6 +46,18 @@ class WireConfig:
     residual_bits: int = 11
     linear_bits: int = 8
     score_limit: float = 20.0
+
+    @property
+    def row_logarithms(self) -> tuple[float, float]:
+        """Of a row's sum of exp(s), from and to, rounded inwards."""
+        low, high = (SPREAD_BITS - 2 * SPREAD_SEGMENTS) * math.log(2), SPREAD_BITS * math.log(2)
+        return self.score_limit + math.ceil(low), self.score_limit + math.floor(high)
+
+    @property
+    def square_sums(self) -> tuple[float, float]:
+        """The sums of squares, eps and all, that a norm brings to [1/4, 1): 20 powers of four below 2^58 units."""
+        high = 58 - 2 * self.activation
+        return 2.0 ** (high - 40), 2.0**high
 
     @property
     def mixed_width(self) -> int:

@@ -27,12 +27,18 @@ PAIRS = 256
 
 class Selection(Openings):
     """Values are compared as rounded to ``PRECISION`` bits below their declared bound, for ``top`` to ``KEEPING``; ties
-    go to the lower index."""
+    go to the lower index. A value closer to its bound than a unit of that rounding has left the domain of all
+    comparisons (``comparison.ordered``), and may count as the other extreme.
+    """
 
     # Comparisons.
 
     def top(self, x, count):
-        """Error: x is rounded to ``KEEPING`` bits below its declared bound. Cost: 1 round and ``selection.top``'s."""
+        """Error: x is rounded to ``KEEPING`` bits below its declared bound 2^b, from which it is a unit, 2^(b + 1 -
+        ``KEEPING``), or more away.
+
+        Cost: 1 round and ``selection.top``'s.
+        """
         x = self._value(x)
         if not 0 <= count <= x.shape[-1]:
             raise ValueError(f"top: the {count} largest of {x.shape[-1]} values; give 0 to {x.shape[-1]}")
@@ -42,8 +48,10 @@ class Selection(Openings):
         return selection.top(self.runtime, self._open, wire, count, PAIRS)
 
     def best(self, x, count):
-        """Error: x is rounded to ``PRECISION`` bits below its declared bound. Cost: 1 round and ``selection.best``'s;
-        beyond ``PAIRS`` values that of top and picks.
+        """Error: x is rounded to ``PRECISION`` bits below its declared bound 2^b, from which it is a unit, 2^(b + 1 -
+        ``PRECISION``), or more away; beyond ``PAIRS`` values as ``top``.
+
+        Cost: 1 round and ``selection.best``'s; beyond ``PAIRS`` values that of top and picks.
         """
         x = self._value(x)
         if count == 0 or x.shape[-1] == 1 or x.shape[-1] > PAIRS:

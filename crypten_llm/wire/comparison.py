@@ -191,6 +191,8 @@ def times_bits(runtime, bit: Wire, x: Wire) -> Secret:
 def ordered(x: Secret, precision: int, what: str) -> Opening:
     """The opening of x for comparisons at ``precision`` bits, of which one is for the difference and one its sign.
 
+    Domain: |x| <= 2^bits - u with the unit u = 2^(bits + 1 - precision) to which x is rounded; all |x| < 2^bits where
+    no bits are dropped. Beyond, x may be rounded up to 2^bits, and 2^bits - (-2^bits) reads as negative.
     Raises: Overflow when the declared |x| does not leave room for the sign of a difference.
     """
     ring = x.bits + x.scale + 2

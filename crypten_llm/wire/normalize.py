@@ -18,7 +18,7 @@ def normalize(runtime, wire: Wire, top: int, segments: int, table: list[int]) ->
 
     wire: z opened modulo its ring of n bits, with z * 2^scale in (0, 2^top), top <= n - 1 (``Opening(function=True)``).
     table: ``segments`` public integers; the second result has scale 0 (powers 2^k, or k itself, are what callers need).
-    The integers z * 2^scale below 4^(1 - segments) 2^top keep k = segments - 1 and land below 1/4.
+    The integers z * 2^scale below 4^(-segments) 2^top keep k = segments - 1 and land below 1/4.
     The comparison looks at the top bits only: next to a power of four the first may miss [1/4, 1) by 2^-8 of itself.
 
     Error: none. Cost: no message; dealer about 33 (n - 1) bytes a value to party 1 and to party 0 (a comparison key).

@@ -2,7 +2,8 @@
 
 Owns the plans on top of ``comparison`` and ``lookup``. Each function is handed ``open_``, which opens openings all in
 one round, so that an engine can add what else waits. x is a narrow wire modulo 2^l (``comparison.ordered``), compared
-exactly as it was opened; equal values go to the lower index. Shapes, rounds and bytes follow from shapes and counts.
+exactly as it was opened, from -2^(l - 2) to 2^(l - 2) - 1; equal values go to the lower index. Shapes, rounds and bytes
+follow from shapes and counts.
 """
 
 import numpy as np

@@ -40,8 +40,10 @@ LENGTH = struct.Struct("<Q")
 WORD = 8
 MAX_HEADER = 64 << 20
 _PIECE = 4 << 20  # bytes at a time when a file is checked
+_PROGRAM = ("*.py", "*.json", "weights/*.safetensors")  # the last are of trained policies
 _UPPER_BOUNDS = ("max_new_tokens", "steps")  # a run may stop before the tape ends
 _NOT_IN_A_TAPE = ("hide_length",)  # changes nothing that is dealt
+_NOT_IN_A_FINGERPRINT = ("bos_token_id", "eos_token_id")  # as little; generation_config.json may change them
 
 
 def make_manifest(engine: dict, config: dict, verb: str, plan: dict, requests: int) -> dict:
@@ -67,14 +69,15 @@ def program() -> str:
     """Fingerprint of the code: material means something only to the program that it was dealt for, line by line."""
     code = hashlib.sha256()
     for package in (Path(crypten_llm.__file__).parent, Path(eviction.__file__).parent):
-        for path in sorted([*package.rglob("*.py"), *package.rglob("*.json")]):
+        for path in sorted(path for kind in _PROGRAM for path in package.rglob(kind)):
             code.update(f"{path.relative_to(package.parent)}\n".encode() + path.read_bytes())
     return code.hexdigest()[:16]
 
 
 def fingerprint(config: dict) -> str:
-    """Of a model's public configuration."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    """Of what decides in a model's public configuration what is dealt."""
+    architecture = {name: value for name, value in config.items() if name not in _NOT_IN_A_FINGERPRINT}
+    return _checksum(json.dumps(architecture, sort_keys=True).encode())
 
 
 def command(verb: str, plan: dict) -> str:
@@ -157,7 +160,8 @@ class Recording(_Written):
 
     def _start(self, party: int) -> None:
         sections = {label: [0, sizes[party], "0" * 8] for label, sizes in self.sizes.sections.items()}
-        header = {**self.manifest, "party": NAMES[party], "burned": "", "sections": sections}
+        key = _checksum(self.keys[party])
+        header = {**self.manifest, "party": NAMES[party], "burned": "", "key": key, "sections": sections}
         offset = _padded(len(MAGIC) + LENGTH.size + len(_dump(header)) + 16 * len(sections) + KEY_BYTES)
         for entry in sections.values():
             entry[0] = offset
@@ -226,10 +230,14 @@ def _dump(header: dict) -> bytes:
     return json.dumps(header, separators=(",", ":")).encode()
 
 
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def _summary(header: dict) -> dict:
     """Size of the material, and a checksum of its sections' checksums."""
     sections = header["sections"].values()
-    checksum = hashlib.sha256("".join(crc for _, _, crc in sections).encode()).hexdigest()[:16]
+    checksum = _checksum("".join(crc for _, _, crc in sections).encode())
     return {"bytes": sum(size for _, size, _ in sections), "checksum": checksum}
 
 
@@ -251,6 +259,7 @@ def locate(path: str | Path, party: int) -> Path:
     """
     path = Path(path).expanduser()
     path = path / f"{NAMES[party]}.tape" if path.is_dir() else path
+    path = path.resolve()  # what is burned is the file and not a link to it
     try:
         with open(path, "rb") as file:
             _check_header(path, _read_header(path, file.fileno())[0], party)
@@ -314,12 +323,20 @@ class Tape:
         except OSError:
             raise UsageError(f"{self.path} is in use by another process; every run needs its own tape") from None
         self.header, end = _read_header(self.path, self._fd)
-        self.manifest = {k: v for k, v in self.header.items() if k not in ("party", "burned", "sections")}
+        self.manifest = {k: v for k, v in self.header.items() if k not in ("party", "burned", "key", "sections")}
         self._sections = self.header["sections"]
-        if os.fstat(self._fd).st_nlink == 0:  # burned by another process since it was opened
+        names = os.fstat(self._fd).st_nlink
+        if names == 0:  # burned by another process since it was opened
             locate(path, party)
+        if names > 1:
+            raise UsageError(
+                f"{self.path} has {names} names (hard links), and a tape that is burned under one would stay under the "
+                "other; remove all but one"
+            )
         self._verify()
         self.keys = [os.pread(self._fd, KEY_BYTES, end)]
+        if _checksum(self.keys[0]) != self.header["key"]:
+            raise _damaged(self.path)
         self._burned = False
         self._position = self._stop = 0
 
@@ -409,7 +426,7 @@ class Tape:
 
     def _burn(self) -> None:
         """Replaces the file by one that holds neither key nor material; returns when the disk has it."""
-        header = {**self.header, "burned": time.strftime("%Y-%m-%d at %H:%M:%S"), "sections": {}}
+        header = {**self.header, "burned": time.strftime("%Y-%m-%d at %H:%M:%S"), "key": "", "sections": {}}
         text, ashes = _dump(header), self.path.with_suffix(".burning")
         try:
             with open(ashes, "wb") as file:

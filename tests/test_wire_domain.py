@@ -1,0 +1,158 @@
+"""Engine ``wire`` up to the edges of its declared domain, and the owner's refusal of a model that leaves it."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hf_models import CASES, tiny
+from test_wire_engine import PLAIN, close, normal, opened, softmax_mix
+
+from crypten_llm import calibration, checkpoint
+from crypten_llm.config import LlamaConfig
+from crypten_llm.engines.wire_engine import WireEngine
+from crypten_llm.engines.wire_scales import MIXED_BITS, WireConfig
+from crypten_llm.errors import UsageError
+from crypten_llm.model import Llama, prepare
+
+SHIPPED = Path(calibration.__file__).parent / "shipped"
+WIRE = WireConfig()
+
+
+def loaded(folder):
+    config = LlamaConfig.from_folder(folder)
+    weights = {name: prepare(name, value, config).float() for name, value in checkpoint.load_weights(folder, config)}
+    return config, weights
+
+
+def calibrate(config, weights):
+    return WireEngine.calibrate(SimpleNamespace(config=WIRE), config, weights)
+
+
+def times(weights, factors):
+    """Those whose names hold a key multiplied by its factor."""
+    changed = dict(weights)
+    for part, factor in factors.items():
+        changed |= {name: value * factor for name, value in weights.items() if part in name}
+    return changed
+
+
+def logits(config, weights):
+    model = Llama(PLAIN, config, weights)
+    with torch.no_grad():
+        return model(PLAIN.tokens(torch.arange(9), 9, config.vocab_size), model.new_cache(), last_only=False)
+
+
+# The owner's check.
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_models_inside_the_domain_are_accepted(case, tmp_path):
+    assert calibrate(*loaded(tiny(tmp_path, **CASES[case])[0])) == {}
+
+
+def test_the_shipped_model_is_accepted():
+    config, weights = loaded(SHIPPED)
+    assert calibrate(config, weights) == {}
+    assert calibration.measure(config, weights).limited["softmax of a row"][1] == pytest.approx(16.4, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        (
+            {"v_proj": 16},
+            "mixed values of attention leave the range of engine 'wire', -16 to 16, on random tokens; divide",
+        ),
+        ({"q_proj": 6}, "attention scores leave the range of engine 'wire', -16 to 20, on random tokens; use engine"),
+        ({"gate_proj": 8}, "gates leave the range of engine 'wire', -12 to 12, on random tokens; use engine 'crypten'"),
+        (
+            {"embed_tokens": 2e-3},
+            "sums of squares of hidden states leave the range of engine 'wire', 0.000977 to 1.07e",
+        ),
+        ({"embed_tokens": 3e4}, "sums of squares of hidden states leave the range of engine 'wire', 0.000977 to 1.07e"),
+    ],
+    ids=str,
+)
+def test_models_outside_the_domain_are_refused(factors, message, tmp_path):
+    config, weights = loaded(tiny(tmp_path)[0])
+    with pytest.raises(UsageError) as refused:
+        calibrate(config, times(weights, factors))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_is_advised_for_values_leaves_the_model_as_it_was(tmp_path):
+    config, weights = loaded(tiny(tmp_path)[0])
+    large = times(weights, {"v_proj": 16, "o_proj": 1 / 16})
+    with pytest.raises(UsageError, match="divide v_proj by a power of two and multiply o_proj by it"):
+        calibrate(config, large)
+    mended = times(large, {"v_proj": 1 / 16, "o_proj": 16})
+    assert calibrate(config, mended) == {}
+    close(logits(config, mended), logits(config, large), 1e-4)
+
+
+def test_long_rows_are_refused_where_a_shorter_context_is_not(tmp_path):
+    config, weights = loaded(tiny(tmp_path)[0])
+    with pytest.raises(
+        UsageError, match="logarithms of a row's sum of .* -14 to 24, on random tokens; try a lower max_p"
+    ):
+        calibrate(replace(config, max_position_embeddings=2**30), weights)
+    assert calibrate(replace(config, max_position_embeddings=2**12), weights) == {}
+
+
+def test_rows_are_continued_to_the_whole_context():
+    """Equal scores add up; a score that towers over the others counts once; what is now there counts as it is."""
+    recorder = calibration._Recorder(growth=10.0)
+    recorder.softmax(torch.full((1, 1, 128), 17.0))
+    assert recorder.limited["softmax of a row"][1] == pytest.approx(torch.full((1271,), 17.0).logsumexp(0).item())
+    assert recorder.limited["softmax of a row"][1] > WIRE.row_logarithms[1]
+
+    recorder = calibration._Recorder(growth=1000.0)
+    recorder.softmax(torch.tensor([[[19.0, -10.0, -10.0]]]))
+    assert recorder.limited["softmax of a row"][1] == pytest.approx(19.0, abs=1e-4)
+
+    recorder = calibration._Recorder(growth=1000.0)
+    recorder.softmax(torch.tensor([[[-16.0, 30.0], [-17.0, -17.0]]]), torch.ones(2, 2, dtype=torch.bool).tril())
+    low, high = recorder.limited["softmax of a row"]
+    assert low == pytest.approx(torch.full((2,), -17.0).logsumexp(0).item())
+    assert high == pytest.approx(torch.full((1001,), -17.0).logsumexp(0).item())
+
+
+# The engine at the edges.
+
+
+@pytest.mark.parametrize(("keys", "score"), [(54, 20.0), (1096, 17.0), (1, -14.0)])
+def test_rows_at_the_edges_of_their_sums(keys, score):
+    scores, values = torch.full((1, 4, keys), score), normal(1, keys, 8)
+    (low, high), total = WIRE.row_logarithms, scores.logsumexp(-1)[0, 0]
+    assert low <= total <= high and min(total - low, high - total) < 0.1
+    close(opened(softmax_mix, scores, values), PLAIN.mix(PLAIN.softmax(scores), values), 1e-3)
+
+
+@pytest.mark.parametrize("keys", [1, 3, 5, 16, 64])
+@pytest.mark.parametrize("score", [0.0, 0.7, 1.1])
+def test_mixed_values_at_their_edge(keys, score):
+    """Whatever a row's sum is, between 1/4 and 1."""
+    scores, values = torch.full((1, 2, keys), score), torch.full((1, keys, 8), 2.0**MIXED_BITS - 0.01)
+    close(opened(softmax_mix, scores, values), PLAIN.mix(PLAIN.softmax(scores), values), 1e-3)
+
+
+def test_norms_at_both_edges():
+    """Rows of ones a number of units large, through a declared bound that is wider than a model's."""
+    hidden, unit, eps = 64, 2.0**-WIRE.activation, 1e-6
+    low, high = WIRE.square_sums
+    sizes = torch.tensor([low - eps * hidden, 4 * low, 1.0, high / 4, high], dtype=torch.float64).div(hidden).sqrt()
+    units = torch.cat([(sizes[:-1] / unit).ceil(), (sizes[-1:] / unit).floor() - 1]).long()
+
+    def job(engine, secret):
+        x = secret(torch.ones(5, hidden))
+        x.share, x.bits = (x.share >> WIRE.activation) * units[:, None], 13
+        gamma, weight = torch.ones(hidden), torch.ones(1, hidden) / hidden
+        normed = engine.rms_norm(x, engine.parameter(gamma, gamma.shape), eps, 1.0)
+        return engine.linear(normed, engine.parameter(weight, weight.shape))
+
+    x = units[:, None] * torch.tensor(unit, dtype=torch.float64)
+    sums = hidden * (x.square() + eps)
+    assert (low <= sums).all() and (sums <= high).all() and sums[0] < 1.1 * low and sums[-1] > 0.99 * high
+    close(opened(job).double(), x * (x.square() + eps).rsqrt(), 2e-2)
