@@ -290,8 +290,9 @@ class PrivateLlama:
 
     def generate(self, prompt: str | None = None, **arguments) -> Result:
         """The whole answer; arguments as for ``stream``."""
-        for _ in self.stream(prompt, **arguments):
-            pass
+        with contextlib.closing(self.stream(prompt, **arguments)) as events:
+            for _ in events:
+                pass
         return self.result
 
     def bench(self, shape: Shape) -> tuple[dict, Cost]:

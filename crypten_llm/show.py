@@ -5,6 +5,7 @@ Owns what is printed during ``generate`` and ``bench``. stdout gets the answer a
 
 import json
 import sys
+from contextlib import closing
 
 from tqdm import tqdm
 
@@ -55,20 +56,21 @@ def _who(protocol: ProtocolConfig) -> str:
 def _stream(llama: PrivateLlama, request: Request, progress: bool, show_text: bool) -> None:
     as_text = llama.has_tokenizer
     bar = tqdm(desc="prefill", unit="token", total=1, disable=not progress, leave=False)
-    for event in llama.stream(**vars(request)):
-        match event:
-            case Progress(done, total):
-                bar.total = total
-                bar.update(done - bar.n)
-            case Step():
-                if event.index == 0:
-                    bar.close()
-                    say(f"prefill in {event.seconds:.1f} s")
-                    hidden = not progress or show_text
-                    bar = tqdm(desc="decode", unit="token", total=request.max_new_tokens, disable=hidden, leave=False)
-                bar.update()
-                if show_text:
-                    print(event.text if as_text else f"{event.token_id} ", end="", flush=True)
+    with closing(llama.stream(**vars(request))) as events:  # here, also when Ctrl-C comes between two tokens
+        for event in events:
+            match event:
+                case Progress(done, total):
+                    bar.total = total
+                    bar.update(done - bar.n)
+                case Step():
+                    if event.index == 0:
+                        bar.close()
+                        say(f"prefill in {event.seconds:.1f} s")
+                        hidden, total = not progress or show_text, request.max_new_tokens
+                        bar = tqdm(desc="decode", unit="token", total=total, disable=hidden, leave=False)
+                    bar.update()
+                    if show_text:
+                        print(event.text if as_text else f"{event.token_id} ", end="", flush=True)
     bar.close()
     if show_text:
         print(flush=True)

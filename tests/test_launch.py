@@ -154,6 +154,25 @@ def test_ctrl_c_ends_everyone(long):
     assert (code, out, error_line(err)) == (130, "", "interrupted")
 
 
+BETWEEN_TOKENS = """
+import os, signal, sys
+from crypten_llm import cli, show
+say = show.say
+def interrupt(text=""):
+    say(text)
+    if text.startswith("prefill in"):
+        os.killpg(0, signal.SIGINT)
+show.say = interrupt
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_between_two_tokens_ends_everyone(long):
+    with Program("-c", BETWEEN_TOKENS, *long[2:]) as program:
+        code, out, err = program.finish()
+    assert (code, out, error_line(err)) == (130, "", "interrupted")
+
+
 def test_ctrl_c_while_parties_start(long):
     with Program(*long) as program:
         program.read_until("engine crypten")
