@@ -6,7 +6,6 @@ gathers the cost. The process that calls it is the client; under torchrun it is 
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from statistics import median
@@ -17,7 +16,7 @@ import torch
 from crypten_llm import checkpoint, launch
 from crypten_llm.bench import Shape
 from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.errors import ENDED, CryptenLLMError, PartyError, UsageError, public_words, unheard
+from crypten_llm.errors import ENDED, UsageError, public_words, unheard
 from crypten_llm.generation import DEFAULT_CHUNK, Answer, Plan, Progress, Step, parse_policy
 from crypten_llm.party import Party
 from crypten_llm.report import Cost
@@ -344,23 +343,8 @@ class PrivateLlama:
         if transport is not None:
             transport.abort(words)
         self._leave_stream()
-        cause = self._cause_of(error)
+        cause = self._children.cause_of(error) if self._children else error
         self._stop_children(failed=True)
-        return cause
-
-    def _cause_of(self, error: BaseException) -> BaseException:
-        """What ended the first party, in its own words where a local owner told the others that it has some."""
-        if self._children is None:
-            return error
-        cause = self._children.cause_of(error)
-        if isinstance(cause, PartyError) and str(cause).endswith(ENDED):
-            try:
-                self._children.processes[OWNER].wait(launch.GRACE_SECONDS)
-                self._children.check()
-            except subprocess.TimeoutExpired:
-                pass
-            except CryptenLLMError as own_words:
-                return own_words
         return cause
 
     def _stop_children(self, failed: bool = False) -> None:

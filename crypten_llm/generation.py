@@ -21,8 +21,7 @@ class Plan:
     """The public shape of one request, which every compute party follows.
 
     prompt_tokens: length of the prompt. max_new_tokens: upper bound of the answer. chunk: rows per prefill pass.
-    hide_length: run all ``max_new_tokens`` steps alike and only then show the tokens, so that nobody but the client
-    learns the length of the answer.
+    hide_length: run all ``max_new_tokens`` steps alike, so that nobody but the client learns the length of the answer.
     policy: the eviction policy as text, such as "mpcache" or "mpcache(static=0.25)"; kept in one canonical form, which
     parties compare.
 
@@ -104,8 +103,8 @@ class Answer:
 def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | Step]:
     """Follows ``plan`` on this party; at the client, which alone has an ``answer``, yields each of its tokens.
 
-    Once started it must be read to its end, or the parties lose step: see ``Answer.abandoned``. With ``hide_length``
-    all tokens come after the last step: the others wait while a reader does something with a token.
+    Once started it must be read to its end, or the parties lose step: see ``Answer.abandoned``. The others wait while
+    a reader does something with a token, so one who hides the length reads all before (``PrivateLlama.stream``).
 
     Reveals: to the client the logits of each generated token; to all the number of steps, unless ``hide_length``.
     """
@@ -115,7 +114,6 @@ def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | 
     party.reveals.public(f"prompt length: {plan.prompt_tokens} tokens", "shapes and rounds depend on it")
     limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
     party.reveals.public(f"request: {limits}", "all parties run the same program")
-    held: list[Step] = []
     for index in range(plan.max_new_tokens):
         started, last = perf_counter(), index + 1 == plan.max_new_tokens
         section = engine.section(f"request {party.requests} token {index}")
@@ -131,18 +129,14 @@ def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | 
             online = meter.snapshot().online
             reason = "stop" if answer.finished else "length" if last else None
             seconds = perf_counter() - started
-            step = Step(index, answer.token_id, "", seconds, online.rounds, online.bytes_sent, reason)
-            if not plan.hide_length:
-                yield step
-            elif not ended:
-                held.append(step)
+            if not ended:
+                yield Step(index, answer.token_id, "", seconds, online.rounds, online.bytes_sent, reason)
         if not last and not plan.hide_length:
             with meter.phase("decode"), party.engine.operation("whether the answer goes on", "stop or go"):
                 if party.agree(answer and (answer.finished or answer.abandoned)):
                     break
     counted = "upper bound of the answer's length" if plan.hide_length else "number of generated tokens"
     party.reveals.public(f"{counted}: {index + 1}", "each token is one decode step that all parties run")
-    yield from held
 
 
 def _prefill(party, plan, cache, answer):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from crypten_llm import rendezvous
-from crypten_llm.errors import INTERRUPTED, CryptenLLMError, PartyError, UsageError, public_words, unheard
+from crypten_llm.errors import ENDED, INTERRUPTED, CryptenLLMError, PartyError, UsageError, public_words, unheard
 from crypten_llm.network import parse_network
 from crypten_llm.party import Party
 from crypten_llm.roles import CLIENT, OWNER
@@ -251,22 +251,27 @@ class LocalParties:
     def cause_of(self, error: BaseException) -> BaseException:
         """``error``, or what ended another party when that is where it comes from.
 
-        A party that a signal ended leaves no words; all that the others see is a closed connection. And Ctrl-C
-        reaches every process of the terminal, whichever of them acts on it first.
+        A party that a signal ended leaves no words; all that the others see is a closed connection. Ctrl-C reaches
+        every process of the terminal, whichever of them acts on it first. And what a party keeps to itself (``ENDED``)
+        is no secret here, where its output is at hand.
         """
         if not isinstance(error, PartyError):
             return error
-        deadline = time.monotonic() + FAILED_GRACE_SECONDS
+        kept = str(error).endswith(ENDED)
+        deadline = time.monotonic() + (GRACE_SECONDS if kept else FAILED_GRACE_SECONDS)
         while time.monotonic() < deadline:
+            all_ended = all(process.poll() is not None for process in self.processes.values())
             for rank, process in self.processes.items():
                 code = process.poll() or 0
                 if code in (INTERRUPTED, -signal.SIGINT):
                     return KeyboardInterrupt()
                 if code < 0:
                     return self._epitaph(rank)
-            time.sleep(0.02)
-            if all(process.poll() is not None for process in self.processes.values()):
+                if kept and code and not str(words := self._epitaph(rank)).endswith(ENDED):
+                    return words
+            if all_ended:
                 break
+            time.sleep(0.02)
         return error
 
     def _epitaph(self, rank: int) -> CryptenLLMError:

@@ -5,7 +5,7 @@ Owns what is printed during ``generate`` and ``bench``. stdout gets the answer a
 
 import json
 import sys
-from contextlib import closing
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -13,6 +13,7 @@ from crypten_llm.api import PrivateLlama, Request, Result, check_policy
 from crypten_llm.bench import Shape
 from crypten_llm.cost import Prediction
 from crypten_llm.debug_compare import Comparison
+from crypten_llm.errors import CryptenLLMError
 from crypten_llm.generation import Progress, Step
 from crypten_llm.report import cost_table, revealed_table, size
 from crypten_llm.settings import ProtocolConfig, split
@@ -53,10 +54,23 @@ def _who(protocol: ProtocolConfig) -> str:
     )
 
 
+@contextmanager
+def _closed(events):
+    """Closed here, whatever ends its reading. Ctrl-C ends the other parties too, and is what is reported then."""
+    try:
+        yield events
+    except KeyboardInterrupt:
+        with suppress(CryptenLLMError):
+            events.close()
+        raise
+    finally:
+        events.close()
+
+
 def _stream(llama: PrivateLlama, request: Request, progress: bool, show_text: bool) -> None:
     as_text = llama.has_tokenizer
     bar = tqdm(desc="prefill", unit="token", total=1, disable=not progress, leave=False)
-    with closing(llama.stream(**vars(request))) as events:  # here, also when Ctrl-C comes between two tokens
+    with _closed(llama.stream(**vars(request))) as events:
         for event in events:
             match event:
                 case Progress(done, total):

@@ -21,9 +21,8 @@ class Links:
     """The dealer's links, and the counters of the parties that would be at their ends.
 
     times: how often whatever is counted now happens. work: by (phase, kind), the words that a party multiplies and
-    adds in the matrix products of layers and attention (``products``; those with which a policy moves rows are left
-    out: 4 % of a prefill of 2,048 tokens under ``mpcache``, next to nothing at a step), and the dealer's material
-    (``material``), in bytes.
+    adds in the matrix products of layers and attention (``products``; not those with which a policy moves rows), and
+    the dealer's material (``material``), in bytes.
     """
 
     rank = DEALER

@@ -13,7 +13,7 @@ import torch
 from crypten_llm.engines import wire_bounds
 from crypten_llm.engines.wire_eviction import Eviction
 from crypten_llm.engines.wire_handles import Normed, OneHot, Reshaped, Scaled, Weight
-from crypten_llm.engines.wire_scales import ROW_BITS
+from crypten_llm.engines.wire_scales import ROW_BITS, SQUARES_BITS, SQUARES_SEGMENTS
 from crypten_llm.errors import UsageError
 from crypten_llm.wire import fourier, products, ring
 from crypten_llm.wire.dealing import DEALER, PARTY0
@@ -114,12 +114,11 @@ class WireEngine(Eviction):
         hidden, f = x.shape[-1], self.config.activation
         (wire,) = self._open(self._lifted(x, f))
         x.become(as_secret(self.runtime, wire))  # the opening lifted the residual too
-        top = 58
+        top, segments = SQUARES_BITS, SQUARES_SEGMENTS
         total = products.sum_of_squares(self.runtime, wire, bits=top - 2 * f)
         if self.rank == PARTY0:
             total.share = total.share + round(eps * hidden * 2**total.scale)
         (square,) = self._open(Opening(total, ring=top + 1, function=True))
-        segments = 20
         scaled, power = normalize(self.runtime, square, top, segments, [2**k for k in range(segments)])
         unit_wire, power_wire = self._open(Opening(scaled, ring=top + 1, function=True), Opening(power))
         root = fourier.evaluate(self.runtime, unit_wire, fourier.inverse_root(), fraction=22, bits=2)

@@ -15,6 +15,8 @@ from crypten_llm.wire.opening import Secret
 ROOT_FRACTIONS = 29, 32  # of public and dealt factors: the fit's coefficients are large, so the dealt ones count more
 ROW_BITS = 19  # fractional bits of what is one number a row, where width allows
 MIXED_BITS = 4  # softmax weights, whose sum is 1/4 to 1, times the values: |x| < 2^4 is declared
+SQUARES_BITS = 58  # a hidden state's sum of squares, at twice the activation's fractional bits: below 2^58 is declared
+SQUARES_SEGMENTS = 20  # powers of four below that to which such a sum may fall
 SPREAD_BITS = 6  # a row's sum of exp(s - score_limit), over the scores of a softmax: below 2^6 is declared
 SPREAD_SEGMENTS = 28  # powers of four below that to which such a sum may fall
 PRECISION = 20  # bits of what is compared, with one for a difference; scores below 2^6 keep 13 fractional bits
@@ -55,9 +57,9 @@ class WireConfig:
 
     @property
     def square_sums(self) -> tuple[float, float]:
-        """The sums of squares, eps and all, that a norm brings to [1/4, 1): 20 powers of four below 2^58 units."""
-        high = 58 - 2 * self.activation
-        return 2.0 ** (high - 40), 2.0**high
+        """The sums of squares, eps and all, that a norm brings to [1/4, 1), from and to."""
+        high = SQUARES_BITS - 2 * self.activation
+        return 2.0 ** (high - 2 * SQUARES_SEGMENTS), 2.0**high
 
     @property
     def mixed_width(self) -> int:
