@@ -16,7 +16,7 @@ from crypten_llm.cache import KVCache
 from crypten_llm.checkpoint import expected_shapes
 from crypten_llm.config import LlamaConfig
 from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.errors import UsageError
+from crypten_llm.errors import CryptenLLMError, UsageError
 from crypten_llm.generation import parse_policy
 from crypten_llm.layers import DecoderLayer, Parameters
 from crypten_llm.model import prepare
@@ -57,6 +57,7 @@ def run(party, shape: Shape, grows: bool = False) -> dict | None:
     grows: whether rows stay in the cache; else every step finds it as the first one did.
 
     Reveals: the output hidden state of each step, to the client (they come from public random numbers).
+    Raises: CryptenLLMError at the client, where the error is beyond what the engine declares (``layer_error``).
     """
     config = shape.config()
     engine = party.engine
@@ -84,7 +85,13 @@ def run(party, shape: Shape, grows: bool = False) -> dict | None:
             errors.append((value - expected).abs().max().item())
     if not party.is_client:
         return None
-    return {"seconds_per_step": median(seconds[WARM_UP:]), "max_abs_err": max(errors), "steps": shape.steps}
+    error, bound = max(errors), engine.layer_error * shape.layers
+    if not error <= bound:  # nor NaN
+        raise CryptenLLMError(
+            f"engine {engine.name!r} is off by {error:.2g} on {shape.layers} random layers of these sizes, and declares "
+            f"{bound:.2g}: its results cannot be used here; please report the command"
+        )
+    return {"seconds_per_step": median(seconds[WARM_UP:]), "max_abs_err": error, "steps": shape.steps}
 
 
 def _build(engine, config, shape):

@@ -4,8 +4,11 @@ import party_jobs
 import pytest
 from parties import run
 
+from crypten_llm import bench
 from crypten_llm.bench import Shape
-from crypten_llm.errors import UsageError
+from crypten_llm.engines.plain import PlainEngine
+from crypten_llm.errors import CryptenLLMError, UsageError
+from crypten_llm.party import Party
 
 SHAPE = Shape(hidden=32, heads=4, kv_heads=2, ffn=48, layers=1, kv_len=20, steps=2)
 
@@ -26,3 +29,13 @@ def test_bench_on_real_parties():
 def test_impossible_sizes(change):
     with pytest.raises(UsageError):
         Shape(**vars(SHAPE) | change).config()
+
+
+def test_an_error_beyond_the_declared_one_ends_the_bench():
+    class Broken(PlainEngine):
+        def swiglu(self, gate, up):
+            return super().swiglu(gate, up) + 1e-2
+
+    with pytest.raises(CryptenLLMError, match="engine 'plain' is off by .* declares 0.0001"):
+        bench.run(Party(Broken()), SHAPE)
+    assert bench.run(Party(PlainEngine()), SHAPE)["max_abs_err"] < 1e-4

@@ -246,15 +246,15 @@ def load(engine, folder):
 
 
 @torch.inference_mode()
-def logits(engine, folder, pieces):
-    """At the client, logits [T, V] of ``IDS`` in chunks of these sizes, each in its own section."""
+def logits(engine, folder, pieces, prompt=IDS):
+    """At the client, logits [T, V] of ``prompt`` in chunks of these sizes, each in its own section."""
     model, rows, start = load(engine, folder), [], 0
     cache = model.new_cache()
     for size in pieces:
         with engine.section(f"chunk at {start}"):
-            ids = IDS[start : start + size] if engine.rank == 1 or not engine.is_private else None
+            ids = prompt[start : start + size] if engine.rank == 1 or not engine.is_private else None
             one_hot = engine.tokens(ids, size, model.config.vocab_size)
-            value = engine.open_to(model(one_hot, cache, last_only=False, seq_len=len(IDS)), PARTY1)
+            value = engine.open_to(model(one_hot, cache, last_only=False, seq_len=len(prompt)), PARTY1)
         rows.append(value)
         start += size
     return None if rows[0] is None else torch.cat(rows)

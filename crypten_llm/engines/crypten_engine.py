@@ -51,6 +51,7 @@ class CryptenEngine(CryptenSelection, Engine):
 
     name = "crypten"
     is_private = True
+    layer_error = 0.1
 
     def __init__(
         self, transport, compute_parties: int, config: CryptenConfig = CryptenConfig(), owner: int = 0, client: int = 1

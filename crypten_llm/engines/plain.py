@@ -13,6 +13,7 @@ class PlainEngine(PlainSelection, Engine):
 
     name = "plain"
     is_private = False
+    layer_error = 1e-4
 
     def __init__(self, device="cpu", meter: Meter | None = None):
         self.device = torch.device(device)

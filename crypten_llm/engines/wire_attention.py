@@ -32,9 +32,13 @@ class Attention(Openings):
     """From queries, keys and values to mixed values."""
 
     def rotate(self, x, cos, sin):
-        """Error: a unit of ``rope`` bits, times the largest x (``wire_bounds.rotate``)."""
-        x = self._value(x)
+        """Error: a unit of ``rope`` bits, times the largest x, and of ``ROOM`` bits where x's ring was too small
+        (``wire_bounds.rotate``).
+
+        Cost: none where the result fits x's ring; else 1 round, see ``_roomy``.
+        """
         p = self.config.rope
+        x = self._roomy(self._value(x), p + 1, "rotate")
         if self.rank == DEALER:
             return Secret(x.share, x.scale + p, x.width, x.bits)
         half = x.shape[-1] // 2

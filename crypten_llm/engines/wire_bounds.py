@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from crypten_llm.engines.wire_scales import MIXED_BITS, ROOT_FRACTIONS, ROW_BITS, SCATTERED, WireConfig
+from crypten_llm.engines.wire_scales import MIXED_BITS, ROOM, ROOT_FRACTIONS, ROW_BITS, SCATTERED, WireConfig
 from crypten_llm.wire import fourier
 
 FLOAT = 2.0**-40  # of shown values, which are the doubles nearest to them
@@ -61,8 +61,8 @@ def rms_norm(c: WireConfig, x, expected) -> float:
 
 
 def rotate(c: WireConfig, x) -> float:
-    """The rounding of cosine and sine."""
-    return _unit(c.rope) * _largest(x)
+    """The rounding of cosine and sine, and a unit of ``ROOM`` bits of x and of what it is turned with."""
+    return _unit(c.rope) * _largest(x) + 2 * _unit(ROOM)
 
 
 def rows(c: WireConfig) -> float:

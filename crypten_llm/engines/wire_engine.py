@@ -134,8 +134,10 @@ class WireEngine(Eviction):
             Opening(gate, ring=gate.scale + function.period, function=True), self._lifted(up, f)
         )
         activated = fourier.evaluate(self.runtime, gate_wire, function, fraction=22, bits=5)
+        half = activated.scale - gate.scale - 1  # x / 2, valid where the gate's share is
         if self.rank != DEALER:
-            activated.share = activated.share + (gate.share << (activated.scale - gate.scale - 1))  # + x / 2
+            activated.share = activated.share + (gate.share << half)
+        activated.width = min(activated.width, gate.width + half)
         (activated_wire,) = self._open(self._lifted(activated, 16))
         return products.multiply(self.runtime, activated_wire, up_wire, bits=self.config.linear_bits + 1)
 

@@ -25,6 +25,7 @@ class Openings(Engine):
 
     name = "wire"
     is_private = True
+    layer_error = 0.01
     shown_dtype = torch.float32  # of values that are opened
     shown_bits, shown_factors = SHOWN, SHOWN_FACTORS  # fractional bits of them, and of what they are a product of
 
