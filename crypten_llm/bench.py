@@ -88,8 +88,8 @@ def run(party, shape: Shape, grows: bool = False) -> dict | None:
     error, bound = max(errors), engine.layer_error * shape.layers
     if not error <= bound:  # nor NaN
         raise CryptenLLMError(
-            f"engine {engine.name!r} is off by {error:.2g} on {shape.layers} random layers of these sizes, and declares "
-            f"{bound:.2g}: its results cannot be used here; please report the command"
+            f"engine {engine.name!r} is off by {error:.2g} on {shape.layers} random layers of these sizes, and "
+            f"declares {bound:.2g}: its results cannot be used here; please report the command"
         )
     return {"seconds_per_step": median(seconds[WARM_UP:]), "max_abs_err": error, "steps": shape.steps}
 

@@ -9,7 +9,6 @@ from random import Random
 
 import party_jobs
 import pytest
-import torch
 from hf_models import tiny
 from parties import run as run_processes
 from test_wire_engine import IDS, PLAIN, logits

@@ -18,7 +18,7 @@ class Engine(ABC):
 
     name: str
     is_private: bool  # whether handles are secrets
-    layer_error: float  # declared: of a decoder layer's output on random inputs and weights of unit size (see ``bench``)
+    layer_error: float  # declared: of a layer's output on random inputs and weights of unit size (``bench``)
     dealer_follows: bool = False  # whether the dealer runs the same program, ahead of the parties' need
     dealer = None  # or the engine's link to a dealer that answers requests
     meter: Meter
