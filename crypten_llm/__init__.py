@@ -7,7 +7,7 @@ __all__ = ["PrivateLlama"]
 
 def __getattr__(name):
     if name == "PrivateLlama":  # imports torch and CrypTen, which takes seconds
-        from crypten_llm.api import PrivateLlama
+        from crypten_llm.session.api import PrivateLlama
 
         return PrivateLlama
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,6 @@
 
 import sys
 
-from crypten_llm.cli import main
+from crypten_llm.commands.cli import main
 
 sys.exit(main())

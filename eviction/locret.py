@@ -15,7 +15,7 @@ class Locret(Policy):
     it is never larger than ``budget`` and a piece; the last ``recent`` rows are kept until the next piece comes.
 
     A token's score, one per kv head, is W2 silu(W1 [q, k, v]) of its queries, keys and values, and does not change.
-    weights: ``shipped``, or a file of ``experiments.train_policies``. Neither silu nor a score sees numbers
+    weights: ``shipped``, or a file of ``experiments.model.train_policies``. Neither silu nor a score sees numbers
     beyond 12.
 
     Source: Huang et al. 2024, section 3. Deviations: queries and keys are taken before the rotary embedding, so that a

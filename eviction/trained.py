@@ -75,6 +75,6 @@ def matrix(weights: dict, key: str, layer: Layer, rows: int, columns: int | None
         shape = "missing" if found is None else f"{tuple(found.shape)}"
         raise PolicyError(
             f"policy {policy}: its weights are for another model: layers.{layer.index}.{key} is {shape}, not "
-            f"({rows}, {columns or 'any'}); train it on this model (python -m experiments.train_policies)"
+            f"({rows}, {columns or 'any'}); train it on this model (python -m experiments.model.train_policies)"
         )
     return found

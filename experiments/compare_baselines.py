@@ -28,9 +28,9 @@ from experiments.baselines import cells
 from experiments.baselines import config as configuration
 from experiments.baselines.report import markdown
 from experiments.baselines.summary import Summary
-from experiments.command import command
-from experiments.eviction_counts import shape_of
-from experiments.journal import Journal
+from experiments.measure.eviction_counts import shape_of
+from experiments.tools.command import command
+from experiments.tools.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("accuracy", "cost", "crypten", "private", "report")
@@ -83,7 +83,7 @@ def _shown(path: Path) -> str:
 
 def print_summary(summary: Summary) -> None:
     """The means over tasks and lengths, as the tables begin."""
-    from experiments.evaluate import print_table
+    from experiments.model.evaluate import print_table
 
     rows = []
     for result in summary.over_lengths:

@@ -10,9 +10,9 @@ same prompt runs in the clear, and the tokens are compared.
 import sys
 from pathlib import Path
 
-from crypten_llm.api import PrivateLlama, Request
-from crypten_llm.show import say, show_generation
-from experiments.command import command
+from crypten_llm.commands.show import say, show_generation
+from crypten_llm.session.api import PrivateLlama, Request
+from experiments.tools.command import command
 
 DOCUMENT = Path(__file__).parent / "demo_prompt.txt"
 

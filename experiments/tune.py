@@ -7,8 +7,8 @@ can be above a floor of accuracy.
     python experiments/tune.py --max-bytes 0.25 --search static=0.3,0.5 second summary --set share=false
     python experiments/tune.py --max-bytes 0.25 --grid                 every combination: what the search saves
 
-Accuracy is measured on engine ``plain`` (``experiments.quality``), cost is counted on engine ``wire``
-(``experiments.eviction_counts``), both of the same policy. A search goes over a few values of each setting; its
+Accuracy is measured on engine ``plain`` (``experiments.measure.quality``), cost is counted on engine ``wire``
+(``experiments.measure.eviction_counts``), both of the same policy. A search goes over a few values of each setting; its
 folder keeps all that was measured and the study, so a run that was killed at any moment goes on with the same command,
 and another goal for the same model begins with the scores that are there. After a change of a policy's code give
 another folder.
@@ -26,8 +26,8 @@ if not __package__:  # run as a file, which puts this folder where the project's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from crypten_llm.errors import UsageError
-from experiments.command import command
-from experiments.provenance import provenance
+from experiments.tools.command import command
+from experiments.tools.provenance import provenance
 from experiments.tuning.goal import Ceiling, Floor, Goal
 from experiments.tuning.measure import Bench, draw_prompts
 from experiments.tuning.report import beside, draw, result, text

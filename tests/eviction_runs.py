@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 import eviction
-from crypten_llm.checkpoint import expected_shapes
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.model import Llama
-from eviction.recorder import LayerRecord, Recorder
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.insecure.recorder import LayerRecord, Recorder
+from crypten_llm.models.checkpoint import expected_shapes
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.llama import Llama
 
 VOCAB = 64
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from crypten_llm.bridge import crypten
-from crypten_llm.engines.interop import CryptenBeside
-from crypten_llm.engines.wire_engine import WireEngine
+from crypten_llm.engines.crypten.bridge import crypten
+from crypten_llm.engines.crypten.interop import CryptenBeside
+from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
-from crypten_llm.reveal import RevealLog
-from crypten_llm.wire.audit import audited
-from crypten_llm.wire.dealing import Runtime
-from crypten_llm.wire.opening import Opening, Secret, as_secret, open_wires
-from crypten_llm.wire.tape import Tape
+from crypten_llm.insecure.audit import audited
+from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.tape import Tape
+from crypten_llm.protocols.opening import Opening, Secret, as_secret, open_wires
+from crypten_llm.session.reveal import RevealLog
 
 PRECISION = 15
 

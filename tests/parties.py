@@ -90,11 +90,11 @@ def _result(pipe, rank: int, timeout: float):
 def _main(rank, parties, sockets, pipe, timeout, wire, work):
     import torch
 
-    from crypten_llm import bridge
-    from crypten_llm.engines.crypten_engine import CryptenConfig, CryptenEngine
-    from crypten_llm.engines.wire_engine import WireEngine
+    from crypten_llm.engines.crypten import bridge
+    from crypten_llm.engines.crypten.engine import CryptenConfig, CryptenEngine
+    from crypten_llm.engines.wire.engine import WireEngine
+    from crypten_llm.links.transport import Transport
     from crypten_llm.roles import role_names
-    from crypten_llm.transport import Transport
 
     torch.set_num_threads(1)
     transport = Transport(rank, role_names(parties), sockets, timeout=timeout)

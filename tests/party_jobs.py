@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import torch
 
-from crypten_llm import checkpoint
-from crypten_llm.bench import run as bench_run
-from crypten_llm.calibration import measure, norm_scales
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines import crypten_engine  # noqa: F401  (imported once in the server)
-from crypten_llm.generation import Answer, Plan, Step
-from crypten_llm.generation import run as generation_run
-from crypten_llm.model import Llama, prepare
-from crypten_llm.party import Party
-from crypten_llm.randomness import Stream
-from crypten_llm.reveal import RevealLog
-from crypten_llm.sampling import Sampler, SamplingConfig
+from crypten_llm.engines.crypten import engine as crypten_engine  # noqa: F401  (imported once in the server)
+from crypten_llm.models import checkpoint
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.llama import Llama, prepare
+from crypten_llm.protocols.dealer.randomness import Stream
+from crypten_llm.session.bench import run as bench_run
+from crypten_llm.session.calibration import measure, norm_scales
+from crypten_llm.session.generation import Answer, Plan, Step
+from crypten_llm.session.generation import run as generation_run
+from crypten_llm.session.party import Party
+from crypten_llm.session.reveal import RevealLog
+from crypten_llm.session.sampling import Sampler, SamplingConfig
 
 
 @torch.inference_mode()

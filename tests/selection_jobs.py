@@ -7,11 +7,11 @@ import torch
 from eviction_runs import peaked_weights
 
 import eviction
-from crypten_llm.checkpoint import expected_shapes
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines import crypten_engine  # noqa: F401  (imported once in the server)
-from crypten_llm.model import Llama
-from crypten_llm.reveal import RevealLog
+from crypten_llm.engines.crypten import engine as crypten_engine  # noqa: F401  (imported once in the server)
+from crypten_llm.models.checkpoint import expected_shapes
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.llama import Llama
+from crypten_llm.session.reveal import RevealLog
 from eviction.operations import Choice
 
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from hf_models import tiny
 
-from crypten_llm import PrivateLlama, api, checkpoint
-from crypten_llm.api import Detokenizer, Request
-from crypten_llm.bench import Shape
+from crypten_llm import PrivateLlama
 from crypten_llm.errors import ENDED, PartyError, UsageError
-from crypten_llm.generation import Progress, Step
+from crypten_llm.models import checkpoint
+from crypten_llm.session import api
+from crypten_llm.session.api import Detokenizer, Request
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.generation import Progress, Step
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import torch
 from hf_models import CASES, tiny
 from wire_parties import run, share
 
-from crypten_llm import cli, debug_compare
-from crypten_llm.wire import dealing
-from crypten_llm.wire.audit import MaskReused
-from crypten_llm.wire.opening import Opening, open_wires
+from crypten_llm.commands import cli, debug_compare
+from crypten_llm.insecure.audit import MaskReused
+from crypten_llm.protocols.dealer import roles as dealing
+from crypten_llm.protocols.opening import Opening, open_wires
 
 VALUES = torch.arange(40).view(4, 10)
 

@@ -4,11 +4,11 @@ import party_jobs
 import pytest
 from parties import run
 
-from crypten_llm import bench
-from crypten_llm.bench import Shape
-from crypten_llm.engines.plain import PlainEngine
+from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import CryptenLLMError, UsageError
-from crypten_llm.party import Party
+from crypten_llm.session import bench
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.party import Party
 
 SHAPE = Shape(hidden=32, heads=4, kv_heads=2, ffn=48, layers=1, kv_len=20, steps=2)
 

@@ -9,10 +9,10 @@ from hf_models import CASES, tiny
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from crypten_llm import checkpoint
-from crypten_llm.checkpoint import expected_shapes, load_tokenizer, load_weights, resolve_model
-from crypten_llm.config import LlamaConfig
 from crypten_llm.errors import UsageError
+from crypten_llm.models import checkpoint
+from crypten_llm.models.checkpoint import expected_shapes, load_tokenizer, load_weights, resolve_model
+from crypten_llm.models.config import LlamaConfig
 
 
 def load(folder, **changes):

@@ -10,9 +10,9 @@ import pytest
 from hf_models import tiny
 from programs import GENERATE, Program, error_line
 
-from crypten_llm.api import PrivateLlama
-from crypten_llm.cli import _parser, _prompt, main
-from crypten_llm.launch import LocalParties
+from crypten_llm.commands.cli import _parser, _prompt, main
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.launch import LocalParties
 
 IDS = ["--prompt-ids", "5,6,7"]
 
@@ -185,7 +185,7 @@ def test_json_of_bench(capsys):
 
 def test_a_missing_package_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.delitem(sys.modules, "crypten_llm.show", raising=False)
+    monkeypatch.delitem(sys.modules, "crypten_llm.commands.show", raising=False)
     assert "the package 'tqdm' is not installed; run 'make install'" in fails(capsys, "generate", *IDS, code=1)
 
 

@@ -12,9 +12,9 @@ from policy_table import ROWS
 from wire_parties import PARTY0, PARTY1, run
 
 import eviction
-from crypten_llm import debug_compare
-from crypten_llm.engines.compare_selection import TrackedEngine
-from crypten_llm.engines.wire_engine import WireEngine
+from crypten_llm.commands import debug_compare
+from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.insecure.tracked import TrackedEngine
 
 IDS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(40)).tolist()
 # On bits and whole numbers, and choices that agree: they have no error.

@@ -5,8 +5,8 @@ import json
 import pytest
 from hf_models import CASES, tiny
 
-from crypten_llm.config import LlamaConfig, RopeConfig
 from crypten_llm.errors import UsageError
+from crypten_llm.models.config import LlamaConfig, RopeConfig
 
 LLAMA_2_7B = {
     "_name_or_path": "meta-llama/Llama-2-7b-hf",

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments import forward  # noqa: E402
-from experiments.corpus import ANSWER, TASKS, Encoder, is_held_out, sample, training_batch  # noqa: E402
-from experiments.evaluate import (  # noqa: E402
+from experiments.model import forward  # noqa: E402
+from experiments.model.corpus import ANSWER, TASKS, Encoder, is_held_out, sample, training_batch  # noqa: E402
+from experiments.model.evaluate import (  # noqa: E402
     SHIPPED,
     draw_all,
     exact_match,
@@ -23,7 +23,7 @@ from experiments.evaluate import (  # noqa: E402
     measure_ranges,
     score,
 )
-from experiments.train import SMOKE, Run, new_model, save_model  # noqa: E402
+from experiments.model.train import SMOKE, Run, new_model, save_model  # noqa: E402
 
 LENGTHS = (64, 256, 2048)
 PINNED = 1402764260

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from crypten_llm import bench, cli, cost
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines.wire_engine import WireEngine
+from crypten_llm.commands import cli, cost
+from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
-from crypten_llm.generation import Answer, Plan
-from crypten_llm.network import Network
-from crypten_llm.one_process import run_roles
-from crypten_llm.party import Party
+from crypten_llm.insecure.one_process import run_roles
+from crypten_llm.links.network import Network
+from crypten_llm.models import checkpoint
+from crypten_llm.models.config import LlamaConfig
 from crypten_llm.roles import CLIENT
+from crypten_llm.session import bench
+from crypten_llm.session.generation import Answer, Plan
+from crypten_llm.session.party import Party
 
-SHIPPED = Path(cost.__file__).parent / "shipped"
+SHIPPED = checkpoint.SHIPPED
 ONLINE = ("rounds", "bytes_sent", "bytes_received")
 DEALER = ("dealer_rounds", "dealer_bytes_sent", "dealer_bytes_received")
 

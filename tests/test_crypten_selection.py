@@ -6,9 +6,9 @@ import torch
 from parties import run
 
 import eviction
-from crypten_llm.engines.crypten_engine import CryptenEngine
-from crypten_llm.engines.crypten_selection import DIRECT, PAIRS, TREE
-from crypten_llm.engines.plain import PlainEngine
+from crypten_llm.engines.crypten.engine import CryptenEngine
+from crypten_llm.engines.crypten.selection import DIRECT, PAIRS, TREE
+from crypten_llm.engines.plain.engine import PlainEngine
 
 PLAIN = PlainEngine()
 COMPARISON = 216  # bytes sent

@@ -10,10 +10,11 @@ import torch
 from wire_parties import key, run
 
 from crypten_llm.errors import PartyError
-from crypten_llm.meter import Meter
-from crypten_llm.transport import Transport
-from crypten_llm.wire import dealing, tape
-from crypten_llm.wire.dealing import DEALER, PARTY0, PARTY1, Runtime, Sending
+from crypten_llm.links.meter import Meter
+from crypten_llm.links.transport import Transport
+from crypten_llm.protocols.dealer import roles as dealing
+from crypten_llm.protocols.dealer import tape
+from crypten_llm.protocols.dealer.roles import DEALER, PARTY0, PARTY1, Runtime, Sending
 
 WORDS = 1 << 16  # in one value: several messages, and more than a socket's buffers hold
 ODD = 8 * WORDS + 8  # bytes of keys: the last of them do not fill a message

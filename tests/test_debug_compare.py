@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from hf_models import CASES, tiny
 
-from crypten_llm import checkpoint, cli, debug_compare
-from crypten_llm.engines import wire_bounds, wire_engine, wire_handles, wire_scales
-from crypten_llm.engines.finding import Finding
+from crypten_llm.commands import cli, debug_compare
+from crypten_llm.engines.wire import bounds as wire_bounds
+from crypten_llm.engines.wire import engine as wire_engine
+from crypten_llm.engines.wire import handles as wire_handles
+from crypten_llm.engines.wire import numbers as wire_scales
 from crypten_llm.errors import CryptenLLMError, UsageError
+from crypten_llm.insecure.finding import Finding
+from crypten_llm.models import checkpoint
 
-SHIPPED = Path(debug_compare.__file__).parent / "shipped"
+SHIPPED = checkpoint.SHIPPED
 IDS = list(range(20, 32))
 OPERATIONS = {
     *("embed", "rms_norm", "linear of a norm", "rotate", "rows", "cat", "scores", "softmax", "mix", "linear"),

@@ -1,7 +1,7 @@
 """``doctor`` passes on a machine that works, and a check that fails neither hides the others nor the exit code."""
 
-from crypten_llm import doctor
-from crypten_llm.cli import main
+from crypten_llm.commands import doctor
+from crypten_llm.commands.cli import main
 
 
 def test_a_machine_that_works(capsys):

@@ -8,15 +8,16 @@ import torch
 from hf_models import CASES, options, reference_logits, tiny
 from parties import run
 
-from crypten_llm import checkpoint, cli
-from crypten_llm.config import LlamaConfig
+from crypten_llm.commands import cli
 from crypten_llm.engines import check_engine
-from crypten_llm.engines.crypten_engine import CryptenConfig
-from crypten_llm.engines.plain import PlainEngine
+from crypten_llm.engines.crypten.engine import CryptenConfig
+from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
-from crypten_llm.model import Llama, prepare
-from crypten_llm.settings import ProtocolConfig
-from crypten_llm.transport import HEADER
+from crypten_llm.links.transport import HEADER
+from crypten_llm.models import checkpoint
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.llama import Llama, prepare
+from crypten_llm.session.settings import ProtocolConfig
 
 IDS = torch.randint(3, 97, (30,), generator=torch.Generator().manual_seed(5))
 

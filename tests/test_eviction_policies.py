@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import eviction
-from crypten_llm.engines.plain import PlainEngine
+from crypten_llm.engines.plain.engine import PlainEngine
 from eviction.operations import Layer
 from eviction.quest import page_bound
 

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crypten_llm.api import PrivateLlama
 from crypten_llm.errors import UsageError
-from crypten_llm.generation import parse_policy
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.generation import parse_policy
 from experiments import compare_baselines
 from experiments.baselines import cells
 from experiments.baselines import config as configuration
@@ -28,9 +28,9 @@ from experiments.baselines.plots import PICTURES, STYLES
 from experiments.baselines.policies import ABLATION, TABLE, at_budget, names
 from experiments.baselines.report import markdown
 from experiments.baselines.summary import Summary
-from experiments.eviction_counts import ATTENTION, count, shape_of
-from experiments.journal import Journal
-from experiments.quality import Scorer, draw
+from experiments.measure.eviction_counts import ATTENTION, count, shape_of
+from experiments.measure.quality import Scorer, draw
+from experiments.tools.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 TINY = Config(

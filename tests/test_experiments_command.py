@@ -8,10 +8,10 @@ import pytest
 
 import experiments
 from crypten_llm.errors import CryptenLLMError, PartyError, UsageError
-from experiments.command import command
+from experiments.tools.command import command
 
 FOLDER = Path(experiments.__file__).parent
-COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef main(" in path.read_text("utf-8"))
+COMMANDS = [path for path in sorted(FOLDER.rglob("*.py")) if "\ndef main(" in path.read_text("utf-8")]
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,14 @@ def test_commands_say_how_they_ended():
 
 def test_every_command_ends_so():
     assert len(COMMANDS) > 15
-    for name in COMMANDS:
-        assert importlib.import_module(f"experiments.{name}").main.__wrapped__, name
-        assert 'if __name__ == "__main__":\n    sys.exit(main())\n' in (FOLDER / f"{name}.py").read_text("utf-8"), name
+    for path in COMMANDS:
+        name = ".".join(path.relative_to(FOLDER.parent).with_suffix("").parts)
+        assert importlib.import_module(name).main.__wrapped__, name
+        assert 'if __name__ == "__main__":\n    sys.exit(main())\n' in path.read_text("utf-8"), name
 
 
 def test_a_policy_that_there_is_not(monkeypatch, capsys):
-    from experiments import quality
+    from experiments.measure import quality
 
     monkeypatch.setattr(sys, "argv", ["quality", "--policies", "h20", "--samples", "1", "--workers", "1"])
     assert quality.main() == 2

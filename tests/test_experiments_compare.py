@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from crypten_llm.bench import Shape
-from experiments import compare_engines
-from experiments.compare_engines import SHAPES, key, measure, summary
+from crypten_llm.session.bench import Shape
+from experiments.measure import compare_engines
+from experiments.measure.compare_engines import SHAPES, key, measure, summary
 
 TINY = Shape(hidden=32, heads=4, kv_heads=2, ffn=48, layers=1, kv_len=20, steps=2)
 CELL = {"rounds": 7, "dealer_rounds": 0, "bytes_sent": 5000, "dealer_bytes": 9, "peak_bytes": 1, "max_abs_err": 0.0123}

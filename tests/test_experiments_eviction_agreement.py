@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import eviction
-from crypten_llm.engines.plain import PlainEngine
-from eviction.trace import trace
-from experiments import eviction_agreement
-from experiments.eviction_agreement import SHIPPED, loaded, main, measure, observe, recall, summary
+from crypten_llm.commands.trace import trace
+from crypten_llm.engines.plain.engine import PlainEngine
+from experiments.measure import eviction_agreement
+from experiments.measure.eviction_agreement import SHIPPED, loaded, main, measure, observe, recall, summary
 
 IDS = list(range(40, 96))
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from crypten_llm.bench import Shape
-from crypten_llm.config import LlamaConfig
-from crypten_llm.cost import count_bench, predict
-from crypten_llm.generation import Plan
-from experiments import eviction_cost
-from experiments.eviction_cost import (
+from crypten_llm.commands.cost import count_bench, predict
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.generation import Plan
+from experiments.measure import eviction_cost
+from experiments.measure.eviction_cost import (
     CURVE,
     DYNAMIC,
     FULL,
@@ -26,7 +26,7 @@ from experiments.eviction_cost import (
     pays,
     step_table,
 )
-from experiments.eviction_counts import ATTENTION, CHOICE, count, fills, layers
+from experiments.measure.eviction_counts import ATTENTION, CHOICE, count, fills, layers
 
 TINY = Shape(hidden=32, heads=4, kv_heads=2, ffn=48, layers=6, kv_len=128)
 SMALL = "mpcache(coarse=8,fine=4,least=0)"

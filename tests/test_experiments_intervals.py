@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.intervals import bootstrap, front, of_task, resampled, wilson
+from experiments.tools.intervals import bootstrap, front, of_task, resampled, wilson
 
 
 def test_wilson_against_published_values():

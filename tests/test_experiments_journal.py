@@ -5,8 +5,8 @@ import json
 import pytest
 
 from crypten_llm.errors import UsageError
-from experiments.journal import Journal
-from experiments.provenance import sign
+from experiments.tools.journal import Journal
+from experiments.tools.provenance import sign
 
 
 def test_a_journal_goes_on_after_its_last_whole_line(tmp_path):
@@ -26,7 +26,7 @@ def test_a_journal_goes_on_after_its_last_whole_line(tmp_path):
 
 
 def test_each_revision_that_added_to_a_journal_is_named(tmp_path, monkeypatch):
-    path, revision = tmp_path / "a.jsonl", "experiments.provenance.revision"
+    path, revision = tmp_path / "a.jsonl", "experiments.tools.provenance.revision"
     for name in ("one", "another", "another", "a third"):
         monkeypatch.setattr(revision, lambda name=name: name)
         journal = Journal(path, {"seed": 0})
@@ -40,7 +40,7 @@ def test_each_revision_that_added_to_a_journal_is_named(tmp_path, monkeypatch):
 def test_each_run_that_made_a_result_signs_it_once(monkeypatch):
     result = {"rows": {}}
     for name in ("one", "one", "another"):
-        monkeypatch.setattr("experiments.provenance.revision", lambda name=name: name)
+        monkeypatch.setattr("experiments.tools.provenance.revision", lambda name=name: name)
         sign(result, "numpy")
     assert [maker["revision"] for maker in result["made_by"]] == ["one", "another"]
     assert all(set(maker) == {"revision", "versions", "machine"} for maker in result["made_by"])

@@ -9,7 +9,7 @@ import pytest
 from programs import Program, ended
 
 from crypten_llm.errors import CryptenLLMError, UsageError
-from experiments.processes import processes
+from experiments.tools.processes import processes
 
 
 def late(seconds: float) -> float:
@@ -59,7 +59,7 @@ def test_a_worker_that_is_killed_is_missed(ordered):
 
 def test_processes_end_with_the_one_that_started_them():
     """Killed, it can tell them nothing."""
-    text = "import sys; from experiments.processes import processes; from time import sleep\n"
+    text = "import sys; from experiments.tools.processes import processes; from time import sleep\n"
     text += "with processes(2, print, 'begun') as found: list(found.map(sleep, [0.5, 0.5])); "
     text += "print('ready', file=sys.stderr, flush=True); list(found.map(sleep, [600, 600]))"
     with Program("-c", text, stdout=subprocess.DEVNULL) as program:

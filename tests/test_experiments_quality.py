@@ -6,12 +6,12 @@ import pytest
 import torch
 from policy_table import ROWS
 
-from crypten_llm.api import PrivateLlama
 from crypten_llm.errors import UsageError
-from crypten_llm.generation import Answer, Plan, parse_policy
-from experiments.evaluate import is_match
-from experiments.quality import SCORED, Evaluator, Scorer, draw, may_match, means
-from experiments.shared_prefill import Onlookers, prefill, prefill_all
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.generation import Answer, Plan, parse_policy
+from experiments.measure.quality import SCORED, Evaluator, Scorer, draw, may_match, means
+from experiments.measure.shared_prefill import Onlookers, prefill, prefill_all
+from experiments.model.evaluate import is_match
 
 POLICIES = ["full", *(f"{name}({row.small.replace(',weights=WEIGHTS', '')})" for name, row in ROWS.items())]
 LENGTH = 160  # two pieces of the prompt, so that a policy can evict between them

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from experiments import ring_kernels
+from experiments.measure import ring_kernels
 
 
 def test_a_short_run(monkeypatch, capsys, tmp_path):

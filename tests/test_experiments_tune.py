@@ -21,16 +21,16 @@ from statistics import mean
 import pytest
 from optuna.trial import TrialState
 
-from crypten_llm.bench import Shape
-from crypten_llm.checkpoint import load_tokenizer
 from crypten_llm.errors import UsageError
+from crypten_llm.models.checkpoint import load_tokenizer
+from crypten_llm.session.bench import Shape
 from eviction import POLICIES, Policy, parse, settings
 from eviction.settings import written
 from experiments import tune
-from experiments.eviction_counts import count
-from experiments.processes import processes
-from experiments.quality import Evaluator
+from experiments.measure.eviction_counts import count
+from experiments.measure.quality import Evaluator
 from experiments.tasks import Example, find
+from experiments.tools.processes import processes
 from experiments.tuning import measure as tune_measure
 from experiments.tuning.goal import Ceiling, Floor, Tried, is_hopeless
 from experiments.tuning.measure import FULL, Bench, Prompt, Prompts, draw_prompts

@@ -8,13 +8,13 @@ import torch
 from hf_models import options, tiny
 from parties import run
 
-from crypten_llm.engines.plain import PlainEngine
+from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import PartyError, UsageError
-from crypten_llm.generation import Answer, Plan, Progress, Step
-from crypten_llm.generation import run as generation_run
-from crypten_llm.party import Party
-from crypten_llm.sampling import Sampler, SamplingConfig
-from crypten_llm.transport import Transport
+from crypten_llm.links.transport import Transport
+from crypten_llm.session.generation import Answer, Plan, Progress, Step
+from crypten_llm.session.generation import run as generation_run
+from crypten_llm.session.party import Party
+from crypten_llm.session.sampling import Sampler, SamplingConfig
 
 IDS = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(7)).tolist()
 GREEDY, SAMPLED = {}, {"do_sample": True, "temperature": 0.7, "top_k": 20, "seed": 11}

@@ -7,14 +7,14 @@ import pytest
 import torch
 from parties import run
 
-from crypten_llm import bridge
-from crypten_llm.deal import _Absent
-from crypten_llm.engines.cost_engine import CostEngine, Links
-from crypten_llm.engines.interop import CryptenBeside
-from crypten_llm.engines.wire_engine import WireEngine
+from crypten_llm.commands.deal import _Absent
+from crypten_llm.engines.crypten import bridge
+from crypten_llm.engines.crypten.interop import CryptenBeside
+from crypten_llm.engines.wire.counted import CostEngine, Links
+from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
-from crypten_llm.transport import HEADER
-from crypten_llm.wire import tape
+from crypten_llm.links.transport import HEADER
+from crypten_llm.protocols.dealer import tape
 
 UNIT = 2.0**-interop_jobs.PRECISION
 

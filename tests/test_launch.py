@@ -10,7 +10,7 @@ import pytest
 from hf_models import tiny
 from programs import GENERATE, Program, by_hand, error_line, free_port
 
-from crypten_llm.api import PrivateLlama
+from crypten_llm.session.api import PrivateLlama
 
 IDS = "5,6,7,8,9"
 CRYPTEN = ["--engine", "crypten"]  # most tests; what they show does not depend on the engine
@@ -156,7 +156,7 @@ def test_ctrl_c_ends_everyone(long):
 
 BETWEEN_TOKENS = """
 import os, signal, sys
-from crypten_llm import cli, show
+from crypten_llm.commands import cli, show
 say = show.say
 def interrupt(text=""):
     say(text)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from crypten_llm.meter import Meter
+from crypten_llm.links.meter import Meter
 
 
 def row(meter, phase, kind):

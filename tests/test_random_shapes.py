@@ -14,8 +14,8 @@ from parties import run as run_processes
 from test_wire_engine import IDS, PLAIN, logits
 from wire_parties import PARTY1, run
 
-from crypten_llm.bench import Shape
-from crypten_llm.engines.plain import PlainEngine
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.session.bench import Shape
 
 WIDE = ("ffn", "queries", "both")  # which outputs of a layer are more than 4 hidden sizes
 

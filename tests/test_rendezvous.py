@@ -19,10 +19,10 @@ import torch
 from programs import Program, free_port
 from torch.distributed import TCPStore
 
-from crypten_llm import rendezvous
 from crypten_llm.errors import CryptenLLMError, PartyError, UsageError
-from crypten_llm.rendezvous import HELLO, connect, read_environment
-from crypten_llm.tls import Links, make_key
+from crypten_llm.links import rendezvous
+from crypten_llm.links.rendezvous import HELLO, connect, read_environment
+from crypten_llm.links.tls import Links, make_key
 
 ROLES = ("owner", "client", "dealer")
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def test_processes_meet_under_a_launchers_environment(port):
     program = textwrap.dedent(
         """
         import torch
-        from crypten_llm.rendezvous import connect, read_environment
+        from crypten_llm.links.rendezvous import connect, read_environment
         rank, world, host, port = read_environment()
         party = connect(rank, world, ["owner", "client"], host, port, 20)
         print(party.exchange(1 - rank, torch.tensor([rank])).item())
@@ -252,7 +252,7 @@ def test_parties_of_a_store_that_hangs_end(stopped):
 def test_ctrl_c_ends_the_wait_for_a_store_that_hangs(stopped):
     port, stop = stopped
     program = f"""
-        from crypten_llm.rendezvous import connect
+        from crypten_llm.links.rendezvous import connect
         try:
             connect(1, 3, {ROLES}, "127.0.0.1", {port}, 60.0, while_waiting=lambda: print("waiting", flush=True))
         except KeyboardInterrupt:

@@ -6,8 +6,8 @@ from hf_models import BASE, CASES
 from transformers import LlamaConfig as ReferenceConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from crypten_llm.config import LlamaConfig
-from crypten_llm.rope import rope_tables
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.rope import rope_tables
 
 ROPES = [case for case in CASES if "rope" in case or "theta" in case] + ["gqa", "wide_heads", "narrow_heads"]
 

@@ -5,7 +5,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from crypten_llm.errors import CryptenLLMError, UsageError
-from crypten_llm.sampling import Sampler, SamplingConfig
+from crypten_llm.session.sampling import Sampler, SamplingConfig
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0, -3.0, 1.0, 0.9])
 

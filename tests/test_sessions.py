@@ -3,8 +3,8 @@
 import pytest
 from hf_models import tiny
 
-from crypten_llm.api import PrivateLlama
 from crypten_llm.errors import UsageError
+from crypten_llm.session.api import PrivateLlama
 
 
 def test_a_session_that_ends_leaves_the_one_on_crypten_alone(tmp_path):

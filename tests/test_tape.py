@@ -19,18 +19,19 @@ import torch
 from hf_models import tiny
 from programs import GENERATE, by_hand, error_line, free_port
 
-from crypten_llm.api import PrivateLlama, Request
-from crypten_llm.bench import Shape
-from crypten_llm.cli import main
-from crypten_llm.config import LlamaConfig
-from crypten_llm.deal import deal
+from crypten_llm.commands.cli import main
+from crypten_llm.commands.deal import deal
 from crypten_llm.errors import UsageError
-from crypten_llm.generation import Plan
-from crypten_llm.meter import Meter
-from crypten_llm.transport import Transport
-from crypten_llm.wire import dealing, tape
-from crypten_llm.wire.dealing import DEALER, PARTY0, PARTY1, Runtime
-from crypten_llm.wire.tape import Recording, Sizes, Tape
+from crypten_llm.links.meter import Meter
+from crypten_llm.links.transport import Transport
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.protocols.dealer import roles as dealing
+from crypten_llm.protocols.dealer import tape
+from crypten_llm.protocols.dealer.roles import DEALER, PARTY0, PARTY1, Runtime
+from crypten_llm.protocols.dealer.tape import Recording, Sizes, Tape
+from crypten_llm.session.api import PrivateLlama, Request
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.generation import Plan
 
 ENGINE = {"activation": 14}
 CONFIG = {"hidden_size": 8}

@@ -2,10 +2,10 @@
 
 import pytest
 
-from crypten_llm.checkpoint import SHIPPED, load_tokenizer
 from crypten_llm.errors import UsageError
-from experiments import corpus
-from experiments.evaluate import is_match
+from crypten_llm.models.checkpoint import SHIPPED, load_tokenizer
+from experiments.model import corpus
+from experiments.model.evaluate import is_match
 from experiments.tasks import TASKS, find, score
 
 

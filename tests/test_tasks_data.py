@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 from datasets import Dataset
 
-from crypten_llm.checkpoint import SHIPPED, load_tokenizer
 from crypten_llm.errors import UsageError
+from crypten_llm.models.checkpoint import SHIPPED, load_tokenizer
 from experiments.tasks import TASKS, find, longbench, score
 from experiments.tasks.__main__ import main
 

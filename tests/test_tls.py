@@ -18,11 +18,11 @@ import torch
 from programs import GENERATE, by_hand, error_line, free_port
 from test_transport import socket_pair
 
-from crypten_llm import rendezvous
-from crypten_llm.cli import main
+from crypten_llm.commands.cli import main
 from crypten_llm.errors import CryptenLLMError, PartyError, UsageError
-from crypten_llm.tls import Links, make_key
-from crypten_llm.transport import Transport
+from crypten_llm.links import rendezvous
+from crypten_llm.links.tls import Links, make_key
+from crypten_llm.links.transport import Transport
 
 ROLES = ["owner", "client", "dealer"]
 

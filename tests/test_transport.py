@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from crypten_llm.errors import PartyError, UsageError
-from crypten_llm.network import NETWORKS, Network, parse_network
-from crypten_llm.transport import DTYPES, HEADER, MAGIC, TENSOR, Transport
+from crypten_llm.links.network import NETWORKS, Network, parse_network
+from crypten_llm.links.transport import DTYPES, HEADER, MAGIC, TENSOR, Transport
 
 ROLES = ("owner", "client", "dealer")
 

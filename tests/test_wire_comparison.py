@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import joined, reconstruct, run, share, signed
 
-from crypten_llm.wire import lookup, selection
-from crypten_llm.wire.comparison import below, bit_opening, difference, ordered, times_bits
-from crypten_llm.wire.opening import Opening, Overflow, open_wires
+from crypten_llm.protocols import lookup, selection
+from crypten_llm.protocols.comparison import below, bit_opening, difference, ordered, times_bits
+from crypten_llm.protocols.opening import Opening, Overflow, open_wires
 
 
 def opener(runtime):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from wire_parties import PARTY0, PARTY1, check_cost, run, share
 
-from crypten_llm.transport import HEADER
-from crypten_llm.wire import fourier, products
-from crypten_llm.wire.normalize import normalize
-from crypten_llm.wire.opening import Opening, as_secret, open_wires
+from crypten_llm.links.transport import HEADER
+from crypten_llm.protocols import fourier, products
+from crypten_llm.protocols.normalize import normalize
+from crypten_llm.protocols.opening import Opening, as_secret, open_wires
 
 N = 60
 

@@ -1,7 +1,6 @@
 """Engine ``wire`` up to the edges of its declared domain, and the owner's refusal of a model that leaves it."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +8,15 @@ import torch
 from hf_models import CASES, tiny
 from test_wire_engine import PLAIN, close, normal, opened, softmax_mix
 
-from crypten_llm import calibration, checkpoint
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines.wire_engine import WireEngine
-from crypten_llm.engines.wire_scales import MIXED_BITS, WireConfig
+from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.engines.wire.numbers import MIXED_BITS, WireConfig
 from crypten_llm.errors import UsageError
-from crypten_llm.model import Llama, prepare
+from crypten_llm.models import checkpoint
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.llama import Llama, prepare
+from crypten_llm.session import calibration
 
-SHIPPED = Path(calibration.__file__).parent / "shipped"
+SHIPPED = checkpoint.SHIPPED
 WIRE = WireConfig()
 
 

@@ -7,14 +7,14 @@ import torch
 from hf_models import CASES, tiny
 from wire_parties import DEALER, PARTY0, PARTY1, run
 
-from crypten_llm import checkpoint
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.engines.wire_engine import WireEngine
-from crypten_llm.engines.wire_scales import SHOWN, SHOWN_FACTORS, WireConfig
-from crypten_llm.model import Llama, prepare
-from crypten_llm.wire import ring
-from crypten_llm.wire.opening import Overflow
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.engines.wire.numbers import SHOWN, SHOWN_FACTORS, WireConfig
+from crypten_llm.kernels import ring
+from crypten_llm.models import checkpoint
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.llama import Llama, prepare
+from crypten_llm.protocols.opening import Overflow
 
 PLAIN = PlainEngine()
 UNIT = 2.0**-14  # of an activation

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import joined, run, share, value
 
-from crypten_llm.wire import dcf, fourier
-from crypten_llm.wire.normalize import normalize
-from crypten_llm.wire.opening import Opening, Overflow, open_wires
+from crypten_llm.kernels import dcf
+from crypten_llm.protocols import fourier
+from crypten_llm.protocols.normalize import normalize
+from crypten_llm.protocols.opening import Opening, Overflow, open_wires
 
 TARGETS = {
     fourier.exponential: np.exp,
@@ -58,7 +59,7 @@ def test_stored_fits_are_those_of_their_targets(name):
     target, found = fourier.TARGETS[name], fourier.stored(name)
     again = target.fit(name)
     x = np.linspace(target.low, target.high, 5001)
-    assert np.abs(found(x) - again(x)).max() < 0.2 * found.error + 1e-8, "run python -m crypten_llm.wire.fourier"
+    assert np.abs(found(x) - again(x)).max() < 0.2 * found.error + 1e-8, "run python -m crypten_llm.protocols.fourier"
     assert (found.period, found.modes, bool(found.sine.any())) == (target.period, target.modes, not target.even)
 
 

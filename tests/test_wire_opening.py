@@ -4,7 +4,7 @@ import pytest
 import torch
 from wire_parties import joined, run, share, signed, value
 
-from crypten_llm.wire.opening import Opening, Overflow, Secret, as_secret, open_wires
+from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret, open_wires
 
 
 def edges(size: int, count: int = 60) -> torch.Tensor:

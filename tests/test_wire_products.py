@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import reconstruct, run, share, signed
 
-from crypten_llm.wire import products
-from crypten_llm.wire.opening import Opening, Overflow, open_wires
+from crypten_llm.protocols import products
+from crypten_llm.protocols.opening import Opening, Overflow, open_wires
 
 NARROW, LIFTED, WHOLE = dict(size=48), dict(size=40, lifted=True), dict(size=64)
 KINDS = {"narrow": NARROW, "lifted": LIFTED, "whole": WHOLE}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crypten_llm.wire import ring
+from crypten_llm.kernels import ring
 
 WORDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF]
 

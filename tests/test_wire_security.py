@@ -11,16 +11,19 @@ import torch
 from hf_models import tiny
 from wire_parties import DEALER, PARTY0, PARTY1, key, run, share
 
-from crypten_llm.generation import Answer, Plan, Step
-from crypten_llm.party import Party
-from crypten_llm.randomness import Stream
-from crypten_llm.wire import fourier, products
-from crypten_llm.wire.audit import MaskReused
-from crypten_llm.wire.normalize import normalize
-from crypten_llm.wire.opening import Opening, Secret, open_wires
+from crypten_llm.insecure.audit import MaskReused
+from crypten_llm.protocols import fourier, products
+from crypten_llm.protocols.dealer.randomness import Stream
+from crypten_llm.protocols.normalize import normalize
+from crypten_llm.protocols.opening import Opening, Secret, open_wires
+from crypten_llm.session.generation import Answer, Plan, Step
+from crypten_llm.session.party import Party
 
 ROOT = Path(__file__).parents[1]
-ENGINE = [*(ROOT / "crypten_llm/wire").glob("*.py"), *(ROOT / "crypten_llm/engines").glob("wire_*.py")]
+ROOMS = [ROOT / "crypten_llm" / room for room in ("kernels", "protocols", "engines/wire")]
+ENGINE = [path for room in ROOMS for path in room.rglob("*.py")]
+    path for room in ("kernels", "protocols", "engines/wire") for path in (ROOT / "crypten_llm" / room).rglob("*.py")
+]
 COUNT = 4096
 EXTREMES = {
     "zeros": torch.zeros(COUNT, dtype=torch.int64),

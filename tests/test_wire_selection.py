@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import DEALER, PARTY0, PARTY1, run
 
-from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.engines.wire_selection import PAIRS
-from crypten_llm.wire.opening import Overflow
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.engines.wire.choosing import PAIRS
+from crypten_llm.protocols.opening import Overflow
 from eviction.operations import Choice
 
 PLAIN = PlainEngine()

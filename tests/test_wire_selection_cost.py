@@ -6,12 +6,12 @@ import pytest
 import torch
 from wire_parties import DEALER, PARTY0, PARTY1, check_cost, run, share
 
-from crypten_llm.engines.cost_engine import CostEngine, Links
-from crypten_llm.engines.wire_scales import PRECISION
-from crypten_llm.engines.wire_selection import PAIRS
-from crypten_llm.wire import lookup, selection
-from crypten_llm.wire.comparison import below, bit_opening, ordered, times_bits
-from crypten_llm.wire.opening import Opening, open_wires
+from crypten_llm.engines.wire.choosing import PAIRS
+from crypten_llm.engines.wire.counted import CostEngine, Links
+from crypten_llm.engines.wire.numbers import PRECISION
+from crypten_llm.protocols import lookup, selection
+from crypten_llm.protocols.comparison import below, bit_opening, ordered, times_bits
+from crypten_llm.protocols.opening import Opening, open_wires
 from eviction.operations import Choice
 
 BITS, SCALE = 6, 13  # |x| < 2^6 with 13 fractional bits: 20 bits and a sign, opened in 3 bytes without truncation

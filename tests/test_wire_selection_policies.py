@@ -10,11 +10,11 @@ from policy_table import ROWS
 from wire_parties import PARTY0, PARTY1, run
 
 import eviction
-from crypten_llm.checkpoint import expected_shapes
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines.cost_engine import CostEngine, Links
-from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.model import Llama
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.engines.wire.counted import CostEngine, Links
+from crypten_llm.models.checkpoint import expected_shapes
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.llama import Llama
 
 CONFIG = LlamaConfig.from_sizes(hidden=32, heads=4, kv_heads=2, ffn=48, layers=3, vocab=VOCAB, context=256, tied=True)
 

@@ -6,11 +6,11 @@ import torch
 from test_wire_security import assert_uniform
 from wire_parties import DEALER, PARTY0, PARTY1, run, share
 
-from crypten_llm.engines.wire_scales import PRECISION
-from crypten_llm.wire import selection
-from crypten_llm.wire.comparison import SIGNS, Below, bit_opening, ordered, times_bits
-from crypten_llm.wire.lookup import read
-from crypten_llm.wire.opening import Opening, open_wires
+from crypten_llm.engines.wire.numbers import PRECISION
+from crypten_llm.protocols import selection
+from crypten_llm.protocols.comparison import SIGNS, Below, bit_opening, ordered, times_bits
+from crypten_llm.protocols.lookup import read
+from crypten_llm.protocols.opening import Opening, open_wires
 
 COUNT = 4096
 EXTREMES = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crypten_llm.wire.shapes import RULES, Shape, shape_only
+from crypten_llm.protocols.dealer.shapes import RULES, Shape, shape_only
 
 OPERATIONS = {
     "add": lambda x, y: x + y,

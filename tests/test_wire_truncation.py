@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments import truncation
+from experiments.measure import truncation
 
 
 def test_counts(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 Owns the sockets between them and the record of every frame they send. A role that raises closes its links, so the
 others stop at once, and its error is raised in the test; a wait without progress fails after ``TIMEOUT`` seconds.
-Masks are drawn through ``crypten_llm.wire.audit``, so every test also checks that none is used twice.
+Masks are drawn through ``crypten_llm.insecure.audit``, so every test also checks that none is used twice.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from crypten_llm.engines.wire_engine import WireEngine
+from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import PartyError
-from crypten_llm.transport import HEADER, KIND_NAMES, Transport
-from crypten_llm.wire.audit import audited
-from crypten_llm.wire.dealing import DEALER, PARTY0, PARTY1, Runtime
-from crypten_llm.wire.opening import Secret
+from crypten_llm.insecure.audit import audited
+from crypten_llm.links.transport import HEADER, KIND_NAMES, Transport
+from crypten_llm.protocols.dealer.roles import DEALER, PARTY0, PARTY1, Runtime
+from crypten_llm.protocols.opening import Secret
 
 TIMEOUT = 20.0
 ROLES = ("owner", "client", "dealer")

@@ -1,15 +1,17 @@
-"""The command line: ``generate``, ``bench``, ``deal``, ``keys``, ``doctor``, and ``party``, which only serves.
+"""The command line: ``generate``, ``bench``, ``cost``, ``deal``, ``trace``, ``keys``, ``doctor``, and ``party``, which
+only serves.
 
 Owns the commands and their arguments. stdout carries the answer (and, with ``--json``, one JSON object as its last
 line). torch is imported after the arguments have been read, so that a typing error is answered at once.
 """
 
 import argparse
+import json
 import sys
 
-from crypten_llm.command_line import Parser, add_command, read_text, run, whole_numbers
+from crypten_llm.commands.command_line import Parser, add_command, read_text, run, whole_numbers
 from crypten_llm.errors import CryptenLLMError, UsageError
-from crypten_llm.settings import DEFAULT_PRECISION_BITS
+from crypten_llm.session.settings import DEFAULT_PRECISION_BITS
 
 _SIZES = ("hidden", "heads", "kv-heads", "ffn", "layers", "vocab")  # of a model that is only counted
 
@@ -85,6 +87,20 @@ def _parser() -> Parser:
     compare.add_json()
     compare.add_offline_and_verbose()
 
+    what = "which positions a policy keeps and attends to; INSECURE with --engine wire, which then opens everything"
+    trace = add_command(commands, "trace", _trace, what)
+    add = trace.add_argument
+    add("--policy", required=True, help="its name, or name(setting=value,...)")
+    trace.add_policy_settings()
+    trace.add_model()
+    add("--prompt-ids", required=True, metavar="FILE", help="a file of token ids, separated by commas or space")
+    add("--steps", type=int, default=4, metavar="N", help="decode steps (default: 4)")
+    add("--engine", default="plain", help="plain or wire (default: plain)")
+    trace.add_chunk()
+    trace.add_json()
+    add("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
+    trace.add_offline_and_verbose()
+
     what = "serve as the party that RANK says (owner, compute or dealer) until the client is done"
     party = add_command(commands, "party", _party, what)
     party.add_argument("--model", default="", help="what the owner shares: 'shipped', a folder, or a hub id")
@@ -123,7 +139,7 @@ def _policy_options(parser: Parser) -> None:
 
 def _policy(arguments) -> str:
     """The policy and its settings as the text that parties agree on."""
-    from crypten_llm.generation import parse_policy
+    from crypten_llm.session.generation import parse_policy
 
     return str(parse_policy(arguments.policy, *arguments.set))
 
@@ -159,7 +175,7 @@ def _settings(arguments) -> dict:
 
 def _asks(arguments) -> bool:
     """Whether this process is the client. In a torchrun job the others run the same command, and serve here."""
-    from crypten_llm import launch, settings
+    from crypten_llm.session import launch, settings
 
     protocol, _ = settings.split(_settings(arguments))
     if launch.is_client(protocol):
@@ -173,14 +189,14 @@ def _party(arguments) -> None:
     if arguments.engine == "plain":
         raise UsageError("engine 'plain' runs in one process and has no other parties; use 'generate'")
     if arguments.end_with_parent:
-        from crypten_llm.lifeline import end_with_parent
+        from crypten_llm.session.lifeline import end_with_parent
 
         end_with_parent()
     _serve(arguments)
 
 
 def _serve(arguments) -> None:
-    from crypten_llm.api import PrivateLlama
+    from crypten_llm.session.api import PrivateLlama
 
     PrivateLlama.serve(getattr(arguments, "model", ""), **_settings(arguments))
 
@@ -188,8 +204,8 @@ def _serve(arguments) -> None:
 def _generate(arguments) -> None:
     if not _asks(arguments):
         return
-    from crypten_llm.api import Request
-    from crypten_llm.show import show_generation
+    from crypten_llm.commands.show import show_generation
+    from crypten_llm.session.api import Request
 
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
     sampling = {name: value for name, value in sampling.items() if value is not None}
@@ -228,13 +244,13 @@ def _prompt_text(path: str) -> str:
 def _bench(arguments) -> None:
     if not _asks(arguments):
         return
-    from crypten_llm.show import show_bench
+    from crypten_llm.commands.show import show_bench
 
     show_bench(_shape(arguments), arguments.json, **_settings(arguments))
 
 
 def _shape(arguments):
-    from crypten_llm.bench import Shape
+    from crypten_llm.session.bench import Shape
 
     names = ("hidden", "heads", "kv_heads", "ffn", "layers", "kv_len", "steps")
     return Shape(**{name: getattr(arguments, name) for name in names}, policy=_policy(arguments))
@@ -243,11 +259,11 @@ def _shape(arguments):
 def _deal(arguments) -> None:
     if not arguments.bench and arguments.prompt_tokens is None:
         raise UsageError("for how long a prompt? give --prompt-tokens N (or --bench and its sizes)")
-    from crypten_llm import checkpoint
-    from crypten_llm.config import LlamaConfig
-    from crypten_llm.deal import deal
-    from crypten_llm.generation import Plan
-    from crypten_llm.show import say
+    from crypten_llm.commands.deal import deal
+    from crypten_llm.commands.show import say
+    from crypten_llm.models import checkpoint
+    from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.generation import Plan
 
     if arguments.bench:
         work, config = _shape(arguments), None
@@ -258,10 +274,10 @@ def _deal(arguments) -> None:
 
 
 def _cost(arguments) -> None:
-    from crypten_llm.cost import predict
-    from crypten_llm.generation import Plan
-    from crypten_llm.network import parse_network
-    from crypten_llm.show import show_cost
+    from crypten_llm.commands.cost import predict
+    from crypten_llm.commands.show import show_cost
+    from crypten_llm.links.network import parse_network
+    from crypten_llm.session.generation import Plan
 
     plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, policy=_policy(arguments))
     network = parse_network(arguments.network) if arguments.network else None
@@ -270,8 +286,8 @@ def _cost(arguments) -> None:
 
 def _config(arguments):
     """The model that ``cost`` is asked about: of a model, of a file, or of sizes."""
-    from crypten_llm import checkpoint
-    from crypten_llm.config import LlamaConfig
+    from crypten_llm.models import checkpoint
+    from crypten_llm.models.config import LlamaConfig
 
     sizes = {name: getattr(arguments, name.replace("-", "_")) for name in _SIZES}
     given = [name for name in ("model", "config") if getattr(arguments, name)]
@@ -291,10 +307,10 @@ def _config(arguments):
 
 
 def _debug_compare(arguments) -> None:
-    from crypten_llm import checkpoint
-    from crypten_llm.api import Request
-    from crypten_llm.debug_compare import audit, compare
-    from crypten_llm.show import say, show_audit, show_comparison
+    from crypten_llm.commands.debug_compare import audit, compare
+    from crypten_llm.commands.show import say, show_audit, show_comparison
+    from crypten_llm.models import checkpoint
+    from crypten_llm.session.api import Request
 
     say("INSECURE: debug-compare reveals every value of the model and the prompt to this process")
     request = Request(**_prompt(arguments), max_new_tokens=arguments.steps, prefill_chunk=arguments.chunk)
@@ -313,7 +329,7 @@ def _debug_compare(arguments) -> None:
 
 
 def _keys(arguments) -> None:
-    from crypten_llm import tls
+    from crypten_llm.links import tls
 
     made = tls.make_key(arguments.out, arguments.role)
     print(f"{made.key}: stays here, readable by you alone\n{made.certificate}: give it to the other parties")
@@ -321,7 +337,47 @@ def _keys(arguments) -> None:
 
 
 def _doctor(arguments) -> None:
-    from crypten_llm import doctor
+    from crypten_llm.commands import doctor
 
     if not doctor.run(arguments.timeout):
         raise CryptenLLMError("the machine is not ready; mend the lines marked NO, from the top")
+
+
+def _trace(arguments) -> None:
+    from crypten_llm.commands.trace import trace
+    from crypten_llm.models import checkpoint
+    from crypten_llm.session.generation import parse_policy
+
+    policy = parse_policy(arguments.policy, *arguments.set)
+    if arguments.steps < 1:
+        raise UsageError(f"--steps is {arguments.steps}; it must be 1 or more")
+    ids = _ids(arguments.prompt_ids)
+    if arguments.engine == "wire":
+        print("INSECURE: this trace reveals every choice of the policy to this process", file=sys.stderr)
+    folder = checkpoint.resolve_model(arguments.model, arguments.offline)
+    found = trace(folder, policy, ids, arguments.steps, arguments.engine, arguments.chunk)
+    if arguments.plot:
+        from crypten_llm.commands.plot import save
+
+        try:
+            save(found, arguments.plot)
+        except ValueError as error:
+            raise UsageError(f"--plot {arguments.plot}: {error}") from None
+    print(json.dumps(found.to_dict()) if arguments.json else _summary(found))
+
+
+def _ids(path: str) -> list[int]:
+    ids = whole_numbers(f"--prompt-ids {path}", read_text("--prompt-ids", path))
+    if not ids:
+        raise UsageError(f"--prompt-ids: {path} is empty; give at least one token id")
+    return ids
+
+
+def _summary(found) -> str:
+    """Rows kept and attended to, and the mass recovered, by layer."""
+    lines = [f"{found.policy} on {found.engine}, {found.prompt_tokens} prompt tokens"]
+    lines.append("layer  kept  attended  mass recovered")
+    for index, record in enumerate(found.layers):
+        mass = sum(record.mass) / len(record.mass)
+        lines.append(f"{index:5}  {record.kept[0].shape[1]:4}  {record.attended[-1].shape[1]:8}  {mass:14.4f}")
+    return "\n".join(lines)

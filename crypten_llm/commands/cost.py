@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from crypten_llm import bench, generation
-from crypten_llm.api import check_policy
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines.cost_engine import CostEngine, Links
-from crypten_llm.engines.wire_rows import Rows
+from crypten_llm.engines.wire.counted import CostEngine, Links
+from crypten_llm.engines.wire.rows import Rows
 from crypten_llm.errors import UsageError
-from crypten_llm.network import Network
-from crypten_llm.party import Party
-from crypten_llm.report import ONLINE, Cost
+from crypten_llm.links.network import Network
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.protocols.opening import Secret
 from crypten_llm.roles import role_names
-from crypten_llm.wire.opening import Secret
+from crypten_llm.session import bench, generation
+from crypten_llm.session.api import check_policy
+from crypten_llm.session.party import Party
+from crypten_llm.session.report import ONLINE, Cost
 
 WORD = 8
 

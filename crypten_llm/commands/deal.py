@@ -12,19 +12,19 @@ from time import perf_counter
 import torch
 from tqdm import tqdm
 
-from crypten_llm.api import check_policy
-from crypten_llm.bench import Shape
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines.wire_engine import WireEngine
-from crypten_llm.engines.wire_scales import WireConfig
+from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
-from crypten_llm.generation import Plan
-from crypten_llm.meter import Meter
-from crypten_llm.party import Party
-from crypten_llm.report import size
+from crypten_llm.links.meter import Meter
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.protocols.dealer import tape
+from crypten_llm.protocols.dealer.roles import DEALER
 from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.wire import tape
-from crypten_llm.wire.dealing import DEALER
+from crypten_llm.session.api import check_policy
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.generation import Plan
+from crypten_llm.session.party import Party
+from crypten_llm.session.report import size
 
 
 class _Absent:

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from crypten_llm import checkpoint, generation
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines.compare_engine import CompareEngine
-from crypten_llm.engines.finding import Finding
-from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.engines.wire_engine import WireEngine
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
-from crypten_llm.generation import Answer, Plan
-from crypten_llm.model import Llama, prepare
-from crypten_llm.one_process import run_roles
-from crypten_llm.party import Party
+from crypten_llm.insecure import audit as wire_audit
+from crypten_llm.insecure.compare import CompareEngine
+from crypten_llm.insecure.finding import Finding
+from crypten_llm.insecure.one_process import run_roles
+from crypten_llm.models import checkpoint
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, role_names
-from crypten_llm.wire import audit as wire_audit
+from crypten_llm.session import generation
+from crypten_llm.session.generation import Answer, Plan
+from crypten_llm.session.party import Party
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _crypten():
 
 
 def _machine():
-    from crypten_llm.settings import LaunchConfig, ProtocolConfig, cores
+    from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, cores
 
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total < 4 << 30:
@@ -96,7 +96,7 @@ def _machine():
 
 
 def _randomness():
-    from crypten_llm.randomness import Stream, fresh_key
+    from crypten_llm.protocols.dealer.randomness import Stream, fresh_key
 
     stream, started = Stream(fresh_key()), time.perf_counter()
     stream.ring(1 << 22)
@@ -104,8 +104,8 @@ def _randomness():
 
 
 def _shipped():
-    from crypten_llm.checkpoint import SHIPPED, expected_shapes
-    from crypten_llm.config import LlamaConfig
+    from crypten_llm.models.checkpoint import SHIPPED, expected_shapes
+    from crypten_llm.models.config import LlamaConfig
 
     config = LlamaConfig.from_folder(SHIPPED)
     parameters = sum(shape.numel() for shape in expected_shapes(config).values())
@@ -119,9 +119,9 @@ def _inference(engine, timeout):
     import torch
     from safetensors.torch import save_file
 
-    from crypten_llm.api import PrivateLlama
-    from crypten_llm.checkpoint import expected_shapes
-    from crypten_llm.config import LlamaConfig
+    from crypten_llm.models.checkpoint import expected_shapes
+    from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.api import PrivateLlama
 
     generator = torch.Generator().manual_seed(0)
     shapes = expected_shapes(LlamaConfig.from_dict(TINY))

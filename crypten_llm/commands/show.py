@@ -9,14 +9,14 @@ from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
-from crypten_llm.api import PrivateLlama, Request, Result, check_policy
-from crypten_llm.bench import Shape
-from crypten_llm.cost import Prediction
-from crypten_llm.debug_compare import Comparison
+from crypten_llm.commands.cost import Prediction
+from crypten_llm.commands.debug_compare import Comparison
 from crypten_llm.errors import CryptenLLMError
-from crypten_llm.generation import Progress, Step
-from crypten_llm.report import cost_table, revealed_table, size
-from crypten_llm.settings import ProtocolConfig, split
+from crypten_llm.session.api import PrivateLlama, Request, Result, check_policy
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.generation import Progress, Step
+from crypten_llm.session.report import cost_table, revealed_table, size
+from crypten_llm.session.settings import ProtocolConfig, split
 
 
 def say(text: str = "") -> None:

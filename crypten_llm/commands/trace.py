@@ -1,23 +1,23 @@
 """What a policy does with one prompt: kept and attended positions, and the attention that they recover.
 
 INSECURE by purpose on engine ``wire``: every choice is opened; owner, client and dealer are threads of one process.
-Owns the run and its figures. It is the one part of this package, with ``__main__``, that imports ``crypten_llm``.
+Owns the run and its figures.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from crypten_llm import generation
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines.opened_engine import OpenedEngine
-from crypten_llm.engines.plain import PlainEngine
+from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
-from crypten_llm.generation import Answer, Plan, Step
-from crypten_llm.one_process import run_roles
-from crypten_llm.party import Party
-from crypten_llm.reveal import RevealLog
+from crypten_llm.insecure.one_process import run_roles
+from crypten_llm.insecure.opened import OpenedEngine
+from crypten_llm.insecure.recorder import Recorder
+from crypten_llm.models.config import LlamaConfig
 from crypten_llm.roles import CLIENT
-from eviction.recorder import Recorder
+from crypten_llm.session import generation
+from crypten_llm.session.generation import Answer, Plan, Step
+from crypten_llm.session.party import Party
+from crypten_llm.session.reveal import RevealLog
 
 ENGINES = ("plain", "wire")
 

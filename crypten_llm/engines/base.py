@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from contextlib import nullcontext
 
 from crypten_llm.errors import UsageError
-from crypten_llm.meter import Meter
+from crypten_llm.links.meter import Meter
 
 
 class Engine(ABC):

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 
 from crypten_llm.errors import CryptenLLMError
-from crypten_llm.randomness import Stream, derive_key
-from crypten_llm.wire import ring
+from crypten_llm.kernels import ring
+from crypten_llm.protocols.dealer.randomness import Stream, derive_key
 
 TELLING = 96  # bits of a mask from which equal words are no coincidence
 

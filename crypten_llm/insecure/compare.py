@@ -11,11 +11,11 @@ import math
 
 import torch
 
-from crypten_llm.engines import wire_bounds as bounds
-from crypten_llm.engines.compare_selection import TrackedSelection
-from crypten_llm.engines.finding import worst
-from crypten_llm.engines.opened_engine import OpenedEngine
-from crypten_llm.engines.wire_handles import Normed
+from crypten_llm.engines.wire import bounds
+from crypten_llm.engines.wire.handles import Normed
+from crypten_llm.insecure.finding import worst
+from crypten_llm.insecure.opened import OpenedEngine
+from crypten_llm.insecure.tracked import TrackedSelection
 
 
 class CompareEngine(TrackedSelection, OpenedEngine):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from crypten_llm.engines import wire_bounds as bounds
+from crypten_llm.engines.wire import bounds
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import socket
 import threading
 
 from crypten_llm.errors import PartyError, public_words
+from crypten_llm.links.transport import Transport
 from crypten_llm.roles import role_names
-from crypten_llm.transport import Transport
 
 
 def run_roles(job, timeout: float = 300.0) -> list:

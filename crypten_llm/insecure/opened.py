@@ -5,11 +5,11 @@ INSECURE by purpose. Owns the showing, and the list of what was shown; nothing o
 
 import torch
 
-from crypten_llm.engines.wire_engine import WireEngine
-from crypten_llm.engines.wire_handles import Weights
-from crypten_llm.engines.wire_rows import Rows
-from crypten_llm.reveal import RevealLog
+from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.engines.wire.handles import Weights
+from crypten_llm.engines.wire.rows import Rows
 from crypten_llm.roles import CLIENT
+from crypten_llm.session.reveal import RevealLog
 
 
 class OpenedEngine(WireEngine):

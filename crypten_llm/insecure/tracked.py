@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from crypten_llm.engines import wire_bounds as bounds
-from crypten_llm.engines.finding import Finding, worst
-from crypten_llm.engines.opened_engine import OpenedEngine
-from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.engines.wire_handles import Reshaped, Scaled, Weights
-from crypten_llm.engines.wire_rows import Rows
-from crypten_llm.engines.wire_scales import bits_for
-from crypten_llm.wire.opening import Opening, Secret
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.engines.wire import bounds
+from crypten_llm.engines.wire.handles import Reshaped, Scaled, Weights
+from crypten_llm.engines.wire.numbers import bits_for
+from crypten_llm.engines.wire.rows import Rows
+from crypten_llm.insecure.finding import Finding, worst
+from crypten_llm.insecure.opened import OpenedEngine
+from crypten_llm.protocols.opening import Opening, Secret
 from eviction.operations import Choice
 
 HANDLES = (Secret, Scaled, Reshaped)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crypten_llm.wire.compiling import compiled
+from crypten_llm.kernels.compiling import compiled
 
 WORDS = 2  # payload words
 LANES = 64  # evaluated side by side

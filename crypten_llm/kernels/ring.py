@@ -1,8 +1,8 @@
 """Arithmetic modulo 2^64 on int64 tensors: matrix products, unsigned shifts, narrow packing.
 
-Owns the compiled loops, which Numba compiles on first use; ``python -m experiments.ring_kernels`` times them beside
-torch's products and the memory's bandwidth. Protocols call the functions here and never a kernel, so that another
-device can bring its own.
+Owns the compiled loops, which Numba compiles on first use; ``python -m experiments.measure.ring_kernels`` times them
+beside torch's products and the memory's bandwidth. Protocols call the functions here and never a kernel, so that
+another device can bring its own.
 """
 
 import math
@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from crypten_llm.wire.compiling import compiled
+from crypten_llm.kernels.compiling import compiled
 
 _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
 

@@ -25,7 +25,7 @@ from datetime import timedelta
 from torch.distributed import TCPStore
 
 from crypten_llm.errors import PartyError, UsageError
-from crypten_llm.transport import Transport
+from crypten_llm.links.transport import Transport
 
 PROTOCOL_VERSION = 2  # of the handshake and the frames: change it when either changes
 HELLO = struct.Struct("<8sHHH16s")  # magic, version, rank, world size, the token of the party addressed

@@ -32,7 +32,7 @@ import time
 import torch
 
 from crypten_llm.errors import PartyError, UsageError
-from crypten_llm.meter import Meter
+from crypten_llm.links.meter import Meter
 
 HEADER = struct.Struct("<2sBBIQQ")  # magic, kind, dtype, sequence number, payload bytes, send time (emulation)
 MAGIC = b"cL"

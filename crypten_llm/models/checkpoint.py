@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from crypten_llm.config import LlamaConfig
 from crypten_llm.errors import UsageError, first_line
-from crypten_llm.hub import HUB_ID, download
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.hub import HUB_ID, download
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHIPPED = Path(__file__).parent / "shipped"
+SHIPPED = Path(__file__).parents[1] / "shipped"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEXT_PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model")

@@ -2,10 +2,10 @@
 
 import torch
 
-from crypten_llm.cache import KVCache
-from crypten_llm.config import LlamaConfig
-from crypten_llm.layers import DecoderLayer, EngineModule, Linear, Parameters, RMSNorm, query_scale
-from crypten_llm.rope import rope_tables
+from crypten_llm.models.cache import KVCache
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.layers import DecoderLayer, EngineModule, Linear, Parameters, RMSNorm, query_scale
+from crypten_llm.models.rope import rope_tables
 
 EMBEDDING = "model.embed_tokens.weight"
 

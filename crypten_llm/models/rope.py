@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from crypten_llm.config import LlamaConfig
+from crypten_llm.models.config import LlamaConfig
 
 
 def rope_tables(

@@ -13,10 +13,10 @@ the digit tables.
 import numpy as np
 import torch
 
-from crypten_llm.wire.compiling import compiled
-from crypten_llm.wire.dealing import PARTY0
-from crypten_llm.wire.opening import Opening, Overflow, Secret, Wire
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.kernels.compiling import compiled
+from crypten_llm.protocols.dealer.roles import PARTY0
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.opening import Opening, Overflow, Secret, Wire
 
 DIGITS = 4
 SIGNS = DIGITS + 1  # bits of the weighed sum of signs

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crypten_llm.wire.compiling import compiled
-from crypten_llm.wire.dealing import PARTY0
-from crypten_llm.wire.opening import Secret, Wire
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.kernels.compiling import compiled
+from crypten_llm.protocols.dealer.roles import PARTY0
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.opening import Secret, Wire
 
 BLOCK = 1 << 14  # elements at a time, so that a block's shares stay in cache
 _GRIDS = 3000
@@ -107,7 +107,7 @@ TARGETS = {
 
 # Both parties multiply their shares by numbers made of the coefficients, so one differing bit spoils everything; and
 # the last bits of a least-squares solution depend on the processor. So the fits are made once and stored, as integers
-# over 2^36. After a change of TARGETS: python -m crypten_llm.wire.fourier
+# over 2^36. After a change of TARGETS: python -m crypten_llm.protocols.fourier
 _STORED = Path(__file__).with_name("fits.json")
 _UNIT = 2.0**-36
 

@@ -11,10 +11,10 @@ import math
 import numpy as np
 import torch
 
-from crypten_llm.wire.compiling import compiled
-from crypten_llm.wire.dealing import PARTY0
-from crypten_llm.wire.opening import Secret, Wire
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.kernels.compiling import compiled
+from crypten_llm.protocols.dealer.roles import PARTY0
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.opening import Secret, Wire
 
 BLOCK = 1 << 20  # words of tables at a time
 

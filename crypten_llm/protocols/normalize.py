@@ -7,10 +7,10 @@ shares of the scaled value and of the power's root.
 import numpy as np
 import torch
 
-from crypten_llm.wire import dcf, ring
-from crypten_llm.wire.dealing import PARTY0
-from crypten_llm.wire.opening import Overflow, Secret, Wire
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.kernels import dcf, ring
+from crypten_llm.protocols.dealer.roles import PARTY0
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.opening import Overflow, Secret, Wire
 
 
 def normalize(runtime, wire: Wire, top: int, segments: int, table: list[int]) -> tuple[Secret, Secret]:

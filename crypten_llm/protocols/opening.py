@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from crypten_llm.wire import ring
-from crypten_llm.wire.dealing import PARTY0
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.kernels import ring
+from crypten_llm.protocols.dealer.roles import PARTY0
+from crypten_llm.protocols.dealer.shapes import shape_only
 
 
 class Overflow(AssertionError):

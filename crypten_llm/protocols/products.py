@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from crypten_llm.wire import ring
-from crypten_llm.wire.dealing import PARTY0, PARTY1
-from crypten_llm.wire.opening import Overflow, Secret, Wire
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.kernels import ring
+from crypten_llm.protocols.dealer.roles import PARTY0, PARTY1
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.opening import Overflow, Secret, Wire
 
 
 def _check(bits: int, scale: int, width: int, what: str) -> None:

@@ -9,11 +9,11 @@ follow from shapes and counts.
 import numpy as np
 import torch
 
-from crypten_llm.wire import lookup, products
-from crypten_llm.wire.comparison import below, bit_opening, difference, times_bits
-from crypten_llm.wire.dealing import PARTY0
-from crypten_llm.wire.opening import Opening, Secret, Wire
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.protocols import lookup, products
+from crypten_llm.protocols.comparison import below, bit_opening, difference, times_bits
+from crypten_llm.protocols.dealer.roles import PARTY0
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.opening import Opening, Secret, Wire
 
 BIT = np.uint32  # words of selected bits
 BLOCK = 8  # candidates that a tournament for the first compares with each other

@@ -13,16 +13,17 @@ from time import perf_counter
 
 import torch
 
-from crypten_llm import checkpoint, launch
-from crypten_llm.bench import Shape
-from crypten_llm.engines.plain import PlainEngine
+from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import ENDED, UsageError, public_words, unheard
-from crypten_llm.generation import DEFAULT_CHUNK, Answer, Plan, Progress, Step, parse_policy
-from crypten_llm.party import Party
-from crypten_llm.report import Cost
+from crypten_llm.models import checkpoint
 from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.sampling import Sampler, SamplingConfig
-from crypten_llm.settings import LaunchConfig, ProtocolConfig, check_names, split
+from crypten_llm.session import launch
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.generation import DEFAULT_CHUNK, Answer, Plan, Progress, Step, parse_policy
+from crypten_llm.session.party import Party
+from crypten_llm.session.report import Cost
+from crypten_llm.session.sampling import Sampler, SamplingConfig
+from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, check_names, split
 
 ENDED_SESSION = "this session has ended, by close() or an error; open another with PrivateLlama.from_pretrained()"
 

@@ -12,16 +12,16 @@ from time import perf_counter
 
 import torch
 
-from crypten_llm.cache import KVCache
-from crypten_llm.checkpoint import expected_shapes
-from crypten_llm.config import LlamaConfig
-from crypten_llm.engines.plain import PlainEngine
+from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import CryptenLLMError, UsageError
-from crypten_llm.generation import parse_policy
-from crypten_llm.layers import DecoderLayer, Parameters
-from crypten_llm.model import prepare
+from crypten_llm.models.cache import KVCache
+from crypten_llm.models.checkpoint import expected_shapes
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.layers import DecoderLayer, Parameters
+from crypten_llm.models.llama import prepare
+from crypten_llm.models.rope import rope_tables
 from crypten_llm.roles import OWNER
-from crypten_llm.rope import rope_tables
+from crypten_llm.session.generation import parse_policy
 
 WARM_UP = 1
 FIRST_QUERY = 2_000_000

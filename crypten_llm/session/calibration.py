@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.model import Llama
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.models.llama import Llama
 
 ROWS = 128
 TARGET = 2.7  # the middle of [0.043, 173] on a logarithmic scale

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 
-from crypten_llm import rendezvous
 from crypten_llm.errors import ENDED, INTERRUPTED, CryptenLLMError, PartyError, UsageError, public_words, unheard
-from crypten_llm.network import parse_network
-from crypten_llm.party import Party
+from crypten_llm.links import rendezvous
+from crypten_llm.links.network import parse_network
+from crypten_llm.links.tls import Links
+from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.settings import Agreement, LaunchConfig, ProtocolConfig
-from crypten_llm.tls import Links
-from crypten_llm.transport import Transport
+from crypten_llm.session.party import Party
+from crypten_llm.session.settings import Agreement, LaunchConfig, ProtocolConfig
 
-PACKAGE_HOME = str(Path(__file__).parents[1])
+PACKAGE_HOME = str(Path(__file__).parents[2])
 GRACE_SECONDS = 10.0  # for the other processes to end by themselves, once the links are closed
 FAILED_GRACE_SECONDS = 2.0  # the same after an error: nothing is lost then
 
@@ -91,7 +91,7 @@ def join(
 
 def check_free() -> None:
     """Raises UsageError when this process is a party already: CrypTen keeps its state in module globals."""
-    from crypten_llm import bridge  # imports CrypTen, which takes seconds
+    from crypten_llm.engines.crypten import bridge  # imports CrypTen, which takes seconds
 
     if bridge.is_started():
         raise UsageError("this process already has a private session; close it first, or use another process")
@@ -99,7 +99,7 @@ def check_free() -> None:
 
 def forget(transport: Transport) -> None:
     """Makes this process free for another session, if CrypTen runs over ``transport``."""
-    from crypten_llm import bridge
+    from crypten_llm.engines.crypten import bridge
 
     if bridge.is_started(transport):
         bridge.stop()
@@ -108,9 +108,9 @@ def forget(transport: Transport) -> None:
 def make_party(transport: Transport, protocol: ProtocolConfig) -> Party:
     """A compute party over ``transport``."""
     if protocol.engine == "wire":
-        from crypten_llm.engines.wire_engine import WireEngine
-        from crypten_llm.engines.wire_scales import WireConfig
-        from crypten_llm.wire.tape import Tape
+        from crypten_llm.engines.wire.engine import WireEngine
+        from crypten_llm.engines.wire.numbers import WireConfig
+        from crypten_llm.protocols.dealer.tape import Tape
 
         config = WireConfig()
         with unheard():
@@ -118,7 +118,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig) -> Party:
         if tape:
             tape.compare(asdict(config))
         return Party(WireEngine(transport, config, tape), transport, protocol.compute_parties)
-    from crypten_llm.engines.crypten_engine import CryptenConfig, CryptenEngine  # imports CrypTen, which takes seconds
+    from crypten_llm.engines.crypten.engine import CryptenConfig, CryptenEngine  # imports CrypTen, which takes seconds
 
     config = CryptenConfig(precision_bits=protocol.precision_bits)
     return Party(CryptenEngine(transport, protocol.compute_parties, config), transport, protocol.compute_parties)
@@ -129,7 +129,7 @@ def serve(protocol: ProtocolConfig, launch: LaunchConfig, model_folder=None) -> 
     transport = join(protocol, launch)
     with guarded(transport):
         if transport.rank == protocol.compute_parties and protocol.engine == "crypten":
-            from crypten_llm import bridge
+            from crypten_llm.engines.crypten import bridge
 
             bridge.start_dealer(transport, protocol.compute_parties).serve()
         else:
@@ -190,7 +190,7 @@ class LocalParties:
         """By rank, the party's own file of the tape; raises UsageError when one is missing or used."""
         if not self.protocol.tape:
             return {}
-        from crypten_llm.wire import tape
+        from crypten_llm.protocols.dealer import tape
 
         if os.path.isfile(self.protocol.tape):
             raise UsageError(

@@ -12,13 +12,14 @@ from time import perf_counter
 
 from tqdm import tqdm
 
-from crypten_llm import bench, checkpoint, generation
-from crypten_llm.config import LlamaConfig
 from crypten_llm.errors import PartyError, UsageError, unheard
-from crypten_llm.meter import Meter, peak_bytes
-from crypten_llm.model import Llama, prepare
-from crypten_llm.reveal import RevealLog
+from crypten_llm.links.meter import Meter, peak_bytes
+from crypten_llm.models import checkpoint
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.session import bench, generation
+from crypten_llm.session.reveal import RevealLog
 
 HEARTBEAT_SECONDS = 1.0  # between the owner's signs of life while it reads its weights
 

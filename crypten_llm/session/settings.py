@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import crypten_llm
 from crypten_llm.engines import check_engine
 from crypten_llm.errors import UsageError, did_you_mean
-from crypten_llm.network import parse_network
+from crypten_llm.links.network import parse_network
 from crypten_llm.roles import role_names
 
 DEFAULT_ENGINE = "wire"

@@ -18,20 +18,20 @@ from itertools import islice
 import torch
 from tqdm import tqdm
 
-from crypten_llm.api import PrivateLlama
-from crypten_llm.bench import Shape
-from crypten_llm.checkpoint import load_tokenizer
-from crypten_llm.network import parse_network
-from crypten_llm.settings import split
-from experiments import agreement
+from crypten_llm.links.network import parse_network
+from crypten_llm.models.checkpoint import load_tokenizer
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.settings import split
 from experiments.baselines.config import Config
 from experiments.baselines.policies import at_budget, has_budget
-from experiments.eviction_cost import measured_step
-from experiments.eviction_counts import ATTENTION, NUMBER, count, fills
-from experiments.journal import Journal
-from experiments.processes import processes
-from experiments.quality import Evaluator, draw, means
+from experiments.measure import agreement
+from experiments.measure.eviction_cost import measured_step
+from experiments.measure.eviction_counts import ATTENTION, NUMBER, count, fills
+from experiments.measure.quality import Evaluator, draw, means
 from experiments.tasks import find
+from experiments.tools.journal import Journal
+from experiments.tools.processes import processes
 
 BLOCK = 10  # examples of an accuracy cell
 NETWORKS = ("lan", "wan")

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.baselines.policies import PARTS
 from experiments.baselines.summary import Result, Summary
-from experiments.intervals import front
+from experiments.tools.intervals import front
 
 STYLES = {
     "full": ("#000000", "", "-"),

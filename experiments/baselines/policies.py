@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from crypten_llm.errors import UsageError, did_you_mean
-from crypten_llm.generation import parse_policy
+from crypten_llm.session.generation import parse_policy
 from eviction import POLICIES
 from eviction.mpcache import MPCache
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from crypten_llm.report import size
+from crypten_llm.session.report import size
 from experiments.baselines.policies import PARTS
 from experiments.baselines.summary import Result, Summary
-from experiments.intervals import Interval
+from experiments.tools.intervals import Interval
 
 NONE = "–"
 

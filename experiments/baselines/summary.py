@@ -14,9 +14,9 @@ import numpy as np
 
 from experiments.baselines.cells import Entry, ablation, entries
 from experiments.baselines.config import Config
-from experiments.intervals import Interval, bootstrap, of_task
-from experiments.journal import Journal
 from experiments.tasks import TASKS
+from experiments.tools.intervals import Interval, bootstrap, of_task
+from experiments.tools.journal import Journal
 
 
 @dataclass

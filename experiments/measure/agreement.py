@@ -1,6 +1,6 @@
 """How often a private engine chooses the token that ``plain`` chooses, on held-out prompts.
 
-    python -m experiments.agreement --engine crypten --samples 20 --tokens 10 --json runs/agreement.json
+    python -m experiments.measure.agreement --engine crypten --samples 20 --tokens 10 --json runs/agreement.json
 
 Both engines decode greedily from the same prompts, each from its own tokens, so after a difference the rest of that
 answer mostly differs too. With ``--follow`` the private engine goes on from the tokens of ``plain`` instead, so that
@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from crypten_llm.api import PrivateLlama
-from crypten_llm.generation import Answer, Plan
-from experiments.command import command
-from experiments.corpus import TASKS, Encoder, sample
-from experiments.evaluate import print_table
-from experiments.provenance import sign
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.generation import Answer, Plan
+from experiments.model.corpus import TASKS, Encoder, sample
+from experiments.model.evaluate import print_table
+from experiments.tools.command import command
+from experiments.tools.provenance import sign
 
 LONG_ANSWERS = ["stories", "few_shot", "span_copy"]  # tasks whose greedy answers reach ten tokens
 

@@ -1,7 +1,7 @@
 """What a private engine costs per prefill and per token, by prompt length.
 
-    python -m experiments.baseline_cost --engine crypten --lengths 128 256 512 1024 --json runs/baseline_cost.json
-    python -m experiments.baseline_cost --engine wire --tape --lengths 512 1024 2048
+    python -m experiments.measure.baseline_cost --engine crypten --lengths 128 256 512 --json runs/baseline_cost.json
+    python -m experiments.measure.baseline_cost --engine wire --tape --lengths 512 1024 2048
 
 One session answers a prompt of each length; the cost is what the parties' transports counted. Seconds are the
 client's wall clock on this machine, per token their mean. Bytes are those of the party that sent
@@ -23,15 +23,15 @@ from time import perf_counter
 
 from tqdm import tqdm
 
-from crypten_llm.api import PrivateLlama
-from crypten_llm.checkpoint import resolve_config
-from crypten_llm.config import LlamaConfig
-from crypten_llm.deal import deal
-from crypten_llm.generation import Plan
-from crypten_llm.report import size
-from experiments.command import command
-from experiments.evaluate import print_table
-from experiments.provenance import sign
+from crypten_llm.commands.deal import deal
+from crypten_llm.models.checkpoint import resolve_config
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.generation import Plan
+from crypten_llm.session.report import size
+from experiments.model.evaluate import print_table
+from experiments.tools.command import command
+from experiments.tools.provenance import sign
 
 COUNTS = ("rounds", "bytes_sent", "dealer_bytes")
 

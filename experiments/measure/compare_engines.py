@@ -1,6 +1,6 @@
 """One decode step on engine ``wire`` beside the same step on engine ``crypten``, in one run on one machine.
 
-    python -m experiments.compare_engines --json --repeats 3
+    python -m experiments.measure.compare_engines --json --repeats 3
 
 Each shape is measured on every engine in turn, ``--repeats`` times, as in ``crypten_llm bench``: random weights, a
 secret cache of the given length, all parties on this machine. The dealer of ``crypten`` answers along the way; that
@@ -24,15 +24,15 @@ from statistics import median
 
 from tqdm import tqdm
 
-from crypten_llm.api import PrivateLlama
-from crypten_llm.bench import Shape
-from crypten_llm.deal import deal
-from crypten_llm.report import size
-from crypten_llm.settings import split
-from experiments.command import command
-from experiments.provenance import sign
+from crypten_llm.commands.deal import deal
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.report import size
+from crypten_llm.session.settings import split
+from experiments.tools.command import command
+from experiments.tools.provenance import sign
 
-RESULTS = Path(__file__).parent / "results" / "compare_engines.json"
+RESULTS = Path(__file__).parents[1] / "results" / "compare_engines.json"
 SHAPES = {
     "small": Shape(hidden=256, heads=8, kv_heads=8, ffn=688, kv_len=1024, steps=5),
     "7B": Shape(hidden=4096, heads=32, kv_heads=32, ffn=11008, kv_len=512, steps=1),

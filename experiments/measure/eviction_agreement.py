@@ -1,6 +1,6 @@
 """Whether engine ``wire`` chooses the rows that ``plain`` chooses, policy by policy, on held-out prompts.
 
-    python -m experiments.eviction_agreement --json
+    python -m experiments.measure.eviction_agreement --json
 
 Both engines answer the same prompts of the shipped model, ``wire`` going on from the tokens of ``plain``. **INSECURE**
 by purpose: every value of a policy is opened to this process. Two questions are answered.
@@ -32,22 +32,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from crypten_llm.api import PrivateLlama
-from crypten_llm.engines.compare_selection import TrackedEngine
-from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.generation import DEFAULT_CHUNK, parse_policy
-from crypten_llm.one_process import run_roles
-from crypten_llm.party import Party
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.insecure.one_process import run_roles
+from crypten_llm.insecure.recorder import Recorder
+from crypten_llm.insecure.tracked import TrackedEngine
 from crypten_llm.roles import CLIENT
-from eviction.recorder import Recorder
-from experiments.command import command
-from experiments.corpus import TASKS, Encoder, sample
-from experiments.eviction_cost import SHIPPED, markdown
-from experiments.processes import processes
-from experiments.provenance import sign
-from experiments.shared_prefill import Onlookers, prefill
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.generation import DEFAULT_CHUNK, parse_policy
+from crypten_llm.session.party import Party
+from experiments.measure.eviction_cost import SHIPPED, markdown
+from experiments.measure.shared_prefill import Onlookers, prefill
+from experiments.model.corpus import TASKS, Encoder, sample
+from experiments.tools.command import command
+from experiments.tools.processes import processes
+from experiments.tools.provenance import sign
 
-RESULTS = Path(__file__).parent / "results" / "eviction_agreement.json"
+RESULTS = Path(__file__).parents[1] / "results" / "eviction_agreement.json"
 ASKED = ("one_hop", "passkey", "few_shot", "two_hop", "key_value")
 POLICIES = (
     *("streaming_llm(recent=0.25)", "random", "h2o", "tova(size=0.5)", "snapkv(budget=0.5)", "pyramidkv(budget=0.5)"),

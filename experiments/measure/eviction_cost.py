@@ -1,14 +1,14 @@
 """What attention costs a token under an eviction policy, against the full cache: bytes, rounds, memory, time.
 
-    python -m experiments.eviction_cost --json                           counts: the shipped model, two Llama shapes
-    python -m experiments.eviction_cost --measure --json                 seconds a token on engine wire, this machine
-    python -m experiments.eviction_cost --measure --engine crypten --json
+    python -m experiments.measure.eviction_cost --json                counts: the shipped model, two Llama shapes
+    python -m experiments.measure.eviction_cost --measure --json      seconds a token on engine wire, this machine
+    python -m experiments.measure.eviction_cost --measure --engine crypten --json
 
 Counts come from engine ``cost``, which runs the dealer's program without parties, so bytes and rounds are those of a
 real run. A figure is that of one decode step after a prompt of that length, the mean over as many steps as it takes to
-fill a cluster of the cache (see ``experiments.eviction_counts``). Attention is scores, softmax, values with the output
-projection, the choice of rows and the eviction of rows; bytes are those on all links, between the parties and from the
-dealer to both. Seconds are predicted for the layers of a token, for parties with a core each whose dealer is ahead.
+fill a cluster of the cache (``eviction_counts``). Attention is scores, softmax, values with the output projection, the
+choice of rows and the eviction of rows; bytes are those on all links, between the parties and from the dealer to both.
+Seconds are predicted for the layers of a token, for parties with a core each whose dealer is ahead.
 
 ``--measure`` runs ``bench`` of the shipped model's shape, policies in turn, ``--repeats`` times; ``times faster`` is
 the median of the pairs' ratios. The dealer runs ahead, so that its bytes are those of whole steps. In no step that is
@@ -29,19 +29,19 @@ from statistics import median
 
 from tqdm import tqdm
 
-from crypten_llm.api import PrivateLlama
-from crypten_llm.bench import Shape
-from crypten_llm.config import LlamaConfig
-from crypten_llm.cost import predict
-from crypten_llm.generation import Plan
-from crypten_llm.report import size
-from crypten_llm.settings import split
-from experiments.command import command
-from experiments.eviction_counts import ATTENTION, CHOICE, NUMBER, count, fills, layers
-from experiments.provenance import sign
+from crypten_llm.commands.cost import predict
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.generation import Plan
+from crypten_llm.session.report import size
+from crypten_llm.session.settings import split
+from experiments.measure.eviction_counts import ATTENTION, CHOICE, NUMBER, count, fills, layers
+from experiments.tools.command import command
+from experiments.tools.provenance import sign
 
-RESULTS = Path(__file__).parent / "results"
-SHIPPED = Path(__file__).parent.parent / "crypten_llm" / "shipped"
+RESULTS = Path(__file__).parents[1] / "results"
+SHIPPED = Path(__file__).parents[2] / "crypten_llm" / "shipped"
 MODELS = {
     "shipped": Shape(hidden=256, heads=8, kv_heads=4, ffn=704, layers=6),
     "Llama-2-7B": Shape(hidden=4096, heads=32, kv_heads=32, ffn=11008, layers=32),

@@ -1,7 +1,7 @@
 """What one decode step sends and holds under an eviction policy, counted by engine ``cost``.
 
-Owns the counting for ``experiments.eviction_cost``: which part of attention is which, the mean over steps at which a
-cluster of the cache fills and steps at which none does.
+Owns the counting for ``eviction_cost``: which part of attention is which, the mean over steps at which
+a cluster of the cache fills and steps at which none does.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from crypten_llm import bench
-from crypten_llm.bench import Shape
-from crypten_llm.checkpoint import resolve_config
-from crypten_llm.config import LlamaConfig
-from crypten_llm.cost import Machine
-from crypten_llm.engines.cost_engine import CostEngine, Links
+from crypten_llm.commands.cost import Machine
+from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.errors import UsageError
-from crypten_llm.generation import parse_policy
-from crypten_llm.network import parse_network
-from crypten_llm.party import Party
+from crypten_llm.links.network import parse_network
+from crypten_llm.models.checkpoint import resolve_config
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.session import bench
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.generation import parse_policy
+from crypten_llm.session.party import Party
 from eviction.settings import tokens
 
 CHOICE = ("selection", "gather", "scatter")  # of rows: similarity and top-k, then their scores, then their weights

@@ -1,8 +1,8 @@
 """Where the time of engine ``wire`` goes: a sampling profile of owner, client and dealer, in processes of their own.
 
-    python -m experiments.profile_wire                              # one decode step of a layer, d = 256, T = 1,024
-    python -m experiments.profile_wire --hidden 4096 --heads 32 --ffn 11008 --kv-len 512 --steps 3
-    python -m experiments.profile_wire --prompt-tokens 512 --steps 8 # the shipped model: its prefill, then its steps
+    python -m experiments.measure.profile_wire                  # one decode step of a layer, d = 256, T = 1,024
+    python -m experiments.measure.profile_wire --hidden 4096 --heads 32 --ffn 11008 --kv-len 512 --steps 3
+    python -m experiments.measure.profile_wire --prompt-tokens 512 --steps 8  # the shipped model: prefill, steps
 
 Each process is interrupted every few milliseconds of its own processor time and notes which file it was in: the
 compiled loops over words (products, openings, fits, comparisons), the key streams, the messages, or the Python and
@@ -25,13 +25,15 @@ from pathlib import Path
 
 import torch
 
-from crypten_llm import bench, checkpoint, generation, rendezvous
-from crypten_llm.engines.wire_engine import WireEngine
-from crypten_llm.generation import Answer, Plan
-from crypten_llm.party import Party
+from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.links import rendezvous
+from crypten_llm.models import checkpoint
 from crypten_llm.roles import role_names
-from experiments.command import command
-from experiments.evaluate import print_table
+from crypten_llm.session import bench, generation
+from crypten_llm.session.generation import Answer, Plan
+from crypten_llm.session.party import Party
+from experiments.model.evaluate import print_table
+from experiments.tools.command import command
 
 EVERY_SECONDS = 1e-3  # asked for; the system's clock may tick less often
 ROLES = role_names(2)

@@ -1,6 +1,6 @@
 """How good answers are under eviction policies, on engine ``plain``: one score per example and policy.
 
-    python -m experiments.quality --tasks passkey two_hop --length 512 --samples 20 --policies full mpcache h2o
+    python -m experiments.measure.quality --tasks passkey two_hop --length 512 --samples 20 --policies full mpcache h2o
 
 Owns the decoding and its scores; what to compare is up to the caller (``compare_baselines``, a search over settings).
 All policies of an example share one prefill (``shared_prefill``), and a greedy answer that is judged by exact match
@@ -21,15 +21,15 @@ from statistics import mean
 import torch
 from tqdm import tqdm
 
-from crypten_llm.api import PrivateLlama
-from crypten_llm.checkpoint import load_tokenizer
 from crypten_llm.errors import UsageError
-from crypten_llm.generation import DEFAULT_CHUNK, Plan
-from experiments.command import command
-from experiments.evaluate import print_table
-from experiments.processes import processes
-from experiments.shared_prefill import prefill_all
+from crypten_llm.models.checkpoint import load_tokenizer
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.generation import DEFAULT_CHUNK, Plan
+from experiments.measure.shared_prefill import prefill_all
+from experiments.model.evaluate import print_table
 from experiments.tasks import Example, Text, find, score
+from experiments.tools.command import command
+from experiments.tools.processes import processes
 
 SCORED = 24  # last tokens of a text over which its loss is taken
 

@@ -1,6 +1,6 @@
 """How fast the ring's matrix products are, beside torch's own and beside the memory's bandwidth.
 
-    python -m experiments.ring_kernels --json
+    python -m experiments.measure.ring_kernels --json
 
 Products are modulo 2^64: int64 by int64, or by int32 as the owner's plain weights are. torch multiplies no int64 by
 int32, so its int64 product stands beside both. ``nt`` has the right side's rows along the sum (weights, scores), ``nn``
@@ -22,12 +22,12 @@ from time import perf_counter
 import torch
 from tqdm import tqdm
 
-from crypten_llm.wire import ring
-from experiments.command import command
-from experiments.evaluate import print_table
-from experiments.provenance import provenance
+from crypten_llm.kernels import ring
+from experiments.model.evaluate import print_table
+from experiments.tools.command import command
+from experiments.tools.provenance import provenance
 
-RESULTS = Path(__file__).parent / "results" / "ring_kernels.json"
+RESULTS = Path(__file__).parents[1] / "results" / "ring_kernels.json"
 COPY_BYTES = 1 << 28  # more than a last-level cache
 VECTORS, MATRICES = (256, 512, 1024, 2048, 4096), (64, 128, 256, 512)
 PRODUCTS = {"nt": (ring.matmul_nt, True), "nn": (ring.matmul_nn, False)}

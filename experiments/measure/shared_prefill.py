@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from crypten_llm.cache import KVCache
-from crypten_llm.generation import parse_policy
+from crypten_llm.models.cache import KVCache
+from crypten_llm.session.generation import parse_policy
 
 
 class Once:

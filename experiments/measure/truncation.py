@@ -1,6 +1,6 @@
 """How many truncations go wild: the wire engine's, inside an opening, against CrypTen's, local to each share.
 
-    python -m experiments.truncation --count 1e9 --json runs/truncation.json
+    python -m experiments.measure.truncation --count 1e9 --json runs/truncation.json
 
 A product of two fixed-point numbers has twice the fractional bits, and half of them must go. Factors here are uniform
 between half the magnitude and the magnitude, of either sign. Two parties that each divide their share
@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from crypten_llm.randomness import fresh_key
-from crypten_llm.transport import Transport
-from crypten_llm.wire.dealing import DEALER, PARTY0, PARTY1, Runtime
-from crypten_llm.wire.opening import Opening, Secret, as_secret, open_wires
-from experiments.command import command
+from crypten_llm.links.transport import Transport
+from crypten_llm.protocols.dealer.randomness import fresh_key
+from crypten_llm.protocols.dealer.roles import DEALER, PARTY0, PARTY1, Runtime
+from crypten_llm.protocols.opening import Opening, Secret, as_secret, open_wires
+from experiments.tools.command import command
 
 BLOCK = 1 << 19
 ROLES = ("owner", "client", "dealer")

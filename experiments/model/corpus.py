@@ -20,7 +20,7 @@ from zlib import crc32
 
 import numpy as np
 
-from experiments.lexicon import CHAINS, FILLER, POOLS, RELATIONS, TOPICS
+from experiments.model.lexicon import CHAINS, FILLER, POOLS, RELATIONS, TOPICS
 
 SPLITS = ("train", "heldout")
 HELD_OUT_ONE_IN = 8

@@ -1,7 +1,7 @@
 """Held-out exact match per task and prompt length, and the activation ranges of the model.
 
-    python -m experiments.evaluate --lengths 1024 2048 --samples 500
-    python -m experiments.evaluate --ranges --lengths 2048 --samples 16
+    python -m experiments.model.evaluate --lengths 1024 2048 --samples 500
+    python -m experiments.model.evaluate --ranges --lengths 2048 --samples 16
 
 Any engine can be evaluated: `exact_match` needs only `generate_ids(prompt_ids, max_new_tokens) -> list[int]`. For
 the Hugging Face model a batched form is faster: a greedy decoder emits exactly the reference answer if and only if
@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from crypten_llm.api import PrivateLlama
-from experiments.command import command
-from experiments.corpus import MAX_ANSWER_TOKENS, TASKS, Encoder, Sample, sample
-from experiments.forward import Activations, logits
-from experiments.processes import processes
+from crypten_llm.session.api import PrivateLlama
+from experiments.model.corpus import MAX_ANSWER_TOKENS, TASKS, Encoder, Sample, sample
+from experiments.model.forward import Activations, logits
+from experiments.tools.command import command
+from experiments.tools.processes import processes
 
-SHIPPED = Path(__file__).parents[1] / "crypten_llm" / "shipped"
+SHIPPED = Path(__file__).parents[2] / "crypten_llm" / "shipped"
 GenerateIds = Callable[[list[int], int], list[int]]
 
 

@@ -1,4 +1,4 @@
-"""Trains the byte-level BPE tokenizer on the corpus: `python -m experiments.tokenizer --out FOLDER`."""
+"""Trains the byte-level BPE tokenizer on the corpus: `python -m experiments.model.tokenizer --out FOLDER`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from experiments.command import command
-from experiments.corpus import SPLITS, TASKS, Encoder, sample
-from experiments.lexicon import POOLS
+from experiments.model.corpus import SPLITS, TASKS, Encoder, sample
+from experiments.model.lexicon import POOLS
+from experiments.tools.command import command
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 

@@ -1,8 +1,8 @@
 """Trains the shipped model from scratch on the corpus.
 
-    python -m experiments.train --smoke                      # about a minute on two cores, tiny model
-    python -m experiments.train --out runs/model             # one GPU
-    python -m experiments.train --out runs/model             # again after being killed: goes on where it was
+    python -m experiments.model.train --smoke                      # about a minute on two cores, tiny model
+    python -m experiments.model.train --out runs/model             # one GPU
+    python -m experiments.model.train --out runs/model             # again after being killed: goes on where it was
 
 Document number i of step n is a function of (seed, n, i), so the data position is the step.
 """
@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from experiments import forward
-from experiments.command import command
-from experiments.corpus import ANSWER, PROSE, Encoder, training_batch
-from experiments.evaluate import SHIPPED, draw_all, print_table, score
+from experiments.model import forward
+from experiments.model.corpus import ANSWER, PROSE, Encoder, training_batch
+from experiments.model.evaluate import SHIPPED, draw_all, print_table, score
+from experiments.tools.command import command
 
 
 @dataclass(frozen=True)

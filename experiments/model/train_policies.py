@@ -1,6 +1,6 @@
 """Trains the small networks of the policies ``locret`` and ``attention_gate`` on a model, and writes their files.
 
-    python -m experiments.train_policies --model crypten_llm/shipped --name shipped
+    python -m experiments.model.train_policies --model crypten_llm/shipped --name shipped
 
 Both learn from the attention of answers: for a document with its question and answer, a token's label, one per kv head,
 is the largest score that any query of the answer has with its key. ``locret`` fits the label (smooth L1, after Huang et
@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import eviction
-from crypten_llm.engines.plain import PlainEngine
-from crypten_llm.party import Party
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.insecure.recorder import Recorder
+from crypten_llm.session.party import Party
 from eviction import trained
-from eviction.recorder import Recorder
-from experiments.command import command
-from experiments.evaluate import SHIPPED, draw_all
+from experiments.model.evaluate import SHIPPED, draw_all
+from experiments.tools.command import command
 
 TASKS = ("passkey", "key_value", "one_hop", "two_hop", "few_shot", "span_copy")
 DOMAIN = 10.0  # silu's arguments are trained to stay below; on shares they must not exceed 12

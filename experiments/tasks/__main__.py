@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from crypten_llm.checkpoint import load_tokenizer
 from crypten_llm.errors import CryptenLLMError, UsageError, exit_code, last_words
+from crypten_llm.models.checkpoint import load_tokenizer
 from experiments.tasks import TASKS, Example, Text, TextTask, find
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 from zipfile import BadZipFile, ZipFile
 
 from crypten_llm.errors import UsageError, first_line
-from crypten_llm.hub import HUB_ID, download
+from crypten_llm.models.hub import HUB_ID, download
 from experiments.tasks.base import Example, truncated
 
 DOCS = "docs/evaluation_data.md says where to get it and in which form"

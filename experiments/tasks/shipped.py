@@ -1,11 +1,11 @@
-"""The tasks that the shipped model was trained on, by `experiments.corpus`, at any length."""
+"""The tasks that the shipped model was trained on, by `experiments.model.corpus`, at any length."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from experiments.corpus import MAX_ANSWER_TOKENS, Encoder, samples
+from experiments.model.corpus import MAX_ANSWER_TOKENS, Encoder, samples
 from experiments.tasks.base import Example, Text
 
 

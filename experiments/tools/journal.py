@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crypten_llm.errors import UsageError
-from experiments.provenance import provenance
+from experiments.tools.provenance import provenance
 
 RUN = "run"
 

@@ -7,9 +7,9 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from crypten_llm.settings import cores
+from crypten_llm.session.settings import cores
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def provenance(*packages: str) -> dict:

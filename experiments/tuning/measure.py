@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from crypten_llm.checkpoint import load_tokenizer
 from crypten_llm.errors import UsageError
-from experiments.eviction_counts import count, shape_of
-from experiments.quality import Evaluator, draw
+from crypten_llm.models.checkpoint import load_tokenizer
+from experiments.measure.eviction_counts import count, shape_of
+from experiments.measure.quality import Evaluator, draw
 from experiments.tasks import Example, find
 from experiments.tuning.store import Measured, name_of
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.eviction_cost import markdown
-from experiments.intervals import bootstrap, front, of_task
+from experiments.measure.eviction_cost import markdown
+from experiments.tools.intervals import bootstrap, front, of_task
 from experiments.tuning.goal import COSTS, Ceiling, Goal
 from experiments.tuning.measure import FULL, Prompt
 from experiments.tuning.search import Outcome, Search

@@ -14,7 +14,7 @@ from itertools import product
 from math import prod
 
 from crypten_llm.errors import UsageError, did_you_mean
-from crypten_llm.generation import parse_policy
+from crypten_llm.session.generation import parse_policy
 from eviction import Policy, PolicyError
 from eviction.mpcache import MPCache
 from eviction.random import Random

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 
-from experiments.journal import Journal
 from experiments.tasks import Example
+from experiments.tools.journal import Journal
 
 SCORES, COST = "scores", "cost"
 

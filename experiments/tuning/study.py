@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from crypten_llm.errors import UsageError
-from experiments.journal import cut_torn_line
+from experiments.tools.journal import cut_torn_line
 from experiments.tuning.space import Space
 
 RULED_OUT = "ruled out"

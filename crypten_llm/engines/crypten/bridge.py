@@ -14,8 +14,8 @@ from torch.distributed import ReduceOp
 
 from crypten_llm import compat
 from crypten_llm.errors import PartyError
-from crypten_llm.meter import Meter, peak_bytes
-from crypten_llm.randomness import KEY_BYTES, Stream, fresh_key
+from crypten_llm.links.meter import Meter, peak_bytes
+from crypten_llm.protocols.dealer.randomness import KEY_BYTES, Stream, fresh_key
 
 crypten = compat.import_crypten()
 
@@ -52,7 +52,7 @@ class TransportCommunicator(DistributedCommunicator):
         return self.world_size
 
     def get_distributed_backend(self):
-        return "crypten_llm.transport"
+        return "crypten_llm.links.transport"
 
     def send(self, tensor, dst):
         self.transport.send(dst, tensor)

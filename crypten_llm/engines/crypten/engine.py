@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from crypten_llm import bridge
-from crypten_llm.bridge import crypten
 from crypten_llm.engines.base import Engine
-from crypten_llm.engines.crypten_selection import CryptenSelection, row_maximum
+from crypten_llm.engines.crypten import bridge
+from crypten_llm.engines.crypten.bridge import crypten
+from crypten_llm.engines.crypten.selection import CryptenSelection, row_maximum
 
 MPCTensor = crypten.mpc.MPCTensor
 ArithmeticSharedTensor = crypten.mpc.primitives.ArithmeticSharedTensor
@@ -71,7 +71,10 @@ class CryptenEngine(CryptenSelection, Engine):
         return self.transport.meter
 
     def calibrate(self, config, weights):
-        from crypten_llm.calibration import measure, norm_scales  # runs the model definition, which is above engines
+        from crypten_llm.session.calibration import (  # runs the model definition, which is above engines
+            measure,
+            norm_scales,
+        )
 
         return norm_scales(measure(config, weights))
 

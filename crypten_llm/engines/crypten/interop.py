@@ -15,14 +15,15 @@ from crypten.common.util import count_wraps  # noqa: E402, I001  (importable onc
 from crypten.mpc.primitives import ArithmeticSharedTensor, BinarySharedTensor  # noqa: E402
 from crypten.mpc.provider.provider import TupleProvider  # noqa: E402
 
-from crypten_llm import bridge, compat
-from crypten_llm.bridge import TransportCommunicator, crypten
-from crypten_llm.engines.wire_handles import Reshaped, Scaled
+from crypten_llm import compat
+from crypten_llm.engines.crypten import bridge
+from crypten_llm.engines.crypten.bridge import TransportCommunicator, crypten
+from crypten_llm.engines.wire.handles import Reshaped, Scaled
 from crypten_llm.errors import UsageError
+from crypten_llm.protocols.dealer.roles import DEALER
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
 from crypten_llm.roles import OWNER
-from crypten_llm.wire.dealing import DEALER
-from crypten_llm.wire.opening import Opening, Overflow, Secret, as_secret
-from crypten_llm.wire.shapes import shape_only
 
 PARTIES = 2
 MPCTensor = crypten.mpc.MPCTensor

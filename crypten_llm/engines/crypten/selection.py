@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from crypten_llm.bridge import crypten
+from crypten_llm.engines.crypten.bridge import crypten
 
 MPCTensor = crypten.mpc.MPCTensor
 

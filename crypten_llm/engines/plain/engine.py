@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from crypten_llm.engines.base import Engine
-from crypten_llm.engines.plain_selection import PlainSelection
-from crypten_llm.meter import Meter
+from crypten_llm.engines.plain.selection import PlainSelection
+from crypten_llm.links.meter import Meter
 
 
 class PlainEngine(PlainSelection, Engine):

@@ -7,13 +7,14 @@ the shares' ring has room for the result; else one opening moves x to 64 bits. S
 
 import torch
 
-from crypten_llm.engines.wire_handles import Picks
-from crypten_llm.engines.wire_openings import Openings
-from crypten_llm.engines.wire_scales import ENOUGH, FACTOR, as_units, bits_for, times
-from crypten_llm.wire import fourier, lookup, products, ring
-from crypten_llm.wire.normalize import normalize
-from crypten_llm.wire.opening import Opening, Overflow, Secret, Wire
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.engines.wire.handles import Picks
+from crypten_llm.engines.wire.numbers import ENOUGH, FACTOR, as_units, bits_for, times
+from crypten_llm.engines.wire.openings import Openings
+from crypten_llm.kernels import ring
+from crypten_llm.protocols import fourier, lookup, products
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.normalize import normalize
+from crypten_llm.protocols.opening import Opening, Overflow, Secret, Wire
 
 
 class Arithmetic(Openings):

@@ -7,10 +7,8 @@ opened once, when they join the cache, and stay wires. How far each operation ma
 
 import torch
 
-from crypten_llm.engines.wire_handles import Weights
-from crypten_llm.engines.wire_openings import Openings
-from crypten_llm.engines.wire_rows import Rows
-from crypten_llm.engines.wire_scales import (
+from crypten_llm.engines.wire.handles import Weights
+from crypten_llm.engines.wire.numbers import (
     DRAWN,
     FACTOR,
     MIXED_BITS,
@@ -22,10 +20,13 @@ from crypten_llm.engines.wire_scales import (
     bits_for,
     times,
 )
-from crypten_llm.wire import fourier, products, ring
-from crypten_llm.wire.dealing import DEALER
-from crypten_llm.wire.normalize import normalize
-from crypten_llm.wire.opening import Opening, Overflow, Secret, Wire, as_secret
+from crypten_llm.engines.wire.openings import Openings
+from crypten_llm.engines.wire.rows import Rows
+from crypten_llm.kernels import ring
+from crypten_llm.protocols import fourier, products
+from crypten_llm.protocols.dealer.roles import DEALER
+from crypten_llm.protocols.normalize import normalize
+from crypten_llm.protocols.opening import Opening, Overflow, Secret, Wire, as_secret
 
 
 class Attention(Openings):

@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from crypten_llm.engines.wire_scales import MIXED_BITS, ROOM, ROOT_FRACTIONS, ROW_BITS, SCATTERED, WireConfig
-from crypten_llm.wire import fourier
+from crypten_llm.engines.wire.numbers import MIXED_BITS, ROOM, ROOT_FRACTIONS, ROW_BITS, SCATTERED, WireConfig
+from crypten_llm.protocols import fourier
 
 FLOAT = 2.0**-40  # of shown values, which are the doubles nearest to them
 

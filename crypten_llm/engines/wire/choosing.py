@@ -11,13 +11,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from crypten_llm.engines.wire_handles import Picks
-from crypten_llm.engines.wire_openings import Openings
-from crypten_llm.engines.wire_scales import KEEPING, PRECISION, SCATTERED, bits_for, whole_bytes
-from crypten_llm.wire import lookup, products, selection
-from crypten_llm.wire.comparison import below, bit_opening, ordered, times_bits
-from crypten_llm.wire.dealing import PARTY0
-from crypten_llm.wire.opening import Opening, Secret, Wire
+from crypten_llm.engines.wire.handles import Picks
+from crypten_llm.engines.wire.numbers import KEEPING, PRECISION, SCATTERED, bits_for, whole_bytes
+from crypten_llm.engines.wire.openings import Openings
+from crypten_llm.protocols import lookup, products, selection
+from crypten_llm.protocols.comparison import below, bit_opening, ordered, times_bits
+from crypten_llm.protocols.dealer.roles import PARTY0
+from crypten_llm.protocols.opening import Opening, Secret, Wire
 
 # Up to so many candidates all pairs are compared. For one row of 256 scores that takes 3.5 MB and 3 rounds, the search
 # 1.2 MB and 26 rounds (tests/test_wire_selection_cost.py); 23 rounds of a wide network (20 ms) take as long as 5.7 MB

@@ -7,11 +7,11 @@ There is no second description of the computation, so none can drift; a test com
 
 from collections import Counter, defaultdict
 
-from crypten_llm.engines.wire_engine import WireEngine
-from crypten_llm.meter import Meter
+from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.links.meter import Meter
+from crypten_llm.links.transport import HEADER, encode_json
+from crypten_llm.protocols.dealer.roles import DEALER, FRAME, Runtime
 from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.transport import HEADER, encode_json
-from crypten_llm.wire.dealing import DEALER, FRAME, Runtime
 
 PARTIES = (OWNER, CLIENT)
 GO_ON = {"stop": False}

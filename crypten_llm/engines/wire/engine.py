@@ -10,16 +10,17 @@ import math
 
 import torch
 
-from crypten_llm.engines import wire_bounds
-from crypten_llm.engines.wire_eviction import Eviction
-from crypten_llm.engines.wire_handles import Normed, OneHot, Reshaped, Scaled, Weight
-from crypten_llm.engines.wire_scales import ROW_BITS, SQUARES_BITS, SQUARES_SEGMENTS
+from crypten_llm.engines.wire import bounds as wire_bounds
+from crypten_llm.engines.wire.eviction import Eviction
+from crypten_llm.engines.wire.handles import Normed, OneHot, Reshaped, Scaled, Weight
+from crypten_llm.engines.wire.numbers import ROW_BITS, SQUARES_BITS, SQUARES_SEGMENTS
 from crypten_llm.errors import UsageError
-from crypten_llm.wire import fourier, products, ring
-from crypten_llm.wire.dealing import DEALER, PARTY0
-from crypten_llm.wire.normalize import normalize
-from crypten_llm.wire.opening import Opening, Overflow, Secret, as_secret
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.kernels import ring
+from crypten_llm.protocols import fourier, products
+from crypten_llm.protocols.dealer.roles import DEALER, PARTY0
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.normalize import normalize
+from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
 
 _REMEDIES = {  # the same model, or a smaller promise, within the range
     "softmax of a row": "try a lower max_position_embeddings, to which rows are continued, or ",
@@ -33,7 +34,7 @@ class WireEngine(Eviction):
     # Inputs.
 
     def calibrate(self, config, weights):
-        from crypten_llm.calibration import measure  # runs the model definition, which is above engines
+        from crypten_llm.session.calibration import measure  # runs the model definition, which is above engines
 
         domains = wire_bounds.domains(self.config)
         for operation, (lowest, highest) in measure(config, weights).limited.items():

@@ -8,16 +8,16 @@ import math
 
 import numpy as np
 
-from crypten_llm.engines.wire_arithmetic import Arithmetic
-from crypten_llm.engines.wire_attention import Attention
-from crypten_llm.engines.wire_rows import Rows, join, rearranged, unfolded
-from crypten_llm.engines.wire_scales import at_scale
-from crypten_llm.engines.wire_selection import Selection
-from crypten_llm.wire import products, selection
-from crypten_llm.wire.comparison import below, bit_opening, difference, times_bits
-from crypten_llm.wire.dealing import PARTY0
-from crypten_llm.wire.opening import Secret
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.engines.wire.arithmetic import Arithmetic
+from crypten_llm.engines.wire.attention import Attention
+from crypten_llm.engines.wire.choosing import Selection
+from crypten_llm.engines.wire.numbers import at_scale
+from crypten_llm.engines.wire.rows import Rows, join, rearranged, unfolded
+from crypten_llm.protocols import products, selection
+from crypten_llm.protocols.comparison import below, bit_opening, difference, times_bits
+from crypten_llm.protocols.dealer.roles import PARTY0
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.opening import Secret
 
 
 class Eviction(Attention, Arithmetic, Selection):

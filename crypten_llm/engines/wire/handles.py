@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crypten_llm.wire.opening import Secret, Wire
+from crypten_llm.protocols.opening import Secret, Wire
 
 
 class Weight:

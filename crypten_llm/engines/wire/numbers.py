@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from crypten_llm.wire.opening import Secret
+from crypten_llm.protocols.opening import Secret
 
 ROOT_FRACTIONS = 29, 32  # of public and dealt factors: the fit's coefficients are large, so the dealt ones count more
 ROW_BITS = 19  # fractional bits of what is one number a row, where width allows

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 import torch
 
 from crypten_llm.engines.base import Engine
-from crypten_llm.engines.wire_handles import Scaled, Weight
-from crypten_llm.engines.wire_rows import Rows
-from crypten_llm.engines.wire_scales import ROOM, SHOWN, SHOWN_FACTORS, WireConfig, at_scale, whole_bytes
-from crypten_llm.wire import products
-from crypten_llm.wire.dealing import PARTY0, Runtime, agree_on_keys
-from crypten_llm.wire.opening import Opening, Overflow, Secret, Wire, as_secret, open_wires
+from crypten_llm.engines.wire.handles import Scaled, Weight
+from crypten_llm.engines.wire.numbers import ROOM, SHOWN, SHOWN_FACTORS, WireConfig, at_scale, whole_bytes
+from crypten_llm.engines.wire.rows import Rows
+from crypten_llm.protocols import products
+from crypten_llm.protocols.dealer.roles import PARTY0, Runtime, agree_on_keys
+from crypten_llm.protocols.opening import Opening, Overflow, Secret, Wire, as_secret, open_wires
 
 
 class Openings(Engine):

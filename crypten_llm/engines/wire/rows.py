@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from crypten_llm.wire import products
-from crypten_llm.wire.dealing import PARTY0
-from crypten_llm.wire.opening import Secret, Wire
+from crypten_llm.protocols import products
+from crypten_llm.protocols.dealer.roles import PARTY0
+from crypten_llm.protocols.opening import Secret, Wire
 
 
 class Rows:

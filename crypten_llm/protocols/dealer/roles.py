@@ -17,9 +17,9 @@ import threading
 import numpy as np
 import torch
 
-from crypten_llm.randomness import Stream, derive_key, fresh_key
-from crypten_llm.wire import ring
-from crypten_llm.wire.shapes import shape_only
+from crypten_llm.kernels import ring
+from crypten_llm.protocols.dealer.randomness import Stream, derive_key, fresh_key
+from crypten_llm.protocols.dealer.shapes import shape_only
 
 PARTY0, PARTY1, DEALER = 0, 1, 2
 FRAME = 1 << 18  # bytes of material a message

@@ -27,10 +27,10 @@ import numpy as np
 import crypten_llm
 import eviction
 from crypten_llm.errors import UsageError
-from crypten_llm.randomness import KEY_BYTES, fresh_key
-from crypten_llm.report import size as for_people
+from crypten_llm.protocols.dealer.randomness import KEY_BYTES, fresh_key
+from crypten_llm.protocols.dealer.roles import CHANNEL
 from crypten_llm.roles import CLIENT, OWNER, role_names
-from crypten_llm.wire.dealing import CHANNEL
+from crypten_llm.session.report import size as for_people
 
 FORMAT = 1
 PARTIES = (OWNER, CLIENT)

@@ -1,0 +1,1 @@
+"""Engine ``crypten``: CrypTen's own protocols, the baseline."""

@@ -1,0 +1,1 @@
+"""Engine ``plain``: torch floats, no privacy, the reference."""

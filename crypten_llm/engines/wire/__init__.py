@@ -1,0 +1,1 @@
+"""Engine ``wire``: a Llama on masked wires."""

@@ -1,0 +1,1 @@
+"""Models: the Llama definition, its weights on disk, and the cache. No file here knows a protocol."""

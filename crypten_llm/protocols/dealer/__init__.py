@@ -1,0 +1,1 @@
+"""Correlated randomness: who draws it (``roles``), what it comes from (``randomness``), and tapes of it."""

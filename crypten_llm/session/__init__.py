@@ -1,0 +1,1 @@
+"""A session: parties that start, load a model, answer requests and report what that cost and revealed."""

@@ -1,0 +1,1 @@
+"""Measurements of engines, kernels and policies, each a command."""

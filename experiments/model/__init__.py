@@ -1,0 +1,1 @@
+"""The shipped model: its corpus, training and evaluation, and the networks of trained policies."""
