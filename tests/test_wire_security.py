@@ -22,8 +22,6 @@ from crypten_llm.session.party import Party
 ROOT = Path(__file__).parents[1]
 ROOMS = [ROOT / "crypten_llm" / room for room in ("kernels", "protocols", "engines/wire")]
 ENGINE = [path for room in ROOMS for path in room.rglob("*.py")]
-    path for room in ("kernels", "protocols", "engines/wire") for path in (ROOT / "crypten_llm" / room).rglob("*.py")
-]
 COUNT = 4096
 EXTREMES = {
     "zeros": torch.zeros(COUNT, dtype=torch.int64),
