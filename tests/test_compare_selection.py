@@ -9,7 +9,7 @@ import torch
 from eviction_runs import weights
 from hf_models import CASES, tiny
 from policy_table import ROWS
-from wire_parties import PARTY0, PARTY1, run
+from wire_parties import CLIENT, OWNER, run
 
 import eviction
 from crypten_llm.commands import debug_compare
@@ -61,7 +61,7 @@ def test_an_operation_of_a_policy_that_errs_is_named(operation, policy, compared
     def slip(engine, *arguments):
         out = real(engine, *arguments)
         handle = getattr(out, "pending", None) or getattr(out, "weights", out)
-        if engine.rank == PARTY0:
+        if engine.rank == OWNER:
             handle.share = handle.share + (1 << (handle.scale - 5))
         return out
 
@@ -82,16 +82,16 @@ def chosen(values, count: int, error: float, units: int = 0):
     up to ``error`` is declared."""
 
     def job(engine):
-        secret = engine.secret(values if engine.rank == PARTY0 else None, values.shape, PARTY0)
+        secret = engine.secret(values if engine.rank == OWNER else None, values.shape, OWNER)
         x = engine._given(secret)
         if engine.is_shown:
             x.value, x.error = values.double(), torch.full_like(values, error, dtype=torch.float64)
-        if engine.rank == PARTY0:
+        if engine.rank == OWNER:
             secret.share = secret.share + units * (2 * (torch.arange(len(values)) % 2) - 1)
         engine.top(x, count)
         return engine.chosen
 
-    return run(job, engine=TrackedEngine).results[PARTY1][0]
+    return run(job, engine=TrackedEngine).results[CLIENT][0]
 
 
 def test_ties_and_mistakes():

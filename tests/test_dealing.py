@@ -14,7 +14,7 @@ from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer import roles as dealing
 from crypten_llm.protocols.dealer import tape
-from crypten_llm.protocols.dealer.roles import DEALER, PARTY0, PARTY1, Runtime, Sending
+from crypten_llm.roles import CLIENT, DEALER, OWNER, Sending
 
 WORDS = 1 << 16  # in one value: several messages, and more than a socket's buffers hold
 ODD = 8 * WORDS + 8  # bytes of keys: the last of them do not fill a message
@@ -73,7 +73,7 @@ def test_the_dealer_waits_when_too_much_is_unread(monkeypatch):
         return torch.zeros(WORDS, dtype=torch.int64)
 
     def job(runtime):
-        if runtime.role == PARTY1:
+        if runtime.role == CLIENT:
             assert started.wait(15)
             resume.wait(0.3)  # time in which the dealer could make all
             seen.append(len(made))
@@ -90,7 +90,7 @@ def test_a_party_that_leaves_ends_the_dealer():
     sockets = [socket.socketpair() for _ in range(2)]
     names = ("owner", "client", "dealer")
     dealer = Transport(DEALER, names, {party: ours for party, (ours, _) in enumerate(sockets)}, timeout=5)
-    sockets[PARTY1][1].close()
+    sockets[CLIENT][1].close()
     runtime = Runtime(DEALER, dealer, [key(0, 0), key(0, 1)])
     with pytest.raises(PartyError, match=r"rank 1 \(client\)"):
         for i in range(2000):
@@ -98,7 +98,7 @@ def test_a_party_that_leaves_ends_the_dealer():
             runtime.deal((WORDS,), lambda: torch.zeros(WORDS, dtype=torch.int64))
             runtime.end()
     dealer.close()
-    sockets[PARTY0][1].close()
+    sockets[OWNER][1].close()
 
 
 def test_a_dealer_alone_makes_what_a_live_one_sends(tmp_path):
@@ -114,7 +114,7 @@ def test_a_dealer_alone_makes_what_a_live_one_sends(tmp_path):
             runtime.begin("test")
             mixed(runtime, 2)
             runtime.end()
-    for party in (PARTY0, PARTY1):
+    for party in (OWNER, CLIENT):
         mine = tape.Tape(tmp_path / "tape", party, links)
         mine.begin("test")
         sent = b"".join(frame.payload for frame in live.frames[DEALER] if frame.target == party)
@@ -129,7 +129,7 @@ def test_sizes_are_known_without_computing():
     sizes = tape.Sizes()
     runtime = Runtime(DEALER, None, [], sizes)
     runtime.begin("one")
-    assert runtime.mask((2, 3)).is_meta and runtime.mask_of(PARTY0, (2,)).is_meta
+    assert runtime.mask((2, 3)).is_meta and runtime.mask_of(OWNER, (2,)).is_meta
     assert runtime.deal((2, 3), forbidden).shape == (2, 3)
     runtime.deal_arrays([((3,), np.uint8)], forbidden)
     runtime.end()
@@ -157,6 +157,6 @@ def test_ends_wait_until_all_has_left():
 
     links = Slow()
     sending = Sending(links)
-    sending.write(PARTY1, np.zeros(5 * dealing.FRAME + 3, dtype=np.uint8))
+    sending.write(CLIENT, np.zeros(5 * dealing.FRAME + 3, dtype=np.uint8))
     sending.end()
     assert links.sent == 5 * dealing.FRAME + 3

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from wire_parties import PARTY0, PARTY1, check_cost, run, share
+from wire_parties import CLIENT, OWNER, check_cost, run, share
 
 from crypten_llm.links.transport import HEADER
 from crypten_llm.protocols import fourier, products
@@ -57,7 +57,7 @@ def matmul(transposed):
 
 
 def matrix(runtime, *shape):
-    value = integers(*shape).double() if runtime.role == PARTY0 else None
+    value = integers(*shape).double() if runtime.role == OWNER else None
     return products.OwnedMatrix(runtime, value, shape, 0)
 
 
@@ -122,7 +122,7 @@ COSTS = {  # name: (job, (rounds, bytes owner to client, client to owner, dealer
     ),
     "lookup": (
         lambda runtime: products.lookup(
-            runtime, torch.tensor([1, 2, 3]) if runtime.role == PARTY1 else None, 3, matrix(runtime, 4, 5), bits=10
+            runtime, torch.tensor([1, 2, 3]) if runtime.role == CLIENT else None, 3, matrix(runtime, 4, 5), bits=10
         ),
         (1, HANDED, 4 * 3 * 4, 0, 8 * 15),  # the matrix is a round for the client, the rows are one for the owner
     ),
@@ -146,5 +146,5 @@ def test_normalize_costs_what_its_docstring_says():
 
 def test_headers_are_the_only_overhead():
     outcome = run(COSTS["multiply"][0])
-    for role in (PARTY0, PARTY1):
+    for role in (OWNER, CLIENT):
         assert outcome.traffic[role].online.bytes_sent == 16 * N + 2 * HEADER.size

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hf_models import tiny
-from wire_parties import DEALER, PARTY0, PARTY1, key, run, share
+from wire_parties import CLIENT, DEALER, OWNER, key, run, share
 
 from crypten_llm.insecure.audit import MaskReused
 from crypten_llm.protocols import fourier, products
@@ -59,13 +59,13 @@ def reopened_product(runtime, integers):
 
 def tokens(runtime, integers):
     ids = integers.clamp(min=0) % 8
-    table = torch.eye(8) * 2.0**10 if runtime.role == PARTY0 else None
+    table = torch.eye(8) * 2.0**10 if runtime.role == OWNER else None
     matrix = products.OwnedMatrix(runtime, table, (8, 8), 0)
-    products.lookup(runtime, ids if runtime.role == PARTY1 else None, len(ids), matrix, bits=12)
+    products.lookup(runtime, ids if runtime.role == CLIENT else None, len(ids), matrix, bits=12)
 
 
 def weights(runtime, integers):
-    value = integers.double().view(64, -1) if runtime.role == PARTY0 else None
+    value = integers.double().view(64, -1) if runtime.role == OWNER else None
     products.OwnedMatrix(runtime, value, (64, COUNT // 64), 0)
 
 
@@ -118,7 +118,7 @@ def assert_uniform(payload: bytes, bits: int, what: str) -> None:
 @pytest.mark.parametrize("integers", EXTREMES.values(), ids=EXTREMES)
 def test_what_the_parties_send_each_other_is_uniform(name, integers):
     job, bits = PROTOCOLS[name]
-    sent = {PARTY0: b"", PARTY1: b""}
+    sent = {OWNER: b"", CLIENT: b""}
     for outcome in [run(job, integers, seed=seed) for seed in range(3)]:
         for role in sent:
             for frame in outcome.frames[role]:
@@ -129,7 +129,7 @@ def test_what_the_parties_send_each_other_is_uniform(name, integers):
                         assert_uniform(frame.payload[cut:], 40, f"{name} of rank {role}")
                 sent[role] += frame.payload
     for role, payload in sent.items():
-        if bits and payload and not (name == "token lookup" and role == PARTY0):
+        if bits and payload and not (name == "token lookup" and role == OWNER):
             assert_uniform(payload, bits, f"{name} of rank {role}")
 
 
@@ -142,9 +142,9 @@ def received_by(party: int, job, integers, seed: int) -> bytes:
 @pytest.mark.parametrize("name", ["narrow opening", "lifted opening", "function", "products", "token lookup"])
 @pytest.mark.parametrize("integers", EXTREMES.values(), ids=EXTREMES)
 def test_what_the_dealer_sends_is_uniform(name, integers):
-    payload = received_by(PARTY1, PROTOCOLS[name][0], integers, seed=5)
+    payload = received_by(CLIENT, PROTOCOLS[name][0], integers, seed=5)
     assert_uniform(payload, 64, name)
-    assert received_by(PARTY0, PROTOCOLS[name][0], integers, seed=5) == b""
+    assert received_by(OWNER, PROTOCOLS[name][0], integers, seed=5) == b""
 
 
 def comparison(runtime, integers):
@@ -157,8 +157,8 @@ def comparison(runtime, integers):
 def test_comparison_keys_are_uniform(integers):
     """Correction words, but for the seeds' cleared bit and the flags, of which each byte holds two bits."""
     outcome = run(comparison, integers)
-    assert_uniform(b"".join(frame.payload for frame in outcome.frames[PARTY0]), 31, "opening")
-    payload = b"".join(frame.payload for frame in outcome.frames[DEALER] if frame.target == PARTY0)
+    assert_uniform(b"".join(frame.payload for frame in outcome.frames[OWNER]), 31, "opening")
+    payload = b"".join(frame.payload for frame in outcome.frames[DEALER] if frame.target == OWNER)
     levels = 31 - (30 - 16 - 6) - 1
     seeds, values = 16 * levels * COUNT, 16 * (levels + 1) * COUNT
     assert len(payload) == seeds + values + levels * COUNT
@@ -219,7 +219,7 @@ def test_the_same_seed_hides_different_values_behind_the_same_traffic(name):
     for outcome in outcomes[1:]:
         assert outcome.cost() == outcomes[0].cost()
         assert outcome.frames[DEALER] == outcomes[0].frames[DEALER]
-        for role in (PARTY0, PARTY1):
+        for role in (OWNER, CLIENT):
             mine, first = outcome.frames[role], outcomes[0].frames[role]
             assert [len(frame.payload) for frame in mine] == [len(frame.payload) for frame in first]
 
@@ -227,7 +227,7 @@ def test_the_same_seed_hides_different_values_behind_the_same_traffic(name):
 @pytest.mark.parametrize("name", [*PROTOCOLS, "comparison"])
 def test_nothing_is_sent_to_the_dealer(name):
     outcome = run(comparison if name == "comparison" else PROTOCOLS[name][0], EXTREMES["ramp"])
-    assert not [frame for role in (PARTY0, PARTY1) for frame in outcome.frames[role] if frame.target == DEALER]
+    assert not [frame for role in (OWNER, CLIENT) for frame in outcome.frames[role] if frame.target == DEALER]
     assert all(frame.kind == "stream" for frame in outcome.frames[DEALER])
 
 
@@ -272,7 +272,7 @@ def test_sections_that_follow_each_other_share_no_mask():
             )
 
     outcome = run(job)
-    for role in (PARTY0, PARTY1):
+    for role in (OWNER, CLIENT):
         words = np.frombuffer(b"".join(frame.payload for frame in outcome.frames[role]), np.uint64)
         assert len(words) == 6 * COUNT == len(np.unique(words))
 
@@ -389,7 +389,7 @@ def test_no_torch_or_numpy_generator_draws_in_the_engine():
 def session(engine, folders, prompt):
     """Load, one request of two tokens, statistics, close: what ``PrivateLlama`` has each role do."""
     party = Party(engine, engine.transport, 2)
-    if engine.rank != PARTY1:
+    if engine.rank != CLIENT:
         party.serve(folders[engine.rank])
         return None
     party.request_load()
@@ -417,22 +417,22 @@ def sessions(tmp_path_factory):
 
 
 PUBLIC = {  # keys of the JSON that the dealer may see, by sender
-    PARTY0: {"config", "norm_scales", "loaded", "total"},
-    PARTY1: {"verb", "plan", "stop"},
+    OWNER: {"config", "norm_scales", "loaded", "total"},
+    CLIENT: {"verb", "plan", "stop"},
 }
 
 
 def test_the_dealer_is_told_the_plan_and_when_to_stop(sessions):
     plans = []
     for outcome in sessions:
-        told = {role: [f for f in outcome.frames[role] if f.target == DEALER] for role in (PARTY0, PARTY1)}
+        told = {role: [f for f in outcome.frames[role] if f.target == DEALER] for role in (OWNER, CLIENT)}
         for role, frames in told.items():
             assert frames and all(frame.kind == "JSON" for frame in frames)
             for frame in frames:
                 assert set(json.loads(frame.payload)) <= PUBLIC[role], frame.payload
-        messages = [json.loads(frame.payload) for frame in told[PARTY1]]
+        messages = [json.loads(frame.payload) for frame in told[CLIENT]]
         assert [m.get("verb", "stop") for m in messages] == ["load", "generate", "stop", "statistics", "close"]
-        plans.append([json.loads(frame.payload) for frame in told[PARTY0] if b"loaded" not in frame.payload] + messages)
+        plans.append([json.loads(frame.payload) for frame in told[OWNER] if b"loaded" not in frame.payload] + messages)
     assert plans[0] == plans[1]  # the models differ, their configurations do not
 
 
@@ -440,14 +440,14 @@ def test_two_sessions_differ_in_no_size_and_no_order(sessions):
     """Other weights, another prompt: the same messages of the same sizes, but for the text of public JSON."""
     shapes = []
     for outcome in sessions:
-        online = [(f.source, f.target, f.kind, len(f.payload)) for f in outcome.frames[PARTY0] + outcome.frames[PARTY1]]
+        online = [(f.source, f.target, f.kind, len(f.payload)) for f in outcome.frames[OWNER] + outcome.frames[CLIENT]]
         shapes.append([shape if shape[2] == "tensor" else shape[:3] for shape in online])
         shapes[-1] += [(f.target, len(f.payload)) for f in outcome.frames[DEALER] if f.kind == "stream"]
     assert shapes[0] == shapes[1] and len(shapes[0]) > 60
-    assert sessions[0].results[PARTY1][0] != sessions[1].results[PARTY1][0]
+    assert sessions[0].results[CLIENT][0] != sessions[1].results[CLIENT][0]
 
 
 def test_a_session_reveals_logits_and_public_facts_alone(sessions):
     for outcome in sessions:
-        revealed = outcome.results[PARTY1][1]
+        revealed = outcome.results[CLIENT][1]
         assert [entry["what"] for entry in revealed if entry["to"] != "all"] == ["logits of each generated token"]

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from wire_parties import DEALER, PARTY0, PARTY1, check_cost, run, share
+from wire_parties import CLIENT, DEALER, OWNER, check_cost, run, share
 
 from crypten_llm.engines.wire.choosing import PAIRS
 from crypten_llm.engines.wire.counted import CostEngine, Links
@@ -161,7 +161,7 @@ def test_search_is_cheaper_than_pairs_from_where_it_is_used():
 
 def secret(engine, *shape, bits=5):
     value = torch.arange(torch.Size(shape).numel()).reshape(shape) % 11 / 8.0
-    handle = engine.secret(value if engine.rank == PARTY0 else None, shape, PARTY0)
+    handle = engine.secret(value if engine.rank == OWNER else None, shape, OWNER)
     handle.bits = bits
     return handle
 
@@ -208,7 +208,7 @@ def test_engine_cost_counts_what_the_parties_count(name):
     engine = CostEngine(links)
     with engine.section("test"):
         PROGRAMS[name](engine)
-    for party in (PARTY0, PARTY1):
+    for party in (OWNER, CLIENT):
         found, expected = links.meters[party].snapshot(), real.traffic[party]
         for channel in ("online", "dealer"):
             counts = [
@@ -237,7 +237,7 @@ def test_rounds_of_one_choice_of_clusters():
         engine.scatter_weights(choice, weights, 240)
         return engine.meter.snapshot().online.rounds - before
 
-    assert run(job, engine=True).results[PARTY1] == 10
+    assert run(job, engine=True).results[CLIENT] == 10
 
 
 def masks():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from test_wire_security import assert_uniform
-from wire_parties import DEALER, PARTY0, PARTY1, run, share
+from wire_parties import CLIENT, DEALER, OWNER, run, share
 
 from crypten_llm.engines.wire.numbers import PRECISION
 from crypten_llm.protocols import selection
@@ -42,7 +42,7 @@ def compare(runtime, integers):
 def test_the_openings_of_a_comparison_are_uniform(integers):
     """x in its ring, the sum of signs in 5 bits, the bit in 1: from each party, and as both see their sum."""
     outcomes = [run(compare, integers, seed=seed) for seed in range(3)]
-    for role in (PARTY0, PARTY1):
+    for role in (OWNER, CLIENT):
         frames = list(zip(*(outcome.frames[role] for outcome in outcomes), strict=True))
         for same, bits in zip(frames, (PRECISION + 1, SIGNS, 1), strict=True):
             payload = b"".join(frame.payload for frame in same)
@@ -63,7 +63,7 @@ def test_the_dealer_sends_uniform_tables_to_the_client_alone(integers):
     """Bytes of all tables, and bit by bit the words whose fields hold 14 bits."""
     frames = run(compare, integers).frames[DEALER]
     payload = b"".join(frame.payload for frame in frames)
-    assert all(frame.target == PARTY1 for frame in frames)
+    assert all(frame.target == CLIENT for frame in frames)
     digits = COUNT * 2 * 2**5
     words = np.frombuffer(payload[:digits], np.uint16)
     assert not (words >> 14).any()
@@ -101,7 +101,7 @@ def test_traffic_depends_on_shapes_alone():
     for outcome in outcomes[1:]:
         assert outcome.cost() == outcomes[0].cost()
         assert outcome.frames[DEALER] == outcomes[0].frames[DEALER]
-        for role in (PARTY0, PARTY1):
+        for role in (OWNER, CLIENT):
             sizes = [[len(frame.payload) for frame in seen.frames[role]] for seen in (outcome, outcomes[0])]
             assert sizes[0] == sizes[1] and len(sizes[0]) > 40
             assert not [frame for frame in outcome.frames[role] if frame.target == DEALER]

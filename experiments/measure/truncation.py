@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer.randomness import fresh_key
-from crypten_llm.protocols.dealer.roles import DEALER, PARTY0, PARTY1, Runtime
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 from crypten_llm.protocols.opening import Opening, Secret, as_secret, open_wires
 from experiments.tools.command import command
 
@@ -111,7 +111,7 @@ class Experiment:
                 errors.append(error)
                 transport.abort("failed")
 
-        threads = [threading.Thread(target=play, args=(role,), daemon=True) for role in (PARTY0, PARTY1, DEALER)]
+        threads = [threading.Thread(target=play, args=(role,), daemon=True) for role in (OWNER, CLIENT, DEALER)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -5,7 +5,6 @@ sum or a join in Python, for which torch loads its compiler on first use. Those 
 left to torch.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +24,20 @@ def shape_only(shape) -> Shape:
     return torch.empty(tuple(shape), dtype=torch.int64, device="meta").as_subclass(Shape)
 
 
+def broadcast(*shapes) -> tuple[int, ...]:
+    """The shape of an element-wise result. torch's own function imports sympy on first use."""
+    result = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for place, size in enumerate(shape, len(result) - len(shape)):
+            if size != 1:
+                if result[place] not in (1, size):
+                    raise ValueError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not broadcast")
+                result[place] = size
+    return tuple(result)
+
+
 def _elementwise(*operands):
-    # numpy's: torch's own imports sympy on first use
-    return np.broadcast_shapes(*(x.shape for x in operands if isinstance(x, Tensor)))
+    return broadcast(*(x.shape for x in operands if isinstance(x, Tensor)))
 
 
 def _joined(parts, dim=0):
