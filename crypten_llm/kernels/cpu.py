@@ -160,9 +160,21 @@ def _unpack(data, bits, keep, out):
 
 
 @compiled
-def _hide(share, mask, offset, keep, value):
+def _hide(share, mask, offset, bits, keep, value, out):
+    """value, and the same as ``_pack`` writes it."""
+    gathered, filled, place = np.uint64(0), 0, 0
     for i in range(share.shape[0]):
-        value[i] = (share[i] + mask[i] + offset) & keep
+        word = (share[i] + mask[i] + offset) & keep
+        value[i] = word
+        gathered |= np.uint64(word) << np.uint64(filled)
+        filled += bits
+        if filled >= 64:
+            out[place] = gathered
+            place += 1
+            filled -= 64
+            gathered = np.uint64(word) >> np.uint64(bits - filled) if filled else np.uint64(0)
+    if filled:
+        out[place] = gathered
 
 
 @compiled
@@ -184,20 +196,22 @@ def _cut(opened, count, offset, bits, shown, unwrapped):
 def pack(words, bits):
     flat = _flat(words)
     if bits == 64:
-        return torch.from_numpy(flat.view(np.uint8).copy())
+        return torch.from_numpy(np.ascontiguousarray(flat).view(np.uint8))
     out = np.empty((flat.size * bits + 63) // 64, dtype=np.uint64)
     _pack(flat, bits, np.uint64(_keep(bits)), out)
     return torch.from_numpy(out.view(np.uint8)[: (flat.size * bits + 7) // 8])
 
 
 def unpack(data, bits, shape):
+    if bits == 64 and data.storage_offset() % 8 == 0:
+        return data.view(torch.int64).view(shape)
     return torch.from_numpy(_unpacked(data, bits, math.prod(shape)).reshape(shape))
 
 
 def _unpacked(data, bits, count):
     raw = data.numpy()
     if bits == 64:
-        return raw.view(np.int64) if raw.ctypes.data % 8 == 0 else raw.copy().view(np.int64)
+        return raw.copy().view(np.int64)
     padded = np.empty((count * bits + 63) // 64 + 1, dtype=np.uint64)
     padded.view(np.uint8)[: raw.size] = raw
     out = np.empty(count, dtype=np.int64)
@@ -208,14 +222,13 @@ def _unpacked(data, bits, count):
 def hide(share, mask, offset, bits):
     flat = _flat(share)
     value = np.empty(flat.size, dtype=np.int64)
-    _hide(flat, _flat(mask), np.int64(offset), _keep(bits), value)
-    words = torch.from_numpy(value)
-    return words, pack(words, bits)
+    packed = np.empty((flat.size * bits + 63) // 64, dtype=np.uint64)
+    _hide(flat, _flat(mask), np.int64(offset), bits, _keep(bits), value, packed)
+    return torch.from_numpy(value), torch.from_numpy(packed.view(np.uint8)[: (flat.size * bits + 7) // 8])
 
 
 def show(value, packed, bits, shape):
-    theirs = _unpacked(packed, bits, value.numel())
-    out = theirs if bits < 64 else theirs.copy()
+    out = _unpacked(packed, bits, value.numel())
     _show(value.numpy(), _keep(bits), out)
     return torch.from_numpy(out.reshape(shape))
 

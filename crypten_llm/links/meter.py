@@ -134,14 +134,21 @@ class Meter:
         """
         assert channel in CHANNELS, f"unknown channel {channel!r}"
         with self._lock:
-            for cell, (out, back) in (cells or {}).items():
-                self._add((*cell, channel), 0, 0, out, back, 0.0)
-                sent, received = sent - out, received - back
+            if cells:
+                for cell, (out, back) in cells.items():
+                    self._add((*cell, channel), 0, 0, out, back, 0.0)
+                    sent, received = sent - out, received - back
             self._add((*self.cell, channel), rounds, messages, sent, received, seconds)
 
-    def _add(self, key, *counts):
-        before = self._traffic.get(key, (0, 0, 0, 0, 0.0))
-        self._traffic[key] = [one + more for one, more in zip(before, counts, strict=True)]
+    def _add(self, key, rounds, messages, sent, received, seconds):
+        cell = self._traffic.get(key)
+        if cell is None:
+            cell = self._traffic[key] = [0, 0, 0, 0, 0.0]
+        cell[0] += rounds
+        cell[1] += messages
+        cell[2] += sent
+        cell[3] += received
+        cell[4] += seconds
 
     def snapshot(self):
         """The `Totals` so far. Subtract two of them for the cost of what ran between."""

@@ -168,25 +168,26 @@ class Opening:
     def prepare(self, runtime, cell) -> tuple[Piece, Callable[[Tensor | None], Wire]]:
         """What travels, and what makes a wire of the sum."""
         self.check()
-        mask = runtime.mask(self.secret.shape, self.size)
-        offset = 0 if self.function or self.is_exact else 1 << (self.size - 2)
-        piece = Piece(tuple(self.secret.shape), self.size, cell, self.secret.share, mask.held, offset)
+        size, shape = self.size, self.secret.shape
+        mask = runtime.mask(shape, size)
+        offset = 0 if self.function or self.is_exact else 1 << (size - 2)
+        piece = Piece(tuple(shape), size, cell, self.secret.share, mask.held, offset)
         return piece, lambda public: self._wire(runtime, mask, public)
 
     def _wire(self, runtime, mask: Parts, public: Tensor | None) -> Wire:
-        secret, size, cut = self.secret, self.size, self.truncate
+        secret, size, cut, shape = self.secret, self.size, self.truncate, mask.shape
         if self.function:
             return Wire(None, [(-1, mask)], secret.scale, size, secret.bits, raw=public, mask=mask)
         if self.is_exact:  # each party has its share of the mask already
             return Wire(public, [(-1, mask)], secret.scale, size, secret.bits, public, mask)
         width = 64 if self.lifted else size - cut
-        dropped = runtime.deal(secret.shape, lambda: ring.shift_right(mask.held, cut), width)
+        dropped = runtime.deal(shape, lambda: ring.shift_right(mask.held, cut), width)
         masks: list[tuple[Any, Parts]] = [(-1, dropped)]
         shown = coefficient = None
         if public is not None:
             shown, coefficient = runtime.kernels.cut(public, cut, 1 << (size - 2 - cut), size, self.lifted)
         if self.lifted:
-            masks.append((coefficient, runtime.deal(secret.shape, lambda: ring.top_bit(mask.held, size))))
+            masks.append((coefficient, runtime.deal(shape, lambda: ring.top_bit(mask.held, size))))
         return Wire(shown, masks, secret.scale - cut, width, secret.bits, public, mask)
 
 

@@ -114,22 +114,30 @@ class Rounds:
             for item in running
             for request in item.requests
         ]
-        pieces = [piece for piece, _ in prepared]
-        opened = iter(self.runtime.exchange(pieces) if pieces else [])
-        finish = iter([finish for _, finish in prepared])
+        opened = self.runtime.exchange([piece for piece, _ in prepared]) if prepared else []
+        finish = zip([finish for _, finish in prepared], opened, strict=True)
         for item in running:
-            with self._meter.within(item.scope):
-                wires = [next(finish)(next(opened)) for _ in item.requests]
-            self._advance(item, wires)
+            self._advance(item, finish)
             if not item.is_done:
                 self._running.append(item)
 
-    def _advance(self, item: Running, wires: list | None) -> None:
-        with self._meter.within(item.scope):
-            try:
-                item.requests = item.protocol.send(wires)
-            except StopIteration as end:
-                item.is_done, item.result, item.requests = True, end.value, []
+    def _advance(self, item: Running, finish) -> None:
+        """finish: gives for each request what makes its wire, and of what; ``None`` at the start."""
+        meter = self._meter
+        if item.scope is meter.scope:
+            self._resume(item, finish)
+        else:
+            with meter.within(item.scope):
+                self._resume(item, finish)
+
+    def _resume(self, item: Running, finish) -> None:
+        try:
+            if finish is None:
+                item.requests = next(item.protocol)
+            else:
+                item.requests = item.protocol.send([make(of) for _, (make, of) in zip(item.requests, finish)])
+        except StopIteration as end:
+            item.is_done, item.result, item.requests = True, end.value, []
 
 
 def _opened(openings: list[Request]) -> Protocol:

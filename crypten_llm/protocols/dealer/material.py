@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from crypten_llm.kernels.ring import bytes_of
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 
 FRAME = 1 << 18  # bytes of material a message
@@ -54,16 +55,16 @@ class _Courier:
 
     def __init__(self, transport, party: int):
         self._transport, self._party = transport, party
-        self._frame, self._filled = torch.empty(FRAME, dtype=torch.uint8), 0
-        self._frames: queue.Queue[torch.Tensor | None] = queue.Queue(AHEAD // FRAME)
+        self._frame, self._filled = memoryview(bytearray(FRAME)), 0
+        self._frames: queue.Queue[memoryview | None] = queue.Queue(AHEAD // FRAME)
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None  # while a section is under way
 
     def write(self, data: torch.Tensor) -> None:
-        start, size = 0, data.numel()
+        source, start, size = bytes_of(data), 0, data.numel()
         while start < size:
             take = min(size - start, FRAME - self._filled)
-            self._frame[self._filled : self._filled + take] = data[start : start + take]
+            self._frame[self._filled : self._filled + take] = source[start : start + take]
             self._filled += take
             start += take
             if self._filled == FRAME:
@@ -78,7 +79,7 @@ class _Courier:
             self._thread = threading.Thread(target=self._send, name=f"material for party {self._party}", daemon=True)
             self._thread.start()
         self._frames.put(self._frame[: self._filled])
-        self._frame, self._filled = torch.empty(FRAME, dtype=torch.uint8), 0
+        self._frame, self._filled = memoryview(bytearray(FRAME)), 0
 
     def drain(self) -> None:
         """Returns once everything has left: the link is free for other messages."""
@@ -93,7 +94,8 @@ class _Courier:
         while (frame := self._frames.get()) is not None:
             try:
                 if not self._error:
-                    self._transport.send_stream(self._party, frame, channel=CHANNEL)
+                    data = torch.frombuffer(frame, dtype=torch.uint8)
+                    self._transport.send_stream(self._party, data, channel=CHANNEL)
             except BaseException as error:
                 self._error = error
 
@@ -132,22 +134,22 @@ class Receiving:
 
     def __init__(self, transport):
         self._transport = transport
-        self._left = torch.empty(0, dtype=torch.uint8)
+        self._left = memoryview(b"")
 
     def begin(self, label: str) -> None:
         pass
 
     def read(self, count: int) -> torch.Tensor:
         out, filled = torch.empty(count, dtype=torch.uint8), 0
+        target = bytes_of(out)
         while filled < count:
-            if not self._left.numel():
-                frame = self._transport.recv_stream(DEALER, FRAME, channel=CHANNEL)
-                self._left = torch.frombuffer(frame, dtype=torch.uint8)
-            take = min(count - filled, self._left.numel())
-            out[filled : filled + take] = self._left[:take]
+            if not self._left:
+                self._left = memoryview(self._transport.recv_stream(DEALER, FRAME, channel=CHANNEL))
+            take = min(count - filled, len(self._left))
+            target[filled : filled + take] = self._left[:take]
             self._left = self._left[take:]
             filled += take
         return out
 
     def end(self) -> None:
-        assert not self._left.numel(), "the dealer sent more than this section needs"
+        assert not self._left, "the dealer sent more than this section needs"

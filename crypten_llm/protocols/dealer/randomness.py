@@ -14,8 +14,8 @@ import torch
 from crypten_llm.kernels import ring
 
 KEY_BYTES = 32
-_BUFFER = 1 << 16
-_SMALL = 1 << 12  # draws up to here are cut from a buffer, to save calls of the kernel
+_BUFFER = 1 << 13  # words
+_SMALL = 1 << 9  # words: draws up to here are cut from a buffer, to save calls of the kernel
 
 
 def fresh_key() -> bytes:
@@ -39,22 +39,30 @@ class Stream:
             raise ValueError(f"a stream's key has {KEY_BYTES} bytes, not {len(key)}")
         self.device = torch.device(device)
         self._bytes = ring.on(device).KeyStream(key)
-        self._small = torch.empty(0, dtype=torch.uint8)  # key stream kept for small draws
+        self._kept = torch.empty(0, dtype=torch.int64)  # words of key stream for small draws
+        self._used = 0  # of those
         self.position = 0
 
-    def draw(self, count: int) -> torch.Tensor:
-        """``count`` uniform bytes, as a writable uint8 tensor whose memory nothing else refers to."""
-        self.position += count
+    def _words(self, count: int) -> torch.Tensor:
+        """The next ``count`` words, as a writable tensor whose memory nothing else refers to."""
         if count > _SMALL:
-            return self._bytes.fill(count)
-        if self._small.numel() < count:
-            self._small = self._bytes.fill(_BUFFER)
-        taken, self._small = self._small[:count], self._small[(count + 7) & ~7 :]  # words stay aligned
-        return taken
+            return self._bytes.fill(8 * count).view(torch.int64)
+        if self._kept.numel() - self._used < count:
+            self._kept, self._used = self._bytes.fill(8 * _BUFFER).view(torch.int64), 0
+        start, self._used = self._used, self._used + count
+        return self._kept[start : self._used]
+
+    def draw(self, count: int) -> torch.Tensor:
+        """``count`` uniform bytes, uint8; whole words are taken for them."""
+        self.position += count
+        return self._words((count + 7) // 8).view(torch.uint8)[:count]
 
     def ring(self, size, bits: int = 64) -> torch.Tensor:
         """Uniform elements of Z_2^bits of shape ``size``, as int64, non-negative below 64 bits."""
-        return ring.low_bits(self.table(size, 64), bits)
+        shape = (size,) if isinstance(size, int) else size
+        count = math.prod(shape)
+        self.position += 8 * count
+        return ring.low_bits(self._words(count).view(shape), bits)
 
     def bits(self, size, bitlength: int) -> torch.Tensor:
         """``ring`` with its bounds checked: ``bitlength`` from 1 to 64."""

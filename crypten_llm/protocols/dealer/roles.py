@@ -15,7 +15,7 @@ be skipped.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -30,7 +30,7 @@ from crypten_llm.roles import CLIENT, DEALER, OWNER
 PARTIES = (OWNER, CLIENT)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Parts:
     """What a role holds of a mask, or of a dealt value. held: a party's part; the dealer's whole. client: the client's
     part, which the dealer knows (``None`` at a party).
@@ -48,7 +48,7 @@ class Parts:
         return Parts(change(self.held), None if self.client is None else change(self.client))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Piece:
     """What a message carries of one value, modulo 2^bits.
 
@@ -63,11 +63,10 @@ class Piece:
     mask: Tensor | None = None
     offset: int = 0
     sender: int | None = None
+    size: int = field(init=False)  # bytes
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return ring.packed_size(math.prod(self.shape), self.bits)
+    def __post_init__(self):
+        self.size = ring.packed_size(math.prod(self.shape), self.bits)
 
     def sent_by(self, party: int) -> int:
         """Bytes that this party sends of it."""
@@ -213,7 +212,8 @@ class Party(Runtime):
 
     def exchange(self, pieces):
         hidden = [self._outgoing(piece) for piece in pieces]
-        message = torch.cat([packed for _, packed in hidden if packed is not None] or [_NOTHING])
+        packed = [data for _, data in hidden if data is not None]
+        message = packed[0] if len(packed) == 1 else torch.cat(packed or [_NOTHING])
         due = [piece.sent_by(self.other) for piece in pieces]
         theirs = self.transport.swap(self.other, message, sum(due), self._cells(pieces))
         results, start = [], 0
@@ -223,9 +223,12 @@ class Party(Runtime):
         return results
 
     def _cells(self, pieces) -> dict[tuple, list[int]]:
-        """By (phase, kind), the bytes of pieces that are sent and received."""
+        """By (phase, kind), the bytes of pieces that are sent and received elsewhere than in the step in progress."""
         cells: dict[tuple, list[int]] = {}
+        here = self.transport.meter.cell
         for piece in pieces:
+            if piece.cell == here:
+                continue
             counted = cells.setdefault(piece.cell, [0, 0])
             counted[0] += piece.sent_by(self.role)
             counted[1] += piece.sent_by(self.other)
@@ -256,7 +259,7 @@ class Owner(Party):
     role = OWNER
 
     def deal(self, shape, value, bits=64):
-        return Parts(self._streams[0].ring(shape, bits))
+        return Parts(self._streams[0].ring(shape))
 
     def deal_table(self, shape, bits, turned):
         return self._streams[0].table(shape, bits)
@@ -318,7 +321,7 @@ class Dealer(Runtime):
     def deal(self, shape, value, bits=64):
         result = value()
         assert result.shape == torch.Size(shape), f"dealt {tuple(result.shape)}, announced {tuple(shape)}"
-        correction = result - self._streams[OWNER].ring(shape, bits)
+        correction = result - self._streams[OWNER].ring(shape)
         self._material.write(CLIENT, self.kernels.pack(correction, bits))
         return Parts(result, correction)
 
