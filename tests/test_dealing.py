@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from wire_parties import key, run
 
 from crypten_llm.errors import PartyError
+from crypten_llm.kernels.ring import TABLE_WORDS, low_bits
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import Transport
-from crypten_llm.kernels.ring import TABLE_WORDS, low_bits
 from crypten_llm.protocols.dealer import material, tape
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.material import FRAME, Sending
