@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hf_models import tiny
@@ -25,8 +24,9 @@ from crypten_llm.errors import UsageError
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import Transport
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.protocols.dealer import roles as dealing
-from crypten_llm.protocols.dealer import tape
+from crypten_llm.protocols.dealer import roles, tape
+from crypten_llm.protocols.dealer.counting import Counting
+from crypten_llm.protocols.dealer.roles import ROLES, Dealer, Owner
 from crypten_llm.protocols.dealer.tape import Recording, Sizes, Tape
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 from crypten_llm.session.api import PrivateLlama, Request
@@ -37,19 +37,19 @@ ENGINE = {"activation": 14}
 CONFIG = {"hidden_size": 8}
 PLAN = {"prompt_tokens": 5, "max_new_tokens": 4, "chunk": 128, "policy": "full"}
 VALUE = torch.arange(12).view(3, 4)
-KEYS = [((3, 5), np.uint8), ((2,), np.uint64)]
+KEYS = [((3, 5), torch.uint8), ((2,), torch.int64)]
 SECTIONS = ("one", "two", "three")
 
 
 def program(runtime, sections=SECTIONS):
-    """What is dealt in each section: a masked value, keys of an odd size, and a value again."""
+    """What is dealt in each section: a masked value, keys of an odd size, and a value of 13 bits."""
     dealt = {}
     for label in sections:
         runtime.begin(label)
         mask = runtime.mask((3,))
         first = runtime.deal(VALUE.shape, lambda: VALUE)
-        keys = runtime.deal_arrays(KEYS, lambda: [np.full(shape, 7, dtype) for shape, dtype in KEYS])
-        dealt[label] = (mask, first, keys, runtime.deal((1,), lambda: torch.tensor([-5])))
+        keys = runtime.deal_common(KEYS, lambda: [torch.full(shape, 7, dtype=dtype) for shape, dtype in KEYS])
+        dealt[label] = (mask.held, first.held, keys, runtime.deal((1,), lambda: torch.tensor([-5]), 13).held)
         runtime.end()
     return dealt
 
@@ -58,10 +58,10 @@ def record(out, plan=PLAN, requests=2, progress=lambda count: None):
     """A tape of ``program``; returns what the dealer knows."""
     sizes = Sizes()
     links = SimpleNamespace(rank=DEALER, meter=Meter())
-    program(Runtime(DEALER, links, sizes.keys, sizes))
+    program(Counting(links, sizes))
     manifest = tape.make_manifest(ENGINE, CONFIG, "generate", plan, requests)
     with Recording(out, manifest, sizes, progress) as recording:
-        return program(Runtime(DEALER, links, recording.keys, recording))
+        return program(Dealer(links, recording.keys, recording))
 
 
 def links_of(rank):
@@ -82,16 +82,16 @@ def folder(tmp_path):
 def test_the_parties_read_what_was_dealt(tmp_path, sections):
     known = record(tmp_path / "tape")
     tapes = [open_tape(tmp_path / "tape", party) for party in (OWNER, CLIENT)]
-    shares = [program(Runtime(mine._transport.rank, mine._transport, mine.keys, mine), sections) for mine in tapes]
+    shares = [program(ROLES[mine._transport.rank](mine._transport, mine.keys, mine), sections) for mine in tapes]
     for label in sections:
         (mask0, first0, keys0, last0), (mask1, first1, keys1, last1) = (dealt[label] for dealt in shares)
         assert torch.equal(mask0 + mask1, known[label][0])
-        assert torch.equal(first0 + first1, VALUE) and (last0 + last1).item() == -5
+        assert torch.equal(first0 + first1, VALUE) and (last0 + last1).item() % 2**13 == 2**13 - 5
         for ours, theirs, (shape, dtype) in zip(keys0, keys1, KEYS, strict=True):
             assert ours.dtype == theirs.dtype == dtype and (ours == 7).all() and (theirs == 7).all()
             assert ours.shape == theirs.shape == shape
     keys = 3 * 5 + 2 * 8
-    for mine, expected in zip(tapes, (keys, keys + 13 * 8), strict=True):
+    for mine, expected in zip(tapes, (keys, keys + 12 * 8 + 2), strict=True):
         seen = mine._transport.meter.snapshot().dealer
         assert (seen.bytes_received, seen.rounds) == (len(sections) * expected, 0), "the report's offline bytes"
 
@@ -109,14 +109,14 @@ def test_a_section_is_read_once_and_whole(folder):
 
 
 def test_burned_on_disk_before_the_first_mask(folder, monkeypatch):
-    events, fsync, replace, derive = [], os.fsync, os.replace, dealing.derive_key
+    events, fsync, replace, derive = [], os.fsync, os.replace, roles.derive_key
     monkeypatch.setattr(
         os, "fsync", lambda fd: (events.append(f"fsync {os.readlink(f'/proc/self/fd/{fd}')}"), fsync(fd))
     )
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append("replace"), replace(old, new)))
-    monkeypatch.setattr(dealing, "derive_key", lambda *key: (events.append("stream"), derive(*key))[1])
+    monkeypatch.setattr(roles, "derive_key", lambda *key: (events.append("stream"), derive(*key))[1])
     mine = open_tape(folder, OWNER)
-    runtime = Runtime(OWNER, mine._transport, mine.keys, mine)
+    runtime = Owner(mine._transport, mine.keys, mine)
     assert events == []
     runtime.begin("one")
     assert events == [f"fsync {folder}/owner.burning", "replace", f"fsync {folder}", "stream"]
@@ -131,7 +131,7 @@ def test_a_used_tape_is_refused_and_empty(folder):
     mine.begin("one")
     after = (folder / "client.tape").read_bytes()
     assert len(after) < 500 and mine.keys[0] in before and mine.keys[0] not in after
-    assert mine.read(13 * 8 + 31).size == 135, "the material is there for this process alone"
+    assert mine.read(13 * 8 + 31).numel() == 135, "the material is there for this process alone"
     mine.close()
     with pytest.raises(UsageError, match=r"used on 20..-.*masks hide one run only; deal another: .*--prompt-tokens 5"):
         open_tape(folder, CLIENT)
@@ -219,7 +219,7 @@ def test_files_that_are_not_this_partys_tape(folder, tmp_path, monkeypatch):
         open_tape(folder / "manifest.json", OWNER)
     with pytest.raises(UsageError, match="no tape at .*/nowhere: No such file"):
         open_tape(tmp_path / "nowhere", OWNER)
-    for name, changed in (("__version__", "9.9"), ("wire.tape.program", lambda: "changed")):
+    for name, changed in (("__version__", "9.9"), ("protocols.dealer.tape.program", lambda: "changed")):
         with monkeypatch.context() as patched:
             patched.setattr(f"crypten_llm.{name}", changed)
             message = r"was dealt by version .*, this is .*(9\.9|changed).*; deal another with this version: "

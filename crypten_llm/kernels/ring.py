@@ -46,7 +46,9 @@ class Kernels(Protocol):
         """The low ``bits`` of each word, one behind the other: uint8 [ceil(N bits / 8)], perhaps in the words' memory."""
 
     def unpack(self, data: Tensor, bits: int, shape: tuple) -> Tensor:
-        """The inverse of ``pack``: words of ``shape`` modulo 2^bits, non-negative below 64 bits."""
+        """The inverse of ``pack``: words of ``shape`` modulo 2^bits, non-negative below 64 bits; these may be the
+        memory of ``data``.
+        """
 
     def hide(self, share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:
         """share + mask + offset modulo 2^bits, as words [N] and packed."""
@@ -56,7 +58,7 @@ class Kernels(Protocol):
 
     def cut(self, opened: Tensor, count: int, offset: int, bits: int, lifted: bool) -> tuple[Tensor, Tensor | None]:
         """(opened >> count) - offset, unsigned; and (1 - bit ``bits - 1``) << (bits - count), ``None`` unless
-        ``lifted``.
+        ``lifted``, for which bits - count is below 64.
         """
 
     # Trigonometric sums: an angle is a word m times 2^shift, in units of 2^-64 turns.

@@ -232,7 +232,12 @@ def plain(opened: Wire) -> Wire:
 
 def shares_of(runtime, x: Wire) -> Tensor:
     """Additive shares behind a wire, valid modulo its ring; local."""
-    return runtime.share(x.shape, lambda: runtime.plus(masked(x), x.public))
+
+    def share() -> Tensor:
+        assert x.public is not None, "what was opened for a function is no wire"
+        return runtime.plus(masked(x), x.public)
+
+    return runtime.share(x.shape, share)
 
 
 def joined(wires: list[Wire], dim: int) -> Wire:
