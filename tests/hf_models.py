@@ -68,6 +68,8 @@ FAMILIES: dict[str, dict] = {
         rope_parameters=dict(rope_type="dynamic", rope_theta=1e6, factor=2.0),
     ),
     "mistral": dict(model_type="mistral", sliding_window=None, head_dim=12),
+    # A window as long as the context; prompts of tests fill both.
+    "mistral_window": dict(model_type="mistral", sliding_window=30, max_position_embeddings=30),
 }
 EVERY_CASE = CASES | FAMILIES
 

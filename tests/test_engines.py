@@ -7,6 +7,7 @@ import pytest
 import torch
 from hf_models import EVERY_CASE, FAMILIES, options, reference_logits, tiny
 from parties import run
+from safetensors.torch import load_file, save_file
 
 from crypten_llm.commands import cli
 from crypten_llm.engines import check_engine
@@ -53,6 +54,38 @@ def test_plain_equals_hugging_face(tmp_path, case):
     expected = reference_logits(reference, IDS, prefill=20)
     decoded = logits_in_pieces(model, IDS, [20] + [1] * 10, 0)
     torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
+
+
+class Watched(PlainEngine):
+    """Notes which norm's output each product was announced to take, and which it took."""
+
+    def __init__(self):
+        super().__init__()
+        self.announced, self.taken, self.normed = [], [], []
+
+    def prepare(self, weight, norm=None):
+        self.announced.append((id(weight), norm if norm is None else id(norm)))
+
+    def rms_norm(self, x, weight, eps, scale):
+        out = super().rms_norm(x, weight, eps, scale)
+        self.normed.append((out, weight))
+        return out
+
+    def linear(self, x, weight, bias=None):
+        before = [id(norm) for out, norm in self.normed if out is x]
+        self.taken.append((id(weight), *(before or [None])))
+        return super().linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("case", ["gqa", "tied", "mlp_bias", *FAMILIES])
+def test_products_are_announced_with_the_norm_before_them(tmp_path, case):
+    folder, _ = tiny(tmp_path, **EVERY_CASE[case])
+    config, engine = LlamaConfig.from_folder(folder), Watched()
+    weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
+    model = Llama(engine, config, weights)
+    assert engine.announced.pop(0) == (id(weights["model.embed_tokens.weight"]), None)  # as a table
+    logits_in_pieces(model, IDS, [30], 30)
+    assert engine.announced == engine.taken and len(engine.taken) == 7 * config.num_hidden_layers + 1
 
 
 LONG = torch.randint(3, 97, (100,), generator=torch.Generator().manual_seed(6))
@@ -230,6 +263,18 @@ def test_crypten_logits_are_close_to_plain(tmp_path, model):
 @pytest.mark.parametrize("model", [options("qwen3"), options("qwen3_options")])
 def test_crypten_logits_of_another_family_are_close_to_plain(tmp_path, model):
     folder, _ = tiny(tmp_path, **model)
+    expected = logits_in_pieces(load_plain(folder), IDS[:6], [4, 2], 6)
+    value = run(party_jobs.logits, str(folder), IDS[:6], [4, 2])[1]
+    assert (value - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_norms_on_heads_are_brought_into_their_domain(tmp_path):
+    """Queries 32 times as large leave it and keys a 32nd, unless each norm is given its own power of four."""
+    folder, _ = tiny(tmp_path, **FAMILIES["qwen3"])
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        tensors[name] = tensors[name] * (32 if ".q_proj." in name else 1 / 32 if ".k_proj." in name else 1)
+    save_file(tensors, folder / "model.safetensors")
     expected = logits_in_pieces(load_plain(folder), IDS[:6], [4, 2], 6)
     value = run(party_jobs.logits, str(folder), IDS[:6], [4, 2])[1]
     assert (value - expected).abs().max() < 0.05 * expected.abs().max()

@@ -17,7 +17,7 @@ A model family, in four steps:
    harmless. A window shorter than the context is refused too: nothing computes one.
 3. In tests/hf_models.py an entry of ``FAMILIES`` for each of its options. Configs, weights and logits (to 1e-4, on
    engine ``plain``, every parameter random) are then held against transformers' model of that type.
-4. In tests/test_config.py its real config.json, and every field of it that would change the function, refused; in
+4. In tests/test_family.py its real config.json, and every field of it that would change the function, refused; in
    tests/test_engines.py and tests/test_wire_engine.py one model on engines ``crypten`` and ``wire``.
 """
 
