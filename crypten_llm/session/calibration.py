@@ -76,7 +76,7 @@ def measure(config, weights: dict[str, torch.Tensor]) -> Ranges:
 
     Random tokens stand for a prompt, drawn with a fixed seed; they are no secret, and other text may reach further.
     """
-    context = config.max_position_embeddings
+    context = config.context
     count = min(ROWS, context)
     recorder = _Recorder(context / count)
     ids = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
