@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hf_models import CASES, tiny
+from hf_models import CASES, FAMILIES, tiny
 from wire_parties import CLIENT, DEALER, OWNER, run
 
 from crypten_llm.engines.plain.engine import PlainEngine
@@ -264,6 +264,17 @@ def logits(engine, folder, pieces, prompt=IDS):
 def test_logits_of_a_whole_model_are_close_to_plain(tmp_path, case):
     """Prefill in two chunks, then two decoded tokens over the cache."""
     folder, _ = tiny(tmp_path, **CASES[case])
+    pieces = [7, 5, 1, 1]
+    expected = logits(PLAIN, folder, pieces)
+    found = run(logits, folder, pieces, engine=True).results[CLIENT]
+    assert expected.abs().max() > 3
+    assert (found - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_logits_of_another_family_are_close_to_plain(tmp_path, case):
+    """Norms on heads, whose output is rotated, not multiplied by a matrix."""
+    folder, _ = tiny(tmp_path, **FAMILIES[case])
     pieces = [7, 5, 1, 1]
     expected = logits(PLAIN, folder, pieces)
     found = run(logits, folder, pieces, engine=True).results[CLIENT]

@@ -68,6 +68,10 @@ class Normed:
         assert order[-1] == len(order) - 1, "the normed dimension stays the last"
         return self._view(lambda part: part.permute(*order))
 
+    def reshape(self, *shape):
+        assert shape[-1] == self.size, "the normed dimension stays the last"
+        return Normed(self.unit.reshape(*shape), self.root.reshape(*shape[:-1], 1), self.gamma)
+
 
 class Scaled:
     """A product that waits: raw * root, element-wise, to be opened together with the others of its norm."""
