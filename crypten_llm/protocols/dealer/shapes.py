@@ -60,6 +60,7 @@ RULES = {
     Tensor.neg: _elementwise,
     Tensor.__and__: _elementwise,
     Tensor.__lshift__: _elementwise,
+    Tensor.__rshift__: _elementwise,
     Tensor.cumsum: lambda x, dim: x.shape,
     Tensor.sum: _summed,
     torch.cat: _joined,
