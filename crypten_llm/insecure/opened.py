@@ -23,8 +23,8 @@ class OpenedEngine(WireEngine):
     shown_what = "queries, keys and choices"
     shown_why = "trace of an eviction policy: nothing is private"
 
-    def __init__(self, transport):
-        super().__init__(transport)
+    def __init__(self, transport, **options):
+        super().__init__(transport, **options)
         self.shown = RevealLog()
 
     @property

@@ -9,6 +9,7 @@ After a choice both go on with that of ``wire``; and each layer's queries, keys 
 they are.
 """
 
+import inspect
 import math
 from dataclasses import dataclass, replace
 
@@ -84,8 +85,8 @@ class TrackedEngine(OpenedEngine):
 
     name = "wire, held against plain"
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         self.findings: list[Finding] = []
         self.chosen: list[Chosen] = []
         self.twin = PlainEngine()
@@ -199,7 +200,12 @@ class TrackedEngine(OpenedEngine):
 def _following(name: str):
     if name in CHOICES:
         return lambda self, x, argument: self.choose_alike(name, x, argument)
-    return lambda self, *arguments: self.follow(name, *arguments)
+    signature = inspect.signature(OPERATIONS[name].protocol)
+
+    def run(self, *arguments, **options):
+        return self.follow(name, *signature.bind(self, *arguments, **options).args[1:])
+
+    return run
 
 
 for _name in OPERATIONS:

@@ -20,8 +20,8 @@ def normalize(runtime, wire: Wire, top: int, segments: int, table: list[int]) ->
     The integers z * 2^scale below 4^(-segments) 2^top keep k = segments - 1 and land below 1/4.
     The comparison looks at the top bits only: next to a power of four the first may miss [1/4, 1) by 2^-8 of itself.
 
-    Error: none. Cost: no message; dealer about 33 (n - 1) bytes a value to the client and to the owner (a comparison
-    key).
+    Error: none. Cost: no message; dealer 33 m + 16 bytes a value to each party, a comparison key for m = n - 1 bits or
+    n - top + 2 segments + 5 where those are fewer, and 24 bytes to the client (16 for n = 64).
     """
     assert len(table) == segments, f"{len(table)} table entries for {segments} segments"
     size, shape = wire.width, wire.shape

@@ -78,9 +78,11 @@ class Rounds:
         """Runs programs that know nothing of each other, and shares their rounds: whenever all that have not ended wait
         for one, one message carries what all of them open. Returns what each returned.
 
-        They take turns in the order in which they are given, alike on every role. A program that raises ends all.
+        They take turns in the order in which they are given, alike on every role. A program that raises ends all, and
+        what they had asked for is forgotten.
         """
         assert not self._strands, "programs side by side are not nested"
+        before = list(self._running)
         hub, results, outer = getcurrent(), {}, self._meter.exchange_scopes([self._meter.scope])
         strands = [greenlet(program, hub) for program in programs]
         scopes = {strand: [outer[-1]] for strand in strands}
@@ -100,8 +102,11 @@ class Rounds:
                     self._round()
         finally:
             left, self._strands = list(self._strands), {}
-            for strand in left:
+            for strand in left:  # after an error: each leaves the steps that it was in
+                self._meter.exchange_scopes(scopes[strand])
                 strand.throw()
+            if left:
+                self._running = [item for item in self._running if item in before]
             self._meter.exchange_scopes(outer)
         return [results[strand] for strand in strands]
 

@@ -38,7 +38,7 @@ def top(runtime, x: Wire, count: int, pairs_up_to: int) -> Protocol:
 def by_pairs(runtime, x: Wire, count: int) -> Protocol:
     """``top`` by all comparisons: a value's rank is the number of those before it.
 
-    Cost: 2 rounds; for each of the N (N - 1) / 2 pairs that of ``Below`` with words of 1 byte (2 for N > 256); for each
+    Cost: 2 rounds; for each of the N (N - 1) / 2 pairs that of ``below`` with words of 1 byte (2 for N > 256); for each
     value m bits each way and 2^m dealer words of 4 bytes, m = ceil(log2 N).
     """
     rank = yield from _ranks(runtime, x)
@@ -78,7 +78,8 @@ def by_tournament(runtime, x: Wire) -> Protocol:
     """``top`` for count 1: blocks of 8 by pairs, then the largest of each block, and so on.
 
     Cost: for L = ceil(log8 N) levels 4 L rounds for 2 levels and more (L - 2 of them to compose); about 4 comparisons
-    of ``by_pairs`` a value, and what composing takes: twice l bits each way and l of the dealer's a value and level.
+    of ``by_pairs`` a value, and what composing takes: for each level but the last, l bits a value and 2 l a block each
+    way, l a value and l a block of the dealer's.
     """
     n, levels = x.shape[-1], []
     while n > 1:
@@ -115,7 +116,8 @@ def by_search(runtime, x: Wire, count: int) -> Protocol:
     as are missing, from the lowest index on.
 
     Cost: with I = ceil((l - 1) / 3) iterations 3 I + 3 rounds; a value and iteration one table of digits and 7
-    openings of 5 bits with 32 words of 1 byte (2 for N > 127), and at the end about two comparisons more.
+    openings of 5 bits with 32 words of 1 byte (2 for N > 127), and at the end about two comparisons more; a row and
+    iteration l bits each way and for each of 7 counts m bits and 2^m dealer words of 8 bytes, m = ceil(log2(N + 1)).
     """
     n, width = x.shape[-1], x.width
     narrow = 8 if n < 128 else 16 if n < 1 << 15 else 32
@@ -170,7 +172,7 @@ def largest(runtime, x: Wire) -> Protocol:
     bits.
 
     Reveals: openings behind fresh uniform masks. Error: none.
-    Cost: 3 ceil(log2 N) - 1 rounds for an opened x; N - 1 comparisons of ``Below`` with words of 1 byte, each with 1
+    Cost: 3 ceil(log2 N) - 1 rounds for an opened x; N - 1 comparisons of ``below`` with words of 1 byte, each with 1
     bit each way for it and 2 l dealer bits; l bits each way for each value of a level but the first.
     """
     scale, width, bits = x.scale, x.width, x.bits

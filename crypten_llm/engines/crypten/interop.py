@@ -73,10 +73,10 @@ class CryptenBeside:
         """MPCTensors of the wire engine's ``handles``, all in one go.
 
         Shapes: those of the handles, which are results of its operations: no cached rows, weights or norms.
-        Reveals: nothing where it is local; else x + r for a fresh uniform mask r, to both parties (``protocols.opening``).
+        Reveals: nothing where it is local; else x + r for a fresh uniform mask r, to both (``protocols.opening``).
         Error: none for a handle with at most ``precision_bits`` fractional bits, else a unit of those.
         Cost: local for a share that is valid modulo 2^64 and has at most ``precision_bits`` fractional bits. All
-        others: 1 round together, ceil(width / 8) bytes an element each way, dealer 16 bytes an element.
+        others: 1 round together, width / 8 bytes an element each way, packed, dealer 16 bytes an element.
         Raises: Overflow where |x| < 2^bits, as declared, leaves CrypTen's 62 bits; UsageError for another handle.
         """
         f = self.precision_bits

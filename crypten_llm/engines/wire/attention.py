@@ -194,7 +194,8 @@ def mass(engine, weights, queries):
     ``DRAWN`` bits.
 
     ``mix`` has left the wires of weights and of 1 / sum. Cost: 2 rounds; for each of G * M rows 8 bytes each way
-    and 8 of the dealer's, for each of G * N results 7 bytes each way and 24 of the dealer's.
+    and, where bits are dropped, as many less those of the dealer's; for each of G * N results the bits of the weights'
+    ring, 7 bytes or 5, each way, and those and 16 bytes of the dealer's.
     """
     wire, inverse = weights.wires  # inverse: of twice the sum
     growth = bits_for(queries.abs().sum().item())

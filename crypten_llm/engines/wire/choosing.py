@@ -23,7 +23,7 @@ from crypten_llm.protocols.comparison import below, bit_opening, ordered, times_
 from crypten_llm.protocols.dealer.shapes import broadcast
 from crypten_llm.protocols.opening import Opening, Secret
 
-# Up to so many candidates all pairs are compared. For one row of 256 scores that takes 3.5 MB and 3 rounds, the search
+# Up to so many candidates all pairs are compared. For one row of 256 scores that takes 3.4 MB and 3 rounds, the search
 # 1.2 MB and 26 rounds (tests/test_wire_selection_cost.py); 23 rounds of a wide network (20 ms) take as long as 5.7 MB
 # of it (100 Mbit/s), but rows share rounds and not bytes.
 PAIRS = 256

@@ -105,7 +105,7 @@ class WireEngine(Engine):
         return weight.matrices[key]
 
     def tokens(self, ids, count, vocab_size):
-        return OneHot(ids, count, vocab_size)
+        return OneHot(ids if self.rank == CLIENT else None, count, vocab_size)
 
     def secret(self, value, shape, source):
         scale = self.config.activation

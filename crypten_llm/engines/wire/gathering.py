@@ -65,8 +65,8 @@ def scatter_weights(engine, choice, weights, count):
     """Error: a unit of ``SCATTERED`` bits of each weight, where some were picked; ``mix`` divides by the rounded
     ones' sum.
 
-    Cost: 1 round (none without picks): the G * M * count weights in a ring of 7 bytes each way with as many of the
-    dealer's each, and the picks where ``gather_scores`` has not opened them; dealer the bits of a ring for each of
+    Cost: 1 round (none without picks): the G * M * count weights in a ring of 7 bytes each way with 5 of the dealer's
+    each, and the picks where ``gather_scores`` has not opened them; dealer the bits of a ring for each of
     G * M * C * size results.
     """
     runtime, c = engine.runtime, engine.config

@@ -35,8 +35,8 @@ def contents(engine, rows):
 def fixed(engine, x, values=False):
     """Error: a unit of ``key`` bits, of ``value`` bits for values.
 
-    Cost: with the next message, the bits of a ring an element each way, and as many of the dealer's. First 1 round where
-    x's ring is too small for products.
+    Cost: as new rows, with the next message: the bits of a ring an element each way, and those that are not dropped of
+    the dealer's (of values 128, and a second opening). First 1 round where x's ring is too small for products.
     """
     c, x = engine.config, (yield from value(engine, x))
     scale, width = (c.value, c.mixed_width) if values else (c.key, c.activation + c.key + 8)
