@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import joined, open_wires, run, share, value
 
-from crypten_llm.kernels import cpu, dcf
-from crypten_llm.protocols import fits, fourier
-from crypten_llm.protocols.normalize import normalize
+from crypten_llm.kernels import cpu, ring, dcf
+from crypten_llm.protocols import fits, smooth
 from crypten_llm.protocols.opening import Opening, Overflow
+from crypten_llm.protocols.smooth import normalize
 
 TARGETS = {
     fits.exponential: torch.exp,
@@ -40,7 +40,7 @@ def evaluated(fit, x: torch.Tensor, scale: int, fraction: int = 22, shift: float
         (wire,) = open_wires(
             runtime, [Opening(share(runtime, integers, scale), ring=scale + fit.period, function=True)]
         )
-        return fourier.evaluate(runtime, wire, fit, fraction, bits=5, shift=shift)
+        return smooth.evaluate(runtime, wire, fit, fraction, bits=5, shift=shift)
 
     outcome = run(job)
     assert (outcome.results[0].scale, outcome.results[0].width) == (2 * fraction, 64)
@@ -107,7 +107,7 @@ def test_outside_the_domain_the_sum_goes_on_periodically_and_bounded(make):
 
 @pytest.mark.parametrize("shift", [-9.0, -0.3, 5.0])
 def test_a_public_shift(shift):
-    fit = fits.exponential()
+    fit = fits.stored("exp")
     x = grid((fit.low, fit.high, 50)) - shift
     found = evaluated(fit, x, 30, shift=shift)
     assert (found - (x + shift).exp()).abs().max() <= 1.05 * fit.error + fits.rounding(fit, 22)
@@ -139,15 +139,15 @@ def test_public_factors_do_not_depend_on_the_machine(kernel, types):
 
 
 def test_more_elements_than_one_block():
-    x = grid((-1, 1, fourier.BLOCK + 77))
-    fit = fits.silu_even()
+    x = grid((-1, 1, smooth.BLOCK + 77))
+    fit = fits.stored("silu")
     assert (evaluated(fit, x, 20) - fit((x * 2**20).round() / 2**20)).abs().max() <= fits.rounding(fit, 22)
 
 
 def test_a_function_wants_its_own_period():
     def job(runtime):
         (wire,) = open_wires(runtime, [Opening(share(runtime, torch.tensor([1]), 14), ring=20, function=True)])
-        fourier.evaluate(runtime, wire, fits.exponential(), 22, bits=1)
+        smooth.evaluate(runtime, wire, fits.stored("exp"), 22, bits=1)
 
     with pytest.raises(AssertionError, match=r"open exp modulo 2\^19"):
         run(job)
@@ -208,7 +208,7 @@ def compared(alpha, beta, points, bits, seed=0):
     generator = np.random.default_rng(seed)
     seeds = [tensor(words) for words in generator.integers(0, 2**64, (2, len(alpha), 2), dtype=np.uint64)]
     common = cpu.compare_keys(tensor(alpha), tensor(beta), *seeds, bits)
-    assert [(part.shape, part.dtype) for part in common] == dcf.sizes(bits, len(alpha)), "sizes are announced"
+    assert [(part.shape, part.dtype) for part in common] == ring.key_sizes(bits, len(alpha)), "sizes are announced"
     return [cpu.compare(seeds[party], common, party, tensor(points)).numpy().view(np.uint64) for party in (0, 1)]
 
 

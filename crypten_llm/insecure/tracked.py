@@ -17,10 +17,10 @@ import torch
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire import choosing
+from crypten_llm.engines.wire.attention import Rows
 from crypten_llm.engines.wire.handles import Reshaped, Scaled, Weights
 from crypten_llm.engines.wire.keeping import dropped
 from crypten_llm.engines.wire.operations import OPERATIONS
-from crypten_llm.engines.wire.rows import Rows
 from crypten_llm.insecure.finding import FLOAT, Finding, outside, worst
 from crypten_llm.insecure.opened import OpenedEngine
 from crypten_llm.protocols.opening import Secret

@@ -135,6 +135,29 @@ def packed_size(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
+def broadcast(*shapes) -> tuple[int, ...]:
+    """The shape of an element-wise result. torch's own function imports sympy on first use."""
+    result = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for place, size in enumerate(shape, len(result) - len(shape)):
+            if size != 1:
+                if result[place] not in (1, size):
+                    raise ValueError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not broadcast")
+                result[place] = size
+    return tuple(result)
+
+
+def key_sizes(bits: int, count: int) -> list[tuple[tuple, torch.dtype]]:
+    """Shapes and dtypes of what both parties' keys for ``count`` comparisons have in common, in the order they travel:
+    correction words of the seeds, of the values, and the left control bit and twice the right one.
+    """
+    return [
+        ((bits, count, 2), torch.int64),
+        ((bits + 1, count, 2), torch.int64),
+        ((bits, count), torch.uint8),
+    ]
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on a processor as writable bytes, no copy."""
     return memoryview(tensor.numpy()).cast("B") if tensor.numel() else memoryview(b"")

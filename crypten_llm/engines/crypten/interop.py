@@ -17,11 +17,11 @@ from crypten.mpc.provider.provider import TupleProvider  # noqa: E402
 from crypten_llm import compat
 from crypten_llm.engines.crypten import bridge
 from crypten_llm.engines.crypten.bridge import TransportCommunicator, crypten
-from crypten_llm.engines.wire.handles import Reshaped, Scaled
-from crypten_llm.engines.wire.values import value
+from crypten_llm.engines.wire.handles import Reshaped, Scaled, value
 from crypten_llm.errors import UsageError
+from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.dealer.roles import Piece
-from crypten_llm.protocols.dealer.shapes import broadcast, shape_only
+from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
 from crypten_llm.roles import DEALER, OWNER
 

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from crypten_llm.engines.wire.handles import Picks
+from crypten_llm.engines.wire.handles import Picks, roomy, value
 from crypten_llm.engines.wire.numbers import SCATTERED, bits_for, whole_bytes
 from crypten_llm.engines.wire.operations import operation, unit, valued
-from crypten_llm.engines.wire.values import roomy, value
 from crypten_llm.protocols import products
 from crypten_llm.protocols.opening import Opening, Secret, Wire, plain, shares_of
 

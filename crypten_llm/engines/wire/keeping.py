@@ -10,14 +10,13 @@ import math
 import torch
 
 from crypten_llm.engines.wire.arithmetic import scale as scaled
-from crypten_llm.engines.wire.attention import rounded_rows
+from crypten_llm.engines.wire.attention import Rows, rearranged, rounded_rows, settled
 from crypten_llm.engines.wire.attention import rows as new_rows
 from crypten_llm.engines.wire.choosing import opened_for
 from crypten_llm.engines.wire.gathering import hot_wire
+from crypten_llm.engines.wire.handles import roomy, value
 from crypten_llm.engines.wire.numbers import PRECISION
 from crypten_llm.engines.wire.operations import operation, unit
-from crypten_llm.engines.wire.rows import Rows, rearranged, settled
-from crypten_llm.engines.wire.values import roomy, value
 from crypten_llm.protocols import products
 from crypten_llm.protocols.comparison import below, bit_opening, difference, ordered, times_bits
 from crypten_llm.protocols.opening import Secret, shares_of

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from crypten_llm.kernels.ring import broadcast
+
 
 class Shape:
     """Stands for a tensor of 64-bit integers that nobody here has; operations give the shape of their result."""
@@ -108,18 +110,6 @@ class Shape:
 
 def shape_only(shape) -> Shape:
     return Shape(shape)
-
-
-def broadcast(*shapes) -> tuple[int, ...]:
-    """The shape of an element-wise result. torch's own function imports sympy on first use."""
-    result = [1] * max(map(len, shapes))
-    for shape in shapes:
-        for place, size in enumerate(shape, len(result) - len(shape)):
-            if size != 1:
-                if result[place] not in (1, size):
-                    raise ValueError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not broadcast")
-                result[place] = size
-    return tuple(result)
 
 
 def _joined(parts, dim: int = 0) -> Shape:
