@@ -100,7 +100,7 @@ def predict(
     links.say({"config": config.to_dict(), "norm_scales": {}})
     party.load()
     counted = _entries(links, machine, network)
-    if plan.policy == "full":
+    if not generation.parse_policy(plan.policy).acts:
         _count_alike_layers_once(party.model, links)
     caches = _keep_caches(party.model)
     party.start_request()

@@ -108,14 +108,10 @@ class Attention(EngineModule):
                     query, key = self.q_norm(query), self.k_norm(key)
             query_before, key_before = query, key
             query, key = engine.rotate(query, *rotary), engine.rotate(key, *rotary)
-            if policy:
-                query, key, value = policy.enter(engine, cache.layer, query, key, value)
+            query, key, value = policy.enter(engine, cache.layer, query, key, value)
             cache.append(engine.rows(key), engine.rows(value, values=True))
             query = query.reshape(self.kv_heads, group * rows, self.head_dim)
-        choice = None
-        if policy:
-            query_before = query_before.reshape(self.kv_heads, group * rows, self.head_dim)
-            choice = cache.choose(query, query_before)
+        choice = cache.choose(query, query_before)
         with engine.operation(f"{self.label} scores", "scores"):
             scores = engine.scores(query, cache.keys)
             gathered = scores if choice is None else engine.gather_scores(choice, scores)
@@ -125,13 +121,11 @@ class Attention(EngineModule):
             if choice is not None:
                 weights = engine.scatter_weights(choice, weights, len(cache))
             mixed = engine.mix(weights, cache.values)
-            if policy:
-                mixed = policy.leave(engine, cache.layer, mixed)
+            mixed = policy.leave(engine, cache.layer, mixed)
             mixed = mixed.reshape(self.heads, rows, self.head_dim).permute(1, 0, 2)
             out = self.o_proj(mixed.reshape(rows, self.heads * self.head_dim))
-        if policy:
-            rotated = {"query": query, "key": key, "value": value, "scores": scores, "weights": weights}
-            cache.show(rows, **rotated, query_before=query_before, key_before=key_before)
+        rotated = {"query": query, "key": key, "value": value, "scores": scores, "weights": weights}
+        cache.show(rows, **rotated, query_before=query_before, key_before=key_before)
         return out
 
     def _split(self, x, heads):

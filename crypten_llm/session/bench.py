@@ -114,7 +114,7 @@ def _build(engine, config, shape):
         layer.layer.keys, layer.layer.values = rows(-1 - 2 * i, size), rows(-2 - 2 * i, size, values=True)
     cache.follow(parse_policy(shape.policy), shape.kv_len)
     for i, layer in enumerate(cache.layers):
-        if layer.policy is not None:
+        if layer.policy.acts:
             query = (kv_heads, heads // kv_heads, dim)
             layer.show_last(engine.secret(_random(FIRST_QUERY + i, query) if is_owner else None, query, OWNER))
     cache.end_prompt()

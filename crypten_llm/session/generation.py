@@ -110,7 +110,7 @@ def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | 
     """
     engine, model, meter = party.engine, party.model, party.engine.meter
     cache = model.new_cache()
-    cache.follow(parse_policy(plan.policy), plan.prompt_tokens)
+    cache.follow(party.make_policy(plan.policy), plan.prompt_tokens)
     party.reveals.public(f"prompt length: {plan.prompt_tokens} tokens", "shapes and rounds depend on it")
     limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
     party.reveals.public(f"request: {limits}", "all parties run the same program")

@@ -6,12 +6,13 @@ weights, the client's alone sees the prompt, the dealer sees shapes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from time import perf_counter
 
 from tqdm import tqdm
 
+import eviction
 from crypten_llm.errors import PartyError, UsageError, unheard
 from crypten_llm.links.meter import Meter, peak_bytes
 from crypten_llm.models import checkpoint
@@ -27,10 +28,19 @@ HEARTBEAT_SECONDS = 1.0  # between the owner's signs of life while it reads its 
 class Party:
     """A compute party: an engine, the shared model, and what has been revealed so far.
 
-    transport is ``None`` on engine ``plain``, where one process is owner and client at once.
+    transport is ``None`` on engine ``plain``, where one process is owner and client at once. make_policy: of a request,
+    from its text; one that watches another, such as a ``Recorder``, can take its place.
     """
 
-    def __init__(self, engine, transport=None, compute_parties: int = 1, owner: int = OWNER, client: int = CLIENT):
+    def __init__(
+        self,
+        engine,
+        transport=None,
+        compute_parties: int = 1,
+        owner: int = OWNER,
+        client: int = CLIENT,
+        make_policy: Callable[[str], eviction.Policy] = generation.parse_policy,
+    ):
         self.engine = engine
         self.transport = transport
         self.compute_parties = compute_parties
@@ -39,6 +49,7 @@ class Party:
         self.reveals = self.load_reveals = RevealLog()
         self.model: Llama | None = None
         self.requests = 0
+        self.make_policy = make_policy
 
     @property
     def is_client(self) -> bool:
