@@ -196,7 +196,7 @@ def _cut(opened, count, offset, bits, shown, unwrapped):
 def pack(words, bits):
     flat = _flat(words)
     if bits == 64:
-        return torch.from_numpy(np.ascontiguousarray(flat).view(np.uint8))  # a strided view has no bytes of its own
+        return torch.from_numpy(flat.copy().view(np.uint8))  # a strided view has no bytes of its own
     out = np.empty((flat.size * bits + 63) // 64, dtype=np.uint64)
     _pack(flat, bits, np.uint64(_keep(bits)), out)
     return torch.from_numpy(out.view(np.uint8)[: (flat.size * bits + 7) // 8])

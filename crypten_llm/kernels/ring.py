@@ -43,7 +43,7 @@ class Kernels(Protocol):
     # What travels.
 
     def pack(self, words: Tensor, bits: int) -> Tensor:
-        """The low ``bits`` of each word, one behind the other: uint8 [ceil(N bits / 8)], perhaps in the words' memory."""
+        """The low ``bits`` of each word, one behind the other: uint8 [ceil(N bits / 8)]."""
 
     def unpack(self, data: Tensor, bits: int, shape: tuple) -> Tensor:
         """The inverse of ``pack``: words of ``shape`` modulo 2^bits, non-negative below 64 bits; these may be the

@@ -125,8 +125,8 @@ class Opening:
 
     Reveals: x + r modulo 2^ring for a fresh mask r uniform modulo 2^ring: a uniform value, to both parties.
     Error: rounding by less than one unit of the new scale, unbiased; none without truncation.
-    Cost: ring bits an element each way, packed; dealer, where bits are dropped, ring - truncate bits an element, and of a
-    lifted wire 128 (none of an opening of 64 bits that drops none).
+    Cost: ring bits an element each way, packed; dealer, where bits are dropped, ring - truncate bits an element, and of
+    a lifted wire 128 (none of an opening of 64 bits that drops none).
     Raises: Overflow when the declared |x| does not fit the ring, or the share is not valid there.
     Source: a masked opening as in Ben-Efraim et al. (Turbospeedz, ACNS 2019); truncation with a wrap bit as in
     Escudero et al. (CRYPTO 2020), section 5.1, here without the wrap bit where the narrower ring is enough.

@@ -8,6 +8,7 @@ cache with the next layer's scores, and one sequence's openings with another's.
 A request is counted, and named in errors, as the step that was in progress when its protocol was started.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -140,7 +141,8 @@ class Rounds:
             if finish is None:
                 item.requests = next(item.protocol)
             else:
-                item.requests = item.protocol.send([make(of) for _, (make, of) in zip(item.requests, finish)])
+                wires = [make(of) for make, of in itertools.islice(finish, len(item.requests))]
+                item.requests = item.protocol.send(wires)
         except StopIteration as end:
             item.is_done, item.result, item.requests = True, end.value, []
 

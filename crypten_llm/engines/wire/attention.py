@@ -1,7 +1,7 @@
 """Attention on engine ``wire``: rotated queries against cached keys, softmax, and the values that it mixes.
 
-Owns these operations, each with what is declared of it (``operations``), and the cached rows that they read. ``mass`` is
-for eviction policies (``eviction.operations``), and reads what ``mix`` has opened.
+Owns these operations, each with what is declared of it (``operations``), and the cached rows that they read. ``mass``
+is for eviction policies (``eviction.operations``), and reads what ``mix`` has opened.
 """
 
 import weakref
@@ -120,8 +120,8 @@ def scores(engine, query, keys):
 
 def _weighed(engine, out, scores, mask=None):
     """The fit of exp and a unit of 28 bits in each root, where the row's sum of exp(s - score_limit) is ``total``; a
-    unit of ``root`` bits after the row was scaled. Then a score's own error, which multiplies its weight, and the largest of
-    a row, which divides all of them.
+    unit of ``root`` bits after the row was scaled. Then a score's own error, which multiplies its weight, and the
+    largest of a row, which divides all of them.
     """
     visible, errors = scores.value, scores.error
     if mask is not None:

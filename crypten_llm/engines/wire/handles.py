@@ -1,8 +1,8 @@
 """What engine ``wire`` hands out beside ``Secret``, and what is behind it: values that wait for an opening, or that are
 more than one value.
 
-Owns these handles, and the openings that operations have in common. Products of a norm's output wait until somebody needs
-them (``Scaled``), so that all of them travel together.
+Owns these handles, and the openings that operations have in common. Products of a norm's output wait until somebody
+needs them (``Scaled``), so that all of them travel together.
 """
 
 import math

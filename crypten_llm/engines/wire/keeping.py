@@ -55,8 +55,8 @@ def take(engine, rows, index):
 def keep(engine, rows, picks):
     """Error: none.
 
-    Cost: 1 round with 7 bytes each way for each of the [G or 1, K, N] picks, once; dealer the bits of a ring for each of
-    the [G, K, D] results, which are opened with the next message as new rows are.
+    Cost: 1 round with 7 bytes each way for each of the [G or 1, K, N] picks, once; dealer the bits of a ring for each
+    of the [G, K, D] results, which are opened with the next message as new rows are.
     """
     yield from settled(rows)
     operand = rows.operand
@@ -74,8 +74,8 @@ def keep(engine, rows, picks):
 def drop(engine, rows, hot):
     """Each row moves up by one from the dropped one on: row j is row j + 1, or itself if the dropped one is later.
 
-    Error: none. Cost: 1 round with 1 bit each way for each of [G or 1, N - 1]; dealer the bits of the rows' ring for each
-    and for each of the [G, N - 1, D] results, which are opened with the next message as new rows are.
+    Error: none. Cost: 1 round with 1 bit each way for each of [G or 1, N - 1]; dealer the bits of the rows' ring for
+    each and for each of the [G, N - 1, D] results, which are opened with the next message as new rows are.
     """
     yield from settled(rows)
     hot, wire = (yield from value(engine, hot)), products.unfold(engine.runtime, rows.operand)

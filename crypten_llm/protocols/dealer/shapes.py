@@ -1,8 +1,8 @@
 """What the dealer holds where a party holds a share: its shape.
 
 Owns the arithmetic of shapes. torch's tensors without contents (device ``meta``) know it too, but each of their
-operations costs many times what a party's does, and some load torch's compiler on first use. Those that protocols use on
-shares are answered here in Python.
+operations costs many times what a party's does, and some load torch's compiler on first use. Those that protocols use
+on shares are answered here in Python.
 """
 
 from __future__ import annotations
