@@ -10,7 +10,8 @@ import pytest
 from hf_models import tiny
 from programs import GENERATE, Program, error_line
 
-from crypten_llm.commands.cli import _parser, _prompt, main
+from crypten_llm.commands.cli import _parser, main
+from crypten_llm.commands.options import prompt
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.launch import LocalParties
 
@@ -112,7 +113,7 @@ def test_one_newline_at_the_end_of_a_prompt_file_is_not_part_of_it(monkeypatch, 
     path.write_bytes(written.encode())
     monkeypatch.setattr(sys, "stdin", io.StringIO(written, newline=None))
     arguments = _parser().parse_args(["generate", "--prompt-file", str(path) if source == "file" else "-"])
-    assert _prompt(arguments) == {"prompt": asked}
+    assert prompt(arguments) == {"prompt": asked}
 
 
 def test_a_wrong_world_size(capsys, monkeypatch):

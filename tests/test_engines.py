@@ -9,6 +9,7 @@ from hf_models import CASES, options, reference_logits, tiny
 from parties import run
 
 from crypten_llm.commands import cli
+from crypten_llm.commands.options import settings
 from crypten_llm.engines import check_engine
 from crypten_llm.engines.crypten.engine import CryptenConfig
 from crypten_llm.engines.plain.engine import PlainEngine
@@ -17,7 +18,7 @@ from crypten_llm.links.transport import HEADER
 from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
-from crypten_llm.session.settings import ProtocolConfig
+from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 
 IDS = torch.randint(3, 97, (30,), generator=torch.Generator().manual_seed(5))
 
@@ -192,8 +193,8 @@ def test_defaults_are_the_declared_ones():
 @pytest.mark.parametrize("command", ["generate", "bench", "party"])
 def test_the_command_line_and_a_program_have_the_same_defaults(command):
     """A client that is a program meets parties that commands started."""
-    arguments = cli._parser().parse_args([command])
-    assert ProtocolConfig(arguments.engine, arguments.parties, arguments.precision_bits) == ProtocolConfig()
+    given = settings(cli._parser().parse_args([command]))
+    assert split(given) == (ProtocolConfig(), LaunchConfig(progress=given["progress"]))
     assert ProtocolConfig().precision_bits == CryptenConfig().precision_bits
 
 

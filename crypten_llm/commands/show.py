@@ -3,20 +3,25 @@
 Owns what is printed during ``generate`` and ``bench``. stdout gets the answer and the JSON; stderr the rest.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from crypten_llm.commands.cost import Prediction
-from crypten_llm.commands.debug_compare import Comparison
 from crypten_llm.errors import CryptenLLMError
 from crypten_llm.session.api import PrivateLlama, Request, Result, check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Progress, Step
 from crypten_llm.session.report import cost_table, revealed_table, size
 from crypten_llm.session.settings import ProtocolConfig, split
+
+if TYPE_CHECKING:  # of commands that bring engine wire along
+    from crypten_llm.commands.cost import Prediction
+    from crypten_llm.commands.debug_compare import Comparison
 
 
 def say(text: str = "") -> None:

@@ -16,6 +16,7 @@ import torch
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import ENDED, UsageError, public_words, unheard
 from crypten_llm.models import checkpoint
+from crypten_llm.models.tokenizer import encode_prompt
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import launch
 from crypten_llm.session.bench import Shape
@@ -189,8 +190,8 @@ class PrivateLlama:
         return self._tokenizer is not None
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt``, as ``generate`` uses them."""
-        return list(self.tokenizer(prompt)["input_ids"])
+        """Token ids of ``prompt``, as ``generate`` uses them (see ``tokenizer.encode_prompt``)."""
+        return encode_prompt(self.tokenizer, prompt)
 
     def _ids_of(self, request: Request) -> list[int]:
         return self.encode(request.prompt) if request.prompt else _one_row(request.input_ids)
