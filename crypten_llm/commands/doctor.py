@@ -12,6 +12,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from crypten_llm.errors import how_to_install
+
 PACKAGES = (
     "torch",
     "crypten",
@@ -74,7 +76,8 @@ def _packages():
         except PackageNotFoundError:
             missing.append(name)
     if missing:
-        raise Failed(f"{', '.join(missing)} not installed; run 'make install'")
+        advice = "; ".join(dict.fromkeys(how_to_install(name) for name in missing))
+        raise Failed(f"{', '.join(missing)} not installed; {advice}")
     return ", ".join(found)
 
 
