@@ -203,24 +203,35 @@ def test_a_model_file_without_its_package_names_it(tmp_path, monkeypatch, conten
         load_tokenizer(tmp_path)
 
 
-def test_a_digest_is_of_what_the_file_says(folder):
+def test_a_digest_is_of_what_ids_stand_for(folder):
     shipped = tokenizer.digest(SHIPPED)
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
-    assert tokenizer.digest(folder) == shipped and len(shipped) == 64
+    assert len(shipped) == 64 and tokenizer.digest_of(load_tokenizer("shipped")) == shipped
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(folder)
     no_post_processor(folder)
+    assert tokenizer.digest(folder) == tokenizer.digest_of(AutoTokenizer.from_pretrained(folder)) == shipped
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"added_tokens": [{"id": 9, "content": "<new>"}]}))
     assert tokenizer.digest(folder) != shipped
+    path.write_text("{")
+    with pytest.raises(UsageError, match="tokenizer.json: not a usable tokenizer"):
+        tokenizer.digest(folder)
     path.unlink()
     assert tokenizer.digest(folder) is None
 
 
 def test_a_chat_template_is_seen(folder):
-    assert not tokenizer.has_chat_template(SHIPPED) and not tokenizer.has_chat_template(folder)
+    def seen():
+        fast = load_tokenizer(folder)
+        assert tokenizer.has_chat_template(fast) == tokenizer.has_chat_template(fast.full)
+        return tokenizer.has_chat_template(fast)
+
+    assert not seen()
     change(folder / "tokenizer_config.json", chat_template="{{ messages }}")
-    assert tokenizer.has_chat_template(folder)
+    assert seen()
     change(folder / "tokenizer_config.json", chat_template=None)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert tokenizer.has_chat_template(folder)
+    assert seen()
 
 
 def test_transformers_is_not_imported():

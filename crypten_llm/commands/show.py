@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from crypten_llm.errors import CryptenLLMError
+from crypten_llm.models.tokenizer import has_chat_template
 from crypten_llm.session.api import PrivateLlama, Request, Result, check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Progress, Step
@@ -34,6 +35,8 @@ def show_generation(request: Request, model: str, tokenizer: str | None, as_json
     say(_who(protocol))
     with PrivateLlama.from_pretrained(model, tokenizer=tokenizer, first=request, **settings) as llama:
         say(f"model shared in {llama.load_seconds:.1f} s")
+        if request.prompt is not None and not request.chat and has_chat_template(llama.tokenizer):
+            say("the tokenizer has a chat template, which is not applied to the prompt; --chat applies it")
         _stream(llama, request, launched.progress, show_text=not as_json)
         result = llama.result
     say()

@@ -189,15 +189,47 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return ids[1:] if tokenizer("")["input_ids"][:1] == first and ids[:2] == first * 2 else ids
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Whether the folder says how a conversation is written for its model."""
-    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a conversation as the tokenizer's chat template writes it, up to where the answer begins.
+
+    Raises UsageError when there is no template, or it refuses the messages.
+    """
+    if not has_chat_template(tokenizer):
+        raise UsageError("the tokenizer has no chat template; ask without --chat (chat=, messages=), as text")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise UsageError(f"the chat template cannot be applied ({first_line(error)}); ask without --chat") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes the special tokens
+
+
+def has_chat_template(tokenizer) -> bool:
+    """Whether it says how a conversation is written for its model."""
+    if not isinstance(tokenizer, Tokenizer):
+        return bool(tokenizer.chat_template)
+    if (tokenizer.folder / "chat_template.jinja").exists():
         return True
-    return bool(_json(folder / "tokenizer_config.json").get("chat_template"))
+    return bool(_json(tokenizer.folder / "tokenizer_config.json").get("chat_template"))
 
 
 def digest(folder: Path) -> str | None:
-    """SHA-256 of what ``tokenizer.json`` says, however it is laid out; None of a folder that has none."""
-    content = _json(folder / "tokenizer.json")
-    written = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(written.encode("utf-8", "surrogatepass")).hexdigest() if content else None
+    """SHA-256 of which token each id stands for by ``tokenizer.json``; None of a folder that has none.
+
+    Two files of one model agree, whichever release wrote them and whatever rules for splitting text they hold.
+    Raises UsageError for a file that cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        if not (content := _json(path)):
+            return None
+        vocabulary = content["model"]["vocab"]  # ids by token, or [token, score] in the order of ids
+        tokens = {row[0]: i for i, row in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
+        tokens |= {token["content"]: token["id"] for token in _added(content)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{path}: not a usable tokenizer ({first_line(error)}); download it again") from error
+    return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()
+
+
+def digest_of(tokenizer) -> str | None:
+    """``digest`` of the folder that a tokenizer was loaded from."""
+    return digest(tokenizer.folder if isinstance(tokenizer, Tokenizer) else Path(tokenizer.name_or_path))

@@ -9,6 +9,7 @@ HELP = "answer a prompt that nobody else sees, with weights that you do not see"
 def options(parser: Parser) -> None:
     shared.add_model_and_prompt(parser)
     add = parser.add_argument
+    add("--chat", action="store_true", help="apply the tokenizer's chat template to the text, as a user's message")
     add("--max-new-tokens", type=int, default=32, metavar="N", help="(default: 32)")
     add("--temperature", type=float, metavar="T", help="sample with this temperature instead of greedy decoding")
     add("--top-k", type=int, metavar="K", help="sample among the K best tokens")
@@ -38,5 +39,6 @@ def run(arguments) -> None:
         hide_length=arguments.hide_length,
         prefill_chunk=arguments.chunk,
         policy=shared.policy(arguments),
+        chat=arguments.chat,
     )
     show_generation(request, arguments.model, arguments.tokenizer, arguments.json, **shared.settings(arguments))
