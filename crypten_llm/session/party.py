@@ -8,6 +8,7 @@ weights, the client's alone sees the prompt, the dealer sees shapes.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
 
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from tqdm import tqdm
 import eviction
 from crypten_llm.errors import PartyError, UsageError, unheard
 from crypten_llm.links.meter import Meter, peak_bytes
-from crypten_llm.models import checkpoint
+from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER
@@ -48,6 +49,7 @@ class Party:
         self.rank = transport.rank if transport else 0
         self.reveals = self.load_reveals = RevealLog()
         self.model: Llama | None = None
+        self.tokens_digest: str | None = None  # of the owner's tokenizer, where its model has one
         self.requests = 0
         self.make_policy = make_policy
 
@@ -125,6 +127,11 @@ class Party:
             announced, weights = self._open_model(folder, progress) if self.is_owner else (self._await(progress), {})
             config, scales = LlamaConfig.from_dict(announced["config"]), announced["norm_scales"]
             self.reveals.public("architecture (config.json)", "all parties run the same program")
+            self.tokens_digest = announced.get("tokens")
+            if self.tokens_digest:
+                self.reveals.public(
+                    "digest of the tokenizer's vocabulary", "the client's ids stand for the same tokens"
+                )
             self.engine.expect("model", config.to_dict(), self.requests)
             if scales:
                 why = "keeps values in the secure functions' domain"
@@ -142,8 +149,10 @@ class Party:
             raise UsageError("the owner was started without a model; give it --model")
         with unheard():
             config = LlamaConfig.from_folder(folder)
+            tokens = tokenizer.digest(Path(folder))
             weights = self._read_weights(folder, config, progress)
-        announced = {"config": config.to_dict(), "norm_scales": self.engine.calibrate(config, weights)}
+        scales = self.engine.calibrate(config, weights)
+        announced = {"config": config.to_dict(), "norm_scales": scales, "tokens": tokens}
         return self.from_owner(announced), weights
 
     def _read_weights(self, folder, config, progress: bool) -> dict:
