@@ -2,6 +2,7 @@
 
 OWNER = 0
 CLIENT = 1
+DEALER = 2  # of two compute parties, as on engine ``wire``
 
 
 def role_names(compute_parties: int) -> list[str]:

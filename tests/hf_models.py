@@ -1,7 +1,7 @@
-"""Tiny random Hugging Face Llama models, one per option, as the reference for every engine.
+"""Tiny random Hugging Face models, one per option, as the reference for every engine.
 
-Owns the table of options (`CASES`) and the reference logits. Every parameter is random, biases and norm weights
-included: a bug in one that is zero or one could not be seen.
+Owns the tables of options (`CASES` of Llama, `FAMILIES` of others) and the reference logits. Every parameter is
+random, biases and norm weights included: a bug in one that is zero or one could not be seen.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 BASE = dict(
     vocab_size=97,
@@ -56,23 +55,46 @@ CASES: dict[str, dict] = {
     "bf16": dict(dtype=torch.bfloat16),
     "sharded": dict(max_shard_size="20KB"),
 }
+FAMILIES: dict[str, dict] = {
+    "qwen3": dict(model_type="qwen3", head_dim=12),
+    "qwen3_options": dict(
+        model_type="qwen3", head_dim=8, num_key_value_heads=4, attention_bias=True, tie_word_embeddings=True
+    ),
+    "qwen3_rope": dict(
+        model_type="qwen3",
+        head_dim=8,
+        rms_norm_eps=1e-2,
+        max_position_embeddings=16,
+        rope_parameters=dict(rope_type="dynamic", rope_theta=1e6, factor=2.0),
+    ),
+    "mistral": dict(model_type="mistral", sliding_window=None, head_dim=12),
+    # A window as long as the context; prompts of tests fill both.
+    "mistral_window": dict(model_type="mistral", sliding_window=30, max_position_embeddings=30),
+}
+EVERY_CASE = CASES | FAMILIES
 
 
 def options(*cases: str):
-    """A test's parameter: several of ``CASES`` in one model, for runs too dear to be made for each."""
-    return pytest.param({key: value for case in cases for key, value in CASES[case].items()}, id=" ".join(cases))
+    """A test's parameter: several of ``EVERY_CASE`` in one model, for runs too dear to be made for each."""
+    return pytest.param({key: value for case in cases for key, value in EVERY_CASE[case].items()}, id=" ".join(cases))
 
 
 def tiny(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", seed: int = 0, **overrides
-) -> tuple[Path, LlamaForCausalLM]:
-    """Save a seeded random Llama to `folder`/model and load it back; returns (that folder, the model in eval mode).
+    folder: str | Path,
+    *,
+    model_type: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    seed: int = 0,
+    **overrides,
+) -> tuple[Path, PreTrainedModel]:
+    """Save a seeded random model to `folder`/model and load it back; returns (that folder, the model in eval mode).
 
     `dtype` is that of the file; the returned model computes in float32 on the rounded weights. `overrides` are
-    fields of transformers' LlamaConfig.
+    fields of transformers' config for `model_type`.
     """
     folder = Path(folder) / "model"
-    model = LlamaForCausalLM(LlamaConfig(**BASE | overrides))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **BASE | overrides))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -84,19 +106,19 @@ def tiny(
                 noise = 1 + 0.3 * noise if "norm" in name else 0.3 * noise
             parameter.copy_(noise)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return folder, model.eval()
 
 
 @torch.no_grad()
-def reference_logits(model: LlamaForCausalLM, ids, prefill: int | None = None) -> torch.Tensor:
+def reference_logits(model: PreTrainedModel, ids, prefill: int | None = None) -> torch.Tensor:
     """Logits after each token. Shapes: ids [T] (list or tensor) to [T, vocab_size], float32.
 
     The first `prefill` tokens (all by default) go through in one call, the rest one by one through the cache.
     """
     ids = torch.as_tensor(ids).reshape(1, -1)
     # Dynamic RoPE remembers the longest sequence it has seen; each reference starts afresh.
-    model.model.rotary_emb = LlamaRotaryEmbedding(config=model.config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     prefill = ids.shape[1] if prefill is None else prefill
     output = model(ids[:, :prefill], use_cache=True)
     logits = [output.logits[0]]

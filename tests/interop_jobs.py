@@ -9,9 +9,9 @@ from crypten_llm.engines.crypten.interop import CryptenBeside
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.insecure.audit import audited
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.roles import ROLES
 from crypten_llm.protocols.dealer.tape import Tape
-from crypten_llm.protocols.opening import Opening, Secret, as_secret, open_wires
+from crypten_llm.protocols.opening import Opening, Secret, as_secret
 from crypten_llm.session.reveal import RevealLog
 
 PRECISION = 15
@@ -37,7 +37,7 @@ def _there_and_back(engine, beside, value, scale, width):
     with engine.section(f"scale {scale}, width {width}"):
         whole = (value.double() * 2**scale).round().long()
         (secret,) = inputs(engine, value)
-        share = secret.share if engine.rank == 2 else whole * (engine.rank == 0)
+        share = engine.runtime.share(secret.shape, lambda: whole, lambda: torch.zeros_like(whole))
         before = engine.meter.snapshot()
         (tensor,) = beside.to_crypten(Secret(share, scale, width, 7))
         back = beside.to_wire(tensor, bits=7)
@@ -50,7 +50,7 @@ def at_once(engine, value):
     """Three conversions, two of which need an opening: their values and the rounds they take together."""
     with CryptenBeside(engine, PRECISION) as beside, engine.section("test"):
         (x,) = inputs(engine, value)
-        (narrow,) = open_wires(engine.runtime, [Opening(x, truncate=2)])
+        (narrow,) = engine.rounds.open(Opening(x, truncate=2))
         first = as_secret(engine.runtime, narrow)
         wide = Secret(x.share << 4 if engine.rank < 2 else x.share, x.scale + 4, 64, x.bits)
         before = engine.meter.snapshot()
@@ -62,7 +62,8 @@ def at_once(engine, value):
 @torch.inference_mode()
 def crypten_between(engine, x, w):
     """linear (wire) -> an operation of CrypTen -> linear (wire), for each: value, rounds and bytes."""
-    engine.runtime = audited(Runtime)(engine.rank, engine.transport, engine.runtime._keys)
+    runtime = audited(ROLES[engine.rank])(engine.transport, engine.runtime._keys)
+    engine = WireEngine(engine.transport, runtime=runtime)
     found = {}
     with CryptenBeside(engine, PRECISION) as beside:
         for name, operation in OPERATIONS.items():

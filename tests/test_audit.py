@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from hf_models import CASES, tiny
-from wire_parties import run, share
+from wire_parties import open_wires, run, share
 
 from crypten_llm.commands import cli, debug_compare
 from crypten_llm.insecure.audit import MaskReused
-from crypten_llm.protocols.dealer import roles as dealing
-from crypten_llm.protocols.opening import Opening, open_wires
+from crypten_llm.protocols.dealer.roles import Dealer, Party, Piece
+from crypten_llm.protocols.opening import Opening
 
 VALUES = torch.arange(40).view(4, 10)
 
@@ -36,8 +36,8 @@ def opened_behind_a_stored_mask(runtime):
 
 
 def without_a_mask(runtime):
-    if not runtime.is_dealer:
-        runtime.exchange(torch.zeros(24, dtype=torch.uint8))
+    nothing = runtime.share((3,), lambda: torch.zeros(3, dtype=torch.int64))
+    runtime.exchange([Piece((3,), 64, runtime.transport.meter.cell, nothing, nothing)])
 
 
 def fewer_masks_than_words(runtime):
@@ -79,15 +79,19 @@ def test_a_run_whose_cache_grows_passes(model):
 
 def test_a_mask_that_a_whole_run_uses_twice_is_named(model, monkeypatch):
     """From the second decode step on, keys and values of layer 1 get the masks that they had before."""
-    mask, kept = dealing.Runtime.mask, {}
+    kept = {}
 
-    def careless(runtime, shape, bits=64):
-        where = runtime.transport.meter.where
-        if "decode: layer 1 scores" not in where:
-            return mask(runtime, shape, bits)
-        return kept.setdefault((runtime.role, tuple(shape), bits), mask(runtime, shape, bits))
+    def make_careless(kind, mask):
+        def careless(runtime, shape, bits=64):
+            where = runtime.transport.meter.where
+            if "decode: layer 1 scores" not in where:
+                return mask(runtime, shape, bits)
+            return kept.setdefault((runtime.role, tuple(shape), bits), mask(runtime, shape, bits))
 
-    monkeypatch.setattr(dealing.Runtime, "mask", careless)
+        monkeypatch.setattr(kind, "mask", careless)
+
+    for kind in (Party, Dealer):
+        make_careless(kind, kind.mask)
     place = "request 1 token [12], decode: layer 1 scores"
     with pytest.raises(MaskReused, match=f"a mask in '{place}' is the one that hid a value in '{place}'"):
         debug_compare.audit(model, [1, 5, 9], steps=4)

@@ -5,7 +5,7 @@ import json
 import huggingface_hub
 import pytest
 import torch
-from hf_models import CASES, tiny
+from hf_models import CASES, EVERY_CASE, tiny
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
@@ -32,9 +32,9 @@ def folder(tmp_path):
     return tiny(tmp_path)[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_equals_hugging_face(case, tmp_path):
-    folder, model = tiny(tmp_path, **CASES[case])
+    folder, model = tiny(tmp_path, **EVERY_CASE[case])
     config = LlamaConfig.from_folder(folder)
     reference = model.state_dict()
     if config.tie_word_embeddings:

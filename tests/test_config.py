@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from hf_models import CASES, tiny
+from hf_models import EVERY_CASE, tiny
 
 from crypten_llm.errors import UsageError
 from crypten_llm.models.config import LlamaConfig, RopeConfig
+from crypten_llm.models.family import FAMILIES
 
 LLAMA_2_7B = {
     "_name_or_path": "meta-llama/Llama-2-7b-hf",
@@ -123,15 +124,19 @@ def test_llama_1():
     assert (config.bos_token_id, config.eos_token_ids) == (0, (1,))
 
 
-def test_defaults_are_transformers():
-    from transformers import LlamaConfig as Reference
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_defaults_are_transformers(model_type):
+    from transformers import AutoConfig
 
-    config, reference = LlamaConfig.from_dict(SMALL), Reference(**SMALL)
+    given = SMALL | {"model_type": model_type, "hidden_size": 64, "num_attention_heads": 32}
+    reference = AutoConfig.for_model(**given)
+    # Without a window, which by default some families have.
+    config = LlamaConfig.from_dict(given | {"sliding_window": None})
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "bos_token_id"):
         assert getattr(config, name) == getattr(reference, name)
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        assert getattr(config, name) == getattr(reference, name)
-    assert config.eos_token_ids == (reference.eos_token_id,)
+        assert getattr(config, name) == getattr(reference, name, False)
+    assert config.eos_token_ids == (() if reference.eos_token_id is None else (reference.eos_token_id,))
     assert config.rope == RopeConfig(theta=reference.rope_parameters["rope_theta"])
 
 
@@ -141,9 +146,9 @@ def test_round_trip(d):
     assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_what_transformers_saves(case, tmp_path):
-    folder, model = tiny(tmp_path, **CASES[case])
+    folder, model = tiny(tmp_path, **EVERY_CASE[case])
     config = LlamaConfig.from_folder(folder)
     rope = model.config.rope_parameters
     assert (config.rope.type, config.rope.theta) == (rope["rope_type"], rope["rope_theta"])
@@ -156,7 +161,8 @@ def test_what_transformers_saves(case, tmp_path):
         "attention_bias",
         "mlp_bias",
     ):
-        assert getattr(config, name) == getattr(model.config, name)
+        assert getattr(config, name) == getattr(model.config, name, False)
+    assert config.model_type == model.config.model_type
     assert LlamaConfig.from_dict(config.to_dict()) == config
 
 
@@ -218,6 +224,10 @@ def test_eos_null_is_no_eos():
         {"unsloth_version": "2024.9"},
         {"temperature": 0.6, "do_sample": True},
         {"id2label": {"0": "LABEL_0"}, "pruned_heads": {}},
+        {"unk_token_id": 0, "tensor_parallel": True, "cache_implementation": "static"},
+        {"base_model_name_or_path": "owner/base", "ignore_keys_at_rope_validation": ["rope_theta"]},
+        {"activation": "swiglu"},
+        {"activation": "silu", "hidden_act": "silu"},
         {"quantization_config": None, "head_dim": None, "num_key_value_heads": None, "rope_theta": None},
     ],
 )
@@ -225,9 +235,35 @@ def test_harmless_fields(harmless):
     assert LlamaConfig.from_dict(SMALL | harmless) == LlamaConfig.from_dict(SMALL)
 
 
+@pytest.mark.parametrize(
+    "rope, context",
+    [
+        ({}, 64),
+        ({"type": "linear", "factor": 4.0}, 256),
+        ({"type": "linear", "factor": 2.5}, 160),
+        ({"type": "dynamic", "factor": 4.0}, 256),
+        # Here max_position_embeddings says itself how far it has been stretched.
+        ({"type": "linear", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"type": "linear", "factor": 8.0, "original_max_position_embeddings": 16}, 128),
+        # transformers stretches these beyond max_position_embeddings alone.
+        ({"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}, 256),
+        (LLAMA3_ROPE | {"original_max_position_embeddings": 16}, 64),
+    ],
+)
+def test_context(rope, context):
+    config = LlamaConfig.from_dict(SMALL | {"max_position_embeddings": 64, "rope_scaling": rope})
+    assert (config.context, config.max_position_embeddings) == (context, 64)
+    assert LlamaConfig.from_dict(config.to_dict()).context == context
+
+
 REFUSED = [
-    ({"model_type": "mistral"}, "model_type is 'mistral'; only 'llama' is supported"),
-    ({"model_type": None}, "model_type is None; only 'llama'"),
+    ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are llama, mistral, qwen3"),
+    ({"model_type": None}, "model_type is None; supported are llama"),
+    ({"model_type": ["llama"]}, r"model_type is \['llama'\]; supported are llama"),
+    ({"use_sliding_window": True}, "use_sliding_window is True; this field is not supported"),
+    ({"activation": "gelu"}, "activation is 'gelu'; only 'silu' is supported"),
+    ({"activation": ["silu"]}, r"activation is \['silu'\]; only 'silu' is supported"),
+    ({"hidden_act": "swiglu"}, "hidden_act is 'swiglu'; only 'silu' is supported"),
     ({"architectures": ["LlamaModel"]}, r"architectures is \['LlamaModel'\]; only \['LlamaForCausalLM'\]"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
     (
@@ -318,6 +354,10 @@ def test_not_an_object():
 def test_a_config_made_in_code_is_checked_too():
     with pytest.raises(UsageError, match="num_key_value_heads 3"):
         LlamaConfig(97, 32, 48, 2, 4, 3, 8)
+    with pytest.raises(UsageError, match="model_type is 'gpt2'; supported are"):
+        LlamaConfig(97, 32, 48, 2, 4, 2, 8, model_type="gpt2")
+    with pytest.raises(UsageError, match="mlp_bias is True; models of type 'qwen3' have no such bias"):
+        LlamaConfig(97, 32, 48, 2, 4, 2, 8, model_type="qwen3", mlp_bias=True)
 
 
 def write(folder, **files):

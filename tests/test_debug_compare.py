@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hf_models import CASES, tiny
 
 from crypten_llm.commands import cli, debug_compare
-from crypten_llm.engines.wire import bounds as wire_bounds
-from crypten_llm.engines.wire import engine as wire_engine
-from crypten_llm.engines.wire import handles as wire_handles
-from crypten_llm.engines.wire import numbers as wire_scales
+from crypten_llm.engines.wire.engine import WireEngine, domains
+from crypten_llm.engines.wire.handles import Normed
+from crypten_llm.engines.wire.numbers import WireConfig
+from crypten_llm.engines.wire.operations import OPERATIONS
 from crypten_llm.errors import CryptenLLMError, UsageError
-from crypten_llm.insecure.finding import Finding
+from crypten_llm.insecure.finding import Finding, outside
 from crypten_llm.models import checkpoint
 
 SHIPPED = checkpoint.SHIPPED
 IDS = list(range(20, 32))
-OPERATIONS = {
+USED = {
     *("embed", "rms_norm", "linear of a norm", "rotate", "rows", "cat", "scores", "softmax", "mix", "linear"),
     *("residual", "swiglu"),
 }
@@ -33,7 +34,7 @@ def sound():
 
 def test_every_operation_stays_within_its_bound(sound):
     assert sound.first_beyond is None, sound.describe_first()
-    assert {finding.operation for finding in sound.findings} == OPERATIONS
+    assert {finding.operation for finding in sound.findings} == USED
     places = {finding.where for finding in sound.findings}
     for phase in ("prefill", "decode"):
         assert {f"{phase}: layer {i} softmax" for i in range(6)} <= places
@@ -42,7 +43,7 @@ def test_every_operation_stays_within_its_bound(sound):
 
 def test_bounds_are_no_formality(sound):
     """Roundings show: were an operation not compared at all, or its bound a hundred times too large, this fails."""
-    for operation in OPERATIONS - {"residual"}:
+    for operation in USED - {"residual"}:
         used = max(finding.used for finding in sound.findings if finding.operation == operation)
         assert 0.002 < used <= 1, operation
     assert max(finding.error for finding in sound.findings if finding.operation == "residual") < 1e-9
@@ -56,15 +57,15 @@ def test_all_that_is_opened_is_listed(sound):
 
 def test_the_first_operation_that_errs_is_named(monkeypatch):
     """A slip of 2^-6 in one layer's attention output, at the owner's share alone."""
-    mix = wire_engine.WireEngine.mix
+    mix = OPERATIONS["mix"]
 
     def slip(engine, weights, values):
-        out = mix(engine, weights, values)
+        out = yield from mix.protocol(engine, weights, values)
         if engine.rank == 0 and "layer 3" in engine.meter.where:
             out.share = out.share + (1 << (out.scale - 6))
         return out
 
-    monkeypatch.setattr(wire_engine.WireEngine, "mix", slip)
+    monkeypatch.setitem(OPERATIONS, "mix", replace(mix, protocol=slip))
     comparison = debug_compare.compare(SHIPPED, IDS[:5], steps=1)
     first = comparison.first_beyond
     assert (first.operation, first.where) == ("mix", "prefill: layer 3 values")
@@ -76,22 +77,22 @@ def test_the_first_operation_that_errs_is_named(monkeypatch):
 
 def test_inputs_outside_a_domain_are_named(monkeypatch):
     """Gates of thirty are beyond silu's range of twelve."""
-    linear = wire_engine.WireEngine.linear
+    linear = WireEngine.linear
 
     def push(engine, x, weight, bias=None):
         out = linear(engine, x, weight, bias)
-        if engine.rank == 0 and engine.meter.where == "prefill: layer 2 mlp" and isinstance(x, wire_handles.Normed):
-            value = engine._value(out)
+        if engine.rank == 0 and engine.meter.where == "prefill: layer 2 mlp" and isinstance(x, Normed):
+            value = engine.settled(out)
             value.share = value.share + (30 << value.scale)
-        elif "layer 2 mlp" in engine.meter.where and isinstance(x, wire_handles.Normed):
-            engine._value(out)
+        elif "layer 2 mlp" in engine.meter.where and isinstance(x, Normed):
+            engine.settled(out)
         return out
 
-    monkeypatch.setattr(wire_engine.WireEngine, "linear", push)
+    monkeypatch.setattr(WireEngine, "linear", push)
     comparison = debug_compare.compare(SHIPPED, IDS[:4], steps=1)
-    outside = [finding for finding in comparison.findings if finding.outside]
-    assert [(finding.operation, finding.where) for finding in outside] == [("swiglu", "prefill: layer 2 mlp")]
-    assert "its domain is -12 to 12" in outside[0].outside
+    left = [finding for finding in comparison.findings if finding.outside]
+    assert [(finding.operation, finding.where) for finding in left] == [("swiglu", "prefill: layer 2 mlp")]
+    assert "its domain is -12 to 12" in left[0].outside
 
 
 def test_a_model_outside_the_domain_is_followed(monkeypatch):
@@ -123,10 +124,10 @@ def test_each_limit_of_a_model_is_followed(tmp_path):
 
 
 def test_the_sum_of_a_row_is_followed(monkeypatch):
-    monkeypatch.setattr(wire_scales.WireConfig, "row_logarithms", (-14.0, 5.0))
-    outside = [f for f in debug_compare.compare(SHIPPED, IDS[:6], steps=1).findings if f.outside]
-    assert outside and {f.operation for f in outside} == {"softmax"}
-    assert all(f.outside.startswith("logarithms of a row's sum") for f in outside)
+    monkeypatch.setattr(WireConfig, "row_logarithms", (-14.0, 5.0))
+    left = [f for f in debug_compare.compare(SHIPPED, IDS[:6], steps=1).findings if f.outside]
+    assert left and {f.operation for f in left} == {"softmax"}
+    assert all(f.outside.startswith("logarithms of a row's sum") for f in left)
 
 
 def test_mistakes(capsys):
@@ -144,16 +145,16 @@ def test_other_architectures(name, tmp_path):
 
 
 def test_domains():
-    config = wire_scales.WireConfig()
+    config = WireConfig()
     high = config.score_limit
-    assert wire_bounds.outside(config, "softmax", torch.tensor([high - 36, high])) == ""
-    assert "attention scores from 0 to" in wire_bounds.outside(config, "softmax", torch.tensor([0.0, high + 1]))
-    assert "attention scores from -37 to" in wire_bounds.outside(config, "softmax", torch.tensor([-37.0, high]))
-    assert wire_bounds.outside(config, "rotate", torch.tensor([1e9])) == ""
-    for operation, (what, low, high) in wire_bounds.domains(config).items():
-        assert wire_bounds.outside(config, operation, torch.tensor([low, high])) == ""
+    assert outside(config, "softmax", torch.tensor([high - 36, high])) == ""
+    assert "attention scores from 0 to" in outside(config, "softmax", torch.tensor([0.0, high + 1]))
+    assert "attention scores from -37 to" in outside(config, "softmax", torch.tensor([-37.0, high]))
+    assert outside(config, "rotate", torch.tensor([1e9])) == ""
+    for operation, (what, low, high) in domains(config).items():
+        assert outside(config, operation, torch.tensor([low, high])) == ""
         for seen in (low - 0.01 * abs(low), 1.01 * high):
-            assert wire_bounds.outside(config, operation, torch.tensor([seen])).startswith(f"{what} from {seen:.3g} to")
+            assert outside(config, operation, torch.tensor([seen])).startswith(f"{what} from {seen:.3g} to")
 
 
 def test_what_a_finding_says():
@@ -172,7 +173,7 @@ def test_command(capsys, monkeypatch):
     assert "INSECURE" in err and "every operation stayed within its declared bound" in err
     assert found["first_beyond_bound"] is None and found["equal_tokens"] == [True]
     assert {"top", "keep"} <= {finding["operation"] for finding in found["worst"]}
-    monkeypatch.setattr(wire_bounds, "rotate", lambda *_: 0.0)
+    monkeypatch.setitem(OPERATIONS, "rotate", replace(OPERATIONS["rotate"], bound=lambda *_: 0.0))
     assert cli.main(arguments) == CryptenLLMError.exit_code
     out, err = capsys.readouterr()
     assert json.loads(out)["first_beyond_bound"]["operation"] == "rotate"

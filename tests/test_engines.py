@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import party_jobs
 import pytest
 import torch
-from hf_models import CASES, options, reference_logits, tiny
+from hf_models import EVERY_CASE, FAMILIES, options, reference_logits, tiny
 from parties import run
+from safetensors.torch import load_file, save_file
 
 from crypten_llm.commands import cli
 from crypten_llm.engines import check_engine
@@ -17,6 +18,9 @@ from crypten_llm.links.transport import HEADER
 from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
+from crypten_llm.session import generation
+from crypten_llm.session.calibration import measure, norm_scales
+from crypten_llm.session.party import Party
 from crypten_llm.session.settings import ProtocolConfig
 
 IDS = torch.randint(3, 97, (30,), generator=torch.Generator().manual_seed(5))
@@ -39,9 +43,9 @@ def logits_in_pieces(model, ids, pieces, seq_len):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_plain_equals_hugging_face(tmp_path, case):
-    folder, reference = tiny(tmp_path, **CASES[case])
+    folder, reference = tiny(tmp_path, **EVERY_CASE[case])
     model = load_plain(folder)
     expected = reference_logits(reference, IDS)
     for pieces in ([30], [7, 1, 13, 9]):
@@ -50,6 +54,76 @@ def test_plain_equals_hugging_face(tmp_path, case):
     expected = reference_logits(reference, IDS, prefill=20)
     decoded = logits_in_pieces(model, IDS, [20] + [1] * 10, 0)
     torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
+
+
+class Watched(PlainEngine):
+    """Notes which norm's output each product was announced to take, and which it took."""
+
+    def __init__(self):
+        super().__init__()
+        self.announced, self.taken, self.normed = [], [], []
+
+    def prepare(self, weight, norm=None):
+        self.announced.append((id(weight), norm if norm is None else id(norm)))
+
+    def rms_norm(self, x, weight, eps, scale):
+        out = super().rms_norm(x, weight, eps, scale)
+        self.normed.append((out, weight))
+        return out
+
+    def linear(self, x, weight, bias=None):
+        before = [id(norm) for out, norm in self.normed if out is x]
+        self.taken.append((id(weight), *(before or [None])))
+        return super().linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("case", ["gqa", "tied", "mlp_bias", *FAMILIES])
+def test_products_are_announced_with_the_norm_before_them(tmp_path, case):
+    folder, _ = tiny(tmp_path, **EVERY_CASE[case])
+    config, engine = LlamaConfig.from_folder(folder), Watched()
+    weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
+    model = Llama(engine, config, weights)
+    assert engine.announced.pop(0) == (id(weights["model.embed_tokens.weight"]), None)  # as a table
+    logits_in_pieces(model, IDS, [30], 30)
+    assert engine.announced == engine.taken and len(engine.taken) == 7 * config.num_hidden_layers + 1
+
+
+LONG = torch.randint(3, 97, (100,), generator=torch.Generator().manual_seed(6))
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_beyond_the_length_before_the_stretch(tmp_path, kind):
+    """As Vicuna-16k and LongChat-32k are configured; 100 tokens, of which 64 would fit without the factor."""
+    rope = dict(rope_type=kind, rope_theta=10000.0, factor=4.0)
+    folder, reference = tiny(tmp_path, max_position_embeddings=64, rope_parameters=rope)
+    model = load_plain(folder)
+    logits = logits_in_pieces(model, LONG, [60, 30, 10], 100)
+    torch.testing.assert_close(logits, reference_logits(reference, LONG), atol=1e-4, rtol=0)
+    logits = logits_in_pieces(model, LONG, [50] + [1] * 50, 0)
+    torch.testing.assert_close(logits, reference_logits(reference, LONG, prefill=50), atol=1e-4, rtol=0)
+
+    party, found = Party(model.engine), []
+    party.model = model
+    plan = generation.Plan(90, 8, chunk=40).check(model.config)
+    for event in generation.run(party, plan, generation.Answer(LONG[:90].tolist(), lambda row: int(row.argmax()))):
+        found += [event.token_id] if isinstance(event, generation.Step) else []
+    ids = torch.tensor([*LONG[:90], *found])
+    expected = reference_logits(reference, ids, prefill=90)
+    assert found == expected[89:-1].argmax(-1).tolist()
+    with pytest.raises(UsageError, match="the model's context is 256; shorten the prompt by 2 tokens"):
+        generation.Plan(250, 8).check(model.config)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_attention_scale_is_folded_into_one_parameter_a_layer(tmp_path, case):
+    folder, _ = tiny(tmp_path, **FAMILIES[case])
+    config = LlamaConfig.from_folder(folder)
+    changed = {
+        name.partition("self_attn.")[2]
+        for name, value in checkpoint.load_weights(folder, config)
+        if not torch.equal(prepare(name, value, config), value)
+    }
+    assert changed == {"q_norm.weight" if "qwen3" in case else "q_proj.weight"}
 
 
 def normal(*size, seed=0):
@@ -107,6 +181,7 @@ OPERATIONS = {
         f"rms_norm of numbers near {size}": rms_norm(size * normal(8, 64), scale, tolerance=4e-3)
         for size, scale in ((3e-2, 4.0**6), (1.0, 1.0), (300.0, 4.0**-7))
     },
+    "rms_norm of heads": Case("rms_norm", [normal(4, 5, 16), 1 + 0.3 * normal(16, seed=1)], (1e-6, 1.0), 6e-3, cost=26),
     **{
         f"softmax over {keys}": softmax(3 * normal(2, 4, keys), cost=37 + 9 * (keys - 1).bit_length())
         for keys in (1, 2, 3, 17, 256, 1000)
@@ -183,6 +258,43 @@ def test_crypten_logits_are_close_to_plain(tmp_path, model):
     expected = logits_in_pieces(plain, IDS[:6], [4, 2], 6)
     value = run(party_jobs.logits, str(folder), IDS[:6], [4, 2])[1]
     assert (value - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("model", [options("qwen3"), options("qwen3_options")])
+def test_crypten_logits_of_another_family_are_close_to_plain(tmp_path, model):
+    folder, _ = tiny(tmp_path, **model)
+    expected = logits_in_pieces(load_plain(folder), IDS[:6], [4, 2], 6)
+    value = run(party_jobs.logits, str(folder), IDS[:6], [4, 2])[1]
+    assert (value - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_norms_on_heads_are_brought_into_their_domain(tmp_path):
+    """Queries 32 times as large leave it and keys a 32nd, unless each norm is given its own power of four."""
+    folder, _ = tiny(tmp_path, **FAMILIES["qwen3"])
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        tensors[name] = tensors[name] * (32 if ".q_proj." in name else 1 / 32 if ".k_proj." in name else 1)
+    save_file(tensors, folder / "model.safetensors")
+    expected = logits_in_pieces(load_plain(folder), IDS[:6], [4, 2], 6)
+    value = run(party_jobs.logits, str(folder), IDS[:6], [4, 2])[1]
+    assert (value - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_every_norm_is_measured_for_its_scale(tmp_path):
+    """Also those on heads: queries of one layer are 2^10 times, keys 2^-10 times as large as they were."""
+    folder, _ = tiny(tmp_path, **FAMILIES["qwen3"])
+    config = LlamaConfig.from_folder(folder)
+    weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
+    before = norm_scales(measure(config, weights))
+    assert before.keys() == {name for name in weights if "norm" in name}
+    query, key = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
+    weights[query], weights[key] = weights[query] * 2**10, weights[key] / 2**10
+    after = norm_scales(measure(config, weights))
+    changed = {name: after[name] / before[name] for name in before if after[name] != before[name]}
+    assert changed == {
+        "model.layers.1.self_attn.q_norm.weight": 4.0**-10,
+        "model.layers.1.self_attn.k_norm.weight": 4.0**10,
+    }
 
 
 def test_defaults_are_the_declared_ones():

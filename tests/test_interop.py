@@ -13,8 +13,10 @@ from crypten_llm.engines.crypten.interop import CryptenBeside
 from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
+from crypten_llm.kernels.ring import packed_size
 from crypten_llm.links.transport import HEADER
-from crypten_llm.protocols.dealer import tape
+from crypten_llm.protocols.dealer import roles, tape
+from crypten_llm.protocols.dealer.counting import Counting
 
 UNIT = 2.0**-interop_jobs.PRECISION
 
@@ -38,7 +40,7 @@ def test_there_and_back(travelled, scale, width):
     found, took, sent, kind = travelled[scale, width]
     value, rounds = TRAVELLERS, ROUNDS[scale, width]
     assert kind == (interop_jobs.PRECISION, 64)
-    assert took == rounds and sent == rounds * (HEADER.size + value.numel() * -(-width // 8))
+    assert took == rounds and sent == rounds * (HEADER.size + packed_size(value.numel(), width))
     exact = (value.double() * 2**scale).round() / 2**scale
     error = (found.double() - exact).abs().max()
     assert error < UNIT if scale > interop_jobs.PRECISION else error < 1e-5  # shown as float32
@@ -79,14 +81,16 @@ def test_a_tape_serves_crypten_too(tmp_path):
     """The dealer alone, ahead of the parties and from shapes: nothing in CrypTen's program asks it for anything."""
     x, w = numbers(3, 5), numbers(5, 5, seed=1, size=0.4)
 
-    def deal(material):
-        interop_jobs.masked_rectifier(WireEngine(_Absent(iter(())), material=material), x, w)
+    def deal(material, role):
+        links = _Absent(iter(()))
+        runtime = role(links, material)
+        interop_jobs.masked_rectifier(WireEngine(links, material=material, runtime=runtime), x, w)
 
     sizes = tape.Sizes()
-    deal(sizes)
+    deal(sizes, Counting)
     manifest = tape.make_manifest({}, {}, "test", {}, 1)
     with tape.Recording(tmp_path / "tape", manifest, sizes) as recording:
-        deal(recording)
+        deal(recording, roles.make)
     _, found, _ = run(interop_jobs.from_tape, tmp_path / "tape", x, w, wire=True)
     assert (found - (x @ w.T).relu() @ w.T).abs().max() < 8 * UNIT
 

@@ -54,6 +54,48 @@ def test_counts_go_to_the_row_in_force():
     assert [r["kind"] for r in meter.table() if r["phase"] == "decode"] == ["other", "attention", "softmax"]
 
 
+def test_bytes_of_other_steps_go_to_their_rows():
+    """Of one message for several steps rounds, headers and the wait are the waiting step's, and bytes are theirs."""
+    meter = Meter()
+    with meter.phase("decode"), meter.operation("layer 0", kind="attention"):
+        meter.count("online", 1, 1, 130, 60, 0.5, {("decode", "mlp"): (70, 20), ("prefill", "norm"): (36, 16)})
+    waiting = row(meter, "decode", "attention")
+    assert (waiting["rounds"], waiting["bytes_sent"], waiting["bytes_received"]) == (1, 24, 24)
+    assert waiting["wait_seconds"] == 0.5
+    for cell, sent, received in ((("decode", "mlp"), 70, 20), (("prefill", "norm"), 36, 16)):
+        found = row(meter, *cell)
+        assert (found["rounds"], found["bytes_sent"], found["bytes_received"]) == (0, sent, received)
+    online = meter.snapshot().online
+    assert (online.rounds, online.messages, online.bytes_sent, online.bytes_received) == (1, 1, 130, 60)
+
+
+def test_a_step_is_come_back_to():
+    meter = Meter()
+    with meter.phase("prefill"), meter.operation("layer 0", kind="attention"):
+        step = meter.scope
+    with meter.phase("decode"), meter.operation("layer 1", kind="mlp"):
+        with meter.within(step):
+            assert (meter.where, meter.cell) == ("prefill: layer 0", ("prefill", "attention"))
+            time.sleep(0.02)
+        assert meter.where == "decode: layer 1"
+    assert row(meter, "prefill", "attention")["seconds"] >= 0.02
+
+
+def test_programs_side_by_side_are_in_steps_of_their_own():
+    meter = Meter()
+    with meter.phase("serve"):
+        outer = meter.exchange_scopes([meter.scope])
+        with meter.operation("first", kind="norm"):
+            mine = meter.exchange_scopes(outer)
+            assert meter.where == "serve"
+            meter.exchange_scopes(mine)
+            assert meter.where == "serve: first"
+        meter.exchange_scopes(outer)
+        with meter.operation("second"):
+            assert meter.where == "serve: second"
+    assert meter.where == "setup"
+
+
 def test_totals_subtract_to_the_cost_of_an_interval():
     meter = Meter()
     meter.count("online", 1, 1, 10, 20, 1.0)

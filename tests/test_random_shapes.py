@@ -12,7 +12,7 @@ import pytest
 from hf_models import tiny
 from parties import run as run_processes
 from test_wire_engine import IDS, PLAIN, logits
-from wire_parties import PARTY1, run
+from wire_parties import CLIENT, run
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.session.bench import Shape
@@ -50,7 +50,7 @@ def test_wire_on_random_shapes(tmp_path, seed, wide):
     folder, _ = tiny(tmp_path, **model)
     ids, pieces = IDS % model["vocab_size"], [7, 5, 1, 1]
     expected = logits(PLAIN, folder, pieces, ids)
-    found = run(logits, folder, pieces, ids, engine=True).results[PARTY1]
+    found = run(logits, folder, pieces, ids, engine=True).results[CLIENT]
     assert expected.abs().max() > 0.5
     assert (found - expected).abs().max() < 0.02, model
 

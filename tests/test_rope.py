@@ -7,7 +7,8 @@ from transformers import LlamaConfig as ReferenceConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.rope import rope_tables
+from crypten_llm.models.layers import rotary_tables
+from crypten_llm.models.rope import rope_frequencies, unchanged_up_to
 
 ROPES = [case for case in CASES if "rope" in case or "theta" in case] + ["gqa", "wide_heads", "narrow_heads"]
 
@@ -17,6 +18,12 @@ def make(case):
     overrides = {name: value for name, value in CASES[case].items() if name not in ("dtype", "max_shard_size")}
     reference = ReferenceConfig(**BASE | overrides)
     return LlamaConfig.from_dict(reference.to_dict()), LlamaRotaryEmbedding(config=reference)
+
+
+def rope_tables(config, positions, seq_len=None):
+    """As the model makes them; transformers takes the length from the last position of each call."""
+    length = (int(positions.max()) + 1 if len(positions) else 0) if seq_len is None else seq_len
+    return rotary_tables(rope_frequencies(config, length), positions)
 
 
 def expected(embedding, positions):
@@ -54,6 +61,16 @@ def test_dynamic_follows_the_sequence_length():
     whole = rope_tables(config, torch.arange(64))
     assert_same(long, (whole[0][:8], whole[1][:8]))
     assert_same(rope_tables(config, positions, seq_len=config.max_position_embeddings), short)
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_frequencies_are_kept_as_long_as_they_hold(case):
+    config, _ = make(case)
+    kept, limit = rope_frequencies(config), unchanged_up_to(config)
+    assert torch.equal(rope_frequencies(config, min(limit, 10**6)), kept)
+    if limit < 10**6:
+        assert not torch.equal(rope_frequencies(config, limit + 1), kept)
+    assert (limit == config.max_position_embeddings) == (case == "rope_dynamic")
 
 
 def test_other_types_ignore_the_sequence_length():

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hf_models import tiny
@@ -25,10 +24,11 @@ from crypten_llm.errors import UsageError
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import Transport
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.protocols.dealer import roles as dealing
-from crypten_llm.protocols.dealer import tape
-from crypten_llm.protocols.dealer.roles import DEALER, PARTY0, PARTY1, Runtime
+from crypten_llm.protocols.dealer import roles, tape
+from crypten_llm.protocols.dealer.counting import Counting
+from crypten_llm.protocols.dealer.roles import ROLES, Dealer, Owner
 from crypten_llm.protocols.dealer.tape import Recording, Sizes, Tape
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 from crypten_llm.session.api import PrivateLlama, Request
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Plan
@@ -37,19 +37,19 @@ ENGINE = {"activation": 14}
 CONFIG = {"hidden_size": 8}
 PLAN = {"prompt_tokens": 5, "max_new_tokens": 4, "chunk": 128, "policy": "full"}
 VALUE = torch.arange(12).view(3, 4)
-KEYS = [((3, 5), np.uint8), ((2,), np.uint64)]
+KEYS = [((3, 5), torch.uint8), ((2,), torch.int64)]
 SECTIONS = ("one", "two", "three")
 
 
 def program(runtime, sections=SECTIONS):
-    """What is dealt in each section: a masked value, keys of an odd size, and a value again."""
+    """What is dealt in each section: a masked value, keys of an odd size, and a value of 13 bits."""
     dealt = {}
     for label in sections:
         runtime.begin(label)
         mask = runtime.mask((3,))
         first = runtime.deal(VALUE.shape, lambda: VALUE)
-        keys = runtime.deal_arrays(KEYS, lambda: [np.full(shape, 7, dtype) for shape, dtype in KEYS])
-        dealt[label] = (mask, first, keys, runtime.deal((1,), lambda: torch.tensor([-5])))
+        keys = runtime.deal_common(KEYS, lambda: [torch.full(shape, 7, dtype=dtype) for shape, dtype in KEYS])
+        dealt[label] = (mask.held, first.held, keys, runtime.deal((1,), lambda: torch.tensor([-5]), 13).held)
         runtime.end()
     return dealt
 
@@ -58,10 +58,10 @@ def record(out, plan=PLAN, requests=2, progress=lambda count: None):
     """A tape of ``program``; returns what the dealer knows."""
     sizes = Sizes()
     links = SimpleNamespace(rank=DEALER, meter=Meter())
-    program(Runtime(DEALER, links, sizes.keys, sizes))
+    program(Counting(links, sizes))
     manifest = tape.make_manifest(ENGINE, CONFIG, "generate", plan, requests)
     with Recording(out, manifest, sizes, progress) as recording:
-        return program(Runtime(DEALER, links, recording.keys, recording))
+        return program(Dealer(links, recording.keys, recording))
 
 
 def links_of(rank):
@@ -81,23 +81,23 @@ def folder(tmp_path):
 @pytest.mark.parametrize("sections", [SECTIONS, ("two",), ("one", "three")])
 def test_the_parties_read_what_was_dealt(tmp_path, sections):
     known = record(tmp_path / "tape")
-    tapes = [open_tape(tmp_path / "tape", party) for party in (PARTY0, PARTY1)]
-    shares = [program(Runtime(mine._transport.rank, mine._transport, mine.keys, mine), sections) for mine in tapes]
+    tapes = [open_tape(tmp_path / "tape", party) for party in (OWNER, CLIENT)]
+    shares = [program(ROLES[mine._transport.rank](mine._transport, mine.keys, mine), sections) for mine in tapes]
     for label in sections:
         (mask0, first0, keys0, last0), (mask1, first1, keys1, last1) = (dealt[label] for dealt in shares)
         assert torch.equal(mask0 + mask1, known[label][0])
-        assert torch.equal(first0 + first1, VALUE) and (last0 + last1).item() == -5
+        assert torch.equal(first0 + first1, VALUE) and (last0 + last1).item() % 2**13 == 2**13 - 5
         for ours, theirs, (shape, dtype) in zip(keys0, keys1, KEYS, strict=True):
             assert ours.dtype == theirs.dtype == dtype and (ours == 7).all() and (theirs == 7).all()
             assert ours.shape == theirs.shape == shape
     keys = 3 * 5 + 2 * 8
-    for mine, expected in zip(tapes, (keys, keys + 13 * 8), strict=True):
+    for mine, expected in zip(tapes, (keys, keys + 12 * 8 + 2), strict=True):
         seen = mine._transport.meter.snapshot().dealer
         assert (seen.bytes_received, seen.rounds) == (len(sections) * expected, 0), "the report's offline bytes"
 
 
 def test_a_section_is_read_once_and_whole(folder):
-    mine = open_tape(folder, PARTY1)
+    mine = open_tape(folder, CLIENT)
     mine.begin("one")
     with pytest.raises(AssertionError, match="less than this section"):
         mine.end()
@@ -109,14 +109,14 @@ def test_a_section_is_read_once_and_whole(folder):
 
 
 def test_burned_on_disk_before_the_first_mask(folder, monkeypatch):
-    events, fsync, replace, derive = [], os.fsync, os.replace, dealing.derive_key
+    events, fsync, replace, derive = [], os.fsync, os.replace, roles.derive_key
     monkeypatch.setattr(
         os, "fsync", lambda fd: (events.append(f"fsync {os.readlink(f'/proc/self/fd/{fd}')}"), fsync(fd))
     )
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append("replace"), replace(old, new)))
-    monkeypatch.setattr(dealing, "derive_key", lambda *key: (events.append("stream"), derive(*key))[1])
-    mine = open_tape(folder, PARTY0)
-    runtime = Runtime(PARTY0, mine._transport, mine.keys, mine)
+    monkeypatch.setattr(roles, "derive_key", lambda *key: (events.append("stream"), derive(*key))[1])
+    mine = open_tape(folder, OWNER)
+    runtime = Owner(mine._transport, mine.keys, mine)
     assert events == []
     runtime.begin("one")
     assert events == [f"fsync {folder}/owner.burning", "replace", f"fsync {folder}", "stream"]
@@ -127,63 +127,63 @@ def test_burned_on_disk_before_the_first_mask(folder, monkeypatch):
 
 def test_a_used_tape_is_refused_and_empty(folder):
     before = (folder / "client.tape").read_bytes()
-    mine = open_tape(folder, PARTY1)
+    mine = open_tape(folder, CLIENT)
     mine.begin("one")
     after = (folder / "client.tape").read_bytes()
     assert len(after) < 500 and mine.keys[0] in before and mine.keys[0] not in after
-    assert mine.read(13 * 8 + 31).size == 135, "the material is there for this process alone"
+    assert mine.read(13 * 8 + 31).numel() == 135, "the material is there for this process alone"
     mine.close()
     with pytest.raises(UsageError, match=r"used on 20..-.*masks hide one run only; deal another: .*--prompt-tokens 5"):
-        open_tape(folder, PARTY1)
-    assert open_tape(folder, PARTY0), "the other party's file is its own"
+        open_tape(folder, CLIENT)
+    assert open_tape(folder, OWNER), "the other party's file is its own"
 
 
 def test_a_tape_behind_a_link_is_burned_itself(folder, tmp_path):
     link = tmp_path / "here.tape"
     link.symlink_to(folder / "owner.tape")
-    open_tape(link, PARTY0).begin("one")
+    open_tape(link, OWNER).begin("one")
     assert link.is_symlink() and (folder / "owner.tape").stat().st_size < 500
     for path in (link, folder):
         with pytest.raises(UsageError, match="was used on"):
-            open_tape(path, PARTY0)
+            open_tape(path, OWNER)
 
 
 def test_a_tape_of_two_names_is_refused(folder, tmp_path):
     (tmp_path / "again.tape").hardlink_to(folder / "owner.tape")
     with pytest.raises(UsageError, match=r"has 2 names \(hard links\).*remove all but one"):
-        open_tape(folder, PARTY0)
+        open_tape(folder, OWNER)
     (tmp_path / "again.tape").unlink()
-    assert open_tape(folder, PARTY0)
+    assert open_tape(folder, OWNER)
 
 
 def test_a_crashed_run_has_used_its_tape(folder):
     child = os.fork()
     if child == 0:
-        open_tape(folder, PARTY0).begin("one")
+        open_tape(folder, OWNER).begin("one")
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     with pytest.raises(UsageError, match="was used on"):
-        open_tape(folder, PARTY0)
+        open_tape(folder, OWNER)
 
 
 def test_a_run_that_ends_before_its_first_mask_has_not(folder):
-    open_tape(folder, PARTY0).close()
-    assert open_tape(folder, PARTY0)
+    open_tape(folder, OWNER).close()
+    assert open_tape(folder, OWNER)
 
 
 def test_two_processes_at_once(folder, monkeypatch):
-    mine = open_tape(folder, PARTY0)
+    mine = open_tape(folder, OWNER)
     with pytest.raises(UsageError, match="owner.tape is in use by another process"):
-        open_tape(folder, PARTY0)
+        open_tape(folder, OWNER)
     mine.close()
     flock = fcntl.flock  # another process uses the tape up between our opening and our lock
-    monkeypatch.setattr(fcntl, "flock", lambda *a: (monkeypatch.undo(), open_tape(folder, PARTY0)._burn(), flock(*a)))
+    monkeypatch.setattr(fcntl, "flock", lambda *a: (monkeypatch.undo(), open_tape(folder, OWNER)._burn(), flock(*a)))
     with pytest.raises(UsageError, match="was used on"):
-        open_tape(folder, PARTY0)
+        open_tape(folder, OWNER)
 
 
 def test_a_folder_where_nothing_can_be_burned(folder, monkeypatch):
-    mine = open_tape(folder, PARTY0)
+    mine = open_tape(folder, OWNER)
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(UsageError, match="cannot burn the tape .*Permission denied; its folder must be writable"):
         mine.begin("one")
@@ -197,35 +197,35 @@ def test_damage_is_found_before_use(folder, where):
     where = where % len(whole) if where < 0 else where + len(tape.MAGIC) - 8
     path.write_bytes(whole[:where] + bytes([whole[where] ^ 0x80]) + whole[where + 1 :])
     with pytest.raises(UsageError, match="is damaged; nothing was used: copy it from the dealer again"):
-        open_tape(folder, PARTY1)
+        open_tape(folder, CLIENT)
     path.write_bytes(whole[:-1])
     with pytest.raises(UsageError, match="is damaged"):
-        open_tape(folder, PARTY1)
+        open_tape(folder, CLIENT)
     path.write_bytes(whole)
-    mine = open_tape(folder, PARTY1)
+    mine = open_tape(folder, CLIENT)
     key = whole.index(mine.keys[0])
     mine.close()
     path.write_bytes(whole[:key] + bytes([whole[key] ^ 1]) + whole[key + 1 :])
     with pytest.raises(UsageError, match="is damaged"):
-        open_tape(folder, PARTY1)
+        open_tape(folder, CLIENT)
     path.write_bytes(whole)
-    assert open_tape(folder, PARTY1)
+    assert open_tape(folder, CLIENT)
 
 
 def test_files_that_are_not_this_partys_tape(folder, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is the owner's; give the client client.tape alone"):
-        open_tape(folder / "owner.tape", PARTY1)
+        open_tape(folder / "owner.tape", CLIENT)
     with pytest.raises(UsageError, match="manifest.json is not a tape"):
-        open_tape(folder / "manifest.json", PARTY0)
+        open_tape(folder / "manifest.json", OWNER)
     with pytest.raises(UsageError, match="no tape at .*/nowhere: No such file"):
-        open_tape(tmp_path / "nowhere", PARTY0)
-    for name, changed in (("__version__", "9.9"), ("wire.tape.program", lambda: "changed")):
+        open_tape(tmp_path / "nowhere", OWNER)
+    for name, changed in (("__version__", "9.9"), ("protocols.dealer.tape.program", lambda: "changed")):
         with monkeypatch.context() as patched:
             patched.setattr(f"crypten_llm.{name}", changed)
             message = r"was dealt by version .*, this is .*(9\.9|changed).*; deal another with this version: "
             with pytest.raises(UsageError, match=message):
-                open_tape(folder, PARTY0)
-    assert open_tape(folder, PARTY0)
+                open_tape(folder, OWNER)
+    assert open_tape(folder, OWNER)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_tapes_of_two_deals(folder, tmp_path, other, engine, message):
     for error in errors:
         with pytest.raises(UsageError, match=message.replace("rank ., ", "rank . .*, ")):
             raise UsageError(error)
-    assert open_tape(folder, PARTY0), "nothing was used"
+    assert open_tape(folder, OWNER), "nothing was used"
 
 
 @pytest.mark.parametrize(
@@ -293,15 +293,15 @@ def test_tapes_of_two_deals(folder, tmp_path, other, engine, message):
     ],
 )
 def test_runs_that_do_not_fit(folder, verb, facts, request_number, message):
-    mine = open_tape(folder, PARTY1)
+    mine = open_tape(folder, CLIENT)
     with pytest.raises(UsageError, match=message):
         mine.expect(verb, facts, request_number)
     mine.close()
-    assert open_tape(folder, PARTY1), "nothing was used"
+    assert open_tape(folder, CLIENT), "nothing was used"
 
 
 def test_runs_that_fit(folder):
-    mine = open_tape(folder, PARTY1)
+    mine = open_tape(folder, CLIENT)
     mine.expect("model", CONFIG, 0)
     mine.expect("generate", {**PLAN, "max_new_tokens": 2, "hide_length": True}, 2)
 
@@ -314,7 +314,7 @@ def test_who_may_read_the_files(folder):
     assert folder.stat().st_mode & 0o777 == 0o700
     assert all((folder / f"{name}.tape").stat().st_mode & 0o777 == 0o600 for name in tape.NAMES)
     manifest = (folder / "manifest.json").read_text()
-    for party in (PARTY0, PARTY1):
+    for party in (OWNER, CLIENT):
         assert open_tape(folder, party).keys[0].hex() not in manifest
 
 
@@ -423,7 +423,7 @@ def test_config_json_alone_deals_for_the_whole_folder(model, tmp_path):
     configs = [LlamaConfig.from_folder(folder) for folder in (whole, alone)]
     assert configs[0].eos_token_ids == (1, 2, 3) != configs[1].eos_token_ids
     deal(Plan(len(IDS), 3), tmp_path / "tape", configs[1], say=quiet)
-    mine = open_tape(tmp_path / "tape", PARTY0)
+    mine = open_tape(tmp_path / "tape", OWNER)
     mine.expect("model", configs[0].to_dict(), 0)
     for name, value in (("hidden_size", 128), ("num_hidden_layers", 2), ("rms_norm_eps", 1e-3)):
         with pytest.raises(UsageError, match="dealt for another architecture"):
@@ -434,7 +434,7 @@ def test_a_bench_is_dealt_too(tmp_path):
     shape = Shape(hidden=16, heads=2, kv_heads=2, ffn=16, kv_len=8, steps=2)
     manifest = deal(shape, tmp_path / "tape", say=quiet)
     assert manifest["plan"] == asdict(shape)
-    mine = open_tape(tmp_path / "tape", PARTY0)
+    mine = open_tape(tmp_path / "tape", OWNER)
     mine.expect("bench", {**asdict(shape), "steps": 1}, 1)
     with pytest.raises(UsageError, match="kv_len is 9, .* deal --bench --hidden 16 --heads 2 .* --kv-len 9"):
         mine.expect("bench", {**asdict(shape), "kv_len": 9}, 1)

@@ -1,39 +1,34 @@
 """Comparisons of opened values, tables and bit products, against integers."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wire_parties import joined, reconstruct, run, share, signed
+from wire_parties import joined, open_wires, play, reconstruct, run, share, signed
 
 from crypten_llm.protocols import lookup, selection
 from crypten_llm.protocols.comparison import below, bit_opening, difference, ordered, times_bits
-from crypten_llm.protocols.opening import Opening, Overflow, open_wires
+from crypten_llm.protocols.opening import Opening, Overflow
 
 
-def opener(runtime):
-    return lambda *openings: open_wires(runtime, list(openings))
-
-
-def less_than(x, thresholds, width, dtype=np.uint32):
+def less_than(x, thresholds, width, word=32):
     def job(runtime):
         (wire,) = open_wires(runtime, [Opening(share(runtime, x, width=64, bits=width - 2), ring=width)])
-        return below(runtime, opener(runtime), wire, thresholds, dtype)
+        return play(runtime, below(runtime, wire, thresholds, word))
 
     outcome = run(job)
-    assert outcome.results[0].width == 8 * np.dtype(dtype).itemsize
-    return signed(sum(result.share for result in outcome.results[:2]), outcome.results[0].width)
+    assert outcome.results[0].width == word
+    return signed(sum(result.share for result in outcome.results[:2]), word)
 
 
 @pytest.mark.parametrize("width", [3, 4, 5, 6, 9, 13, 17, 21, 22, 30, 33, 41])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint64])
-def test_below_at_the_edges_of_every_ring(width, dtype):
+@pytest.mark.parametrize("word", [8, 64])
+def test_below_at_the_edges_of_every_ring(width, word):
     """Zero, neighbours of the thresholds, the largest magnitudes; several thresholds on one set of tables."""
     top = 2 ** (width - 2) - 1
     x = torch.tensor(sorted({v for v in (0, 1, -1, top, -top, top // 2, -top // 2, top // 3) if abs(v) <= top}))
     thresholds = sorted({0, 1, -1, top // 2, -(top // 2), top, -top})
-    found = less_than(x, thresholds, width, dtype)
+    found = less_than(x, thresholds, width, word)
     assert torch.equal(found, (x[:, None] < torch.tensor(thresholds)).long())
 
 
@@ -56,7 +51,7 @@ def test_a_truncated_opening_is_compared_as_it_was_rounded():
     def job(runtime):
         (wire,) = open_wires(runtime, [ordered(share(runtime, x, scale=10, bits=6), 9, "x")])
         assert wire.width == 10
-        return below(runtime, opener(runtime), difference(wire, wire), [0, 1], np.uint8)
+        return play(runtime, below(runtime, difference(wire, wire), [0, 1], 8))
 
     assert torch.equal(reconstruct(run(job)), torch.tensor([0, 1]).expand(80, 2))
 
@@ -74,10 +69,10 @@ def test_both_extremes_of_the_declared_domain(name, scale, bits):
     def job(runtime):
         (wire,) = open_wires(runtime, [ordered(share(runtime, x, scale, bits=bits), precision, "x")])
         if name == "largest":
-            return selection.largest(runtime, opener(runtime), wire)
+            return play(runtime, selection.largest(runtime, wire))
         if name == "tournament":
-            return selection.top(runtime, opener(runtime), wire, 1, 256)
-        return selection.top(runtime, opener(runtime), wire, 3, 256 if name == "pairs" else 4)
+            return play(runtime, selection.top(runtime, wire, 1, 256))
+        return play(runtime, selection.top(runtime, wire, 3, 256 if name == "pairs" else 4))
 
     ones = {"pairs": [1, 3, 7], "search": [1, 3, 7], "tournament": [1]}
     for seed in range(4):  # rounding is by chance
@@ -93,15 +88,15 @@ def test_values_without_room_for_a_sign_are_refused():
         run(lambda runtime: ordered(share(runtime, torch.ones(1).long(), scale=10, bits=6, width=17), 20, "top"))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_tables(dtype, size):
+def test_tables(width, size):
     """Every value of the ring, and one-hot vectors of it."""
     x, table = torch.arange(2**size), (torch.arange(2**size) * 37 + 5) % 100
 
     def job(runtime):
         (wire,) = open_wires(runtime, [Opening(share(runtime, x, bits=size), ring=size, function=True)])
-        return lookup.read(runtime, wire, table, dtype), lookup.one_hot(runtime, wire, torch.tensor([0, 1]))
+        return lookup.read(runtime, wire, table, width), lookup.one_hot(runtime, wire, torch.tensor([0, 1]))
 
     owner, client, _ = run(job).results
     assert torch.equal(joined(owner[0], client[0]) % 2**8, table % 2**8)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from wire_parties import PARTY0, PARTY1, check_cost, run, share
+from wire_parties import CLIENT, OWNER, check_cost, open_wires, play, run, share
 
+from crypten_llm.kernels.ring import packed_size
 from crypten_llm.links.transport import HEADER
-from crypten_llm.protocols import fourier, products
+from crypten_llm.protocols import fits, fourier, products
 from crypten_llm.protocols.normalize import normalize
-from crypten_llm.protocols.opening import Opening, as_secret, open_wires
+from crypten_llm.protocols.opening import Opening, as_secret
 
 N = 60
 
@@ -23,42 +24,71 @@ def opening(size, **options):
     return job
 
 
-def wire(runtime, *shape, lifted=False):
-    """Opened before: its cost is subtracted in the table by adding ``OPENED`` to what is due."""
-    size = 40 if lifted else 64
+LIFTED = 37  # bits of the ring that a lifted wire is opened in
+SHORT = 29  # and of a narrow one whose products are valid in fewer than 64
+
+
+def wire(runtime, *shape, lifted=False, ring=64):
+    """Opened before: its cost is added in the table to what is due (``openings``)."""
+    size = LIFTED if lifted else ring
     return open_wires(runtime, [Opening(share(runtime, integers(*shape), width=size, bits=3), lifted=lifted)])[0]
 
 
-def openings(*counts, lifted=()):
+def openings(*counts, lifted=(), rings=()):
     """(rounds, owner's bytes, client's bytes, dealer's to the owner, dealer's to the client) of ``wire`` calls."""
     lifted = lifted or [False] * len(counts)
-    sent = sum(n * (5 if wide else 8) for n, wide in zip(counts, lifted, strict=True))
+    rings = [LIFTED if wide else ring for wide, ring in zip(lifted, rings or [64] * len(counts), strict=True)]
+    sent = sum(packed_size(n, ring) for n, ring in zip(counts, rings, strict=True))
     return len(counts), sent, sent, 0, sum(16 * n for n, wide in zip(counts, lifted, strict=True) if wide)
+
+
+def dealt(count, bits=64):
+    """Of the dealer's, to the client."""
+    return 0, 0, 0, 0, packed_size(count, bits)
 
 
 def plus(first, *others):
     return tuple(map(sum, zip(first, *others, strict=True)))
 
 
-def multiply(*lifted, shapes=((N,), (N,))):
+def multiply(*lifted, shapes=((N,), (N,)), rings=(64, 64)):
     def job(runtime):
-        products.multiply(runtime, *(wire(runtime, *s, lifted=wide) for s, wide in zip(shapes, lifted, strict=True)))
+        parts = zip(shapes, lifted, rings, strict=True)
+        products.multiply(runtime, *(wire(runtime, *s, lifted=wide, ring=ring) for s, wide, ring in parts))
 
     return job
 
 
-def unary(function, *shape, lifted=False, **options):
-    return lambda runtime: function(runtime, wire(runtime, *shape, lifted=lifted), **options)
+def unary(function, *shape, lifted=False, ring=64, **options):
+    return lambda runtime: function(runtime, wire(runtime, *shape, lifted=lifted, ring=ring), **options)
 
 
-def matmul(transposed):
+def matmul(transposed, rings=(64, 64)):
     shapes = (2, 3, 5), (2, 4, 5) if transposed else (2, 5, 4)
-    return lambda runtime: products.matmul(runtime, *(wire(runtime, *s) for s in shapes), transposed, bits=10)
+
+    def job(runtime):
+        wires = [wire(runtime, *shape, ring=ring) for shape, ring in zip(shapes, rings, strict=True)]
+        products.matmul(runtime, *wires, transposed, bits=10)
+
+    return job
 
 
 def matrix(runtime, *shape):
-    value = integers(*shape).double() if runtime.role == PARTY0 else None
-    return products.OwnedMatrix(runtime, value, shape, 0)
+    value = integers(*shape).double() if runtime.role == OWNER else None
+    return play(runtime, products.own(runtime, value, shape, 0))
+
+
+def linear(ring):
+    return lambda runtime: products.linear(runtime, wire(runtime, 3, 5, ring=ring), matrix(runtime, 4, 5), bits=10)
+
+
+def times_owned(runtime):
+    products.times_owned(runtime, wire(runtime, 4, 5, ring=SHORT), matrix(runtime, 5), bits=10)
+
+
+def look_up(runtime):
+    ids = torch.tensor([1, 2, 3]) if runtime.role == CLIENT else None
+    play(runtime, products.lookup(runtime, ids, 3, matrix(runtime, 4, 5), bits=10))
 
 
 def evaluate(fit):
@@ -80,57 +110,64 @@ KEYS = N * (16 * LEVELS + 16 * (LEVELS + 1) + LEVELS)
 HANDED = 8 * 20  # W - R for a matrix of 4 x 5
 
 COSTS = {  # name: (job, (rounds, bytes owner to client, client to owner, dealer to owner, dealer to client))
-    "whole opening": (opening(64), (1, 8 * N, 8 * N, 0, 0)),
-    "narrow opening": (opening(33, truncate=4), (1, 5 * N, 5 * N, 0, 8 * N)),
-    "opening of a narrow share": (opening(40), (1, 5 * N, 5 * N, 0, 0)),
-    "lifted opening": (opening(48, truncate=4, lifted=True), (1, 6 * N, 6 * N, 0, 16 * N)),
-    "truncated whole opening": (opening(64, truncate=4), (1, 8 * N, 8 * N, 0, 8 * N)),
-    "opening for a function": (opening(17, function=True), (1, 3 * N, 3 * N, 0, 0)),
+    "whole opening": (opening(64), openings(N)),
+    "narrow opening": (opening(33, truncate=4), plus(openings(N, rings=[33]), dealt(N, 33 - 4))),
+    "opening of a narrow share": (opening(41), openings(N, rings=[41])),
+    "lifted opening": (opening(47, truncate=4, lifted=True), plus(openings(N, rings=[47]), dealt(N), dealt(N))),
+    "truncated whole opening": (opening(64, truncate=4), plus(openings(N), dealt(N, 60))),
+    "opening for a function": (opening(17, function=True), openings(N, rings=[17])),
+    "opening of bits": (opening(1, function=True), openings(N, rings=[1])),
     "as_secret": (lambda runtime: as_secret(runtime, wire(runtime, N, lifted=True)), openings(N, lifted=[True])),
-    "multiply": (multiply(False, False), plus(openings(N, N), (0, 0, 0, 0, 8 * N))),
+    "multiply": (multiply(False, False), plus(openings(N, N), dealt(N))),
+    "multiply in the narrower ring": (
+        multiply(False, False, rings=(SHORT, 33)),
+        plus(openings(N, N, rings=[SHORT, 33]), dealt(N, SHORT)),
+    ),
     "multiply narrow by lifted": (
-        multiply(False, True),
-        plus(openings(N, N, lifted=[False, True]), (0, 0, 0, 0, 16 * N)),
+        multiply(False, True, rings=(SHORT, 64)),
+        plus(openings(N, N, lifted=[False, True], rings=[SHORT, 64]), *[dealt(N, SHORT)] * 2),
     ),
     "multiply lifted by lifted": (
         multiply(True, True),
-        plus(openings(N, N, lifted=[True, True]), (0, 0, 0, 0, 32 * N)),
+        plus(openings(N, N, lifted=[True, True]), *[dealt(N)] * 4),
     ),
     "multiply by a broadcast factor": (
         multiply(False, False, shapes=((6, 10), (6, 1))),
-        plus(openings(60, 6), (0, 0, 0, 0, 8 * 60)),
+        plus(openings(60, 6), dealt(60)),
     ),
-    "square": (unary(products.square, N), plus(openings(N), (0, 0, 0, 0, 8 * N))),
+    "square": (unary(products.square, N, ring=SHORT), plus(openings(N, rings=[SHORT]), dealt(N, SHORT))),
     "square of a lifted wire": (
         unary(products.square, N, lifted=True),
-        plus(openings(N, lifted=[True]), (0, 0, 0, 0, 16 * N)),
+        plus(openings(N, lifted=[True]), *[dealt(N)] * 2),
     ),
     "sum of squares": (
-        unary(products.sum_of_squares, 6, 10, bits=20),
-        plus(openings(60), (0, 0, 0, 0, 8 * 6)),
+        unary(products.sum_of_squares, 6, 10, ring=SHORT, bits=20),
+        plus(openings(60, rings=[SHORT]), dealt(6, SHORT)),
     ),
     "sum of squares of a lifted wire": (
         unary(products.sum_of_squares, 6, 10, lifted=True, bits=20),
-        plus(openings(60, lifted=[True]), (0, 0, 0, 0, 8 * 6 + 8 * 60)),
+        plus(openings(60, lifted=[True]), dealt(6), dealt(60)),
     ),
-    "matmul": (matmul(False), plus(openings(30, 40), (0, 0, 0, 0, 8 * 24))),
-    "matmul transposed": (matmul(True), plus(openings(30, 40), (0, 0, 0, 0, 8 * 24))),
+    "matmul": (matmul(False), plus(openings(30, 40), dealt(24))),
+    "matmul transposed": (matmul(True), plus(openings(30, 40), dealt(24))),
+    "matmul in the narrower ring": (
+        matmul(True, rings=(33, SHORT)),
+        plus(openings(30, 40, rings=[33, SHORT]), dealt(24, SHORT)),
+    ),
     "owned matrix": (lambda runtime: matrix(runtime, 4, 5), (1, HANDED, 0, 0, 0)),
-    "linear": (
-        lambda runtime: products.linear(runtime, wire(runtime, 3, 5), matrix(runtime, 4, 5), bits=10),
-        plus(openings(15), (1, HANDED, 0, 0, 8 * 12)),
+    "linear": (linear(64), plus(openings(15), (1, HANDED, 0, 0, 0), dealt(12))),
+    "linear in a narrow ring": (
+        linear(SHORT),
+        plus(openings(15, rings=[SHORT]), (1, HANDED, 0, 0, 0), dealt(12, SHORT)),
     ),
-    "lookup": (
-        lambda runtime: products.lookup(
-            runtime, torch.tensor([1, 2, 3]) if runtime.role == PARTY1 else None, 3, matrix(runtime, 4, 5), bits=10
-        ),
-        (1, HANDED, 4 * 3 * 4, 0, 8 * 15),  # the matrix is a round for the client, the rows are one for the owner
-    ),
-    "normalize": (normalized, (1, 8 * N, 8 * N, KEYS, KEYS + 8 * 2 * N + 8 * N)),
+    "times owned": (times_owned, plus(openings(20, rings=[SHORT]), (1, 8 * 5, 0, 0, 0), dealt(20, SHORT))),
+    # The matrix is a round for the client, the rows are one for the owner.
+    "lookup": (look_up, plus((1, HANDED, 4 * 3 * 4, 0, 0), dealt(15, 32))),
+    "normalize": (normalized, plus(openings(N, rings=[59]), (0, 0, 0, KEYS, KEYS), dealt(2 * N), dealt(N))),
 }
 COSTS |= {
-    fit.name: (evaluate(fit), (1, *2 * [-(-(14 + fit.period) // 8) * N], 0, 16 * fit.modes * N))
-    for fit in (fourier.exponential(), fourier.silu_even())
+    fit.name: (evaluate(fit), plus(openings(N, rings=[14 + fit.period]), dealt(2 * fit.modes * N)))
+    for fit in (fits.exponential(), fits.silu_even())
 }
 
 
@@ -146,5 +183,5 @@ def test_normalize_costs_what_its_docstring_says():
 
 def test_headers_are_the_only_overhead():
     outcome = run(COSTS["multiply"][0])
-    for role in (PARTY0, PARTY1):
+    for role in (OWNER, CLIENT):
         assert outcome.traffic[role].online.bytes_sent == 16 * N + 2 * HEADER.size

@@ -55,7 +55,7 @@ def test_models_inside_the_domain_are_accepted(case, tmp_path):
 def test_the_shipped_model_is_accepted():
     config, weights = loaded(SHIPPED)
     assert calibrate(config, weights) == {}
-    assert calibration.measure(config, weights).limited["softmax of a row"][1] == pytest.approx(16.4, abs=0.05)
+    assert calibration.measure(config, weights).limited["softmax row"][1] == pytest.approx(16.4, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -105,16 +105,16 @@ def test_rows_are_continued_to_the_whole_context():
     """Equal scores add up; a score that towers over the others counts once; what is now there counts as it is."""
     recorder = calibration._Recorder(growth=10.0)
     recorder.softmax(torch.full((1, 1, 128), 17.0))
-    assert recorder.limited["softmax of a row"][1] == pytest.approx(torch.full((1271,), 17.0).logsumexp(0).item())
-    assert recorder.limited["softmax of a row"][1] > WIRE.row_logarithms[1]
+    assert recorder.limited["softmax row"][1] == pytest.approx(torch.full((1271,), 17.0).logsumexp(0).item())
+    assert recorder.limited["softmax row"][1] > WIRE.row_logarithms[1]
 
     recorder = calibration._Recorder(growth=1000.0)
     recorder.softmax(torch.tensor([[[19.0, -10.0, -10.0]]]))
-    assert recorder.limited["softmax of a row"][1] == pytest.approx(19.0, abs=1e-4)
+    assert recorder.limited["softmax row"][1] == pytest.approx(19.0, abs=1e-4)
 
     recorder = calibration._Recorder(growth=1000.0)
     recorder.softmax(torch.tensor([[[-16.0, 30.0], [-17.0, -17.0]]]), torch.ones(2, 2, dtype=torch.bool).tril())
-    low, high = recorder.limited["softmax of a row"]
+    low, high = recorder.limited["softmax row"]
     assert low == pytest.approx(torch.full((2,), -17.0).logsumexp(0).item())
     assert high == pytest.approx(torch.full((1001,), -17.0).logsumexp(0).item())
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from hf_models import CASES, tiny
-from wire_parties import DEALER, PARTY0, PARTY1, run
+from hf_models import CASES, FAMILIES, tiny
+from wire_parties import CLIENT, DEALER, OWNER, run
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire.engine import WireEngine
@@ -29,21 +29,21 @@ def opened(job, *arguments):
     """What the client sees of the handle that ``job(engine, secret, *arguments)`` makes; ``secret`` shares a tensor."""
 
     def play(engine, *arguments):
-        def secret(value, source=PARTY0):
+        def secret(value, source=OWNER):
             return engine.secret(value if engine.rank == source else None, value.shape, source)
 
-        return engine.open_to(job(engine, secret, *arguments), PARTY1)
+        return engine.open_to(job(engine, secret, *arguments), CLIENT)
 
     outcome = run(play, *arguments, engine=True)
-    assert outcome.results[PARTY0] is None and outcome.results[DEALER] is None
-    return outcome.results[PARTY1]
+    assert outcome.results[OWNER] is None and outcome.results[DEALER] is None
+    return outcome.results[CLIENT]
 
 
 def close(value, expected, tolerance):
     torch.testing.assert_close(value, expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("source", [PARTY0, PARTY1])
+@pytest.mark.parametrize("source", [OWNER, CLIENT])
 def test_secrets_of_either_party(source):
     x = torch.tensor([0.0, -255.9, 255.9, 1 / 3])
     close(opened(lambda engine, secret: secret(x, source)), x, UNIT)
@@ -51,7 +51,7 @@ def test_secrets_of_either_party(source):
 
 def test_add():
     x, y = 100 * normal(4, 5), 100 * normal(4, 5, seed=1)
-    close(opened(lambda engine, secret: engine.add(secret(x), secret(y, PARTY1))), x + y, 2 * UNIT)
+    close(opened(lambda engine, secret: engine.add(secret(x), secret(y, CLIENT))), x + y, 2 * UNIT)
 
 
 def test_add_of_different_scales():
@@ -76,7 +76,7 @@ def test_embed():
     table, ids = normal(50, 8), torch.tensor([0, 49, 7, 7])
 
     def job(engine, secret):
-        one_hot = engine.tokens(ids if engine.rank == PARTY1 else None, 4, 50)
+        one_hot = engine.tokens(ids if engine.rank == CLIENT else None, 4, 50)
         return engine.embed(one_hot, engine.parameter(table, table.shape))
 
     close(opened(job), table[ids], 2**-17)
@@ -111,10 +111,10 @@ def test_what_is_shown_has_no_factor_in_common(outputs):
     seen = []
 
     def job(engine):
-        secret = engine.secret(x if engine.rank == PARTY0 else None, x.shape, PARTY0)
+        secret = engine.secret(x if engine.rank == OWNER else None, x.shape, OWNER)
         normed = engine.rms_norm(secret, engine.parameter(gamma, gamma.shape), 1e-5, 1.0)
         value = engine.linear(normed, engine.parameter(weight, weight.shape)).reshape(2, outputs)
-        return engine.open_to(value, PARTY1)
+        return engine.open_to(value, CLIENT)
 
     def shown(self, share, other, cut, width):
         seen.append((ring.low_bits(share + (other << cut), width), cut, width))
@@ -123,7 +123,7 @@ def test_what_is_shown_has_no_factor_in_common(outputs):
     original = WireEngine._shown
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WireEngine, "_shown", shown)
-        value = run(job, engine=True).results[PARTY1]
+        value = run(job, engine=True).results[CLIENT]
     ((words, cut, width),) = seen
     assert [math.gcd(*row) for row in words.tolist()] == [1, 1]
     assert cut > SHOWN_FACTORS[1] or outputs == 200, "what is dropped is more than a unit of a factor"
@@ -135,12 +135,12 @@ def test_what_is_shown_is_rounded():
     x = normal(50, 8)
 
     def job(engine):
-        secret = engine.multiply(*2 * [engine.secret(x if engine.rank == PARTY0 else None, x.shape, PARTY0)])
-        return secret.scale, secret.width, engine.open_to(secret, PARTY1)
+        secret = engine.multiply(*2 * [engine.secret(x if engine.rank == OWNER else None, x.shape, OWNER)])
+        return secret.scale, secret.width, engine.open_to(secret, CLIENT)
 
     found = run(job, engine=True)
-    scale, width, value = found.results[PARTY1]
-    assert scale > SHOWN and max(len(frame.payload) for frame in found.frames[PARTY0][-1:]) == ring.packed_size(
+    scale, width, value = found.results[CLIENT]
+    assert scale > SHOWN and max(len(frame.payload) for frame in found.frames[OWNER][-1:]) == ring.packed_size(
         400, width - scale + SHOWN
     )
     close(value, x * x, 6 * UNIT)
@@ -153,14 +153,14 @@ def test_two_layers_share_a_norm_and_its_residual():
         x_handle = secret(x)
         normed = engine.rms_norm(x_handle, engine.parameter(gamma, gamma.shape), 1e-5, 1.0)
         outputs = [engine.linear(normed, engine.parameter(w, w.shape)) for w in (first, second)]
-        opened = [engine.open_to(handle, PARTY1) for handle in (*outputs, x_handle)]
+        opened = [engine.open_to(handle, CLIENT) for handle in (*outputs, x_handle)]
         return opened
 
     values = run(
         lambda engine: job(engine, lambda v: engine.secret(v if engine.rank == 0 else None, v.shape, 0)), engine=True
     )
     normed = PLAIN.rms_norm(x, gamma, 1e-5, 1.0)
-    for value, expected in zip(values.results[PARTY1], (normed @ first.t(), normed @ second.t(), x), strict=True):
+    for value, expected in zip(values.results[CLIENT], (normed @ first.t(), normed @ second.t(), x), strict=True):
         close(value, expected, 3e-3)
 
 
@@ -254,7 +254,7 @@ def logits(engine, folder, pieces, prompt=IDS):
         with engine.section(f"chunk at {start}"):
             ids = prompt[start : start + size] if engine.rank == 1 or not engine.is_private else None
             one_hot = engine.tokens(ids, size, model.config.vocab_size)
-            value = engine.open_to(model(one_hot, cache, last_only=False, seq_len=len(prompt)), PARTY1)
+            value = engine.open_to(model(one_hot, cache, last_only=False, seq_len=len(prompt)), CLIENT)
         rows.append(value)
         start += size
     return None if rows[0] is None else torch.cat(rows)
@@ -266,6 +266,17 @@ def test_logits_of_a_whole_model_are_close_to_plain(tmp_path, case):
     folder, _ = tiny(tmp_path, **CASES[case])
     pieces = [7, 5, 1, 1]
     expected = logits(PLAIN, folder, pieces)
-    found = run(logits, folder, pieces, engine=True).results[PARTY1]
+    found = run(logits, folder, pieces, engine=True).results[CLIENT]
+    assert expected.abs().max() > 3
+    assert (found - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_logits_of_another_family_are_close_to_plain(tmp_path, case):
+    """Norms on heads, whose output is rotated, not multiplied by a matrix."""
+    folder, _ = tiny(tmp_path, **FAMILIES[case])
+    pieces = [7, 5, 1, 1]
+    expected = logits(PLAIN, folder, pieces)
+    found = run(logits, folder, pieces, engine=True).results[CLIENT]
     assert expected.abs().max() > 3
     assert (found - expected).abs().max() < 0.02

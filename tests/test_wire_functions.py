@@ -9,18 +9,18 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wire_parties import joined, run, share, value
+from wire_parties import joined, open_wires, run, share, value
 
-from crypten_llm.kernels import dcf
-from crypten_llm.protocols import fourier
+from crypten_llm.kernels import cpu, dcf
+from crypten_llm.protocols import fits, fourier
 from crypten_llm.protocols.normalize import normalize
-from crypten_llm.protocols.opening import Opening, Overflow, open_wires
+from crypten_llm.protocols.opening import Opening, Overflow
 
 TARGETS = {
-    fourier.exponential: np.exp,
-    fourier.reciprocal: lambda x: 1 / x,
-    fourier.inverse_root: lambda x: x**-0.5,
-    fourier.silu_even: lambda x: x / (1 + np.exp(-x)) - x / 2,
+    fits.exponential: torch.exp,
+    fits.reciprocal: lambda x: 1 / x,
+    fits.inverse_root: lambda x: x**-0.5,
+    fits.silu_even: lambda x: x / (1 + torch.exp(-x)) - x / 2,
 }
 FITS = pytest.mark.parametrize("make", TARGETS, ids=lambda make: make.__name__)
 
@@ -28,8 +28,13 @@ FITS = pytest.mark.parametrize("make", TARGETS, ids=lambda make: make.__name__)
 # Trigonometric sums.
 
 
-def evaluated(fit, x: np.ndarray, scale: int, fraction: int = 22, shift: float = 0.0) -> np.ndarray:
-    integers = torch.from_numpy(np.rint(x * 2.0**scale).astype(np.int64))
+def grid(*stretches) -> torch.Tensor:
+    """All points of stretches (low, high, count), one behind the other."""
+    return torch.cat([torch.linspace(*stretch, dtype=torch.float64) for stretch in stretches])
+
+
+def evaluated(fit, x: torch.Tensor, scale: int, fraction: int = 22, shift: float = 0.0) -> torch.Tensor:
+    integers = (x * 2.0**scale).round().long()
 
     def job(runtime):
         (wire,) = open_wires(
@@ -39,73 +44,73 @@ def evaluated(fit, x: np.ndarray, scale: int, fraction: int = 22, shift: float =
 
     outcome = run(job)
     assert (outcome.results[0].scale, outcome.results[0].width) == (2 * fraction, 64)
-    return value(outcome).numpy()
+    return value(outcome)
 
 
 @FITS
 def test_fits_keep_their_declared_error(make):
     """On a grid other than the one they were fitted on."""
     fit = make()
-    x = np.linspace(fit.low, fit.high, 20_011)
-    error = np.abs(fit(x) - TARGETS[make](x)).max()
+    x = grid((fit.low, fit.high, 20_011))
+    error = (fit(x) - TARGETS[make](x)).abs().max()
     assert error <= 1.05 * fit.error
     # The bound of each is what the engine's error budget is made of.
     assert fit.error < {"exp": 4e-9, "inverse root": 2e-6}.get(fit.name, 1e-4)
 
 
-@pytest.mark.parametrize("name", fourier.TARGETS)
+@pytest.mark.parametrize("name", fits.TARGETS)
 def test_stored_fits_are_those_of_their_targets(name):
     """Not to the last bit, which depends on the processor, and is why they are stored: over the domain."""
-    target, found = fourier.TARGETS[name], fourier.stored(name)
+    target, found = fits.TARGETS[name], fits.stored(name)
     again = target.fit(name)
-    x = np.linspace(target.low, target.high, 5001)
-    assert np.abs(found(x) - again(x)).max() < 0.2 * found.error + 1e-8, "run python -m crypten_llm.protocols.fourier"
+    x = grid((target.low, target.high, 5001))
+    assert (found(x) - again(x)).abs().max() < 0.2 * found.error + 1e-8, "run python -m crypten_llm.protocols.fits"
     assert (found.period, found.modes, bool(found.sine.any())) == (target.period, target.modes, not target.even)
 
 
 def test_stored_fits_are_whole_units_that_floats_hold():
     """So that every machine reads the same numbers."""
-    for name in fourier.TARGETS:
-        fit = fourier.stored(name)
-        units = np.concatenate([[fit.constant], fit.cosine, fit.sine]) * 2.0**36
-        assert np.array_equal(units, np.rint(units)) and np.abs(units).max() < 2**53
+    for name in fits.TARGETS:
+        fit = fits.stored(name)
+        units = torch.cat([torch.tensor([fit.constant], dtype=torch.float64), fit.cosine, fit.sine]) * 2.0**36
+        assert torch.equal(units, units.round()) and units.abs().max() < 2**53
 
 
 def test_storing_writes_every_fit_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(fourier, "_STORED", tmp_path / "fits.json")
-    monkeypatch.setattr(fourier, "TARGETS", {"inverse root": fourier.TARGETS["inverse root"]})
-    fourier.store()
-    again = fourier.stored.__wrapped__("inverse root")
-    assert np.abs(again(np.linspace(0.25, 1, 100)) - np.linspace(0.25, 1, 100) ** -0.5).max() < 2e-6
+    monkeypatch.setattr(fits, "_STORED", tmp_path / "fits.json")
+    monkeypatch.setattr(fits, "TARGETS", {"inverse root": fits.TARGETS["inverse root"]})
+    fits.store()
+    again, x = fits.stored.__wrapped__("inverse root"), grid((0.25, 1, 100))
+    assert (again(x) - x**-0.5).abs().max() < 2e-6
 
 
 @FITS
 @pytest.mark.parametrize(("scale", "fraction"), [(14, 22), (30, 26), (56, 22), (30, 16)])
 def test_evaluation_keeps_its_declared_bound_over_the_domain(make, scale, fraction):
     fit = make()
-    x = np.concatenate([[fit.low, fit.high], np.linspace(fit.low, fit.high, 400)])
-    x = np.clip(np.rint(x * 2.0**scale) / 2.0**scale, fit.low, fit.high)
+    x = grid((fit.low, fit.high, 2), (fit.low, fit.high, 400))
+    x = ((x * 2.0**scale).round() / 2.0**scale).clip(fit.low, fit.high)
     found = evaluated(fit, x, scale, fraction)
-    rounded = np.rint(x * 2.0**scale) / 2.0**scale
-    assert np.abs(found - fit(rounded)).max() <= fourier.rounding(fit, fraction)
-    assert np.abs(found - TARGETS[make](rounded)).max() <= 1.05 * fit.error + fourier.rounding(fit, fraction)
+    rounded = (x * 2.0**scale).round() / 2.0**scale
+    assert (found - fit(rounded)).abs().max() <= fits.rounding(fit, fraction)
+    assert (found - TARGETS[make](rounded)).abs().max() <= 1.05 * fit.error + fits.rounding(fit, fraction)
 
 
 @FITS
 def test_outside_the_domain_the_sum_goes_on_periodically_and_bounded(make):
     fit, period = make(), 2.0 ** make().period
-    outside = np.concatenate([np.linspace(fit.high, fit.low + period, 50), np.linspace(fit.low, fit.high, 20) - period])
+    outside = grid((fit.high, fit.low + period, 50), (fit.low - period, fit.high - period, 20))
     found = evaluated(fit, outside, 30)
-    assert np.abs(found - fit(outside)).max() <= fourier.rounding(fit, 22)
-    assert np.abs(found).max() <= abs(fit.constant) + math.sqrt(2 * fit.modes) * fit.norm + fourier.rounding(fit, 22)
+    assert (found - fit(outside)).abs().max() <= fits.rounding(fit, 22)
+    assert found.abs().max() <= abs(fit.constant) + math.sqrt(2 * fit.modes) * fit.norm + fits.rounding(fit, 22)
 
 
 @pytest.mark.parametrize("shift", [-9.0, -0.3, 5.0])
 def test_a_public_shift(shift):
-    fit = fourier.exponential()
-    x = np.linspace(fit.low, fit.high, 50) - shift
+    fit = fits.exponential()
+    x = grid((fit.low, fit.high, 50)) - shift
     found = evaluated(fit, x, 30, shift=shift)
-    assert np.abs(found - np.exp(x + shift)).max() <= 1.05 * fit.error + fourier.rounding(fit, 22)
+    assert (found - (x + shift).exp()).abs().max() <= 1.05 * fit.error + fits.rounding(fit, 22)
 
 
 def test_angles_are_computed_to_the_last_bits():
@@ -117,7 +122,7 @@ def test_angles_are_computed_to_the_last_bits():
         for m, shift in ((np.uint64(turn).astype(np.int64), 0), (np.int64(turn >> 4), 4)):
             if shift and turn % 16:
                 continue
-            cosine, sine = fourier._cos_sin(m, shift)
+            cosine, sine = cpu._cos_sin(m, shift)
             assert abs(cosine - math.cos(angle)) < 1e-15 and abs(sine - math.sin(angle)) < 1e-15
 
 
@@ -126,7 +131,7 @@ def test_angles_are_computed_to_the_last_bits():
 )
 def test_public_factors_do_not_depend_on_the_machine(kernel, types):
     """Both parties must agree on them to the last bit: no call of a mathematical library, nothing contracted."""
-    compiled = numba.njit(types, boundscheck=False)(getattr(fourier, kernel).py_func)  # a cached one shows no code
+    compiled = numba.njit(types, boundscheck=False)(getattr(cpu, kernel).py_func)  # a cached one shows no code
     (code,) = compiled.inspect_llvm().values()
     assert "fmul double" in code
     for word in ("llvm.cos", "llvm.sin", "@cos", "@sin", "llvm.fma", "llvm.fmuladd", "fmul fast", "contract"):
@@ -134,15 +139,15 @@ def test_public_factors_do_not_depend_on_the_machine(kernel, types):
 
 
 def test_more_elements_than_one_block():
-    x = np.linspace(-1, 1, fourier.BLOCK + 77)
-    fit = fourier.silu_even()
-    assert np.abs(evaluated(fit, x, 20) - fit(np.rint(x * 2**20) / 2**20)).max() <= fourier.rounding(fit, 22)
+    x = grid((-1, 1, fourier.BLOCK + 77))
+    fit = fits.silu_even()
+    assert (evaluated(fit, x, 20) - fit((x * 2**20).round() / 2**20)).abs().max() <= fits.rounding(fit, 22)
 
 
 def test_a_function_wants_its_own_period():
     def job(runtime):
         (wire,) = open_wires(runtime, [Opening(share(runtime, torch.tensor([1]), 14), ring=20, function=True)])
-        fourier.evaluate(runtime, wire, fourier.exponential(), 22, bits=1)
+        fourier.evaluate(runtime, wire, fits.exponential(), 22, bits=1)
 
     with pytest.raises(AssertionError, match=r"open exp modulo 2\^19"):
         run(job)
@@ -195,15 +200,16 @@ def test_the_published_vector_for_a_zero_key_of_128_bits():
     assert blocks[:, 0].tobytes().hex().startswith("89670952608364fd00b2f90936f031c8e756e15dba04b8493d00429259b20f46")
 
 
+def tensor(words: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(words).view(np.int64))
+
+
 def compared(alpha, beta, points, bits, seed=0):
     generator = np.random.default_rng(seed)
-    seeds = generator.integers(0, 2**64, (2, len(alpha), 2), dtype=np.uint64)
-    keys = dcf.generate(alpha, beta, seeds[0], seeds[1], bits)
-    shares = []
-    for party in (0, 1):
-        keys.seed = seeds[party]
-        shares.append(dcf.evaluate(keys, party, points))
-    return shares
+    seeds = [tensor(words) for words in generator.integers(0, 2**64, (2, len(alpha), 2), dtype=np.uint64)]
+    common = cpu.compare_keys(tensor(alpha), tensor(beta), *seeds, bits)
+    assert [(part.shape, part.dtype) for part in common] == dcf.sizes(bits, len(alpha)), "sizes are announced"
+    return [cpu.compare(seeds[party], common, party, tensor(points)).numpy().view(np.uint64) for party in (0, 1)]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 7, 8, 31, 32, 46, 63, 64])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from wire_parties import joined, run, share, signed, value
+from wire_parties import joined, open_wires, run, share, signed, value
 
-from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret, open_wires
+from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
 
 
 def edges(size: int, count: int = 60) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_a_share_opens_in_a_narrower_ring():
 
     outcome = run(job)
     assert torch.equal(joined(*outcome.results[:2]), edges(20))
-    assert outcome.sent(0, 1) == outcome.sent(1, 0) == 3 * len(edges(20))
+    assert outcome.sent(0, 1) == outcome.sent(1, 0) == -(-20 * len(edges(20)) // 8)
 
 
 def test_scale_width_and_bound_follow_a_truncation():

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wire_parties import reconstruct, run, share, signed
+from wire_parties import open_wires, play, reconstruct, run, share, signed
 
 from crypten_llm.protocols import products
-from crypten_llm.protocols.opening import Opening, Overflow, open_wires
+from crypten_llm.protocols.opening import Opening, Overflow
+from crypten_llm.roles import CLIENT, OWNER
 
 NARROW, LIFTED, WHOLE = dict(size=48), dict(size=40, lifted=True), dict(size=64)
 KINDS = {"narrow": NARROW, "lifted": LIFTED, "whole": WHOLE}
@@ -74,8 +75,14 @@ def test_matmul(batch, transposed, left, right):
 
 def weight(runtime, integers, scale=8):
     """The owner's matrix of these integers / 2^scale."""
-    plain = integers.double() / 2**scale if runtime.role == 0 else None
-    return products.OwnedMatrix(runtime, plain, integers.shape, scale)
+    plain = integers.double() / 2**scale if runtime.role == OWNER else None
+    return play(runtime, products.own(runtime, plain, integers.shape, scale))
+
+
+def looked_up(runtime, ids, count, matrix):
+    """Rows of the matrix for ids that the client alone is given."""
+    mine = ids if runtime.role == CLIENT else None
+    return play(runtime, products.lookup(runtime, mine, count, matrix, bits=8))
 
 
 @pytest.mark.parametrize("kind", ["narrow", "whole"])
@@ -118,14 +125,14 @@ def test_a_weight_that_32_bits_do_not_hold_is_refused():
     with pytest.raises(Overflow, match=r"a weight of 3.28e\+04 does not fit 32 bits at scale 2\^16"):
         run(lambda runtime: weight(runtime, torch.tensor([[2**31]]), scale=16))
     with pytest.raises(Overflow, match="a weight of inf does not fit"):
-        run(lambda runtime: products.OwnedMatrix(runtime, torch.tensor([[torch.inf]]), (1, 1), 8))
+        run(lambda runtime: play(runtime, products.own(runtime, torch.tensor([[torch.inf]]), (1, 1), 8)))
 
 
 def test_lookup_gives_the_rows_of_the_ids():
     table, ids = integers(101, 6), torch.tensor([0, 100, 37, 37])
 
     def job(runtime):
-        return products.lookup(runtime, ids if runtime.role == 1 else None, 4, weight(runtime, table), bits=8)
+        return looked_up(runtime, ids, 4, weight(runtime, table))
 
     outcome = run(job)
     assert torch.equal(reconstruct(outcome), table[ids])
@@ -137,8 +144,7 @@ def test_lookup_refuses_an_id_outside_the_vocabulary(wrong):
     table = integers(101, 6)
 
     def job(runtime):
-        ids = torch.tensor([5, wrong]) if runtime.role == 1 else None
-        products.lookup(runtime, ids, 2, weight(runtime, table), bits=8)
+        looked_up(runtime, torch.tensor([5, wrong]), 2, weight(runtime, table))
 
     with pytest.raises(ValueError, match=f"token id {wrong} is not in a vocabulary of 101"):
         run(job)
@@ -164,7 +170,7 @@ def test_a_result_that_could_wrap_is_refused_by_name():
     with pytest.raises(Overflow, match="linear layer: "):
         run(lambda runtime: products.linear(runtime, *wires(runtime, (x, narrow)), weight(runtime, x), bits=16))
     with pytest.raises(Overflow, match="embedding: "):
-        run(lambda runtime: products.lookup(runtime, None, 1, weight(runtime, x), bits=24))
+        run(lambda runtime: play(runtime, products.lookup(runtime, None, 1, weight(runtime, x), bits=24)))
 
 
 def test_matrix_products_take_narrow_wires():

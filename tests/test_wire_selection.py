@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wire_parties import DEALER, PARTY0, PARTY1, run
+from wire_parties import CLIENT, DEALER, OWNER, run
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire.choosing import PAIRS
@@ -30,7 +30,7 @@ def shown(job, *arguments):
     """What the client sees of the handle (or handles) that ``job(engine, secret)`` makes."""
 
     def play(engine):
-        def secret(value, source=PARTY0, bits=5):
+        def secret(value, source=OWNER, bits=5):
             handle = engine.secret(value if engine.rank == source else None, value.shape, source)
             handle.bits = bits
             return handle
@@ -38,12 +38,12 @@ def shown(job, *arguments):
         engine.shown_bits = 64  # all there are: a reciprocal of 2,000 is small
         made = job(engine, secret, *arguments)
         several = made if isinstance(made, list) else [made]
-        values = [engine.open_to(engine.contents(h) if hasattr(h, "settle") else h, PARTY1) for h in several]
+        values = [engine.open_to(engine.contents(h) if hasattr(h, "settle") else h, CLIENT) for h in several]
         return values if isinstance(made, list) else values[0]
 
     outcome = run(play, engine=True)
     assert outcome.results[DEALER] in (None, [None] * 2)
-    return outcome.results[PARTY1]
+    return outcome.results[CLIENT]
 
 
 def close(value, expected, tolerance=0.0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from eviction_runs import VOCAB, peaked_weights, weights
 from policy_table import ROWS
-from wire_parties import PARTY0, PARTY1, run
+from wire_parties import CLIENT, OWNER, run
 
 import eviction
 from crypten_llm.engines.plain.engine import PlainEngine
@@ -26,10 +26,10 @@ WEIGHTS = peaked_weights(CONFIG, 0.6, seed=4)  # with which no policy has a clos
 def logits(engine, text, prompt, steps):
     """At the client, logits [1 + steps, V]: a prompt in chunks of 17, then single tokens."""
     shapes = expected_shapes(CONFIG)
-    held = {n: engine.parameter(v if engine.rank == PARTY0 else None, shapes[n]) for n, v in WEIGHTS.items()}
+    held = {n: engine.parameter(v if engine.rank == OWNER else None, shapes[n]) for n, v in WEIGHTS.items()}
     llama, rows = Llama(engine, CONFIG, held), []
     ids = torch.randint(0, VOCAB, (prompt + steps,), generator=torch.Generator().manual_seed(prompt))
-    told = engine.rank == PARTY1 or not engine.is_private
+    told = engine.rank == CLIENT or not engine.is_private
 
     def step(part):
         one_hot = engine.tokens(part if told else None, len(part), VOCAB)
@@ -41,10 +41,10 @@ def logits(engine, text, prompt, steps):
         for start in range(0, prompt, 17):
             out = step(ids[start : min(start + 17, prompt)])
         kept.end_prompt()
-        rows.append(engine.open_to(out, PARTY1))
+        rows.append(engine.open_to(out, CLIENT))
     for i, token in enumerate(ids[prompt:]):
         with engine.section(f"step {i}"):
-            rows.append(engine.open_to(step(token[None]), PARTY1))
+            rows.append(engine.open_to(step(token[None]), CLIENT))
     return rows if rows[0] is None else torch.cat(rows)
 
 
@@ -67,7 +67,7 @@ def test_logits_under_a_policy_are_close_to_plain(name, kind, prompt, steps):
     text = settings(name, kind)
     expected = logits(PlainEngine(), text, prompt, steps)
     outcome = run(logits, text, prompt, steps, engine=True)
-    error = (outcome.results[PARTY1] - expected).abs().amax(-1)
+    error = (outcome.results[CLIENT] - expected).abs().amax(-1)
     assert error.max() < ROWS[name].wire_tolerance, error
     links = Links()
     logits(CostEngine(links), text, prompt, steps)

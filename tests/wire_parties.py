@@ -18,8 +18,10 @@ from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import PartyError
 from crypten_llm.insecure.audit import audited
 from crypten_llm.links.transport import HEADER, KIND_NAMES, Transport
-from crypten_llm.protocols.dealer.roles import DEALER, PARTY0, PARTY1, Runtime
-from crypten_llm.protocols.opening import Secret
+from crypten_llm.protocols.dealer import roles
+from crypten_llm.protocols.opening import Opening, Secret, Wire
+from crypten_llm.protocols.rounds import Rounds
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 
 TIMEOUT = 20.0
 ROLES = ("owner", "client", "dealer")
@@ -58,13 +60,13 @@ class Outcome:
 
     def cost(self) -> tuple[int, int, int, int, int]:
         """(rounds, payload bytes owner to client, client to owner, dealer to owner, dealer to client)."""
-        rounds = max(self.traffic[role].online.rounds for role in (PARTY0, PARTY1))
+        rounds = max(self.traffic[role].online.rounds for role in (OWNER, CLIENT))
         return (
             rounds,
-            self.sent(PARTY0, PARTY1),
-            self.sent(PARTY1, PARTY0),
-            self.sent(DEALER, PARTY0),
-            self.sent(DEALER, PARTY1),
+            self.sent(OWNER, CLIENT),
+            self.sent(CLIENT, OWNER),
+            self.sent(DEALER, OWNER),
+            self.sent(DEALER, CLIENT),
         )
 
     def sent(self, source: int, target: int) -> int:
@@ -102,11 +104,11 @@ def run(job, *arguments, engine: bool | type = False, seed: int = 0, section: st
     def play(role: int) -> None:
         transport = transports[role]
         try:
-            subject = (WireEngine if engine is True else engine)(transport) if engine else None
             keys = [key(seed, 0), key(seed, 1)] if role == DEALER else [key(seed, role)]
-            runtime = audited(Runtime)(role, transport, keys)
+            runtime = audited(roles.ROLES[role])(transport, keys)
+            subject = None
             if engine:
-                subject.runtime = runtime
+                subject = (WireEngine if engine is True else engine)(transport, runtime=runtime)
             transport.frames.clear()
             before = transport.meter.snapshot()
             runtime.begin(section)
@@ -146,16 +148,24 @@ def share(runtime, integers: torch.Tensor, scale: int = 0, width: int = 64, bits
     """Secret shares of ``integers``, nothing sent: the client's share is pseudo-random, the same in every run."""
     if bits is None:
         bits = max(0, int(integers.abs().max()).bit_length() - scale) if integers.numel() else 0
-    if runtime.is_dealer:
-        return Secret(torch.empty(integers.shape, dtype=torch.int64, device="meta"), scale, width, bits)
     generator = torch.Generator().manual_seed(integers.numel())
     theirs = torch.randint(-(2**63), 2**63 - 1, integers.shape, generator=generator)
-    return Secret(integers - theirs if runtime.role == PARTY0 else theirs, scale, width, bits)
+    return Secret(runtime.share(integers.shape, lambda: integers - theirs, lambda: theirs), scale, width, bits)
+
+
+def open_wires(runtime, openings: list[Opening]) -> list[Wire]:
+    """All in one round, by a protocol of their own."""
+    return Rounds(runtime).open(*openings)
+
+
+def play(runtime, protocol):
+    """The result of a protocol, run alone."""
+    return Rounds(runtime).run(protocol)
 
 
 def reconstruct(outcome: Outcome, width: int | None = None) -> torch.Tensor:
     """The signed integers that the parties' resulting ``Secret`` shares stand for, modulo 2^width (its own)."""
-    return joined(outcome.results[PARTY0], outcome.results[PARTY1], width)
+    return joined(outcome.results[OWNER], outcome.results[CLIENT], width)
 
 
 def joined(mine: Secret, theirs: Secret, width: int | None = None) -> torch.Tensor:
@@ -171,4 +181,4 @@ def signed(x: torch.Tensor, width: int) -> torch.Tensor:
 
 def value(outcome: Outcome) -> torch.Tensor:
     """The float64 numbers that the resulting ``Secret`` stands for."""
-    return reconstruct(outcome).double() / 2.0 ** outcome.results[PARTY0].scale
+    return reconstruct(outcome).double() / 2.0 ** outcome.results[OWNER].scale

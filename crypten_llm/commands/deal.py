@@ -17,9 +17,9 @@ from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.links.meter import Meter
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.protocols.dealer import tape
-from crypten_llm.protocols.dealer.roles import DEALER
-from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.protocols.dealer import roles, tape
+from crypten_llm.protocols.dealer.counting import Counting
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 from crypten_llm.session.api import check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Plan
@@ -38,6 +38,9 @@ class _Absent:
 
     def recv_json(self, source, timeout=None):
         return next(self._script)
+
+    def passed(self, pieces):
+        pass
 
 
 def _generation(config: LlamaConfig, plan: Plan, requests: int) -> Iterator[dict]:
@@ -72,21 +75,21 @@ def deal(work: Plan | Shape, out, config: LlamaConfig | None = None, requests: i
     if verb == "generate":
         work.check(config)
 
-    def run(material):
+    def run(material, role):
         script = _generation(config, work, requests) if verb == "generate" else _bench(work, requests)
         links = _Absent(script)
         with torch.inference_mode():
-            Party(WireEngine(links, engine, material), links, 2).serve()
+            Party(WireEngine(links, engine, material, role(links, material)), links, 2).serve()
 
     engine, sizes = WireConfig(), tape.Sizes()
-    run(sizes)
+    run(sizes, Counting)
     total = [sizes.total(party) for party in (OWNER, CLIENT)]
     say(f"tape for {requests} x {verb}: {size(total[OWNER])} for the owner, {size(total[CLIENT])} for the client")
     started = perf_counter()
     manifest = tape.make_manifest(asdict(engine), config.to_dict(), verb, asdict(work), requests)
     bar = tqdm(desc="dealing", total=sum(total), unit="B", unit_scale=True, disable=not progress, leave=False)
     with bar, tape.Recording(Path(out), manifest, sizes, bar.update) as recording:
-        run(recording)
+        run(recording, roles.make)
     seconds = perf_counter() - started
     say(f"{out}: tape {manifest['id']} in {seconds:.1f} s ({size(sum(total) / seconds)}/s)")
     return manifest

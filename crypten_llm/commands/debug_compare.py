@@ -106,9 +106,7 @@ def audit(folder, prompt_ids: list[int], steps: int = 2, chunk: int = generation
     plan = _check(folder, prompt_ids, steps, chunk)
 
     def audited(transport):
-        engine = WireEngine(transport)
-        engine.runtime = wire_audit.audit(engine.runtime)
-        return engine
+        return WireEngine(transport, runtime=wire_audit.audit(transport))
 
     answer = Answer(prompt_ids, lambda logits: int(logits.argmax()))
     engines = _run(audited, folder, plan, answer)

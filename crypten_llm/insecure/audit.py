@@ -19,7 +19,9 @@ import torch
 
 from crypten_llm.errors import CryptenLLMError
 from crypten_llm.kernels import ring
+from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key
+from crypten_llm.roles import DEALER
 
 TELLING = 96  # bits of a mask from which equal words are no coincidence
 
@@ -79,7 +81,7 @@ def _rows(mask: torch.Tensor, bits: int):
     width = mask.shape[-1] if mask.dim() else 1
     rows = mask.reshape(-1, width) if width * bits >= TELLING and mask.numel() else mask.reshape(1, -1)
     if rows.shape[-1] * bits >= TELLING:
-        yield from (memoryview(row) for row in rows.contiguous().numpy())
+        yield from (ring.bytes_of(row) for row in rows.contiguous())
 
 
 class _Watched(Stream):
@@ -108,14 +110,13 @@ def audited(runtime_class):
             self.audit = Audit()
             super().__init__(*arguments, **options)
 
-        def begin(self, label):
-            super().begin(label)
-            self._streams = [_Watched(derive_key(key, label), label, self.audit.read) for key in self._keys]
+        def _stream(self, key, label):
+            return _Watched(derive_key(key, label), label, self.audit.read)
 
         def mask(self, shape, bits=64):
             mask = super().mask(shape, bits)
-            if not mask.is_meta:
-                self.audit.draw(mask, bits, self._where())
+            if not mask.held.is_meta:
+                self.audit.draw(mask.held, bits, self._where())
             return mask
 
         def mask_of(self, party, shape):
@@ -125,17 +126,18 @@ def audited(runtime_class):
                 self.audit.pending.pop()  # it hides what is sent to one party, not an opening
             return mask
 
-        def exchange(self, data):
-            self.audit.send(data.numel(), self._where())
-            return super().exchange(data)
+        def exchange(self, pieces):
+            opened = [piece.size for piece in pieces if piece.sender is None]
+            if opened and self.role != DEALER:
+                self.audit.send(sum(opened), self._where())
+            return super().exchange(pieces)
 
         def _where(self) -> str:
-            return f"{self._section}, {self.transport.meter.where}"
+            return f"{self.section}, {self.transport.meter.where}"
 
     return Audited
 
 
-def audit(runtime):
-    """``runtime``, of a live dealer's run, with its keys and links, audited; it must have drawn nothing yet."""
-    assert not any(stream.position for stream in runtime._streams), "what was drawn before would not be audited"
-    return audited(type(runtime))(runtime.role, runtime.transport, runtime._keys)
+def audit(transport):
+    """An audited runtime over ``transport``, for a live dealer's run."""
+    return audited(roles.ROLES[transport.rank])(transport, roles.agree_on_keys(transport))

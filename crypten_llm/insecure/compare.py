@@ -2,23 +2,21 @@
 
 INSECURE by purpose: the client's role learns every intermediate value. For one machine, and for debugging alone.
 
-Owns the comparison of what is not attention, which is in ``compare_selection``. Each operation runs as in ``wire``; its
-inputs, as the shares stand for them, and its output are shown through ``reveal``, and ``plain`` computes what the
-output should have been. So an error is an operation's own, whatever went wrong before it.
+Owns the comparison of what is not attention, which is in ``tracked``. Each operation runs as in ``wire``; its inputs, as
+the shares stand for them, and its output are shown through ``reveal``, and ``plain`` computes what the output should have
+been. So an error is an operation's own, whatever went wrong before it.
 """
-
-import math
 
 import torch
 
-from crypten_llm.engines.wire import bounds
-from crypten_llm.engines.wire.handles import Normed
+from crypten_llm.engines.wire.handles import Normed, OneHot
+from crypten_llm.engines.wire.layers import linear_bound, linear_of_norm_bound
+from crypten_llm.engines.wire.operations import OPERATIONS
 from crypten_llm.insecure.finding import worst
-from crypten_llm.insecure.opened import OpenedEngine
-from crypten_llm.insecure.tracked import TrackedSelection
+from crypten_llm.insecure.tracked import Tracked, TrackedEngine
 
 
-class CompareEngine(TrackedSelection, OpenedEngine):
+class CompareEngine(TrackedEngine):
     """``findings``, at the client: every operation in order."""
 
     name = "compare"
@@ -35,11 +33,6 @@ class CompareEngine(TrackedSelection, OpenedEngine):
         """At the client. The owner put it there before it sent the client its first matrix."""
         return self._weights[self._indices[id(weight)]].double()
 
-    def _note(self, operation: str, seen, expected, bound, outside: str = "") -> None:
-        self.findings.append(worst(self.meter.where, operation, seen, expected, bound, outside))
-
-    # Operations.
-
     def calibrate(self, config, weights):
         return {}  # a model outside wire's domain is not refused: it is found where it leaves it
 
@@ -50,66 +43,82 @@ class CompareEngine(TrackedSelection, OpenedEngine):
             self._weights.append(value)
         return weight
 
-    def embed(self, one_hot, weight):
+    def _exact(self, handle) -> Tracked:
+        """A handle with what its shares stand for now."""
+        seen = self.see(handle)
+        return Tracked(handle, seen, None if seen is None else torch.zeros_like(seen))
+
+    def _held(self, name: str, *arguments):
+        """An operation on handles, held on its own: the model goes on with the shares."""
+        given = [self._exact(self.settled(a)) if hasattr(a, "shape") and not _is_public(a) else a for a in arguments]
+        out = self._run(name, [], [a.secret if isinstance(a, Tracked) else a for a in given])
+        made = self._exact(out)
+        if self.is_shown:
+            twin = getattr(self.twin, name)(*(a.value if isinstance(a, Tracked) else _doubled(a) for a in given))
+            bound = OPERATIONS[name].bound(self, Tracked(out, twin, made.error), *given)
+            left = self._outside(name, given, made)
+            self.findings.append(worst(self.meter.where, name, made.value, twin, bound, left))
+        return out
+
+    # Operations.
+
+    def rotate(self, x, cos, sin):
+        return self._held("rotate", x, cos, sin)
+
+    def swiglu(self, gate, up):
+        return self._held("swiglu", gate, up)
+
+    def residual(self, x, y):
+        return self._held("residual", x, y)
+
+    def embed(self, one_hot: OneHot, weight):
         out = super().embed(one_hot, weight)
         seen = self.see(out)
         if self.is_shown:
-            table = self._plain_weight(weight)
-            self._note("embed", seen, table[one_hot.ids], bounds.embed(self.config))
+            expected = self._plain_weight(weight)[one_hot.ids]
+            self.findings.append(
+                worst(self.meter.where, "embed", seen, expected, OPERATIONS["embed"].bound(self, None, one_hot, weight))
+            )
+        return out
+
+    def rms_norm(self, x, weight, eps, scale):
+        before = self._exact(self.settled(x))
+        out = super().rms_norm(before.secret, weight, eps, scale)
+        row, root = self.see(out.unit), self.see(out.root)
+        if self.is_shown:
+            expected = self.twin.rms_norm(before.value, 1.0, eps, scale)
+            made, given = Tracked(out, expected), (before, weight, eps, scale)
+            bound = OPERATIONS["rms_norm"].bound(self, made, *given)
+            left = self._outside("rms_norm", list(given), made)
+            seen = row * root * x.shape[-1] ** 0.5
+            self.findings.append(worst(self.meter.where, "rms_norm", seen, expected, bound, left))
         return out
 
     def linear(self, x, weight, bias=None):
-        inputs = (self.see(x.unit), self.see(x.root)) if isinstance(x, Normed) else (self.see(x),)
+        x = x.secret if isinstance(x, Tracked) else x
+        of_norm = isinstance(x, Normed)
+        inputs = (self.see(x.unit), self.see(x.root)) if of_norm else (self.see(x),)
         out = super().linear(x, weight, bias)
         seen = self.see(out)
         if not self.is_shown:
             return out
         matrix = self._plain_weight(weight)
         added = 0 if bias is None else self._plain_weight(bias)
-        if isinstance(x, Normed):
-            unit, root = inputs
-            folded = matrix * self._plain_weight(x.gamma) * math.sqrt(x.shape[-1])
-            bound = bounds.linear_of_norm(self.config, unit, root, folded, whole="whole" in x.wires)
-            self._note("linear of a norm", seen, root * (unit @ folded.T) + added, bound)
+        if of_norm:
+            row, root = inputs
+            folded = matrix * self._plain_weight(x.gamma) * x.size**0.5
+            bound = linear_of_norm_bound(self.config, row, root, folded, whole=x.whole is not None)
+            name, expected = "linear of a norm", root * (row @ folded.T) + added
         else:
-            bound = bounds.linear(self.config, inputs[0], matrix)
-            self._note("linear", seen, inputs[0] @ matrix.T + added, bound)
+            bound = linear_bound(self.config, inputs[0], matrix)
+            name, expected = "linear", inputs[0] @ matrix.T + added
+        self.findings.append(worst(self.meter.where, name, seen, expected, bound))
         return out
 
-    def rms_norm(self, x, weight, eps, scale):
-        before = self.see(x)
-        out = super().rms_norm(x, weight, eps, scale)
-        unit, root = self.see(out.unit), self.see(out.root)
-        if self.is_shown:
-            expected = self._plain.rms_norm(before, 1.0, eps, scale)
-            seen = unit * root * math.sqrt(x.shape[-1])
-            outside = bounds.outside(self.config, "rms_norm", before.square().sum(-1) + eps * x.shape[-1])
-            self._note("rms_norm", seen, expected, bounds.rms_norm(self.config, before, expected), outside)
-        return out
 
-    def rotate(self, x, cos, sin):
-        before = self.see(x)
-        out = super().rotate(x, cos, sin)
-        seen = self.see(out)
-        if self.is_shown:
-            expected = self._plain.rotate(before, cos.double(), sin.double())
-            self._note("rotate", seen, expected, bounds.rotate(self.config, before))
-        return out
+def _is_public(argument) -> bool:
+    return isinstance(argument, torch.Tensor)
 
-    def swiglu(self, gate, up):
-        gate_seen, up_seen = self.see(gate), self.see(up)
-        out = super().swiglu(gate, up)
-        seen = self.see(out)
-        if self.is_shown:
-            expected = self._plain.swiglu(gate_seen, up_seen)
-            bound = bounds.swiglu(self.config, gate_seen, up_seen)
-            self._note("swiglu", seen, expected, bound, bounds.outside(self.config, "swiglu", gate_seen))
-        return out
 
-    def residual(self, x, y):
-        before = self.see(x), self.see(y)
-        out = super().residual(x, y)
-        seen = self.see(out)
-        if self.is_shown:
-            self._note("residual", seen, self._plain.residual(*before), bounds.residual(self.config))
-        return out
+def _doubled(argument):
+    return argument.double() if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument

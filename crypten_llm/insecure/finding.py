@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from crypten_llm.engines.wire import bounds
+from crypten_llm.engines.wire.engine import domains
+
+FLOAT = 2.0**-40  # of shown values, which are the doubles nearest to them
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,19 @@ def worst(where: str, operation: str, seen, expected, bound, outside: str = "") 
     """The element that uses most of its bound; bound: one for all, or one for each."""
     errors = (seen - expected).abs().flatten()
     bounds_each = torch.as_tensor(bound, dtype=errors.dtype).expand(expected.shape).flatten()
-    bounds_each = bounds_each + bounds.FLOAT * (1 + expected.abs().max())
+    bounds_each = bounds_each + FLOAT * (1 + expected.abs().max())
     index = (errors / bounds_each).nan_to_num(nan=math.inf).argmax()
     return Finding(where, operation, errors[index].item(), bounds_each[index].item(), outside)
+
+
+def outside(config, operation: str, seen: torch.Tensor) -> str:
+    """What has left the domain of ``operation``, a key of ``domains``, or nothing.
+
+    seen: what is limited there: of rms_norm sum x^2 + eps H, of softmax the scores without those masked, of its rows
+    log(sum exp(s)), of mix its results, of others their inputs.
+    """
+    what, low, high = domains(config).get(operation, ("inputs", -math.inf, math.inf))
+    least, most = seen.min().item(), seen.max().item()
+    if low <= least and most <= high:
+        return ""
+    return f"{what} from {least:.3g} to {most:.3g}, its domain is {low:.3g} to {high:.3g}"

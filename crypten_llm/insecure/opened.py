@@ -7,7 +7,9 @@ import torch
 
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.engines.wire.handles import Weights
+from crypten_llm.engines.wire.keeping import contents
 from crypten_llm.engines.wire.rows import Rows
+from crypten_llm.engines.wire.values import value
 from crypten_llm.roles import CLIENT
 from crypten_llm.session.reveal import RevealLog
 
@@ -21,8 +23,8 @@ class OpenedEngine(WireEngine):
     shown_what = "queries, keys and choices"
     shown_why = "trace of an eviction policy: nothing is private"
 
-    def __init__(self, transport):
-        super().__init__(transport)
+    def __init__(self, transport, **options):
+        super().__init__(transport, **options)
         self.shown = RevealLog()
 
     @property
@@ -30,10 +32,14 @@ class OpenedEngine(WireEngine):
         """Whether this role is the one that ``see`` shows values to."""
         return self.rank == CLIENT
 
+    def settled(self, x):
+        """The shares behind a handle that may have waited."""
+        return self.rounds.run(value(self, x))
+
     def see(self, x) -> torch.Tensor | None:
         """The float64 value of a handle at the client, ``None`` elsewhere; softmax weights before their division."""
         if isinstance(x, Rows):
-            x = self.contents(x)
+            x = self.rounds.run(contents(self, x))
         if isinstance(x, Weights):
             x = x.weights
         return self.shown.open_to_client(self, x, CLIENT, self.shown_what, self.shown_why)

@@ -1,4 +1,4 @@
-"""Distributed comparison functions: shares of beta * 1{x < alpha} from a key each, without a message.
+"""Distributed comparison functions on processors: shares of beta * 1{x < alpha} from a key each, without a message.
 
 Owns key generation (the dealer) and evaluation (the parties), batched over keys and points. The pseudo-random
 generator is the ChaCha20 block function keyed by a node's seed: one block holds both children and both values. It is
@@ -9,9 +9,8 @@ Source: Boyle et al., "Function Secret Sharing for Mixed-Mode and Fixed-Point Se
 Figure 1; payloads here are two words modulo 2^64.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+import torch
 
 from crypten_llm.kernels.compiling import compiled
 
@@ -24,31 +23,15 @@ QUARTERS = (
 )
 
 
-@dataclass
-class Keys:
-    """One party's keys for N comparisons of ``bits`` levels.
-
-    seed: uint64 [N, 2]. seeds: correction words [bits, N, 2]. values: [bits + 1, N, WORDS]. flags: uint8 [bits, N], the
-    left control bit and twice the right one. All but ``seed`` are the same for both parties.
+def sizes(bits: int, count: int) -> list[tuple[tuple, torch.dtype]]:
+    """Shapes and dtypes of what both parties' keys for ``count`` comparisons have in common, in the order they travel:
+    correction words of the seeds, of the values, and the left control bit and twice the right one.
     """
-
-    seed: np.ndarray | None
-    seeds: np.ndarray
-    values: np.ndarray
-    flags: np.ndarray
-
-    @property
-    def bits(self) -> int:
-        return self.seeds.shape[0]
-
-
-def sizes(bits: int, count: int) -> dict[str, tuple]:
-    """Shapes and dtypes of the shared part of ``Keys``, in the order they travel."""
-    return {
-        "seeds": ((bits, count, 2), np.uint64),
-        "values": ((bits + 1, count, WORDS), np.uint64),
-        "flags": ((bits, count), np.uint8),
-    }
+    return [
+        ((bits, count, 2), torch.int64),
+        ((bits + 1, count, WORDS), torch.int64),
+        ((bits, count), torch.uint8),
+    ]
 
 
 @compiled
@@ -195,21 +178,21 @@ def _evaluate(seeds, cw_seeds, cw_values, cw_flags, party, points, out):
                 t[i] = control ^ (t[i] & ((np.uint64(cw_flags[level, n]) >> bit) & one))
 
 
-def generate(alpha: np.ndarray, beta: np.ndarray, seed0: np.ndarray, seed1: np.ndarray, bits: int) -> Keys:
-    """Keys for x < alpha with payload beta; ``seed`` of the result is ``None``: each party has its own.
-
-    alpha: uint64 [N] below 2^bits. beta: uint64 [N, WORDS]. seed0, seed1: uint64 [N, 2].
-    """
-    parts = {name: np.empty(shape, dtype) for name, (shape, dtype) in sizes(bits, alpha.shape[0]).items()}
-    _generate(alpha, beta, seed0, seed1, bits, parts["seeds"], parts["values"], parts["flags"])
-    return Keys(None, **parts)
+def compare_keys(alpha, beta, seed0, seed1, bits):
+    parts = [torch.empty(shape, dtype=dtype) for shape, dtype in sizes(bits, alpha.shape[0])]
+    seeds, values, flags = parts
+    inputs = [_unsigned(words) for words in (alpha, beta, seed0, seed1)]
+    _generate(*inputs, bits, _unsigned(seeds), _unsigned(values), flags.numpy())
+    return parts
 
 
-def evaluate(keys: Keys, party: int, points: np.ndarray) -> np.ndarray:
-    """This party's share of beta * 1{x < alpha} for K points of each of the N keys: uint64 [N, K, WORDS].
-
-    points: uint64 [N, K], below 2^bits.
-    """
-    out = np.zeros((*points.shape, WORDS), dtype=np.uint64)
-    _evaluate(keys.seed, keys.seeds, keys.values, keys.flags, party, np.ascontiguousarray(points), out)
+def compare(seed, common, party, points):
+    seeds, values, flags = common
+    out = torch.zeros((*points.shape, WORDS), dtype=torch.int64)
+    inputs = [_unsigned(words) for words in (seed, seeds, values)]
+    _evaluate(*inputs, flags.numpy(), party, _unsigned(points), _unsigned(out))
     return out
+
+
+def _unsigned(words):
+    return words.contiguous().numpy().view(np.uint64)

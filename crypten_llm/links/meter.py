@@ -95,6 +95,22 @@ class Meter:
         return _Scope(self, outer.phase, f"{outer.label} {label}" if outer.label else label, kind or outer.kind)
 
     @property
+    def scope(self):
+        """The step in progress, to come back to with `within`."""
+        return self._scopes[-1]
+
+    def within(self, scope):
+        """Context manager: the step that was in progress when `scope` was taken."""
+        return _Scope(self, scope.phase, scope.label, scope.kind)
+
+    def exchange_scopes(self, scopes):
+        """Put other steps in progress in the place of those now, which are returned: what runs side by side has its own."""
+        before = list(self._scopes)
+        self._charge_wall()
+        self._scopes[:] = scopes
+        return before
+
+    @property
     def where(self):
         """The step in progress, for error messages: "prefill: layer 3 softmax"."""
         scope = self._scopes[-1]
@@ -111,20 +127,28 @@ class Meter:
         twin._scopes = self._scopes
         return twin
 
-    def count(self, channel, rounds, messages, sent, received, seconds):
-        """Add one transfer to the operation in progress. For the transport, and a tape that stands for a link."""
-        scope = self._scopes[-1]
-        key = (scope.phase, scope.kind, channel)
+    def count(self, channel, rounds, messages, sent, received, seconds, cells=None):
+        """Add one transfer to the operation in progress. For the transport, and a tape that stands for a link.
+
+        cells: by (phase, kind), the bytes sent and received of it that belong there instead.
+        """
+        assert channel in CHANNELS, f"unknown channel {channel!r}"
         with self._lock:
-            cell = self._traffic.get(key)
-            if cell is None:
-                assert channel in CHANNELS, f"unknown channel {channel!r}"
-                cell = self._traffic[key] = [0, 0, 0, 0, 0.0]
-            cell[0] += rounds
-            cell[1] += messages
-            cell[2] += sent
-            cell[3] += received
-            cell[4] += seconds
+            if cells:
+                for cell, (out, back) in cells.items():
+                    self._add((*cell, channel), 0, 0, out, back, 0.0)
+                    sent, received = sent - out, received - back
+            self._add((*self.cell, channel), rounds, messages, sent, received, seconds)
+
+    def _add(self, key, rounds, messages, sent, received, seconds):
+        cell = self._traffic.get(key)
+        if cell is None:
+            cell = self._traffic[key] = [0, 0, 0, 0, 0.0]
+        cell[0] += rounds
+        cell[1] += messages
+        cell[2] += sent
+        cell[3] += received
+        cell[4] += seconds
 
     def snapshot(self):
         """The `Totals` so far. Subtract two of them for the cost of what ran between."""

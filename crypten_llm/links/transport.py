@@ -191,6 +191,16 @@ class Transport:
             for frame in frames
         }
 
+    def swap(self, peer, data, count, cells=None, channel="online"):
+        """Send uint8 `data` and return `count` bytes of the peer's, both at once: one message each way where there is
+        something to send, a round where there is something to receive. cells: see `Meter.count`.
+        """
+        outgoing = [self._outgoing(peer, [data])] if data.numel() else []
+        frames = [self._incoming(peer, [((count,), torch.uint8)])] if count else []
+        if outgoing or frames:
+            self._transfer(outgoing, frames, channel, cells=cells)
+        return frames[0].payload[0] if frames else torch.empty(0, dtype=torch.uint8)
+
     # The control plane: public facts only.
 
     def send_json(self, dst, obj, channel="online"):
@@ -274,7 +284,7 @@ class Transport:
         size = sum([math.prod(shape) * dtype.itemsize for shape, dtype in specs])
         return _Incoming(self._link(src), TENSOR, _dtype_code([dtype for _, dtype in specs]), size, specs)
 
-    def _transfer(self, outgoing, incoming, channel, timeout=None):
+    def _transfer(self, outgoing, incoming, channel, timeout=None, cells=None):
         """Send and receive all these frames at once, each link as fast as it goes, and count them."""
         started = progress_at = time.perf_counter()
         timeout = self.timeout if timeout is None else timeout
@@ -309,7 +319,7 @@ class Transport:
         if self.network and incoming:
             self._hold_back(incoming)
         seconds = time.perf_counter() - started
-        self.meter.count(channel, 1 if incoming else 0, len(outgoing), sent, received, seconds)
+        self.meter.count(channel, 1 if incoming else 0, len(outgoing), sent, received, seconds, cells)
 
     def _push(self, out):
         """Send what the kernel takes now; True when that was something."""

@@ -68,27 +68,8 @@ def load_tokenizer(name_or_path: str | Path, offline: bool = False) -> PreTraine
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
-    """Every parameter of the model with its shape, in the order of computation; products are x @ W.T, W [out, in].
-
-    With tied embeddings there is no "lm_head.weight": "model.embed_tokens.weight" serves for both.
-    """
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = {"q_proj": (query, hidden), "k_proj": (key_value, hidden), "v_proj": (key_value, hidden)}
-    attention["o_proj"] = (hidden, query)
-    mlp = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
-
-    shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes |= _linears(prefix + "self_attn.", attention, config.attention_bias)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        shapes |= _linears(prefix + "mlp.", mlp, config.mlp_bias)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return {name: torch.Size(shape) for name, shape in shapes.items()}
+    """Every parameter of the model with its shape, in order of computation (``Family.shapes``)."""
+    return {name: torch.Size(shape) for name, shape in config.family.shapes(config).items()}
 
 
 def load_weights(
@@ -147,15 +128,6 @@ def _resolve(name_or_path: str | Path, offline: bool, patterns: tuple[str, ...])
         raise UsageError(f"{name!r}: no such folder; give a model folder, a Hugging Face id (owner/name) or 'shipped'")
     # Files in sub-folders are other formats of the same weights.
     return download(name, offline, patterns, ignore=("*/*",))
-
-
-def _linears(prefix: str, layers: dict[str, tuple[int, int]], bias: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in layers.items():
-        shapes[f"{prefix}{name}.weight"] = shape
-        if bias:
-            shapes[f"{prefix}{name}.bias"] = shape[:1]
-    return shapes
 
 
 def _open(folder: Path) -> dict[str, safe_open]:

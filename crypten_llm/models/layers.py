@@ -1,11 +1,13 @@
 """The parts of a Llama decoder, as ``crypten.nn`` modules over an engine's operations.
 
-Owns the mathematics of one layer and nothing about where numbers live. Parameter names are Hugging Face's.
+Owns the mathematics of one layer and nothing about where numbers live. Parameter names are Hugging Face's; which of
+them there are, and which norm's output a product takes, the family says.
 """
 
-import math
+import torch
 
 from crypten_llm.compat import import_crypten
+from crypten_llm.models.family import Family
 
 Module = import_crypten().nn.Module
 
@@ -13,18 +15,24 @@ Module = import_crypten().nn.Module
 class Parameters:
     """Hands each layer its weights by Hugging Face name: ``parameters.within("mlp").get("up_proj.weight")``."""
 
-    def __init__(self, handles: dict, prefix: str = ""):
+    def __init__(self, handles: dict, family: Family, prefix: str = ""):
         self.handles = handles
+        self.family = family
         self.prefix = prefix
 
     def within(self, name: str) -> "Parameters":
-        return Parameters(self.handles, f"{self.prefix}{name}.")
+        return Parameters(self.handles, self.family, f"{self.prefix}{name}.")
 
     def get(self, name: str):
         return self.handles[self.prefix + name]
 
     def find(self, name: str):
         return self.handles.get(self.prefix + name)
+
+    def norm_before(self):
+        """The weight of the norm whose output this product takes, ``None`` for other inputs."""
+        norm = self.family.norm_before(self.prefix.removesuffix("."))
+        return None if norm is None else self.handles[f"{norm}.weight"]
 
 
 class EngineModule(Module):
@@ -46,24 +54,27 @@ class EngineModule(Module):
 
 
 class Linear(EngineModule):
-    """``norm``: weight of the norm whose output this layer takes, if one does."""
-
-    def __init__(self, engine, parameters: Parameters, norm=None):
+    def __init__(self, engine, parameters: Parameters):
         super().__init__(engine)
         self.adopt("weight", parameters.get("weight"))
         self.adopt("bias", parameters.find("bias"))
-        engine.prepare(parameters.get("weight"), norm)
+        engine.prepare(parameters.get("weight"), parameters.norm_before())
 
     def forward(self, x):
         return self.engine.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(EngineModule):
-    def __init__(self, engine, parameters: Parameters, eps: float, scale: float):
+    """Over the last dimension: of hidden states [T, H], or of heads [heads, T, head_dim].
+
+    ``scales``: a public power of four by the name of a norm's weight, 1 where there is none.
+    """
+
+    def __init__(self, engine, parameters: Parameters, eps: float, scales: dict):
         super().__init__(engine)
         self.adopt("weight", parameters.get("weight"))
         self.eps = eps
-        self.scale = scale
+        self.scale = scales.get(f"{parameters.prefix}weight", 1.0)
 
     def forward(self, x):
         return self.engine.rms_norm(x, self.weight, self.eps, self.scale)
@@ -72,15 +83,19 @@ class RMSNorm(EngineModule):
 class Attention(EngineModule):
     """Grouped-query attention. Query heads of one kv head share a matrix product: [kv_heads, group * T, head_dim]."""
 
-    def __init__(self, engine, config, parameters: Parameters, label: str, norm):
+    def __init__(self, engine, config, parameters: Parameters, label: str, norm_scales: dict):
         super().__init__(engine)
         self.label = label
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        for name in ("q_proj", "k_proj", "v_proj"):
-            self.register_module(name, Linear(engine, parameters.within(name), norm))
-        self.register_module("o_proj", Linear(engine, parameters.within("o_proj")))
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.register_module(name, Linear(engine, parameters.within(name)))
+        self.has_head_norms = parameters.find("q_norm.weight") is not None
+        if self.has_head_norms:
+            for name in ("q_norm", "k_norm"):
+                norm = RMSNorm(engine, parameters.within(name), config.rms_norm_eps, norm_scales)
+                self.register_module(name, norm)
 
     def forward(self, x, rotary, cache, mask):
         engine, rows, policy, group = self.engine, x.shape[0], cache.policy, self.heads // self.kv_heads
@@ -88,6 +103,9 @@ class Attention(EngineModule):
             query = self._split(self.q_proj(x), self.heads)
             key = self._split(self.k_proj(x), self.kv_heads)
             value = self._split(self.v_proj(x), self.kv_heads)
+            if self.has_head_norms:
+                with engine.operation("head norms", "norm"):
+                    query, key = self.q_norm(query), self.k_norm(key)
             query_before, key_before = query, key
             query, key = engine.rotate(query, *rotary), engine.rotate(key, *rotary)
             if policy:
@@ -121,11 +139,10 @@ class Attention(EngineModule):
 
 
 class MLP(EngineModule):
-    def __init__(self, engine, parameters: Parameters, norm):
+    def __init__(self, engine, parameters: Parameters):
         super().__init__(engine)
-        for name in ("gate_proj", "up_proj"):
-            self.register_module(name, Linear(engine, parameters.within(name), norm))
-        self.register_module("down_proj", Linear(engine, parameters.within("down_proj")))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            self.register_module(name, Linear(engine, parameters.within(name)))
 
     def forward(self, x):
         return self.down_proj(self.engine.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -135,13 +152,12 @@ class DecoderLayer(EngineModule):
     def __init__(self, engine, config, parameters: Parameters, index: int, norm_scales: dict):
         super().__init__(engine)
         self.label = f"layer {index}"
-        norms = [parameters.within(name) for name in ("input_layernorm", "post_attention_layernorm")]
-        for name, norm in zip(("input_layernorm", "post_attention_layernorm"), norms, strict=True):
-            scale = norm_scales.get(norm.prefix + "weight", 1.0)
-            self.register_module(name, RMSNorm(engine, norm, config.rms_norm_eps, scale))
-        before, after = (norm.get("weight") for norm in norms)
-        self.register_module("self_attn", Attention(engine, config, parameters.within("self_attn"), self.label, before))
-        self.register_module("mlp", MLP(engine, parameters.within("mlp"), after))
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm = RMSNorm(engine, parameters.within(name), config.rms_norm_eps, norm_scales)
+            self.register_module(name, norm)
+        attention = Attention(engine, config, parameters.within("self_attn"), self.label, norm_scales)
+        self.register_module("self_attn", attention)
+        self.register_module("mlp", MLP(engine, parameters.within("mlp")))
 
     def forward(self, x, rotary, cache, mask):
         with self.engine.operation(f"{self.label} input norm", "norm"):
@@ -153,6 +169,12 @@ class DecoderLayer(EngineModule):
             return self.engine.residual(x, self.mlp(normed))
 
 
-def query_scale(head_dim: int) -> float:
-    """1 / sqrt(head_dim), folded into the query projection when weights are loaded, so that scores cost no more."""
-    return 1 / math.sqrt(head_dim)
+def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for ``engine.rotate``; both are public.
+
+    Shapes: frequencies [head_dim / 2] in radians per position (see ``rope``), positions [T], integers from 0; returns
+    (cos, sin), each [T, head_dim], float32. The right half of each row repeats the left.
+    """
+    angles = positions[:, None].to(torch.float32) * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()

@@ -1,37 +1,36 @@
-"""The Llama definition: one for every engine. It reads like the architecture and knows no protocol."""
+"""The Llama definition: one for every engine and family. It reads like the architecture and knows no protocol."""
 
 import torch
 
 from crypten_llm.models.cache import KVCache
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.layers import DecoderLayer, EngineModule, Linear, Parameters, RMSNorm, query_scale
-from crypten_llm.models.rope import rope_tables
-
-EMBEDDING = "model.embed_tokens.weight"
+from crypten_llm.models.layers import DecoderLayer, EngineModule, Linear, Parameters, RMSNorm, rotary_tables
+from crypten_llm.models.rope import rope_frequencies, unchanged_up_to
 
 
 class Llama(EngineModule):
-    """A decoder-only Llama. ``norm_scales`` gives each RMSNorm a public power of four (see ``calibration``)."""
+    """A decoder-only Llama. ``norm_scales`` gives RMSNorms, by weight name, a power of four (see ``calibration``)."""
 
     def __init__(self, engine, config: LlamaConfig, handles: dict, norm_scales: dict | None = None):
         super().__init__(engine)
         scales = norm_scales or {}
-        parameters = Parameters(handles)
-        body = parameters.within("model")
+        parameters = Parameters(handles, config.family)
+        body, head = parameters.within("model"), parameters.within("lm_head")
+        table = body.get("embed_tokens.weight")
         self.config = config
-        self.adopt("embed_tokens", parameters.get(EMBEDDING))
-        engine.prepare(parameters.get(EMBEDDING))
+        self.frequencies, self.frequencies_hold = rope_frequencies(config), unchanged_up_to(config)
+        self.adopt("embed_tokens", table)
+        engine.prepare(table)
         self.blocks = []
         for i in range(config.num_hidden_layers):
             layer = DecoderLayer(engine, config, body.within(f"layers.{i}"), i, scales)
             self.register_module(f"layers.{i}", layer)
             self.blocks.append(layer)
-        scale = scales.get("model.norm.weight", 1.0)
-        self.register_module("norm", RMSNorm(engine, body.within("norm"), config.rms_norm_eps, scale))
+        self.register_module("norm", RMSNorm(engine, body.within("norm"), config.rms_norm_eps, scales))
         if config.tie_word_embeddings:
-            engine.prepare(parameters.get(EMBEDDING), body.get("norm.weight"))
+            engine.prepare(table, head.norm_before())
         else:
-            self.register_module("lm_head", Linear(engine, parameters.within("lm_head"), body.get("norm.weight")))
+            self.register_module("lm_head", Linear(engine, head))
 
     def new_cache(self) -> KVCache:
         config = self.config
@@ -56,7 +55,7 @@ class Llama(EngineModule):
         """Hidden states [T, H] through every layer; their keys and values join the cache."""
         rows = x.shape[0]
         positions = cache.extend(rows)
-        rotary = rope_tables(self.config, positions, seq_len=max(seq_len, cache.length))
+        rotary = self.rotary(positions, max(seq_len, cache.length))
         mask = None
         for layer, layer_cache in zip(self.blocks, cache.layers, strict=True):
             length = len(layer_cache) + rows  # layers may keep different counts of rows
@@ -64,6 +63,13 @@ class Llama(EngineModule):
                 mask = causal_mask(rows, length)
             x = layer(x, rotary, layer_cache, mask)
         return x
+
+    def rotary(self, positions, length: int):
+        """Public cosines and sines [T, head_dim] of ``positions`` [T] in a sequence of ``length`` tokens."""
+        frequencies = self.frequencies
+        if length > self.frequencies_hold:
+            frequencies = rope_frequencies(self.config, length)
+        return rotary_tables(frequencies, positions)
 
     def logits(self, x):
         with self.engine.operation("final norm", "norm"):
@@ -80,5 +86,6 @@ def causal_mask(rows: int, length: int) -> torch.Tensor:
 
 
 def prepare(name: str, value: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
-    """A weight as the layers expect it: 1/sqrt(head_dim) goes into the query projection."""
-    return value * query_scale(config.head_dim) if ".q_proj." in name else value
+    """A weight as the layers expect it: one of them takes the attention's scale in (``Family.factor``)."""
+    factor = config.family.factor(name, config)
+    return value if factor == 1 else value * factor

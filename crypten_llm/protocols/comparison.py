@@ -1,171 +1,83 @@
 """Comparisons of opened values with public thresholds, and what is done with the bits.
 
-Owns ``Below``. x = M - r modulo 2^l is negative where its top bit is set: msb(M) xor msb(r) xor 1{M' < r'}, M' and r'
+Owns ``below``. x = M - r modulo 2^l is negative where its top bit is set: msb(M) xor msb(r) xor 1{M' < r'}, M' and r'
 being the low l - 1 bits. M' and r' are cut into four digits. The dealer shares, for each digit of r', the table of
 signs against every value of a digit of M', and the sum of signs times 8, 4, 2, 1 has the sign of the first digit that
 differs. That sum has 5 bits: it is opened, and a table of 32 entries turns it into the bit. Two steps, a round between
-them and some 100 bytes of the dealer's for 20 bits, where a comparison key (``dcf``) has no round and 700 bytes.
+them and some 100 bytes of the dealer's for 20 bits, where a comparison key (``normalize``) has no round and 700 bytes.
 
 A difference of two opened values needs no opening: its mask is the difference of the masks. Several thresholds share
 the digit tables.
 """
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
-from crypten_llm.kernels.compiling import compiled
-from crypten_llm.protocols.dealer.roles import PARTY0
-from crypten_llm.protocols.dealer.shapes import shape_only
-from crypten_llm.protocols.opening import Opening, Overflow, Secret, Wire
+from crypten_llm.kernels import ring
+from crypten_llm.kernels.ring import DIGITS, SIGNS
+from crypten_llm.protocols.dealer.roles import Parts
+from crypten_llm.protocols.dealer.shapes import broadcast
+from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, shares_of
 
-DIGITS = 4
-SIGNS = DIGITS + 1  # bits of the weighed sum of signs
 BLOCK = 1 << 14  # comparisons at a time
-# Where the digits' signs lie in a word of 16 bits, lowest digit first: the sign of digit j counts 2^j modulo 2^SIGNS,
-# so SIGNS - j bits of it are needed.
-_WIDTHS = np.arange(SIGNS, SIGNS - DIGITS, -1)
-_PLACES = np.concatenate([[0], np.cumsum(_WIDTHS)[:-1]])
+SIGN_WORD = 16  # bits of a word that holds the signs of all digits
 
 
-@compiled
-def _sign_tables(masks, digit_bits, widths, places, words):
-    """words[i, v] becomes party 1's: each field the sign of v against that digit of r'_i, less party 0's field."""
-    low = words.shape[1] - 1
-    for i in range(words.shape[0]):
-        for v in range(words.shape[1]):
-            word, made = np.int64(words[i, v]), np.int64(0)
-            for j in range(widths.shape[0]):
-                digit = (masks[i] >> (digit_bits * j)) & low
-                sign = np.int64(v > digit) - np.int64(v < digit)
-                made |= ((sign - (word >> places[j])) & ((1 << widths[j]) - 1)) << places[j]
-            words[i, v] = made
+def below(runtime, wire: Wire, thresholds: Sequence[int], width: int) -> Protocol:
+    """1{x < t} for an opened x [...] and public integers t: [..., thresholds], shares of ``width`` bits.
 
+    wire: x as a narrow wire modulo 2^l; |x - t| < 2^(l - 1) is the caller's word.
 
-@compiled
-def _read_signs(words, points, digit_bits, widths, places, out):
-    """out[i, t] = this party's share of the sum of signs of points[i, t] against r'_i."""
-    low = words.shape[1] - 1
-    for i in range(words.shape[0]):
-        for t in range(points.shape[1]):
-            total = np.int64(0)
-            for j in range(widths.shape[0]):
-                word = np.int64(words[i, (points[i, t] >> (digit_bits * j)) & low])
-                total += ((word >> places[j]) & ((1 << widths[j]) - 1)) << j
-            out[i, t] = total
-
-
-@compiled
-def _bit_tables(masks, tops, words):
-    """words[i, t, C] becomes party 1's share of 1{C - r < 0} xor msb(r'_i)."""
-    size = words.shape[2]
-    for i in range(words.shape[0]):
-        for t in range(words.shape[1]):
-            for v in range(size):
-                below = ((v - masks[i, t]) & (size - 1)) >= size // 2
-                words[i, t, v] = (np.int64(below) ^ tops[i]) - np.int64(words[i, t, v])
-
-
-@compiled
-def _read_bits(words, opened, flips, one, out):
-    """out[i, t] = this party's share of the bit at C, or of one less it."""
-    for i in range(words.shape[0]):
-        for t in range(words.shape[1]):
-            bit = np.int64(words[i, t, opened[i, t]])
-            out[i, t] = one - bit if flips[i, t] else bit
-
-
-class Below:
-    """1{x < t} for an opened x and public integers t, in two steps.
-
-    wire: x as a narrow wire modulo 2^l, [...]; |x - t| < 2^(l - 1) is the caller's word. ``signs`` [..., thresholds]
-    is to be opened modulo its ring (``opening``), then ``bits`` gives the result.
-
-    Reveals: nothing beside the opening of ``signs``, which is behind a fresh uniform mask.
+    Reveals: one opening, of the weighed sum of signs, behind a fresh uniform mask.
     Error: none.
-    Cost: 1 round and 1 byte a threshold each way for the opening; dealer 2 * 2^d bytes with d = ceil((l - 1) / 4),
+    Cost: 1 round and 5 bits a threshold each way for the opening; dealer 2 * 2^d bytes with d = ceil((l - 1) / 4),
     and 32 words of the result a threshold.
     Source: digit-wise comparison as in CrypTFlow2 (Rathee et al., CCS 2020, section 3.1), with the dealer's tables in
     place of oblivious transfer and a weighed sum of signs in place of a tree of products.
     """
+    assert len(wire.masks) == 1, "comparisons take narrow wires"
+    kernels, low, many = runtime.kernels, wire.width - 1, len(thresholds)
+    digit_bits, shape = max(1, -(-low // DIGITS)), (*wire.shape, many)
+    mask, points, tops = wire.first.reshape(-1), None, None
+    if wire.public is not None:
+        limits = torch.tensor(list(thresholds), dtype=torch.int64, device=wire.public.device)
+        moved = wire.public.reshape(-1, 1) - limits
+        points, tops = ring.low_bits(moved, low), (moved >> low) & 1
+    signs = []
+    for part in runtime.blocks(mask.numel(), BLOCK):
+        words = runtime.deal_table(
+            (part.stop - part.start, 1 << digit_bits),
+            SIGN_WORD,
+            lambda words, part=part: kernels.turn_signs(ring.low_bits(mask[part], low), digit_bits, words),
+        )
+        if points is not None:
+            signs.append(kernels.read_signs(words, points[part], digit_bits))
+    total = Secret(runtime.share(shape, lambda: torch.cat(signs).view(shape)), 0, SIGNS, DIGITS)
+    (opened,) = yield [Opening(total, ring=SIGNS, function=True)]
+    bits, raw = [], None if opened.raw is None else opened.raw.reshape(-1, many)
+    for part in runtime.blocks(mask.numel(), BLOCK):
 
-    def __init__(self, runtime, wire: Wire, thresholds: list[int] = (0,)):
-        assert len(wire.masks) == 1, "comparisons take narrow wires"
-        self._runtime, self._wire, self._thresholds = runtime, wire, thresholds
-        self._shape = (*wire.shape, len(thresholds))
-        low = wire.width - 1
-        self._digit_bits = max(1, -(-low // DIGITS))
-        self._points = None
-        if not runtime.is_dealer:
-            moved = wire.public.reshape(-1, 1) - torch.tensor(list(thresholds), dtype=torch.int64)
-            self._points = (moved & ((1 << low) - 1)).numpy(), ((moved >> low) & 1).numpy()
-        self.signs = Secret(self._sum_of_signs(), 0, SIGNS, DIGITS)
+        def turned(words, part=part):
+            masks = opened.mask.held.reshape(-1, many)[part]
+            return kernels.turn_bits(masks, (mask[part] >> low) & 1, words)
 
-    @property
-    def opening(self) -> Opening:
-        return Opening(self.signs, ring=SIGNS, function=True)
-
-    def _blocks(self):
-        count = self._wire.shape.numel()
-        return [(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
-
-    def _mask(self, start, stop) -> np.ndarray:
-        return self._wire.masks[0][1].reshape(-1)[start:stop].numpy()
-
-    def _sum_of_signs(self):
-        runtime, low = self._runtime, self._wire.width - 1
-        out = None if runtime.is_dealer else np.empty(self._points[0].shape, dtype=np.int64)
-        for start, stop in self._blocks():
-
-            def tables(words, start=start, stop=stop):
-                _sign_tables(self._mask(start, stop) & ((1 << low) - 1), self._digit_bits, _WIDTHS, _PLACES, words)
-                return words
-
-            words = runtime.deal_words((stop - start, 1 << self._digit_bits), np.uint16, tables)
-            if out is not None:
-                points = self._points[0][start:stop]
-                _read_signs(words, points, self._digit_bits, _WIDTHS, _PLACES, out[start:stop])
-        return self._tensor(out)
-
-    def bits(self, opened: Wire, dtype) -> Secret:
-        """1{x < t} [..., thresholds], as wide as ``dtype``; opened: what became of ``opening``."""
-        runtime, low, many = self._runtime, self._wire.width - 1, len(self._thresholds)
-        out = None if runtime.is_dealer else np.empty(self._points[0].shape, dtype=np.int64)
-        one = np.int64(runtime.role == PARTY0)
-        for start, stop in self._blocks():
-
-            def tables(words, start=start, stop=stop):
-                masks = opened.mask.reshape(-1, many)[start:stop].numpy()
-                _bit_tables(masks, (self._mask(start, stop) >> low) & 1, words)
-                return words
-
-            words = runtime.deal_words((stop - start, many, 1 << SIGNS), dtype, tables)
-            if out is not None:
-                raw = opened.raw.reshape(-1, many)[start:stop].numpy()
-                _read_bits(words, raw, self._points[1][start:stop], one, out[start:stop])
-        return Secret(self._tensor(out), 0, 8 * np.dtype(dtype).itemsize, 1)
-
-    def _tensor(self, out):
-        if out is None:
-            return shape_only(self._shape)
-        return torch.from_numpy(out).view(self._shape)
-
-
-def below(runtime, open_, wire: Wire, thresholds: list[int], dtype) -> Secret:
-    """``Below`` in one call: 1 round. open_: opens openings, all in one round."""
-    comparison = Below(runtime, wire, thresholds)
-    (opened,) = open_(comparison.opening)
-    return comparison.bits(opened, dtype)
+        words = runtime.deal_table((part.stop - part.start, many, 1 << SIGNS), width, turned)
+        if raw is not None:
+            bits.append(kernels.read_bits(words, raw[part], tops[part], runtime.plus(0, 1)))
+    return Secret(runtime.share(shape, lambda: torch.cat(bits).view(shape)), 0, width, 1)
 
 
 def difference(x: Wire, y: Wire) -> Wire:
     """x - y as a narrow wire, for narrow wires of one ring, with broadcasting; local."""
     assert (x.width, x.scale) == (y.width, y.scale), "differences are of wires of one ring"
     public = None if x.public is None else x.public - y.public
-    return Wire(public, [(-1, x.masks[0][1] - y.masks[0][1])], x.scale, x.width, max(x.bits, y.bits) + 1)
+    return Wire(public, [(-1, Parts(x.first - y.first))], x.scale, x.width, max(x.bits, y.bits) + 1)
 
 
 def bit_opening(bits: Secret) -> Opening:
-    """0/1 bits opened modulo 2, for ``times_bits``: 1 byte an element."""
+    """0/1 bits opened modulo 2, for ``times_bits``: 1 bit an element."""
     return Opening(bits, ring=1, function=True)
 
 
@@ -175,17 +87,17 @@ def times_bits(runtime, bit: Wire, x: Wire) -> Secret:
     With b = B xor s: b x = B x + (1 - 2 B) s x, and the dealer shares s and s r. The result is valid where x is,
     whatever ring the bit's shares were in.
 
-    Error: none. Cost: dealer 8 bytes a bit and 8 bytes an element of the result.
+    Error: none. Cost: dealer the bits of x's ring a bit, and an element of the result.
     """
     assert len(x.masks) == 1, "bits multiply narrow wires"
-    shape, mask = np.broadcast_shapes(bit.shape, x.shape), x.masks[0][1]
-    flip = runtime.deal(bit.shape, lambda: bit.mask)
-    masked = runtime.deal(shape, lambda: bit.mask * mask)
-    if runtime.is_dealer:
-        return Secret(shape_only(shape), x.scale, x.width, x.bits)
-    share = x.public - mask if runtime.role == PARTY0 else -mask
-    total = bit.raw * share + (1 - 2 * bit.raw) * (x.public * flip - masked)
-    return Secret(total, x.scale, x.width, x.bits)
+    shape, mask, flipped = broadcast(bit.shape, x.shape), x.first, bit.mask.held
+    flip = runtime.deal(bit.shape, lambda: flipped, x.width).held
+    masked = runtime.deal(shape, lambda: flipped * mask, x.width).held
+
+    def share() -> Tensor:
+        return bit.raw * shares_of(runtime, x) + (1 - 2 * bit.raw) * (x.public * flip - masked)
+
+    return Secret(runtime.share(shape, share), x.scale, x.width, x.bits)
 
 
 def ordered(x: Secret, precision: int, what: str) -> Opening:

@@ -4,13 +4,12 @@ Owns the comparison of one opened value with all powers of four. Which power it 
 shares of the scaled value and of the power's root.
 """
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from crypten_llm.kernels import dcf, ring
-from crypten_llm.protocols.dealer.roles import PARTY0
-from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.protocols.opening import Overflow, Secret, Wire
+from crypten_llm.roles import CLIENT, OWNER
 
 
 def normalize(runtime, wire: Wire, top: int, segments: int, table: list[int]) -> tuple[Secret, Secret]:
@@ -21,69 +20,63 @@ def normalize(runtime, wire: Wire, top: int, segments: int, table: list[int]) ->
     The integers z * 2^scale below 4^(-segments) 2^top keep k = segments - 1 and land below 1/4.
     The comparison looks at the top bits only: next to a power of four the first may miss [1/4, 1) by 2^-8 of itself.
 
-    Error: none. Cost: no message; dealer about 33 (n - 1) bytes a value to party 1 and to party 0 (a comparison key).
+    Error: none. Cost: no message; dealer 33 m + 16 bytes a value to each party, a comparison key for m = n - 1 bits or
+    n - top + 2 segments + 5 where those are fewer, and 24 bytes to the client (16 for n = 64).
     """
     assert len(table) == segments, f"{len(table)} table entries for {segments} segments"
-    size = wire.width
+    size, shape = wire.width, wire.shape
     if top > size - 1:
         raise Overflow(f"a value of {top} bits needs a ring of {top + 1}, not {size}")
     if 2 * (segments - 1) > top:
         raise Overflow(f"{segments} segments do not fit a value of {top} bits: give at most {top // 2 + 1}")
-    shape, count = wire.shape, wire.mask.numel()
-    bits = max(abs(entry) for entry in table).bit_length()
     drop = max(0, top - 2 * segments - 6)
     levels = size - drop - 1
-    half = (1 << levels) - 1
-    mask = wire.mask.reshape(-1)
-    keys = _deal_keys(runtime, mask, drop, levels, size)
+    mask = wire.mask.held.reshape(-1)
+    seed, common = _deal_keys(runtime, mask, drop, levels, size)
     # v_w = [f beta_w] + dcf_w is the share of beta_w * (1{y < r} xor f), f = msb(r), beta = (1, r).
     flipped = runtime.deal(
-        (count, 2), lambda: torch.stack([ring.top_bit(mask, size), ring.top_bit(mask, size) * mask], 1)
+        (mask.numel(), 2), lambda: torch.stack([ring.top_bit(mask, size), ring.top_bit(mask, size) * mask], 1)
     )
-    if size == 64:
-        whole = mask
-    else:
-        whole = runtime.deal((count,), lambda: mask)
-    if runtime.is_dealer:
-        empty = shape_only(shape)
-        return Secret(empty, top, size, 0), Secret(empty, 0, 64, bits)
-    opened = wire.raw.reshape(-1)
-    thresholds = torch.tensor(
-        [1 << (top - 2 * j - drop) for j in range(1, segments)], dtype=torch.int64
-    )  # k >= j below
-    points = ring.low_bits(ring.shift_right(opened, drop)[:, None] - thresholds, size - drop)
-    shares = dcf.evaluate(keys, int(runtime.role != PARTY0), (points & half).numpy().astype(np.uint64))
-    below = torch.from_numpy(shares.view(np.int64)) + flipped[:, None, :]
-    turned = ring.top_bit(points, size - drop)[..., None]
-    constant = torch.stack([torch.ones_like(whole) if runtime.role == PARTY0 else torch.zeros_like(whole), whole], 1)
-    below = below + turned * (constant[:, None, :] - 2 * below)
-    # below[:, j - 1] shares 1{z < 2^(top - 2 j)} * (1, r); k steps from j - 1 to j there.
+    whole = mask if size == 64 else runtime.deal(mask.shape, lambda: mask).held
+
+    def below() -> tuple[Tensor, Tensor]:
+        """[:, j - 1]: 1{z < 2^(top - 2 j)} * (1, r), where k steps from j - 1 to j; and (1, r)."""
+        steps = [1 << (top - 2 * j - drop) for j in range(1, segments)]
+        thresholds = torch.tensor(steps, dtype=torch.int64, device=mask.device)
+        points = ring.low_bits(ring.shift_right(wire.raw.reshape(-1), drop)[:, None] - thresholds, size - drop)
+        half = ring.low_bits(points, levels)
+        found = runtime.kernels.compare(seed, common, runtime.role, half) + flipped.held[:, None, :]
+        turned = ring.top_bit(points, size - drop)[..., None]
+        constant = torch.stack([runtime.plus(torch.zeros_like(whole), 1), whole], 1)
+        return found + turned * (constant[:, None, :] - 2 * found), constant
+
+    def share(column: int, table: list[int]) -> Tensor:
+        smaller, constant = found
+        return _look_up(constant[:, column], smaller[..., column], table).view(shape)
+
     powers = [4**j for j in range(segments)]
-    power = _look_up(constant[:, 0], below[..., 0], powers)
-    masked = _look_up(whole, below[..., 1], powers)  # shares of r * 4^k
-    scaled = opened * power - masked
-    entry = _look_up(constant[:, 0], below[..., 0], table)
-    return Secret(scaled.view(shape), top, size, 0), Secret(entry.view(shape), 0, 64, bits)
+    found = below() if wire.raw is not None else ()
+    scaled = runtime.share(shape, lambda: wire.raw * share(0, powers) - share(1, powers))
+    entry = runtime.share(shape, lambda: share(0, table))
+    bits = max(abs(value) for value in table).bit_length()
+    return Secret(scaled, top, size, 0), Secret(entry, 0, 64, bits)
 
 
-def _look_up(first, below, table: list[int]):
+def _look_up(first: Tensor, below: Tensor, table: list[int]) -> Tensor:
     """Shares of table[k] times what ``first`` shares, from shares of the same at each step up to k."""
-    steps = torch.tensor([high - low for low, high in zip(table, table[1:], strict=False)], dtype=torch.int64)
-    return first * table[0] + (below * steps).sum(-1)
+    apart = [high - low for low, high in zip(table, table[1:], strict=False)]
+    return first * table[0] + (below * torch.tensor(apart, dtype=torch.int64, device=below.device)).sum(-1)
 
 
-def _deal_keys(runtime, mask, drop: int, levels: int, size: int):
-    """This party's comparison keys for the low bits of the mask; the dealer sends the common part to both."""
+def _deal_keys(runtime, mask: Tensor, drop: int, levels: int, size: int) -> tuple[Tensor | None, list[Tensor]]:
+    """This party's comparison keys for the low bits of the mask, its seed and the part that both are sent."""
     count = mask.numel()
-    seeds = [runtime.mask_of(party, (count, 2)) for party in (0, 1)]
-    sizes = dcf.sizes(levels, count)
+    seeds = [runtime.mask_of(party, (count, 2)) for party in (OWNER, CLIENT)]
 
-    def common_part():
-        low = (ring.shift_right(mask, drop) & ((1 << levels) - 1)).numpy().astype(np.uint64)
+    def common() -> list[Tensor]:
+        low = ring.low_bits(ring.shift_right(mask, drop), levels)
         sign = 1 - 2 * ring.top_bit(mask, size)
-        payload = torch.stack([sign, sign * mask], 1).numpy().view(np.uint64)
-        keys = dcf.generate(low, payload, *(seed.numpy().view(np.uint64) for seed in seeds), levels)
-        return [getattr(keys, name) for name in sizes]
+        return runtime.kernels.compare_keys(low, torch.stack([sign, sign * mask], 1), *seeds, levels)
 
-    parts = runtime.deal_arrays(list(sizes.values()), common_part)
-    return None if runtime.is_dealer else dcf.Keys(seeds[runtime.role].numpy().view(np.uint64), *parts)
+    parts = runtime.deal_common(dcf.sizes(levels, count), common)
+    return next((seed for seed in seeds if seed is not None), None), parts

@@ -1,7 +1,7 @@
 """Secrets and wires: additive shares with a scale and a valid width, and their masked openings.
 
-Owns the only message that the protocols exchange: x + r for a fresh uniform mask r. Everything a value is needed
-for, products, truncation, lifting to 64 bits, functions, comparisons, follows from that one opening.
+Owns what the protocols exchange: x + r for a fresh uniform mask r. Everything a value is needed for, products,
+truncation, lifting to 64 bits, functions, comparisons, follows from that one opening.
 
 A ``Secret`` holds x * 2^scale modulo 2^width. Opening it modulo 2^ring with a truncation of t bits gives M, and
 
@@ -10,17 +10,20 @@ A ``Secret`` holds x * 2^scale modulo 2^width. Opening it modulo 2^ring with a t
 up to one unit of rounding, unbiased, for |x| < 2^(ring - 2) (an offset of 2^(ring - 2) makes x non-negative). Modulo
 2^(ring - t) the last term vanishes: a *narrow* wire, public part minus one mask. With the dealer's shares of r >> t
 and msb(r), the whole of it holds modulo 2^64: a *lifted* wire, linear in two masks with public coefficients.
+
+Protocols are generators: they yield what they want opened and are sent the wires, ``(wire,) = yield [Opening(x)]``. Who
+gathers what they yield into messages is ``rounds``.
 """
 
-import itertools
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.roles import PARTY0
-from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.dealer.roles import Parts, Piece
 
 
 class Overflow(AssertionError):
@@ -30,36 +33,45 @@ class Overflow(AssertionError):
 class Secret:
     """Additive shares of integers x * 2^scale, valid modulo 2^width; at the dealer, a shape (torch's meta device).
 
-    bits: |x| < 2^bits, declared by whoever made it, so that overflow can be refused before anything is sent.
+    bits: |x| < 2^bits, declared by whoever made it, so that overflow can be refused before anything is sent. opened:
+    the wire that it was opened as, where it is kept.
     """
 
     __slots__ = ("share", "scale", "width", "bits", "opened")
 
-    def __init__(self, share, scale: int, width: int, bits: int):
+    def __init__(self, share: Tensor, scale: int, width: int, bits: int):
         self.share, self.scale, self.width, self.bits = share, scale, width, bits
-        self.opened = None
+        self.opened: Wire | None = None
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         return self.share.shape
 
-    def _like(self, share):
-        return Secret(share, self.scale, self.width, self.bits)
+    def like(self, share: Tensor) -> "Secret":
+        """Other shares of the same scale, width and bits."""
+        return type(self)(share, self.scale, self.width, self.bits)
 
     def reshape(self, *shape):
-        return self._like(self.share.reshape(*shape))
+        return self.like(self.share.reshape(*shape))
 
     def permute(self, *order):
-        return self._like(self.share.permute(*order))
+        return self.like(self.share.permute(*order))
 
     def transpose(self, first, second):
-        return self._like(self.share.transpose(first, second))
+        return self.like(self.share.transpose(first, second))
 
     def __getitem__(self, index):
-        return self._like(self.share[index])
+        return self.like(self.share[index])
 
     def __neg__(self):
-        return self._like(-self.share)
+        return self.like(-self.share)
+
+    def at_scale(self, scale: int) -> "Secret":
+        """The same values with more fractional bits; what was valid modulo 2^w now is modulo that much more."""
+        more = scale - self.scale
+        if not more:
+            return self
+        return type(self)(self.share << more, scale, min(64, self.width + more), self.bits)
 
     def become(self, other: "Secret") -> None:
         """Takes over ``other``'s shares of the same value."""
@@ -72,40 +84,55 @@ class Wire:
     """An opened secret: x = public + sum of coefficient * mask, modulo 2^width, at ``scale``.
 
     public: what both parties see (``None`` at the dealer). masks: (coefficient, mask) pairs; a coefficient is the
-    number -1 or a public tensor (``None`` at the dealer); a mask is this party's share, at the dealer the plain value.
+    number -1 or a public tensor (``None`` at the dealer).
     """
 
-    public: torch.Tensor | None
-    masks: list[tuple[object, torch.Tensor]]
+    public: Tensor | None
+    masks: list[tuple[Any, Parts]]
     scale: int
     width: int
     bits: int
-    raw: torch.Tensor | None = field(default=None, repr=False)  # M, for functions of the whole opening
-    mask: torch.Tensor | None = field(default=None, repr=False)  # r: this party's part; the dealer's whole
-    share1: torch.Tensor | None = field(default=None, repr=False)  # at the dealer: party 1's share of the first mask
+    raw: Tensor | None = field(default=None, repr=False)  # M, for functions of the whole opening
+    mask: Parts | None = field(default=None, repr=False)  # r
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         return self.masks[0][1].shape
 
+    @property
+    def first(self) -> Tensor:
+        """What this role holds of the first mask, whose coefficient is -1."""
+        return self.masks[0][1].held
+
     def reshape(self, *shape):
-        return self._map(lambda t: t.reshape(*shape))
+        return self.map(lambda t: t.reshape(*shape))
 
     def transpose(self, first, second):
-        return self._map(lambda t: t.transpose(first, second))
+        return self.map(lambda t: t.transpose(first, second))
 
-    def _map(self, change):
-        masks = [(change(c) if isinstance(c, torch.Tensor) else c, change(m)) for c, m in self.masks]
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Wire":
+        """The wire with ``change``, which must be linear, applied to each of its tensors; it is no whole opening."""
+        masks = [(change(c) if isinstance(c, Tensor) else c, mask.map(change)) for c, mask in self.masks]
         public = None if self.public is None else change(self.public)
-        share1 = None if self.share1 is None else change(self.share1)
-        return Wire(public, masks, self.scale, self.width, self.bits, share1=share1)
+        return Wire(public, masks, self.scale, self.width, self.bits)
 
 
 @dataclass(frozen=True)
 class Opening:
     """What to open: ``secret`` modulo 2^ring after which ``truncate`` bits are dropped; ``lifted`` or narrow.
 
-    function: keep M and r for ``fourier`` or ``dcf``; no wire is made, and |x| may fill the ring (a period).
+    function: keep M and r for ``fourier`` or a comparison; no wire is made, and |x| may fill the ring (a period).
+
+    Reveals: x + r modulo 2^ring for a fresh mask r uniform modulo 2^ring: a uniform value, to both parties.
+    Error: rounding by less than one unit of the new scale, unbiased; none without truncation.
+    Cost: ring bits an element each way, packed; dealer, where bits are dropped, ring - truncate bits an element, and of a
+    lifted wire 128 (none of an opening of 64 bits that drops none).
+    Raises: Overflow when the declared |x| does not fit the ring, or the share is not valid there.
+    Source: a masked opening as in Ben-Efraim et al. (Turbospeedz, ACNS 2019); truncation with a wrap bit as in
+    Escudero et al. (CRYPTO 2020), section 5.1, here without the wrap bit where the narrower ring is enough.
+
+    The rounding follows from M and the bits of x that are dropped, so whoever learned the result of a single
+    truncation exactly, beside M, would learn something of those bits. Only logits are ever opened.
     """
 
     secret: Secret
@@ -114,95 +141,110 @@ class Opening:
     ring: int | None = None
     function: bool = False
 
+    @property
+    def size(self) -> int:
+        """Bits of the ring."""
+        return self.ring or self.secret.width
 
-def open_wires(runtime, openings: list[Opening]) -> list[Wire]:
-    """Opens all in one round, one message each way.
+    @property
+    def is_exact(self) -> bool:
+        """Whether M = x + r is a wire as it is, modulo its own ring."""
+        return not self.truncate and (self.size == 64 or not self.lifted)
 
-    Reveals: x + r modulo 2^ring for a fresh mask r uniform modulo 2^ring: a uniform value, to both parties.
-    Error: rounding by less than one unit of the new scale, unbiased; none without truncation.
-    Cost: 1 round; ceil(ring / 8) bytes an element each way; dealer 8 bytes an element where bits are
-    dropped or a narrower ring is lifted, and 8 more for lifting.
-    Raises: Overflow when the declared |x| does not fit the ring, or the share is not valid there.
-    Source: a masked opening as in Ben-Efraim et al. (Turbospeedz, ACNS 2019); truncation with a wrap bit as in
-    Escudero et al. (CRYPTO 2020), section 5.1, here without the wrap bit where the narrower ring is enough.
-
-    The rounding follows from M and the bits of x that are dropped, so whoever learned the result of a single
-    truncation exactly, beside M, would learn something of those bits. Only logits are ever opened.
-    """
-    prepared = []
-    for item in openings:
-        size = item.ring or item.secret.width
-        secret = item.secret
+    def check(self) -> None:
+        size, secret = self.size, self.secret
         if size > secret.width:
             raise Overflow(f"a share valid modulo 2^{secret.width} cannot be opened modulo 2^{size}")
-        if item.function and (item.truncate or item.lifted):
+        if self.function and (self.truncate or self.lifted):
             raise Overflow("an opening for a function drops no bits and is not lifted")
-        if not 0 <= item.truncate <= max(0, size - 2):
-            raise Overflow(f"cannot drop {item.truncate} bits of an opening of {size}: give 0 to {size - 2}")
-        if not item.function and secret.bits + secret.scale > size - 2:
+        if not 0 <= self.truncate <= max(0, size - 2):
+            raise Overflow(f"cannot drop {self.truncate} bits of an opening of {size}: give 0 to {size - 2}")
+        if not self.function and secret.bits + secret.scale > size - 2:
             raise Overflow(
                 f"|x| < 2^{secret.bits} at scale 2^{secret.scale} needs {secret.bits + secret.scale + 2} bits, "
                 f"but the opening has {size}"
             )
-        prepared.append((item, size, runtime.mask(secret.shape, size), runtime.share1))
-    sizes = [ring.packed_size(mask.numel(), size) for _, size, mask, _ in prepared]
-    if runtime.is_dealer:
-        runtime.overhear(sum(sizes))
-        publics = [None] * len(prepared)
-    else:
-        publics = _exchange(runtime, prepared, sizes)
-    return [_wire(runtime, *opened, public) for opened, public in zip(prepared, publics, strict=True)]
+
+    def prepare(self, runtime, cell) -> tuple[Piece, Callable[[Tensor | None], Wire]]:
+        """What travels, and what makes a wire of the sum."""
+        self.check()
+        size, shape = self.size, self.secret.shape
+        mask = runtime.mask(shape, size)
+        offset = 0 if self.function or self.is_exact else 1 << (size - 2)
+        piece = Piece(tuple(shape), size, cell, self.secret.share, mask.held, offset)
+        return piece, lambda public: self._wire(runtime, mask, public)
+
+    def _wire(self, runtime, mask: Parts, public: Tensor | None) -> Wire:
+        secret, size, cut, shape = self.secret, self.size, self.truncate, mask.shape
+        if self.function:
+            return Wire(None, [(-1, mask)], secret.scale, size, secret.bits, raw=public, mask=mask)
+        if self.is_exact:  # each party has its share of the mask already
+            return Wire(public, [(-1, mask)], secret.scale, size, secret.bits, public, mask)
+        width = 64 if self.lifted else size - cut
+        dropped = runtime.deal(shape, lambda: ring.shift_right(mask.held, cut), width)
+        masks: list[tuple[Any, Parts]] = [(-1, dropped)]
+        shown = coefficient = None
+        if public is not None:
+            shown, coefficient = runtime.kernels.cut(public, cut, 1 << (size - 2 - cut), size, self.lifted)
+        if self.lifted:
+            masks.append((coefficient, runtime.deal(shape, lambda: ring.top_bit(mask.held, size))))
+        return Wire(shown, masks, secret.scale - cut, width, secret.bits, public, mask)
 
 
-def _offset(item: Opening, size: int) -> int:
-    return 0 if item.function or _is_exact(item, size) else 1 << (size - 2)
+@dataclass(frozen=True)
+class Message:
+    """What one party sends the other as it is: it must hide what it carries itself, or be meant for the other's eyes.
+
+    words: at the sender, of which the low ``bits`` travel. The other party is sent them in the place of a wire.
+    """
+
+    sender: int
+    shape: tuple
+    bits: int
+    words: Tensor | None
+
+    def prepare(self, runtime, cell) -> tuple[Piece, Callable[[Tensor | None], Tensor | None]]:
+        return Piece(self.shape, self.bits, cell, self.words, sender=self.sender), lambda words: words
 
 
-def _is_exact(item: Opening, size: int) -> bool:
-    """Whether M = x + r is a wire as it is, modulo its own ring."""
-    return not item.truncate and (size == 64 or not item.lifted)
+Request = Opening | Message
+Protocol = Generator[list[Request], list[Any], Any]  # yields what it wants opened and is sent the wires
 
 
-def _exchange(runtime, prepared, sizes: list[int]):
-    """M of each opening: our masked shares for theirs, in one message of these ``sizes`` each way."""
-    ends = list(itertools.accumulate(sizes))
-    message = np.empty(ends[-1] if ends else 0, dtype=np.uint8)
-    mine = []
-    for (item, size, mask, _), packed, end in zip(prepared, sizes, ends, strict=True):
-        offset = _offset(item, size) if runtime.role == PARTY0 else 0
-        mine.append(ring.hide(item.secret.share, mask, offset, size, message[end - packed : end]))
-    theirs = runtime.exchange(torch.from_numpy(message)).numpy()
-    return [
-        ring.show(value, theirs[end - packed : end], size, item.secret.shape)
-        for (item, size, _, _), value, packed, end in zip(prepared, mine, sizes, ends, strict=True)
-    ]
-
-
-def _wire(runtime, item: Opening, size: int, mask, share1, public) -> Wire:
-    secret, cut = item.secret, item.truncate
-    if item.function:
-        return Wire(None, [(-1, mask)], secret.scale, size, secret.bits, raw=public, mask=mask)
-    if _is_exact(item, size):  # each party has its share of the mask already
-        return Wire(public, [(-1, mask)], secret.scale, size, secret.bits, public, mask, share1)
-    shape = secret.shape
-    masks = [(-1, runtime.deal(shape, lambda: ring.shift_right(mask, cut)))]
-    share1 = runtime.share1
-    shown = coefficient = None
-    if public is not None:
-        shown, coefficient = ring.cut(public, cut, 1 << (size - 2 - cut), size, item.lifted)
-    width = size - cut
-    if item.lifted:
-        masks.append((coefficient, runtime.deal(shape, lambda: ring.top_bit(mask, size))))
-        width = 64
-    return Wire(shown, masks, secret.scale - cut, width, secret.bits, public, mask, share1)
+def masked(x: Wire) -> Tensor:
+    """This party's part of x without the public one: the sum of coefficient * mask."""
+    total = -x.first
+    for coefficient, mask in x.masks[1:]:
+        total.addcmul_(coefficient, mask.held)
+    return total
 
 
 def as_secret(runtime, wire: Wire) -> Secret:
     """The shares that a wire stands for; local. Of a lifted wire, valid modulo 2^64."""
-    assert wire.public is not None or runtime.is_dealer, "what was opened for a function is no wire"
-    if runtime.is_dealer:
-        return Secret(shape_only(wire.shape), wire.scale, wire.width, wire.bits)
-    share = wire.public.clone() if runtime.role == PARTY0 else torch.zeros_like(wire.public)
-    for coefficient, mask in wire.masks:
-        share += coefficient * mask
-    return Secret(share, wire.scale, wire.width, wire.bits)
+    return Secret(shares_of(runtime, wire), wire.scale, wire.width, wire.bits)
+
+
+def plain(opened: Wire) -> Wire:
+    """What was opened whole for a function, as the narrow wire modulo its own ring that it also is; local."""
+    mask = opened.mask
+    return Wire(opened.raw, [(-1, mask)], opened.scale, opened.width, opened.bits, opened.raw, mask)
+
+
+def shares_of(runtime, x: Wire) -> Tensor:
+    """Additive shares behind a wire, valid modulo its ring; local."""
+
+    def share() -> Tensor:
+        assert x.public is not None, "what was opened for a function is no wire"
+        return runtime.plus(masked(x), x.public)
+
+    return runtime.share(x.shape, share)
+
+
+def joined(wires: list[Wire], dim: int) -> Wire:
+    """Narrow wires of one scale, one behind the other."""
+    first = wires[0]
+    public = None if first.public is None else torch.cat([wire.public for wire in wires], dim)
+    parts = [wire.masks[0][1] for wire in wires]
+    client = None if parts[0].client is None else torch.cat([part.client for part in parts], dim)
+    mask = Parts(torch.cat([part.held for part in parts], dim), client)
+    return Wire(public, [(-1, mask)], first.scale, min(wire.width for wire in wires), first.bits)

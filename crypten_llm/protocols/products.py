@@ -1,21 +1,22 @@
-"""Products of wires: element-wise, squares, and matrix products. No message is sent here.
+"""Products of wires: element-wise, squares, and matrix products. Nothing is opened here.
 
 Owns the arithmetic of public parts, shared masks and dealt products of masks. With x = X - a and y = Y - b,
-x y = X Y - X [b] - [a] Y + [a b]; the dealer knows a b.
+x y = X Y - X [b] - [a] Y + [a b]; the dealer knows a b, and deals it modulo the ring of the result.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.roles import PARTY0, PARTY1
-from crypten_llm.protocols.dealer.shapes import shape_only
-from crypten_llm.protocols.opening import Overflow, Secret, Wire
+from crypten_llm.protocols.dealer.roles import Parts
+from crypten_llm.protocols.dealer.shapes import broadcast
+from crypten_llm.protocols.opening import Message, Overflow, Protocol, Secret, Wire, masked
+from crypten_llm.roles import CLIENT, OWNER
 
 
-def _check(bits: int, scale: int, width: int, what: str) -> None:
+def check(bits: int, scale: int, width: int, what: str) -> None:
+    """Raises Overflow, with the name ``what``, where |x| < 2^bits at ``scale`` does not fit a share of that width."""
     if bits + scale > width - 1:
         raise Overflow(f"{what}: |x| < 2^{bits} at scale 2^{scale} does not fit a share valid modulo 2^{width}")
 
@@ -26,40 +27,35 @@ def multiply(runtime, x: Wire, y: Wire, scale: int | None = None, bits: int | No
     Shapes: any two that broadcast. scale, bits: of the result, where the caller knows better than the sum of the
     factors' (a power of two that was chosen to bring x into a range).
 
-    Error: none. Cost: dealer 8 bytes an element of the result for each pair of masks (1 for narrow wires, 4 for
-    two lifted ones).
+    Error: none. Cost: dealer, for an element of the result and each pair of masks (1 for narrow wires, 4 for two lifted
+    ones), the bits of the result's ring.
     Raises: Overflow when the declared result does not fit the narrower of the two widths.
     Source: Beaver (CRYPTO 1991), with the factors' openings shared by all products as in Turbospeedz (ACNS 2019).
     """
-    shape = np.broadcast_shapes(x.shape, y.shape)  # numpy's: torch's imports sympy on first use
+    shape = broadcast(x.shape, y.shape)
     scale = x.scale + y.scale if scale is None else scale
     bits, width = x.bits + y.bits if bits is None else bits, min(x.width, y.width)
-    _check(bits, scale, width, "product")
-    total = None
-    if not runtime.is_dealer:  # X share(y) + masked(x) Y + the products of masks
-        left, right = _masked(x), _masked(y)
-        total = x.public * (y.public + right if runtime.role == PARTY0 else right)
+    check(bits, scale, width, "product")
+    pairs = [
+        (one, other, runtime.deal(shape, lambda left=left, right=right: left.held * right.held, width))
+        for one, left in x.masks
+        for other, right in y.masks
+    ]
+
+    def share() -> Tensor:  # X share(y) + masked(x) Y + the products of masks
+        left = masked(x)
+        total = x.public * runtime.plus(masked(y), y.public)
         total.addcmul_(left, y.public)
-    for left_coefficient, left in x.masks:
-        for right_coefficient, right in y.masks:
-            pair = runtime.deal(shape, lambda left=left, right=right: left * right)
-            if total is not None:
-                _add_times(total, left_coefficient, right_coefficient, pair)
-    return Secret(shape_only(shape) if total is None else total, scale, width, bits)
+        for one, other, pair in pairs:
+            _add_times(total, one, other, pair.held)
+        return total
+
+    return Secret(runtime.share(shape, share), scale, width, bits)
 
 
-def _masked(x: Wire) -> torch.Tensor:
-    """This party's part of x without the public one: the sum of coefficient * mask."""
-    (_, first), *others = x.masks
-    total = -first
-    for coefficient, mask in others:
-        total.addcmul_(coefficient, mask)
-    return total
-
-
-def _add_times(total, one, other, pair) -> None:
+def _add_times(total: Tensor, one, other, pair: Tensor) -> None:
     """total += one * other * pair, where a coefficient may be the number -1."""
-    tensors = [coefficient for coefficient in (one, other) if isinstance(coefficient, torch.Tensor)]
+    tensors = [coefficient for coefficient in (one, other) if isinstance(coefficient, Tensor)]
     if not tensors:
         total += pair
     elif len(tensors) == 1:
@@ -71,174 +67,202 @@ def _add_times(total, one, other, pair) -> None:
 def square(runtime, x: Wire) -> Secret:
     """x^2 element-wise; local.
 
-    Error: none. Cost: dealer 8 bytes an element, 16 when lifted.
+    Error: none. Cost: dealer the bits of x's ring an element, twice as many when lifted.
     Raises: Overflow when the declared result does not fit the width.
     """
-    _check(2 * x.bits, 2 * x.scale, x.width, "square")
-    total = _square_without_first(runtime, x)
-    first = x.masks[0][1]
-    squared = runtime.deal(x.shape, lambda: first * first)
-    if total is not None:
-        total += squared
-    return Secret(shape_only(x.shape) if total is None else total, 2 * x.scale, x.width, 2 * x.bits)
+    check(2 * x.bits, 2 * x.scale, x.width, "square")
+    rest = _square_without_first(runtime, x)
+    squared = runtime.deal(x.shape, lambda: x.first * x.first, x.width)
+    total = runtime.share(x.shape, lambda: rest() + squared.held)
+    return Secret(total, 2 * x.scale, x.width, 2 * x.bits)
 
 
 def sum_of_squares(runtime, x: Wire, bits: int) -> Secret:
     """Sum of x^2 over the last dimension, kept as 1; local.
 
     bits: the sum is below 2^bits by the caller's word, which is not checked against the number of terms.
-    Error: none. Cost: dealer 8 bytes a row, and 8 bytes an element when lifted.
+    Error: none. Cost: dealer the bits of x's ring a row, and an element when lifted.
     Raises: Overflow when 2^bits does not fit the width.
     """
-    _check(bits, 2 * x.scale, x.width, "sum of squares")
-    total = _square_without_first(runtime, x)
-    first = x.masks[0][1]
+    check(bits, 2 * x.scale, x.width, "sum of squares")
+    rest = _square_without_first(runtime, x)
     shape = (*x.shape[:-1], 1)
-    squared = runtime.deal(shape, lambda: (first * first).sum(-1, keepdim=True))
-    if total is not None:
-        total = total.sum(-1, keepdim=True) + squared
-    return Secret(shape_only(shape) if total is None else total, 2 * x.scale, x.width, bits)
+    squared = runtime.deal(shape, lambda: (x.first * x.first).sum(-1, keepdim=True), x.width)
+    total = runtime.share(shape, lambda: rest().sum(-1, keepdim=True) + squared.held)
+    return Secret(total, 2 * x.scale, x.width, bits)
 
 
 def _square_without_first(runtime, x: Wire):
-    """x^2 but for the square of the first mask, whose coefficient is -1; the second mask is a bit, its own square."""
-    total = None
-    if not runtime.is_dealer:
-        total = x.public * x.public if runtime.role == PARTY0 else torch.zeros_like(x.public)
-        for coefficient, mask in x.masks:
-            total += 2 * x.public * (coefficient * mask)
+    """Gives x^2 but for the square of the first mask, of coefficient -1; a second mask is a bit, its own square."""
+    pair = None
     if len(x.masks) == 2:
-        (_, first), (coefficient, bit) = x.masks
-        pair = runtime.deal(x.shape, lambda: first * bit)
-        if total is not None:
-            total += coefficient * coefficient * bit - 2 * coefficient * pair
-    return total
+        first, second = (mask.held for _, mask in x.masks)
+        pair = runtime.deal(x.shape, lambda: first * second, x.width)
+
+    def share() -> Tensor:
+        total = runtime.plus(torch.zeros_like(x.public), lambda: x.public * x.public)
+        for coefficient, mask in x.masks:
+            total += 2 * x.public * (coefficient * mask.held)
+        if pair is not None:
+            coefficient, bit = x.masks[1]
+            total += coefficient * coefficient * bit.held - 2 * coefficient * pair.held
+        return total
+
+    return share
 
 
 @dataclass
 class Operand:
     """A narrow wire folded for the right side of matrix products.
 
-    public: Y (``None`` at the dealer). own: what this role multiplies X by: Y - b0 at party 0, -b1 at party 1; at the
-    dealer the mask b itself. Folding once lets a cached row serve every later product as it is.
+    public: Y (``None`` at the dealer). own: what this role multiplies X by: Y - b0 at the owner, -b1 at the client; at
+    the dealer the mask b itself. Folding once lets a cached row serve every later product as it is.
     """
 
-    public: torch.Tensor | None
-    own: torch.Tensor
+    public: Tensor | None
+    own: Tensor
     scale: int
     width: int
     bits: int
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         return self.own.shape
 
 
 def fold(runtime, wire: Wire) -> Operand:
     """``wire``, which must be narrow, as an ``Operand``; local."""
     assert len(wire.masks) == 1, "matrix products take narrow wires"
-    own = wire.masks[0][1]
-    if not runtime.is_dealer:
-        own = wire.public - own if runtime.role == PARTY0 else -own
-    return Operand(wire.public, own, wire.scale, wire.width, wire.bits)
+    return Operand(wire.public, _turned(runtime, wire.public, wire.first), wire.scale, wire.width, wire.bits)
+
+
+def unfold(runtime, operand: Operand) -> Wire:
+    """The wire that ``fold`` made an operand of; local."""
+    mask = Parts(_turned(runtime, operand.public, operand.own))
+    return Wire(operand.public, [(-1, mask)], operand.scale, operand.width, operand.bits)
+
+
+def _turned(runtime, public: Tensor | None, own: Tensor) -> Tensor:
+    """A party's share of x from its part of the mask, or its part from its share; the dealer's mask as it is."""
+    return own if public is None else runtime.plus(-own, public)
 
 
 def matmul(runtime, x: Wire, y: Wire | Operand, transposed: bool, bits: int) -> Secret:
     """x @ y, or x @ y.T when ``transposed``, of two narrow wires; local.
 
     Shapes: [..., M, K] by [..., K, N] or [..., N, K], the same batch, to [..., M, N]. bits: as in ``sum_of_squares``.
-    Error: none. Cost: dealer 8 bytes an element of the result.
+    Error: none. Cost: dealer the bits of the narrower ring an element of the result.
     Raises: Overflow when 2^bits does not fit the narrower width.
     """
-    y = y if isinstance(y, Operand) else fold(runtime, y)
+    right = y if isinstance(y, Operand) else fold(runtime, y)
     assert len(x.masks) == 1, "matrix products take narrow wires"
-    left = x.masks[0][1]
-    scale, width = x.scale + y.scale, min(x.width, y.width)
-    _check(bits, scale, width, "matrix product")
-    product = ring.matmul_nt if transposed else ring.matmul_nn
-    shape = (*x.shape[:-1], y.shape[-2] if transposed else y.shape[-1])
-    dealt = runtime.deal(shape, lambda: product(left, y.own))
-    if runtime.is_dealer:
-        return Secret(shape_only(shape), scale, width, bits)
-    # Party 0: X (Y - b0) - a0 Y + c0; party 1: -X b1 - a1 Y + c1.
-    total = product(x.public, y.own) - product(left, y.public) + dealt
+    scale, width = x.scale + right.scale, min(x.width, right.width)
+    check(bits, scale, width, "matrix product")
+    product = runtime.kernels.matmul_nt if transposed else runtime.kernels.matmul_nn
+    shape = (*x.shape[:-1], right.shape[-2] if transposed else right.shape[-1])
+    dealt = runtime.deal(shape, lambda: product(x.first, right.own), width)
+    # The owner: X (Y - b0) - a0 Y + c0; the client: -X b1 - a1 Y + c1.
+    total = runtime.share(shape, lambda: product(x.public, right.own) - product(x.first, right.public) + dealt.held)
     return Secret(total, scale, width, bits)
 
 
 class OwnedMatrix:
-    """A matrix that the owner (party 0) knows: the owner's plain integers, and W - R at party 1 for a fixed mask R.
+    """A matrix that the owner knows: the owner's plain integers, and W - R at the client for a fixed mask R.
 
-    The owner multiplies by small plain integers; party 1's part of a product does not depend on what was opened.
+    The owner multiplies by small plain integers; the client's part of a product does not depend on what was opened.
     R comes from the owner's stream, uniform modulo 2^64 and used for this matrix alone, so W - R is uniform too.
+
+    plain: at the owner, int32. hidden: W - R at the client. mask: R at the dealer.
     """
 
-    def __init__(self, runtime, value, shape, scale: int):
-        """value: float [out, in] at party 0, ``None`` elsewhere. Sends W - R to party 1: 8 bytes an element, once."""
+    def __init__(self, shape, scale: int):
         self.shape, self.scale = torch.Size(shape), scale
-        self.plain = self.hidden = None
-        self.mask = runtime.mask_of(PARTY0, shape)
-        if runtime.role == PARTY0:
-            scaled = (value.double() * 2**scale).round()
-            if not scaled.abs().max() < 2**31:  # nor NaN
-                raise Overflow(f"a weight of {value.abs().max():.3g} does not fit 32 bits at scale 2^{scale}")
-            runtime.transport.send(PARTY1, scaled.long() - self.mask)
-            self.plain, self.mask = scaled.to(torch.int32), None
-        elif runtime.role == PARTY1:
-            self.hidden = runtime.transport.recv(PARTY0, shape, torch.int64)
-        else:
-            runtime.overhear(8 * self.shape.numel(), sender=PARTY0)
+        self.plain = self.hidden = self.mask = None
+
+
+def own(runtime, value, shape, scale: int) -> Protocol:
+    """An ``OwnedMatrix``. value: float [out, in] at the owner, ``None`` elsewhere.
+
+    Cost: the owner sends the client 8 bytes an element, once.
+    Raises: Overflow for a weight that does not fit 32 bits.
+    """
+    made = OwnedMatrix(shape, scale)
+    mask = runtime.mask_of(OWNER, shape)
+    words = None
+    if value is not None:
+        scaled = (value.double() * 2**scale).round()
+        if not scaled.abs().max() < 2**31:  # nor NaN
+            raise Overflow(f"a weight of {value.abs().max():.3g} does not fit 32 bits at scale 2^{scale}")
+        words, made.plain = scaled.long() - mask, scaled.to(torch.int32)
+    (made.hidden,) = yield [Message(OWNER, tuple(shape), 64, words)]
+    made.mask = runtime.known_to_dealer(mask)
+    return made
 
 
 def linear(runtime, x: Wire, matrix: OwnedMatrix, bits: int) -> Secret:
     """x @ W.T for a narrow wire [T, in] and the owner's W [out, in]; local.
 
-    Party 0 computes (X - a0) W, party 1 -a1 (W - R), and the dealer shares a1 R, masked afresh for every product.
+    The owner computes (X - a0) W, the client -a1 (W - R), and the dealer shares a1 R, masked afresh for every product.
     bits: as in ``sum_of_squares``. Error: none.
-    Cost: dealer 8 bytes an element of the result; one product with plain weights at the owner, one of 64-bit words
-    at party 1 and at the dealer, neither of which needs the opening.
+    Cost: dealer the bits of x's ring an element of the result; one product with plain weights at the owner, one of
+    64-bit words at the client and at the dealer, neither of which needs the opening.
     Raises: Overflow when 2^bits does not fit the width.
     """
     assert len(x.masks) == 1, "matrix products take narrow wires"
-    scale = x.scale + matrix.scale
-    _check(bits, scale, x.width, "linear layer")
-    mask = x.masks[0][1]
+    scale, product = x.scale + matrix.scale, runtime.kernels.matmul_nt
+    check(bits, scale, x.width, "linear layer")
     shape = (*x.shape[:-1], matrix.shape[0])
-    if runtime.is_dealer:
-        runtime.deal(shape, lambda: ring.matmul_nt(x.share1, matrix.mask))
-        return Secret(shape_only(shape), scale, x.width, bits)
-    if runtime.role == PARTY0:
-        total = ring.matmul_nt(x.public - mask, matrix.plain) - runtime.deal(shape)
-    else:
-        total = -ring.matmul_nt(mask, matrix.hidden) - runtime.deal(shape)
+    dealt = runtime.deal(shape, lambda: product(x.masks[0][1].client, matrix.mask), x.width).held
+    total = runtime.share(
+        shape,
+        owner=lambda: product(x.public - x.first, matrix.plain) - dealt,
+        client=lambda: -product(x.first, matrix.hidden) - dealt,
+    )
     return Secret(total, scale, x.width, bits)
 
 
-def lookup(runtime, ids, count: int, matrix: OwnedMatrix, bits: int) -> Secret:
-    """Rows of the owner's [V, H] for token ids that only the client (party 1) holds; ids is ``None`` elsewhere.
+def lookup(runtime, ids, count: int, matrix: OwnedMatrix, bits: int) -> Protocol:
+    """Rows of the owner's [V, H] for token ids that only the client holds; ids is ``None`` elsewhere.
 
     Reveals: one-hot rows plus a uniform mask, to the owner.
-    Error: none. Cost: 4 bytes for each of count * V words to the owner; dealer 8 bytes an element of the result.
+    Error: none. Cost: 4 bytes for each of count * V words to the owner; dealer 32 bits an element of the result.
     """
     vocabulary, hidden = matrix.shape
-    size = 32
-    packed = ring.packed_size(count * vocabulary, size)
-    _check(bits, matrix.scale, size, "embedding")
-    mask = runtime.mask_of(PARTY1, (count, vocabulary))
-    shape = (count, hidden)
-    if runtime.is_dealer:
-        runtime.overhear(packed, sender=PARTY1)
-        runtime.deal(shape, lambda: ring.matmul_nn(mask, matrix.mask))
-        return Secret(shape_only(shape), matrix.scale, size, bits)
-    if runtime.role == PARTY1:
+    width, product = 32, runtime.kernels.matmul_nn
+    check(bits, matrix.scale, width, "embedding")
+    mask = runtime.mask_of(CLIENT, (count, vocabulary))
+    hot = None
+    if ids is not None:
         assert len(ids) == count, f"{len(ids)} token ids, {count} announced"
         for token in ids.tolist():
             if not 0 <= token < vocabulary:
                 raise ValueError(f"token id {token} is not in a vocabulary of {vocabulary}")
         hot = mask.clone()
         hot[torch.arange(count), ids] += 1
-        runtime.transport.send(PARTY0, ring.pack(hot, size))
-        total = -ring.matmul_nn(mask, matrix.hidden) - runtime.deal(shape)
-    else:
-        data = runtime.transport.recv(PARTY1, (packed,), torch.uint8)
-        total = ring.matmul_nn(ring.unpack(data, size, (count, vocabulary)), matrix.plain) - runtime.deal(shape)
-    return Secret(total, matrix.scale, size, bits)
+    (seen,) = yield [Message(CLIENT, (count, vocabulary), width, hot)]
+    shape = (count, hidden)
+    dealt = runtime.deal(shape, lambda: product(mask, matrix.mask), width).held
+    total = runtime.share(
+        shape,
+        owner=lambda: product(seen, matrix.plain) - dealt,
+        client=lambda: -product(mask, matrix.hidden) - dealt,
+    )
+    return Secret(total, matrix.scale, width, bits)
+
+
+def times_owned(runtime, x: Wire, vector: OwnedMatrix, bits: int) -> Secret:
+    """x * v along the last dimension for a narrow wire [..., H] and the owner's v [H]; local.
+
+    As ``linear``, element by element. Error: none. Cost: dealer the bits of x's ring an element.
+    Raises: Overflow when 2^bits does not fit the width.
+    """
+    assert len(x.masks) == 1, "products with the owner's weights take narrow wires"
+    scale = x.scale + vector.scale
+    check(bits, scale, x.width, "product with a weight")
+    dealt = runtime.deal(x.shape, lambda: x.masks[0][1].client * vector.mask, x.width).held
+    total = runtime.share(
+        x.shape,
+        owner=lambda: (x.public - x.first) * vector.plain - dealt,
+        client=lambda: -x.first * vector.hidden - dealt,
+    )
+    return Secret(total, scale, x.width, bits)

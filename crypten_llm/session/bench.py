@@ -17,9 +17,9 @@ from crypten_llm.errors import CryptenLLMError, UsageError
 from crypten_llm.models.cache import KVCache
 from crypten_llm.models.checkpoint import expected_shapes
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.layers import DecoderLayer, Parameters
+from crypten_llm.models.layers import DecoderLayer, Parameters, rotary_tables
 from crypten_llm.models.llama import prepare
-from crypten_llm.models.rope import rope_tables
+from crypten_llm.models.rope import rope_frequencies
 from crypten_llm.roles import OWNER
 from crypten_llm.session.generation import parse_policy
 
@@ -106,7 +106,7 @@ def _build(engine, config, shape):
         value = prepare(name, _as_weight(_random(seed, size)), config) if is_owner else None
         handles[name] = engine.parameter(value, size)
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    body = Parameters(handles, "model.")
+    body = Parameters(handles, config.family).within("model")
     layers = [DecoderLayer(engine, config, body.within(f"layers.{i}"), i, {}) for i in range(config.num_hidden_layers)]
     size = (config.num_key_value_heads, shape.kv_len, config.head_dim)
     cache = KVCache.empty(engine, len(layers), heads, kv_heads, dim)
@@ -124,7 +124,7 @@ def _build(engine, config, shape):
 def _decode(layers, caches, config, x, grows: bool):
     """One token through all layers; unless the cache grows, it is left as it was."""
     newest = torch.tensor([config.max_position_embeddings - 1])
-    rotary = rope_tables(config, newest)
+    rotary = rotary_tables(rope_frequencies(config), newest)
     before = None
     for layer, cache in zip(layers, caches, strict=True):
         used = cache if grows else cache.copy(before)

@@ -23,7 +23,7 @@ TARGET = 2.7  # the middle of [0.043, 173] on a logarithmic scale
 class Ranges:
     """Extremes over random tokens. mean_square: (low, high) at each norm's input, by the name of its weight.
 
-    limited: (low, high) of what engine ``wire`` limits, in all layers, by the operation (``wire_bounds.domains``).
+    limited: (low, high) of what engine ``wire`` limits, in all layers, by the operation (``engines.wire.engine.domains``).
     """
 
     mean_square: dict[str, tuple[float, float]]
@@ -57,7 +57,7 @@ class _Recorder(PlainEngine):
         others = (visible - largest).exp().sum(-1, keepdim=True) - 1
         self._note("softmax", scores if mask is None else scores[mask.expand_as(scores)])
         for growth in (1.0, self.growth):
-            self._note("softmax of a row", largest + (growth * others).log1p())
+            self._note("softmax row", largest + (growth * others).log1p())
         return super().softmax(scores, mask)
 
     def mix(self, weights, values):
@@ -76,7 +76,7 @@ def measure(config, weights: dict[str, torch.Tensor]) -> Ranges:
 
     Random tokens stand for a prompt, drawn with a fixed seed; they are no secret, and other text may reach further.
     """
-    context = config.max_position_embeddings
+    context = config.context
     count = min(ROWS, context)
     recorder = _Recorder(context / count)
     ids = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))

@@ -41,7 +41,7 @@ class Plan:
         """Itself, if the model ``config`` can run it; raises UsageError otherwise."""
         if self.prompt_tokens < 1:
             raise UsageError("the prompt is empty; give at least one token")
-        needed, context = self.prompt_tokens + self.max_new_tokens, config.max_position_embeddings
+        needed, context = self.prompt_tokens + self.max_new_tokens, config.context
         if needed > context:
             raise UsageError(
                 f"the prompt has {self.prompt_tokens} tokens and {self.max_new_tokens} more are asked for, but the "

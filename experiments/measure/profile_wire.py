@@ -4,7 +4,7 @@
     python -m experiments.measure.profile_wire --hidden 4096 --heads 32 --ffn 11008 --kv-len 512 --steps 3
     python -m experiments.measure.profile_wire --prompt-tokens 512 --steps 8  # the shipped model: prefill, steps
 
-Each process is interrupted every few milliseconds of its own processor time and notes which file it was in: the
+Each process is interrupted every few milliseconds of its own processor time and notes where it was: in the
 compiled loops over words (products, openings, fits, comparisons), the key streams, the messages, or the Python and
 torch calls around them. What remains of the wall clock is waiting: for the other party, for the dealer, for a core.
 """
@@ -37,17 +37,31 @@ from experiments.tools.command import command
 
 EVERY_SECONDS = 1e-3  # asked for; the system's clock may tick less often
 ROLES = role_names(2)
+# By file, but for functions named after their file: compiled loops are counted at their callers in Python.
 PARTS = {
+    "cpu.py": "products and openings",
     "ring.py": "products and openings",
+    "cpu.py waves": "fits",
+    "cpu.py combine": "fits",
+    "cpu.py turned": "fits",
     "fourier.py": "fits",
+    "tables.py": "comparisons",
     "dcf.py": "comparisons",
     "comparison.py": "comparisons",
     "lookup.py": "comparisons",
+    "cpu.py KeyStream.fill": "key streams",
     "randomness.py": "key streams",
     "transport.py": "messages",
+    "material.py": "messages",
     "tape.py": "messages",
 }
 REST = "Python and torch"
+
+
+def part_of(code) -> str:
+    """What a function's time is counted as."""
+    file = Path(code.co_filename).name
+    return PARTS.get(f"{file} {code.co_qualname}") or PARTS.get(file, REST)
 
 
 @contextlib.contextmanager
@@ -55,8 +69,7 @@ def sampling(party, samples: collections.Counter):
     """Processor seconds by (phase, part), estimated from samples of this process's main thread."""
 
     def note(_, frame):
-        part = PARTS.get(Path(frame.f_code.co_filename).name, REST)
-        samples[party.engine.meter.cell[0], part] += 1
+        samples[party.engine.meter.cell[0], part_of(frame.f_code)] += 1
 
     started = time.process_time()
     signal.signal(signal.SIGPROF, note)

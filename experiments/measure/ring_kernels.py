@@ -22,7 +22,7 @@ from time import perf_counter
 import torch
 from tqdm import tqdm
 
-from crypten_llm.kernels import ring
+from crypten_llm.kernels import cpu
 from experiments.model.evaluate import print_table
 from experiments.tools.command import command
 from experiments.tools.provenance import provenance
@@ -30,7 +30,7 @@ from experiments.tools.provenance import provenance
 RESULTS = Path(__file__).parents[1] / "results" / "ring_kernels.json"
 COPY_BYTES = 1 << 28  # more than a last-level cache
 VECTORS, MATRICES = (256, 512, 1024, 2048, 4096), (64, 128, 256, 512)
-PRODUCTS = {"nt": (ring.matmul_nt, True), "nn": (ring.matmul_nn, False)}
+PRODUCTS = {"nt": (cpu.matmul_nt, True), "nn": (cpu.matmul_nn, False)}
 
 
 def copy_bandwidth(repeats: int = 5) -> float:

@@ -26,9 +26,11 @@ import torch
 from tqdm import tqdm
 
 from crypten_llm.links.transport import Transport
-from crypten_llm.protocols.dealer.randomness import fresh_key
-from crypten_llm.protocols.dealer.roles import DEALER, PARTY0, PARTY1, Runtime
-from crypten_llm.protocols.opening import Opening, Secret, as_secret, open_wires
+from crypten_llm.protocols.dealer import roles
+from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.opening import Opening, Secret, as_secret
+from crypten_llm.protocols.rounds import Rounds
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 from experiments.tools.command import command
 
 BLOCK = 1 << 19
@@ -66,7 +68,7 @@ class Experiment:
         """The wire engine's: one opening, then the shares modulo 2^64 that it stands for."""
         bits = int(self.arguments.magnitude**2).bit_length()
         f = self.arguments.fraction_bits
-        (wire,) = open_wires(runtime, [Opening(Secret(share, 2 * f, 64, bits), truncate=f, lifted=True)])
+        (wire,) = Rounds(runtime).open(Opening(Secret(share, 2 * f, 64, bits), truncate=f, lifted=True))
         return as_secret(runtime, wire).share
 
     def owner(self, runtime):
@@ -91,19 +93,19 @@ class Experiment:
 
     def dealer(self, runtime):
         for size in self.blocks():
-            self.truncate(runtime, torch.empty(size, dtype=torch.int64, device="meta"))
+            self.truncate(runtime, shape_only((size,)))
 
     def run(self) -> dict:
         sockets = [{} for _ in ROLES]
         for low, high in ((0, 1), (0, 2), (1, 2)):
             sockets[low][high], sockets[high][low] = socket.socketpair()
-        keys, errors = [fresh_key(), fresh_key()], []
+        errors = []
 
         @torch.inference_mode()
         def play(role):
             transport = Transport(role, ROLES, sockets[role])
             try:
-                runtime = Runtime(role, transport, keys if role == DEALER else [keys[role]])
+                runtime = roles.make(transport)
                 (self.owner, self.client, self.dealer)[role](runtime)
                 runtime.end()
                 transport.close()
@@ -111,7 +113,7 @@ class Experiment:
                 errors.append(error)
                 transport.abort("failed")
 
-        threads = [threading.Thread(target=play, args=(role,), daemon=True) for role in (PARTY0, PARTY1, DEALER)]
+        threads = [threading.Thread(target=play, args=(role,), daemon=True) for role in (OWNER, CLIENT, DEALER)]
         for thread in threads:
             thread.start()
         for thread in threads:

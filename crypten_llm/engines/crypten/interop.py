@@ -9,7 +9,6 @@ their shapes. So it makes each correlation when its turn comes, live or for a ta
 parties. CrypTen's protocols take the same steps whatever their shares hold.
 """
 
-import numpy as np
 import torch
 from crypten.common.util import count_wraps  # noqa: E402, I001  (importable once ``bridge`` has been imported)
 from crypten.mpc.primitives import ArithmeticSharedTensor, BinarySharedTensor  # noqa: E402
@@ -19,11 +18,12 @@ from crypten_llm import compat
 from crypten_llm.engines.crypten import bridge
 from crypten_llm.engines.crypten.bridge import TransportCommunicator, crypten
 from crypten_llm.engines.wire.handles import Reshaped, Scaled
+from crypten_llm.engines.wire.values import value
 from crypten_llm.errors import UsageError
-from crypten_llm.protocols.dealer.roles import DEALER
-from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.dealer.roles import Piece
+from crypten_llm.protocols.dealer.shapes import broadcast, shape_only
 from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
-from crypten_llm.roles import OWNER
+from crypten_llm.roles import DEALER, OWNER
 
 PARTIES = 2
 MPCTensor = crypten.mpc.MPCTensor
@@ -55,7 +55,7 @@ class CryptenBeside:
             streams = dict.fromkeys(("prev", "next", "local", "global"))
             compat.install_generators(_zeros, _zeros, streams)
             for sender in (None, OWNER):  # the parties agree on their keys
-                engine.runtime.overhear(bridge.KEY_BYTES, sender)
+                communicator.pass_by(bridge.KEY_BYTES, sender)
         else:
             communicator = TransportCommunicator(engine.transport, PARTIES)
             streams = bridge.agree_on_streams(engine.transport, PARTIES)
@@ -73,10 +73,10 @@ class CryptenBeside:
         """MPCTensors of the wire engine's ``handles``, all in one go.
 
         Shapes: those of the handles, which are results of its operations: no cached rows, weights or norms.
-        Reveals: nothing where it is local; else x + r for a fresh uniform mask r, to both parties (``open_wires``).
+        Reveals: nothing where it is local; else x + r for a fresh uniform mask r, to both (``protocols.opening``).
         Error: none for a handle with at most ``precision_bits`` fractional bits, else a unit of those.
         Cost: local for a share that is valid modulo 2^64 and has at most ``precision_bits`` fractional bits. All
-        others: 1 round together, ceil(width / 8) bytes an element each way, dealer 16 bytes an element.
+        others: 1 round together, width / 8 bytes an element each way, packed, dealer 16 bytes an element.
         Raises: Overflow where |x| < 2^bits, as declared, leaves CrypTen's 62 bits; UsageError for another handle.
         """
         f = self.precision_bits
@@ -86,7 +86,7 @@ class CryptenBeside:
         moved = [secret for secret in secrets if secret.width < 64 or secret.scale > f]
         if moved:
             openings = [Opening(secret, truncate=max(0, secret.scale - f), lifted=True) for secret in moved]
-            wires = self.engine._open(*openings)
+            wires = self.engine.rounds.open(*openings)
             exact = {id(s): as_secret(self.engine.runtime, w) for s, w in zip(moved, wires, strict=True)}
             secrets = [exact.get(id(secret), secret) for secret in secrets]
         return [self._mpc_tensor(secret) for secret in secrets]
@@ -109,11 +109,11 @@ class CryptenBeside:
         bits = self.engine.config.linear_bits if bits is None else bits
         _check(bits, scale, "a secret")
         share = tensor.share.clone()  # CrypTen changes some of its tensors in place
-        return Secret(shape_only(share.shape) if self.engine.rank == DEALER else share, scale, 64, bits)
+        return Secret(self.engine.runtime.share(share.shape, lambda: share), scale, 64, bits)
 
     def _secret(self, handle) -> Secret:
         if isinstance(handle, Secret | Scaled | Reshaped):
-            return self.engine._value(handle)
+            return self.engine.rounds.run(value(self.engine, handle))
         raise UsageError(
             f"{type(handle).__name__} is no plain value of engine 'wire'; convert the result of an operation instead"
         )
@@ -130,7 +130,7 @@ def _check(bits: int, scale: int, what: str) -> None:
 
 
 class WireProvider(TupleProvider):
-    """CrypTen's correlations from the wire engine's masks and dealer (``Runtime.mask``, ``deal``, ``deal_arrays``).
+    """CrypTen's correlations from the wire engine's masks and dealer (``Runtime.mask``, ``deal``, ``deal_common``).
 
     It serves all of CrypTen's protocols for two parties: products, squares, comparisons, and the conversions between
     arithmetic and binary shares. Cost: dealer 8 bytes an element of the result to party 1; for binary triples 8
@@ -156,16 +156,16 @@ class WireProvider(TupleProvider):
 
     def generate_binary_triple(self, size0, size1, device=None):
         (left, a), (right, b) = self._mask(size0), self._mask(size1)
-        size = np.broadcast_shapes(size0, size1)
+        size = broadcast(size0, size1)
         own, c = self._mask(size)
 
         def correction():
             """Between uniform shares of the triple's third part and the right ones; each party lacks the other's."""
-            return [((left[0] ^ left[1]) & (right[0] ^ right[1]) ^ own[0] ^ own[1]).numpy()]
+            return [(left[0] ^ left[1]) & (right[0] ^ right[1]) ^ own[0] ^ own[1]]
 
-        dealt = self._runtime.deal_arrays([(tuple(size), "int64")], correction)
+        dealt = self._runtime.deal_common([(tuple(size), torch.int64)], correction)
         if self._runtime.role == OWNER:
-            c = c ^ torch.from_numpy(dealt[0])
+            c = c ^ dealt[0]
         return _binary(a), _binary(b), _binary(c)
 
     def wrap_rng(self, size, device=None):
@@ -178,15 +178,14 @@ class WireProvider(TupleProvider):
 
     def _mask(self, size) -> tuple[tuple | None, torch.Tensor]:
         """Both parts of a fresh mask, at the dealer alone, and this role's part; the dealer's is zero."""
-        runtime = self._runtime
-        mine = runtime.mask(tuple(size))
-        if not runtime.is_dealer:
-            return None, mine
-        return (mine - runtime.share1, runtime.share1), _zeros(size)
+        mask = self._runtime.mask(tuple(size))
+        if mask.client is None:
+            return None, mask.held
+        return (mask.held - mask.client, mask.client), _zeros(size)
 
     def _deal(self, size, value) -> torch.Tensor:
         dealt = self._runtime.deal(tuple(size), value)
-        return _zeros(size) if self._runtime.is_dealer else dealt
+        return dealt.held if dealt.client is None else _zeros(size)
 
 
 class _FollowingCommunicator(TransportCommunicator):
@@ -197,7 +196,11 @@ class _FollowingCommunicator(TransportCommunicator):
         self.rank, self._runtime = OWNER, engine.runtime
 
     def _overhear(self, tensors, sender=None):
-        self._runtime.overhear(sum(tensor.numel() * tensor.element_size() for tensor in tensors), sender)
+        self.pass_by(sum(tensor.numel() * tensor.element_size() for tensor in tensors), sender)
+
+    def pass_by(self, count, sender=None):
+        """``count`` bytes from ``sender`` to the other party, or from each to the other."""
+        self._runtime.exchange([Piece((count,), 8, self.transport.meter.cell, sender=sender)])
 
     def send(self, tensor, dst):
         self._overhear([tensor], self.rank)

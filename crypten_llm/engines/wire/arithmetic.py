@@ -1,158 +1,213 @@
 """Arithmetic of eviction policies on engine ``wire``: sums, public coefficients, products and functions.
 
-Owns the operations of ``eviction.operations`` that neither compare nor move rows. "Local" operations send nothing where
-the shares' ring has room for the result; else one opening moves x to 64 bits. Shapes are those of
-``eviction.operations.Operations``; what is revealed is said in ``wire_openings``.
+Owns the operations of ``eviction.operations`` that neither compare nor move rows, each with what is declared of it
+(``operations``). "Local" ones send nothing where the shares' ring has room for the result; else one opening moves x to
+64 bits. Shapes are those of ``eviction.operations.Operations``.
 """
 
 import torch
 
 from crypten_llm.engines.wire.handles import Picks
+from crypten_llm.engines.wire.layers import sum_of_two, summed
 from crypten_llm.engines.wire.numbers import ENOUGH, FACTOR, as_units, bits_for, times
-from crypten_llm.engines.wire.openings import Openings
-from crypten_llm.kernels import ring
-from crypten_llm.protocols import fourier, lookup, products
+from crypten_llm.engines.wire.operations import Domain, operation, unit
+from crypten_llm.engines.wire.rows import Rows, join, settled
+from crypten_llm.engines.wire.values import alike, lifted_from_bytes, roomy, value
+from crypten_llm.protocols import fits, fourier, lookup, products
 from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.protocols.normalize import normalize
-from crypten_llm.protocols.opening import Opening, Overflow, Secret, Wire
+from crypten_llm.protocols.opening import Opening, Overflow, Secret, joined
+
+# Local: linear with public coefficients.
 
 
-class Arithmetic(Openings):
-    """Handles are ``Secret``s and what stands for one."""
-
-    # Local: linear with public coefficients.
-
-    def public(self, value: torch.Tensor) -> Secret:
-        """Error: none for multiples of 2^-16, else half of that. Cost: none."""
-        units, fraction = as_units(value, FACTOR)
-        return lookup.public(self.runtime, units, fraction, bits_for(value.abs().max().item()) + 1)
-
-    def add(self, x, y):
-        """Error: none. Cost: none where the result fits their ring; else 1 round, see ``_roomy``."""
-        x, y = self._value(x), self._value(y)
-        return self._sum(x, y, max(x.bits, y.bits) + 1)
-
-    def residual(self, x, y):
-        """As ``add``; the hidden state is declared below 2^residual_bits, however many layers are added up."""
-        x, y = self._value(x), self._value(y)
-        return self._sum(x, y, min(self.config.residual_bits, max(x.bits, y.bits) + 1))
-
-    def _sum(self, x: Secret, y: Secret, bits: int) -> Secret:
-        x, y = self._alike([x, y], bits, "add")
-        return Secret(x.share + y.share, x.scale, min(x.width, y.width), bits)
-
-    def _join(self, handles: list, dim: int) -> Secret:
-        """``cat`` of values. Error: none. Cost: as ``add``."""
-        values = [self._value(x) for x in handles]
-        bits = max(x.bits for x in values)
-        values = self._alike(values, bits, "cat")
-        joined = torch.cat([x.share for x in values], dim)
-        rows = all(isinstance(x, Picks) for x in values) and dim % joined.ndim == joined.ndim - 2
-        made = (Picks if rows else Secret)(joined, values[0].scale, min(x.width for x in values), bits)
-        if rows and all(x.opened is not None for x in values):
-            made.opened = _join_wires([x.opened for x in values], dim)
-        return made
-
-    def scale(self, x, factor):
-        """Error: none for factors that are multiples of 2^-16, else 2^-17 of x, or more where x has little room left.
-
-        Cost: none where the result fits x's ring; else 1 round, see ``_roomy``.
-        """
-        x, factor = self._value(x), torch.as_tensor(factor, dtype=torch.float64)
-        growth = bits_for(factor.abs().max().item())
-        x, units, fraction = self._with_units(x, factor, growth, "scale")
-        return Secret(times(x.share, units), x.scale + fraction, x.width, x.bits + growth)
-
-    def total(self, x, dim):
-        """Error: none. Cost: none where the result fits x's ring; else 1 round, see ``_roomy``."""
-        x = self._value(x)
-        growth = bits_for(x.shape[dim])
-        x = self._roomy(x, growth, "total")
-        return Secret(x.share.sum(dim), x.scale, x.width, x.bits + growth)
-
-    def transform(self, x, matrix):
-        """Error and Cost: as ``scale``, with the largest column sum of magnitudes as the factor."""
-        x, matrix = self._value(x), matrix.double()
-        growth = bits_for(matrix.abs().sum(0).max().item())
-        one_hot = isinstance(x, Picks) and _is_one_hot(matrix)
-        growth = 0 if one_hot else growth
-        x, units, fraction = self._with_units(x, matrix, growth, "transform")
-        shape = (*x.shape[:-1], matrix.shape[1])
-
-        def turned(t):
-            if t.is_meta:
-                return shape_only(shape)
-            return ring.matmul_nn(t.reshape(-1, t.shape[-1]), units).view(shape)
-
-        made = (Picks if one_hot else Secret)(turned(x.share), x.scale + fraction, x.width, x.bits + growth)
-        if one_hot and x.opened is not None:
-            made.opened = x.opened._map(turned)
-        return made
-
-    def within(self, x, limit):
-        """Error: none. Cost: none."""
-        x = self._value(x)
-        return type(x)(x.share, x.scale, x.width, min(x.bits, bits_for(limit) + 1))
-
-    def _with_units(self, x: Secret, factor: torch.Tensor, growth: int, what: str):
-        """x with room for the product, the factor's integers and their fractional bits."""
-        room = x.width - (x.bits + growth + x.scale + 2) - 2
-        units, fraction = as_units(factor, FACTOR if room < ENOUGH else min(FACTOR, room))
-        return self._roomy(x, growth + fraction, what), units, fraction
-
-    # Two secrets, and functions.
-
-    def multiply(self, x, y):
-        """Error: a unit of ``activation`` bits of each factor, times the other.
-
-        Cost: 1 round; each factor in a ring of whole bytes and 16 dealer bytes an element; dealer 32 bytes for each
-        element of the result.
-        """
-        f = self.config.activation
-        factors = self._value(x), self._value(y)
-        openings = [Opening(v) if v.width == 64 and v.scale <= f else self._lifted_from_bytes(v, f) for v in factors]
-        first, second = self._open(*openings)
-        return products.multiply(self.runtime, first, second)
-
-    def sigmoid(self, x):
-        """Error: that of the fit, 3e-6, and ``fourier.rounding``. Cost: 1 round of 3 bytes; dealer 16 * modes bytes."""
-        x, fit = self._value(x), fourier.stored("sigmoid")
-        (wire,) = self._open(Opening(x, ring=x.scale + fit.period, function=True))
-        return fourier.evaluate(self.runtime, wire, fit, fraction=22, bits=1)
-
-    def reciprocal(self, x, low, high):
-        """4^k / (x 4^k) with the secret k that brings x to [1/4, 1).
-
-        Error: 2e-4 of the result (a unit of ``activation`` bits of 1 / (2 x 4^k)), beside what x's own unit makes.
-        Cost: 3 rounds: x, then x 4^k and 4^k, then the reciprocal; dealer material of ``normalize``, of 10 modes and of
-        one product.
-        Raises: ValueError unless 0 < low <= high; Overflow when x's ring does not hold ``high``.
-        """
-        if not 0 < low <= high:
-            raise ValueError(f"reciprocal: from {low:g} to {high:g}; give 0 < low <= high")
-        x, f, fit = self._value(x), self.config.activation, fourier.reciprocal()
-        top = bits_for(high) + x.scale + 1
-        if top > x.width - 1 or top < 2:
-            raise Overflow(
-                f"reciprocal: values up to {high:g} at scale 2^{x.scale} do not fit a ring of {x.width} bits"
-            )
-        segments = min(top // 2 + 1, (bits_for(high) + 1 - bits_for(low) + 3) // 2 + 1)
-        (wire,) = self._open(Opening(x, ring=top + 1, function=True))
-        scaled, power = normalize(self.runtime, wire, top, segments, [4**k for k in range(segments)])
-        doubled = Secret(scaled.share, top - 1, 64, 1)  # twice x 4^k / 2^top: 1/2 to 2
-        unit_wire, power_wire = self._open(Opening(doubled, ring=top - 1 + fit.period, function=True), Opening(power))
-        inverse = fourier.evaluate(self.runtime, unit_wire, fit, fraction=22, bits=2)
-        (inverse_wire,) = self._open(Opening(inverse, truncate=inverse.scale - f, lifted=True))
-        bits = 2 - bits_for(low)
-        return products.multiply(self.runtime, inverse_wire, power_wire, scale=f + top - 1 - x.scale, bits=bits)
+def rounding(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """How far float64 numbers are from multiples of 2^-bits."""
+    return (value - (value * 2.0**bits).round() / 2.0**bits).abs()
 
 
-def _join_wires(wires: list[Wire], dim: int) -> Wire:
-    public = None if wires[0].public is None else torch.cat([wire.public for wire in wires], dim)
-    mask = torch.cat([wire.masks[0][1] for wire in wires], dim)
-    first = wires[0]
-    return Wire(public, [(-1, mask)], first.scale, min(wire.width for wire in wires), first.bits)
+def _gained(out, x) -> int:
+    """Fractional bits of the public factor."""
+    return out.secret.scale - x.secret.scale
+
+
+@operation(bound=lambda engine, out, value: rounding(value.double(), out.secret.scale))
+def public(engine, value: torch.Tensor) -> Secret:
+    """Error: none for multiples of 2^-16, else half of that. Cost: none."""
+    units, fraction = as_units(value, FACTOR)
+    return lookup.public(engine.runtime, units, fraction, bits_for(value.abs().max().item()) + 1)
+
+
+@operation(bound=summed)
+def add(engine, x, y):
+    """Error: none. Cost: none where the result fits their ring; else 1 round, see ``roomy``."""
+    x, y = (yield from value(engine, x)), (yield from value(engine, y))
+    return (yield from sum_of_two(engine, x, y, max(x.bits, y.bits) + 1))
+
+
+@operation(bound=lambda engine, out, handles, dim: torch.cat([handle.error for handle in handles], dim))
+def cat(engine, handles, dim):
+    """Error: none. Cost: that of ``add`` for values; of rows, 1 round where older ones have not been opened."""
+    first, *others = handles
+    if not isinstance(first, Rows):
+        return (yield from _join(engine, handles, dim))
+    assert dim == 1, "rows are joined along 1"
+    if len(others) == 1 and others[0].is_new and first.pending is None:  # they wait, behind the cache's
+        return others[0].behind(first)
+    yield from settled(*handles)
+    return join(handles)
+
+
+def _join(engine, handles: list, dim: int):
+    """``cat`` of values."""
+    values = []
+    for x in handles:
+        values.append((yield from value(engine, x)))
+    bits = max(x.bits for x in values)
+    values = yield from alike(engine, values, bits, "cat")
+    share = torch.cat([x.share for x in values], dim)
+    are_rows = all(isinstance(x, Picks) for x in values) and dim % share.ndim == share.ndim - 2
+    made = (Picks if are_rows else Secret)(share, values[0].scale, min(x.width for x in values), bits)
+    if are_rows and all(x.opened is not None for x in values):
+        made.opened = joined([x.opened for x in values], dim)
+    return made
+
+
+def _scaled(engine, out, x, factor):
+    factor = torch.as_tensor(factor, dtype=torch.float64)
+    return factor.abs() * x.error + (x.value.abs() + x.error) * rounding(factor, _gained(out, x))
+
+
+@operation(bound=_scaled)
+def scale(engine, x, factor):
+    """Error: none for factors that are multiples of 2^-16, else 2^-17 of x, or more where x has little room left.
+
+    Cost: none where the result fits x's ring; else 1 round, see ``roomy``.
+    """
+    x, factor = (yield from value(engine, x)), torch.as_tensor(factor, dtype=torch.float64)
+    growth = bits_for(factor.abs().max().item())
+    x, units, fraction = yield from _with_units(engine, x, factor, growth, "scale")
+    return Secret(times(x.share, units), x.scale + fraction, x.width, x.bits + growth)
+
+
+@operation(bound=lambda engine, out, x, dim: x.error.sum(dim))
+def total(engine, x, dim):
+    """Error: none. Cost: none where the result fits x's ring; else 1 round, see ``roomy``."""
+    x = yield from value(engine, x)
+    growth = bits_for(x.shape[dim])
+    x = yield from roomy(engine, x, growth, "total")
+    return Secret(x.share.sum(dim), x.scale, x.width, x.bits + growth)
+
+
+def _transformed(engine, out, x, matrix):
+    matrix = matrix.double()
+    return x.error @ matrix.abs() + (x.value.abs() + x.error) @ rounding(matrix, _gained(out, x))
+
+
+@operation(bound=_transformed)
+def transform(engine, x, matrix):
+    """Error and Cost: as ``scale``, with the largest column sum of magnitudes as the factor."""
+    x, matrix = (yield from value(engine, x)), matrix.double()
+    growth = bits_for(matrix.abs().sum(0).max().item())
+    one_hot = isinstance(x, Picks) and _is_one_hot(matrix)
+    growth = 0 if one_hot else growth
+    x, units, fraction = yield from _with_units(engine, x, matrix, growth, "transform")
+    shape = (*x.shape[:-1], matrix.shape[1])
+
+    def turned(t):
+        if t.is_meta:
+            return shape_only(shape)
+        return engine.runtime.kernels.matmul_nn(t.reshape(-1, t.shape[-1]), units).view(shape)
+
+    made = (Picks if one_hot else Secret)(turned(x.share), x.scale + fraction, x.width, x.bits + growth)
+    if one_hot and x.opened is not None:
+        made.opened = x.opened.map(turned)
+    return made
+
+
+@operation(bound=lambda engine, out, x, limit: x.error)
+def within(engine, x, limit):
+    """Error: none. Cost: none."""
+    x = yield from value(engine, x)
+    return type(x)(x.share, x.scale, x.width, min(x.bits, bits_for(limit) + 1))
+
+
+def _with_units(engine, x: Secret, factor: torch.Tensor, growth: int, what: str):
+    """x with room for the product, the factor's integers and their fractional bits."""
+    room = x.width - (x.bits + growth + x.scale + 2) - 2
+    units, fraction = as_units(factor, FACTOR if room < ENOUGH else min(FACTOR, room))
+    return (yield from roomy(engine, x, growth + fraction, what)), units, fraction
 
 
 def _is_one_hot(matrix: torch.Tensor) -> bool:
     return bool(((matrix == 0) | (matrix == 1)).all() and (matrix.sum(1) <= 1).all())
+
+
+# Two secrets, and functions.
+
+
+def _multiplied(engine, out, x, y):
+    """A unit of each factor, times the other."""
+    f = engine.config.activation
+    one, other = (side.error + (unit(f) if side.secret.scale > f else 0.0) for side in (x, y))
+    return x.value.abs() * other + y.value.abs() * one + one * other
+
+
+@operation(bound=_multiplied)
+def multiply(engine, x, y):
+    """Error: a unit of ``activation`` bits of each factor, times the other.
+
+    Cost: 1 round; each factor in a ring of whole bytes and 128 dealer bits an element; dealer 256 bits for each
+    element of the result.
+    """
+    f = engine.config.activation
+    factors = (yield from value(engine, x)), (yield from value(engine, y))
+    first, second = yield [Opening(v) if v.width == 64 and v.scale <= f else lifted_from_bytes(v, f) for v in factors]
+    return products.multiply(engine.runtime, first, second)
+
+
+def _sigmoid_bound(engine, out, x):
+    """The fit, and its rounding."""
+    fit = fits.sigmoid()
+    return x.error / 4 + fit.error + fits.rounding(fit, 22)
+
+
+@operation(bound=_sigmoid_bound, domain=Domain("inputs", lambda c: fits.sigmoid().low, lambda c: fits.sigmoid().high))
+def sigmoid(engine, x):
+    """Error: that of the fit, 3e-6, and ``fits.rounding``. Cost: 1 round; dealer 16 * modes bytes an element."""
+    x, fit = (yield from value(engine, x)), fits.sigmoid()
+    (wire,) = yield [Opening(x, ring=x.scale + fit.period, function=True)]
+    return fourier.evaluate(engine.runtime, wire, fit, fraction=22, bits=1)
+
+
+def _reciprocal_bound(engine, out, x, low, high):
+    """A unit of ``activation`` bits of 1 / (2 x 4^k), which is 1/2 or more, with the fit and its rounding."""
+    fit, least = fits.reciprocal(), (x.value - x.error).clamp_min(low / 2)
+    own = 2.2 * (unit(engine.config.activation) + fit.error + fits.rounding(fit, 22)) / least
+    return x.error / (least * x.value.clamp(low, high)) + own
+
+
+@operation(bound=_reciprocal_bound)
+def reciprocal(engine, x, low, high):
+    """4^k / (x 4^k) with the secret k that brings x to [1/4, 1).
+
+    Error: 2e-4 of the result (a unit of ``activation`` bits of 1 / (2 x 4^k)), beside what x's own unit makes.
+    Cost: 3 rounds: x, then x 4^k and 4^k, then the reciprocal; dealer material of ``normalize``, of 10 modes and of
+    one product.
+    Raises: ValueError unless 0 < low <= high; Overflow when x's ring does not hold ``high``.
+    """
+    if not 0 < low <= high:
+        raise ValueError(f"reciprocal: from {low:g} to {high:g}; give 0 < low <= high")
+    x, f, fit = (yield from value(engine, x)), engine.config.activation, fits.reciprocal()
+    top = bits_for(high) + x.scale + 1
+    if top > x.width - 1 or top < 2:
+        raise Overflow(f"reciprocal: values up to {high:g} at scale 2^{x.scale} do not fit a ring of {x.width} bits")
+    segments = min(top // 2 + 1, (bits_for(high) + 1 - bits_for(low) + 3) // 2 + 1)
+    (wire,) = yield [Opening(x, ring=top + 1, function=True)]
+    scaled, power = normalize(engine.runtime, wire, top, segments, [4**k for k in range(segments)])
+    doubled = Secret(scaled.share, top - 1, 64, 1)  # twice x 4^k / 2^top: 1/2 to 2
+    unit_wire, power_wire = yield [Opening(doubled, ring=top - 1 + fit.period, function=True), Opening(power)]
+    inverse = fourier.evaluate(engine.runtime, unit_wire, fit, fraction=22, bits=2)
+    (inverse_wire,) = yield [Opening(inverse, truncate=inverse.scale - f, lifted=True)]
+    bits = 2 - bits_for(low)
+    return products.multiply(engine.runtime, inverse_wire, power_wire, scale=f + top - 1 - x.scale, bits=bits)

@@ -1,8 +1,7 @@
-"""Attention on engine ``wire``: rotary embedding, scores, softmax, and what its weights are used for.
+"""Attention on engine ``wire``: rotated queries against cached keys, softmax, and the values that it mixes.
 
-Norms and softmax divide late: by a secret power of two at once, by the rest after the next product. Keys and values are
-opened once, when they join the cache, and stay wires. How far each operation may be from ``plain`` is declared in
-``wire_bounds``.
+Owns these operations, each with what is declared of it (``operations``). ``mass`` is for eviction policies
+(``eviction.operations``), and reads what ``mix`` has opened.
 """
 
 import torch
@@ -12,6 +11,7 @@ from crypten_llm.engines.wire.numbers import (
     DRAWN,
     FACTOR,
     MIXED_BITS,
+    ROOM,
     ROOT_FRACTIONS,
     ROW_BITS,
     SPREAD_BITS,
@@ -20,124 +20,197 @@ from crypten_llm.engines.wire.numbers import (
     bits_for,
     times,
 )
-from crypten_llm.engines.wire.openings import Openings
-from crypten_llm.engines.wire.rows import Rows
+from crypten_llm.engines.wire.operations import Domain, operation, unit
+from crypten_llm.engines.wire.rows import Rows, opened, settled
+from crypten_llm.engines.wire.values import lifted, lifted_from_bytes, narrow, roomy, value
 from crypten_llm.kernels import ring
-from crypten_llm.protocols import fourier, products
-from crypten_llm.protocols.dealer.roles import DEALER
+from crypten_llm.protocols import fits, fourier, products
 from crypten_llm.protocols.normalize import normalize
 from crypten_llm.protocols.opening import Opening, Overflow, Secret, Wire, as_secret
 
 
-class Attention(Openings):
-    """From queries, keys and values to mixed values."""
+def _rotated(engine, out, x, cos, sin):
+    """The rounding of cosine and sine, and a unit of ``ROOM`` bits of x and of what it is turned with."""
+    return unit(engine.config.rope) * x.value.abs().max() + 2 * unit(ROOM)
 
-    def rotate(self, x, cos, sin):
-        """Error: a unit of ``rope`` bits, times the largest x, and of ``ROOM`` bits where x's ring was too small
-        (``wire_bounds.rotate``).
 
-        Cost: none where the result fits x's ring; else 1 round, see ``_roomy``.
-        """
-        p = self.config.rope
-        x = self._roomy(self._value(x), p + 1, "rotate")
-        if self.rank == DEALER:
-            return Secret(x.share, x.scale + p, x.width, x.bits)
-        half = x.shape[-1] // 2
+@operation(bound=_rotated)
+def rotate(engine, x, cos, sin):
+    """Error: a unit of ``rope`` bits, times the largest x, and of ``ROOM`` bits where x's ring was too small.
+
+    Cost: none where the result fits x's ring; else 1 round, see ``roomy``.
+    """
+    p = engine.config.rope
+    x = yield from roomy(engine, (yield from value(engine, x)), p + 1, "rotate")
+    half = x.shape[-1] // 2
+
+    def share():
         cosine, sine = ((table.double() * 2**p).round().long() for table in (cos, sin))
         turned = torch.cat([-x.share[..., half:], x.share[..., :half]], -1)
-        return Secret(x.share * cosine + turned * sine, x.scale + p, x.width, x.bits)
+        return x.share * cosine + turned * sine
 
-    def rows(self, x, values=False):
-        """Error: a unit of ``key`` bits, of ``value`` bits for values, when they are opened (``wire_bounds.rows``)."""
-        x, scale = self._value(x), self.config.value if values else self.config.key
-        if x.scale < scale:
-            x = Secret(x.share << (scale - x.scale), scale, x.width, x.bits)
-        row = Rows(x, values=values)
-        self._new_rows.append(row)
-        return row
+    return Secret(engine.runtime.share(x.shape, share), x.scale + p, x.width, x.bits)
 
-    def scores(self, query, keys):
-        """Error: a unit of the query (``wire_bounds.scores``)."""
-        query = self._value(query)
-        if query.opened is None:
-            (query.opened,) = self._open(self._narrow(query, self.config.activation))
-        elif keys.pending is not None:
-            self._open()
-        operand = keys.operand
-        room = min(query.opened.width, operand.width) - query.opened.scale - operand.scale - 2
-        return products.matmul(self.runtime, query.opened, operand, transposed=True, bits=min(6, room))
 
-    def softmax(self, scores, mask=None):
-        """From roots exp((s - limit) / 2), so that one fit serves every row and no maximum is needed.
+def rounded_rows(engine, out, x, values=False):
+    """One unit of a cached number, where bits are dropped."""
+    scale = engine.config.value if values else engine.config.key
+    return x.error + (unit(scale) if x.secret.scale > scale else 0.0)
 
-        The sum z of their squares says how large the row is. Each root is multiplied by the power of two that brings
-        z to [1/4, 1), opened, and squared: weights whose sum is that, with the resolution that the row needs.
 
-        Error: the fit's and a unit of 28 bits in each root, relative to the row's largest; a unit of ``root`` bits
-        (``wire_bounds.softmax``), for scores and rows in the domain (``wire_bounds.domains``).
-        """
-        c, runtime, fit = self.config, self.runtime, fourier.exponential()
-        half = Secret(scores.share, scores.scale + 1, scores.width, scores.bits)  # the same integers, read as s / 2
-        (wire,) = self._open(Opening(half, ring=half.scale + fit.period, function=True))
-        public, dealt = ROOT_FRACTIONS
-        root = fourier.evaluate(runtime, wire, fit, public, bits=1, shift=-c.score_limit / 2, dealt=dealt)
-        self._mask(root, mask)
-        fraction, spread = 28, SPREAD_BITS  # z < 2^spread
-        top = 2 * fraction + spread
-        (root_wire,) = self._open(self._lifted(root, fraction))
-        total = products.sum_of_squares(runtime, root_wire, bits=spread)
-        (total_wire,) = self._open(Opening(total, ring=top + 1, function=True))
-        powers = [2**k for k in range(SPREAD_SEGMENTS)]
-        _, power = normalize(runtime, total_wire, top, SPREAD_SEGMENTS, powers)
-        (power_wire,) = self._open(Opening(power))
-        # root 2^k / 2^(spread / 2): the integers stay, their scale says it
-        unit = products.multiply(runtime, root_wire, power_wire, scale=fraction + spread // 2, bits=1)
-        (unit_wire,) = self._open(
-            Opening(unit, ring=unit.scale + unit.bits + 2, truncate=unit.scale - c.root, lifted=True)
-        )
-        weights = products.square(runtime, unit_wire)
-        weights.bits = 0
-        return Weights(weights)
+@operation(bound=rounded_rows)
+def rows(engine, x, values=False):
+    """Their one opening joins the next message; values take a second one where they have bits to lose.
 
-    def _mask(self, x: Secret, mask) -> None:
-        if mask is not None and self.rank != DEALER:
-            x.share = x.share * mask.long()
+    Error: a unit of ``key`` bits, of ``value`` bits for values, when they are opened.
+    """
+    x, scale = (yield from value(engine, x)), engine.config.value if values else engine.config.key
+    row = Rows(x.at_scale(max(scale, x.scale)), values=values)
+    engine.rounds.start(opened(engine, row))
+    return row
 
-    def mix(self, weights, values):
-        """Error: a unit of the result and of the reciprocal (``wire_bounds.mix``), for |results| below
-        2^``MIXED_BITS``.
-        """
-        f, inverse = self.config.activation + 3, fourier.reciprocal()
-        (wire,) = self._open(Opening(weights.weights, ring=min(weights.weights.width, self.config.mixed_width)))
-        mixed = products.matmul(self.runtime, wire, values.operand, transposed=False, bits=MIXED_BITS)
-        doubled = _row_sums(wire, wire.scale - 1, inverse.period)  # of twice the weights: 1/2 to 2
-        total = fourier.evaluate(self.runtime, doubled, inverse, fraction=22, bits=2)
-        mixed_wire, total_wire = self._open(self._lifted(mixed, f), self._lifted(total, ROW_BITS))
-        scale = f + ROW_BITS - 1  # the total's reciprocal is half of what is needed
-        weights.wires = wire, total_wire
-        return products.multiply(self.runtime, mixed_wire, total_wire, scale=scale, bits=self.config.linear_bits)
 
-    def mass(self, weights, queries):
-        """Error: a unit of b = 22 - g bits of 1 / sum in each row, 2^g being the sum of queries or more; and a unit of
-        ``DRAWN`` bits.
+def _scored(engine, out, query, keys):
+    """One unit of the query."""
+    far, f = keys.value.abs() + keys.error, engine.config.activation
+    own = unit(f) if query.secret.scale > f else 0.0
+    return query.value.abs() @ keys.error.transpose(1, 2) + (query.error + own) @ far.transpose(1, 2)
 
-        ``mix`` has left the wires of weights and of 1 / sum. Cost: 2 rounds; for each of G * M rows 8 bytes each way
-        and 8 of the dealer's, for each of G * N results 7 bytes each way and 24 of the dealer's.
-        """
-        wire, inverse = weights.wires  # inverse: of twice the sum
-        growth = bits_for(queries.abs().sum().item())
-        keep = wire.width - wire.scale - growth - 2
-        if keep < 6:
-            raise Overflow(f"mass: {len(queries)} queries of weight {queries.abs().sum():g} in all: give 2^16 at most")
-        units, fraction = as_units(queries, max(0, min(FACTOR, 64 - wire.width + keep - inverse.scale)))
-        turned = as_secret(self.runtime, inverse)
-        turned = Secret(times(turned.share, units[:, None]), turned.scale + fraction, 64, inverse.bits + growth)
-        (turned_wire,) = self._open(Opening(turned, truncate=max(0, turned.scale - keep)))
-        row = turned_wire.transpose(1, 2)
-        half = products.matmul(self.runtime, row, wire, transposed=False, bits=growth)
-        drawn = Secret(half.share, half.scale - 1, half.width, growth + 1)
-        (drawn_wire,) = self._open(self._lifted_from_bytes(drawn, DRAWN))
-        return as_secret(self.runtime, drawn_wire)[:, 0]
+
+@operation(bound=_scored)
+def scores(engine, query, keys):
+    """Error: a unit of the query. Cost: 1 round for a query that was not scored before; keys that wait come along."""
+    query = yield from value(engine, query)
+    if query.opened is None:
+        (query.opened,) = yield [narrow(query, engine.config.activation)]
+    yield from settled(keys)
+    operand = keys.operand
+    room = min(query.opened.width, operand.width) - query.opened.scale - operand.scale - 2
+    return products.matmul(engine.runtime, query.opened, operand, transposed=True, bits=min(6, room))
+
+
+def _weighed(engine, out, scores, mask=None):
+    """The fit of exp and a unit of 28 bits in each root, where the row's sum of exp(s - score_limit) is ``total``; a
+    unit of ``root`` bits after the row was scaled. Then a score's own error, which multiplies its weight, and the largest of
+    a row, which divides all of them.
+    """
+    visible, errors = scores.value, scores.error
+    if mask is not None:
+        visible, errors = visible.masked_fill(~mask, -torch.inf), errors.masked_fill(~mask, 0.0)
+    turned = out.value * (errors + errors.amax(-1, keepdim=True)).expm1()
+    total = (visible - errors - engine.config.score_limit).exp().sum(-1, keepdim=True)
+    expected, fit = out.value + turned, fits.exponential()
+    slip = (fit.error + fits.rounding(fit, *ROOT_FRACTIONS) + unit(28)) / total.sqrt() + 2 * unit(engine.config.root)
+    own = 2 * expected.sqrt() * slip + slip**2
+    own = 1.1 * (own + expected * own.sum(-1, keepdim=True))
+    return turned + (own if mask is None else own.masked_fill(~mask, 0.0))
+
+
+@operation(
+    bound=_weighed,
+    domain=Domain("attention scores", lambda c: c.score_limit - 36, lambda c: c.score_limit),
+    row=Domain("logarithms of a row's sum of exp(score)", lambda c: c.row_logarithms[0], lambda c: c.row_logarithms[1]),
+)
+def softmax(engine, scores, mask=None):
+    """From roots exp((s - limit) / 2), so that one fit serves every row and no maximum is needed.
+
+    The sum z of their squares says how large the row is. Each root is multiplied by the power of two that brings
+    z to [1/4, 1), opened, and squared: weights whose sum is that, with the resolution that the row needs.
+
+    Error: the fit's and a unit of 28 bits in each root, relative to the row's largest; a unit of ``root`` bits, for
+    scores and rows in the domain.
+    """
+    c, runtime, fit = engine.config, engine.runtime, fits.exponential()
+    half = Secret(scores.share, scores.scale + 1, scores.width, scores.bits)  # the same integers, read as s / 2
+    (wire,) = yield [Opening(half, ring=half.scale + fit.period, function=True)]
+    public, dealt = ROOT_FRACTIONS
+    root = fourier.evaluate(runtime, wire, fit, public, bits=1, shift=-c.score_limit / 2, dealt=dealt)
+    if mask is not None:
+        root.share = times(root.share, mask.long())
+    fraction, spread = 28, SPREAD_BITS  # z < 2^spread
+    top = 2 * fraction + spread
+    (root_wire,) = yield [lifted(root, fraction)]
+    total = products.sum_of_squares(runtime, root_wire, bits=spread)
+    (total_wire,) = yield [Opening(total, ring=top + 1, function=True)]
+    powers = [2**k for k in range(SPREAD_SEGMENTS)]
+    _, power = normalize(runtime, total_wire, top, SPREAD_SEGMENTS, powers)
+    (power_wire,) = yield [Opening(power)]
+    # root 2^k / 2^(spread / 2): the integers stay, their scale says it
+    scaled = products.multiply(runtime, root_wire, power_wire, scale=fraction + spread // 2, bits=1)
+    size = scaled.scale + scaled.bits + 2
+    (scaled_wire,) = yield [Opening(scaled, ring=size, truncate=scaled.scale - c.root, lifted=True)]
+    weights = products.square(runtime, scaled_wire)
+    weights.bits = 0
+    return Weights(weights)
+
+
+def inverse_sum() -> float:
+    """Of 1 / sum of a row's weights, relative to a sum of 1, the largest: a unit of ``ROW_BITS`` bits of half of it,
+    and the reciprocal's fit."""
+    fit = fits.reciprocal()
+    return 2 * (unit(ROW_BITS) + fit.error + fits.rounding(fit, 22))
+
+
+def _mixed(engine, out, weights, values):
+    """One unit of the product, for a sum of weights of 1/4 or more, and of the reciprocal of the sum that it is divided
+    by, with the reciprocal's fit.
+    """
+    own = 1.1 * (4 * unit(engine.config.activation + 3) + inverse_sum() * out.value.abs().max())
+    return own + weights.error @ (values.value.abs() + values.error) + weights.value @ values.error
+
+
+@operation(
+    bound=_mixed,
+    domain=Domain("mixed values of attention", lambda c: -(2.0**MIXED_BITS), lambda c: 2.0**MIXED_BITS),
+)
+def mix(engine, weights, values):
+    """Error: a unit of the result and of the reciprocal, for |results| below 2^``MIXED_BITS``."""
+    c, runtime, f, inverse = engine.config, engine.runtime, engine.config.activation + 3, fits.reciprocal()
+    (wire,) = yield [Opening(weights.weights, ring=min(weights.weights.width, c.mixed_width))]
+    yield from settled(values)
+    mixed = products.matmul(runtime, wire, values.operand, transposed=False, bits=MIXED_BITS)
+    doubled = _row_sums(wire, wire.scale - 1, inverse.period)  # of twice the weights: 1/2 to 2
+    total = fourier.evaluate(runtime, doubled, inverse, fraction=22, bits=2)
+    mixed_wire, total_wire = yield [lifted(mixed, f), lifted(total, ROW_BITS)]
+    weights.wires = wire, total_wire
+    scale = f + ROW_BITS - 1  # the total's reciprocal is half of what is needed
+    return products.multiply(runtime, mixed_wire, total_wire, scale=scale, bits=c.linear_bits)
+
+
+def _drawn(engine, out, weights, queries):
+    """The reciprocal of the row's sum, its unit of ``kept`` bits after it was multiplied by the query's weight, and a
+    unit of the result's scale.
+    """
+    queries, wire = queries.double(), weights.secret.wires[0]
+    kept = wire.width - wire.scale - bits_for(queries.abs().sum().item()) - 2
+    far = weights.value + weights.error
+    own = inverse_sum() * torch.einsum("gmn,m->gn", far, queries.abs()) + 2 * unit(kept) * far.sum(1)
+    return torch.einsum("gmn,m->gn", weights.error, queries.abs()) + 1.1 * own + unit(out.secret.scale)
+
+
+@operation(bound=_drawn)
+def mass(engine, weights, queries):
+    """Error: a unit of b = 22 - g bits of 1 / sum in each row, 2^g being the sum of queries or more; and a unit of
+    ``DRAWN`` bits.
+
+    ``mix`` has left the wires of weights and of 1 / sum. Cost: 2 rounds; for each of G * M rows 8 bytes each way
+    and, where bits are dropped, as many less those of the dealer's; for each of G * N results the bits of the weights'
+    ring, 7 bytes or 5, each way, and those and 16 bytes of the dealer's.
+    """
+    wire, inverse = weights.wires  # inverse: of twice the sum
+    growth = bits_for(queries.abs().sum().item())
+    keep = wire.width - wire.scale - growth - 2
+    if keep < 6:
+        raise Overflow(f"mass: {len(queries)} queries of weight {queries.abs().sum():g} in all: give 2^16 at most")
+    units, fraction = as_units(queries, max(0, min(FACTOR, 64 - wire.width + keep - inverse.scale)))
+    turned = as_secret(engine.runtime, inverse)
+    turned = Secret(times(turned.share, units[:, None]), turned.scale + fraction, 64, inverse.bits + growth)
+    (turned_wire,) = yield [Opening(turned, truncate=max(0, turned.scale - keep))]
+    row = turned_wire.transpose(1, 2)
+    half = products.matmul(engine.runtime, row, wire, transposed=False, bits=growth)
+    drawn = Secret(half.share, half.scale - 1, half.width, growth + 1)
+    (drawn_wire,) = yield [lifted_from_bytes(drawn, DRAWN)]
+    return as_secret(engine.runtime, drawn_wire)[:, 0]
 
 
 def _row_sums(wire: Wire, scale: int, period: int) -> Wire:
@@ -147,6 +220,7 @@ def _row_sums(wire: Wire, scale: int, period: int) -> Wire:
     """
     size = scale + period
     assert wire.width >= size, "the wire must cover the ring of its sum"
-    public, mask = wire.public, wire.masks[0][1].sum(-1, keepdim=True)
-    raw = None if public is None else ring.low_bits(public.sum(-1, keepdim=True), size)
-    return Wire(None, [(-1, mask)], scale, size, 1, raw, ring.low_bits(mask, size))
+    summed = wire.masks[0][1].map(lambda t: t.sum(-1, keepdim=True))
+    mask = summed.map(lambda t: ring.low_bits(t, size))
+    raw = None if wire.public is None else ring.low_bits(wire.public.sum(-1, keepdim=True), size)
+    return Wire(None, [(-1, mask)], scale, size, 1, raw, mask)

@@ -10,10 +10,11 @@ from collections import Counter, defaultdict
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import HEADER, encode_json
-from crypten_llm.protocols.dealer.roles import DEALER, FRAME, Runtime
-from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.protocols.dealer.counting import Counting
+from crypten_llm.protocols.dealer.material import FRAME
+from crypten_llm.protocols.dealer.roles import PARTIES, Piece
+from crypten_llm.roles import DEALER
 
-PARTIES = (OWNER, CLIENT)
 GO_ON = {"stop": False}
 
 
@@ -54,13 +55,19 @@ class Links:
         self._count(1 - source, rounds=1, received=size)
         return message
 
-    def overhear(self, count: int, sender: int | None) -> None:
-        """A message of ``count`` bytes from ``sender`` to the other party; without sender, one each way at once."""
-        size = HEADER.size + count
+    def passed(self, pieces: list[Piece]) -> None:
+        """One message each way of these pieces, from a party that has something to send."""
+        sizes = [sum(piece.sent_by(party) for piece in pieces) for party in PARTIES]
+        whole = [size and HEADER.size + size for size in sizes]
         for party in PARTIES:
-            both, mine = sender is None, sender == party
-            sent, received = (size if both or mine else 0), (0 if mine else size)
-            self._count(party, rounds=bool(received), messages=bool(sent), sent=sent, received=received)
+            cells: dict[tuple, list[int]] = {}
+            for piece in pieces:
+                counted = cells.setdefault(piece.cell, [0, 0])
+                counted[0] += piece.sent_by(party) * self.times
+                counted[1] += piece.sent_by(1 - party) * self.times
+            sent, received = whole[party], whole[1 - party]
+            counts = {"rounds": bool(received), "messages": bool(sent), "sent": sent, "received": received}
+            self._count(party, **counts, cells=cells)
 
     def receive_material(self, party: int, frames: int, count: int) -> None:
         """``count`` bytes of material for ``party``, and the headers of as many frames as are now complete."""
@@ -70,16 +77,13 @@ class Links:
     def note(self, what: str, count: int) -> None:
         self.work[self.meter.cell][what] += count * self.times
 
-    def _count(self, party: int, channel: str = "online", rounds=0, messages=0, sent=0, received=0) -> None:
+    def _count(self, party: int, channel="online", rounds=0, messages=0, sent=0, received=0, cells=None) -> None:
         counts = (count * self.times for count in (rounds, messages, sent, received))
-        self.meters[party].count(channel, *counts, 0.0)
+        self.meters[party].count(channel, *counts, 0.0, cells)
 
 
 class _Material:
-    """Material that is only measured, in the frames that a live dealer would send (see ``dealing.Sending``)."""
-
-    measures = True
-    keys: list[bytes] = []
+    """Material that is only measured, in the frames that a live dealer would send (see ``material.Sending``)."""
 
     def __init__(self, links: Links):
         self._links, self._filled = links, [0, 0]
@@ -101,11 +105,6 @@ class _Material:
             self.flush(party)
 
 
-class _Runtime(Runtime):
-    def overhear(self, count, sender=None):
-        self.transport.overhear(count, sender)
-
-
 class CostEngine(WireEngine):
     """``WireEngine`` over ``Links``. Each operation's work is what its ``WireEngine`` namesake makes a party do."""
 
@@ -113,8 +112,7 @@ class CostEngine(WireEngine):
 
     def __init__(self, links: Links):
         material = _Material(links)
-        super().__init__(links, material=material)
-        self.runtime = _Runtime(DEALER, links, [], material)
+        super().__init__(links, material=material, runtime=Counting(links, material))
 
     def expect(self, verb, facts, request):
         pass  # any request will do

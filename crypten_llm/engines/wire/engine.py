@@ -1,151 +1,121 @@
 """Engine ``wire``: two parties and a dealer, every secret of a layer opened at most once.
 
-Owns the plan of a Llama on wires: its inputs, its layers, and what is shown in the end. What travels together is said
-in ``wire_openings``, attention is in ``wire_attention``, and what eviction policies are handed beside it is in
-``wire_arithmetic``, ``wire_selection`` and ``wire_eviction``. How far each operation may be from ``plain`` on the same
-inputs is declared in ``wire_bounds``.
+Owns one role of it: its runtime, its rounds, and what goes in and comes out. The operations are entered into a table
+from the files of their topics (``operations``); a method of the engine runs one to its end.
 """
 
-import math
+import abc
+import functools
+from contextlib import contextmanager
 
 import torch
 
-from crypten_llm.engines.wire import bounds as wire_bounds
-from crypten_llm.engines.wire.eviction import Eviction
-from crypten_llm.engines.wire.handles import Normed, OneHot, Reshaped, Scaled, Weight
-from crypten_llm.engines.wire.numbers import ROW_BITS, SQUARES_BITS, SQUARES_SEGMENTS
+from crypten_llm.engines.base import Engine
+from crypten_llm.engines.wire import arithmetic, attention, choosing, gathering, keeping, layers  # noqa: F401
+from crypten_llm.engines.wire.handles import OneHot, Weight
+from crypten_llm.engines.wire.numbers import SHOWN, SHOWN_FACTORS, WireConfig
+from crypten_llm.engines.wire.operations import OPERATIONS, Operation
+from crypten_llm.engines.wire.values import is_waiting, settle, value
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels import ring
-from crypten_llm.protocols import fourier, products
-from crypten_llm.protocols.dealer.roles import DEALER, PARTY0
-from crypten_llm.protocols.dealer.shapes import shape_only
-from crypten_llm.protocols.normalize import normalize
-from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
+from crypten_llm.protocols import products
+from crypten_llm.protocols.dealer import roles
+from crypten_llm.protocols.opening import Message, Overflow, Secret
+from crypten_llm.protocols.rounds import Rounds
+from crypten_llm.roles import CLIENT, OWNER
 
 _REMEDIES = {  # the same model, or a smaller promise, within the range
-    "softmax of a row": "try a lower max_position_embeddings, to which rows are continued, or ",
+    "softmax row": "try a lower max_position_embeddings, to which rows are continued, or ",
     "mix": "divide v_proj by a power of two and multiply o_proj by it, or ",
 }
 
 
-class WireEngine(Eviction):
-    """All operations of one role."""
+class WireEngine(Engine):
+    """One role over a connected transport: two parties and a dealer, or two parties with a tape each."""
 
-    # Inputs.
+    name = "wire"
+    is_private = True
+    layer_error = 0.01
+    shown_dtype = torch.float32  # of values that are opened
+    shown_bits, shown_factors = SHOWN, SHOWN_FACTORS  # fractional bits of them, and of what they are a product of
+
+    def __init__(self, transport, config: WireConfig | None = None, material=None, runtime=None):
+        """config: the defaults unless given.
+
+        material: a ``Tape``, or where a dealer that runs alone writes; ``None`` where a dealer runs along. runtime:
+        made from transport and material unless given.
+        """
+        self.transport = transport
+        self.rank = transport.rank
+        self.config = config or WireConfig()
+        self.dealer_follows = material is None
+        self._material = material
+        self.runtime = runtime or roles.make(transport, material)
+        self.rounds = Rounds(self.runtime)
+
+    @property
+    def meter(self):
+        return self.transport.meter
+
+    @contextmanager
+    def section(self, label):
+        if self.rounds.is_shared:  # programs side by side are in one section
+            yield
+            return
+        self.runtime.begin(label)
+        yield
+        self.runtime.end()  # not after an error, which leaves a section half done
+
+    def expect(self, verb, facts, request):
+        if self._material is not None:
+            self._material.expect(verb, facts, request)
+
+    # What goes in.
 
     def calibrate(self, config, weights):
         from crypten_llm.session.calibration import measure  # runs the model definition, which is above engines
 
-        domains = wire_bounds.domains(self.config)
-        for operation, (lowest, highest) in measure(config, weights).limited.items():
-            what, low, high = domains[operation]
+        limits = domains(self.config)
+        for name, (lowest, highest) in measure(config, weights).limited.items():
+            what, low, high = limits[name]
             # The other parties are told why this one stops, so the message holds no measured number.
             if not low <= lowest <= highest <= high:
                 raise UsageError(
                     f"this model's {what} leave the range of engine 'wire', {low:.3g} to {high:.3g}, on random "
-                    f"tokens; {_REMEDIES.get(operation, '')}use engine 'crypten'"
+                    f"tokens; {_REMEDIES.get(name, '')}use engine 'crypten'"
                 )
         return {}
 
     def parameter(self, value, shape):
-        return Weight(value if self.rank == PARTY0 else None, shape)
-
-    def tokens(self, ids, count, vocab_size):
-        return OneHot(ids, count, vocab_size)
-
-    def secret(self, value, shape, source):
-        scale, bits = self.config.activation, self.config.linear_bits
-        if self.rank == DEALER:
-            return Secret(shape_only(shape), scale, 64, bits)
-        share = torch.zeros(tuple(shape), dtype=torch.int64)  # nothing is sent: a share of zero at the other party
-        if self.rank == source:
-            share = (value.double() * 2**scale).round().long()
-        return Secret(share, scale, 64, bits)
-
-    # Layers.
+        return Weight(self.runtime.owned(value), shape)
 
     def prepare(self, weight, norm=None):
-        self._matrix(weight, norm)
+        scale = 1.0 if norm is None else weight.shape[1] ** 0.5
+        self.rounds.run(self.matrix(weight, norm, scale))
 
-    def _matrix(self, weight: Weight, gamma: Weight | None = None):
-        """The owner's matrix as an operand, made once: W, or W * diag(gamma) * sqrt(H) after a norm."""
-        if gamma not in weight.matrices:
-            value = weight.value
-            if value is not None and gamma is not None:
-                value = value * gamma.value * math.sqrt(weight.shape[1])
-            weight.matrices[gamma] = products.OwnedMatrix(self.runtime, value, weight.shape, self.config.weight)
-        return weight.matrices[gamma]
+    def matrix(self, weight: Weight, gamma: Weight | None = None, scale: float = 1.0):
+        """A protocol: the owner's weight as an operand, made once: W, or W * diag(gamma) * scale after a norm."""
+        key = gamma, scale
+        if key not in weight.matrices:
+            folded = weight.value
+            if folded is not None:
+                folded = folded * scale if gamma is None else folded * gamma.value * scale
+            made = yield from products.own(self.runtime, folded, weight.shape, self.config.weight)
+            weight.matrices[key] = made
+        return weight.matrices[key]
 
-    def embed(self, one_hot, weight):
-        """Error: half a unit of the table (``wire_bounds.embed``)."""
-        return products.lookup(self.runtime, one_hot.ids, one_hot.count, self._matrix(weight), bits=6)
+    def tokens(self, ids, count, vocab_size):
+        return OneHot(ids if self.rank == CLIENT else None, count, vocab_size)
 
-    def linear(self, x, weight, bias=None):
-        """Error: a unit of x, half a unit of the weights; after a norm also a unit of the product (``wire_bounds``)."""
-        if isinstance(x, Normed):
-            return self._linear_of_norm(x, weight, bias)
-        x = self._value(x)
-        (wire,) = self._open(self._narrow(x, self.config.weight))
-        out = products.linear(self.runtime, wire, self._matrix(weight), self.config.linear_bits)
-        self._add_bias(out, bias)
-        return out
-
-    def _linear_of_norm(self, x: Normed, weight: Weight, bias):
-        """Unit rows times W * gamma * sqrt(H); the root is multiplied in later, or first where the output is large."""
-        hidden = x.shape[-1]
-        matrix = self._matrix(weight, x.gamma)
-        f = self.config.activation + round(math.log2(hidden) / 2)
-        if weight.shape[0] > 4 * hidden:
-            if "whole" not in x.wires:
-                unit, root = self._open(self._lifted(x.unit, f), self._lifted(x.root, ROW_BITS))
-                whole = products.multiply(self.runtime, unit, root, bits=1)
-                (x.wires["whole"],) = self._open(self._narrow(whole, f))
-            out = products.linear(self.runtime, x.wires["whole"], matrix, self.config.linear_bits)
-            self._add_bias(out, bias)
-            return out
-        if "unit" not in x.wires:
-            (x.wires["unit"],) = self._open(self._narrow(x.unit, f))
-        raw = products.linear(self.runtime, x.wires["unit"], matrix, self.config.linear_bits)
-        out = Scaled(raw, x.root, bias)
-        self._waiting.append(out)
-        return out
-
-    def rms_norm(self, x, weight, eps, scale):
-        """Error: a unit of x over its root mean square (``wire_bounds.rms_norm``); the root is good to 1e-5."""
-        hidden, f = x.shape[-1], self.config.activation
-        (wire,) = self._open(self._lifted(x, f))
-        x.become(as_secret(self.runtime, wire))  # the opening lifted the residual too
-        top, segments = SQUARES_BITS, SQUARES_SEGMENTS
-        total = products.sum_of_squares(self.runtime, wire, bits=top - 2 * f)
-        if self.rank == PARTY0:
-            total.share = total.share + round(eps * hidden * 2**total.scale)
-        (square,) = self._open(Opening(total, ring=top + 1, function=True))
-        scaled, power = normalize(self.runtime, square, top, segments, [2**k for k in range(segments)])
-        unit_wire, power_wire = self._open(Opening(scaled, ring=top + 1, function=True), Opening(power))
-        root = fourier.evaluate(self.runtime, unit_wire, fourier.inverse_root(), fraction=22, bits=2)
-        unit = products.multiply(self.runtime, wire, power_wire, scale=top // 2, bits=1)  # of norm below one
-        return Normed(unit, root, weight, {})
-
-    def swiglu(self, gate, up):
-        """Error: the fit's, and a unit of 16 bits of silu and of ``up`` (``wire_bounds.swiglu``)."""
-        f, function = self.config.activation + 2, fourier.silu_even()
-        self._settle(raw_bits=f, root_bits=ROW_BITS)
-        gate, up = self._value(gate), self._value(up)
-        gate_wire, up_wire = self._open(
-            Opening(gate, ring=gate.scale + function.period, function=True), self._lifted(up, f)
-        )
-        activated = fourier.evaluate(self.runtime, gate_wire, function, fraction=22, bits=5)
-        half = activated.scale - gate.scale - 1  # x / 2, valid where the gate's share is
-        if self.rank != DEALER:
-            activated.share = activated.share + (gate.share << half)
-        activated.width = min(activated.width, gate.width + half)
-        (activated_wire,) = self._open(self._lifted(activated, 16))
-        return products.multiply(self.runtime, activated_wire, up_wire, bits=self.config.linear_bits + 1)
+    def secret(self, value, shape, source):
+        scale = self.config.activation
+        share = self.runtime.input(source, shape, lambda: (value.double() * 2**scale).round().long())
+        return Secret(share, scale, 64, self.config.linear_bits)
 
     def matmul(self, x, y):
         raise Overflow("engine wire multiplies through scores and mix, whose operands it keeps as wires")
 
-    # The end.
+    # What comes out.
 
     def open_to(self, x, rank):
         """The other party sends its share without the bits below the ``shown_bits``th: they would show how the value
@@ -154,24 +124,49 @@ class WireEngine(Eviction):
         Reveals: to ``rank``, x rounded to ``shown_bits`` fractional bits. Error: half a unit of them.
         Cost: 1 round of l - d bits an element one way, for a ring of l bits and d bits dropped.
         """
-        source = x.source if isinstance(x, Reshaped) else x
-        if isinstance(source, Scaled) and source.value is None:
-            self._settle(*self.shown_factors)
-        x = self._value(x)
+        return self.rounds.run(self._show(x, rank))
+
+    def _show(self, x, rank):
+        if is_waiting(x):
+            yield from settle(self, getattr(x, "source", x).normed, *self.shown_factors)
+        x = yield from value(self, x)
         cut = max(0, x.scale - self.shown_bits)
-        width = x.width - cut
-        size = ring.packed_size(x.share.numel(), width)
-        if self.rank == DEALER:
-            self.runtime.overhear(size, sender=1 - rank)
+        (other,) = yield [Message(OWNER + CLIENT - rank, tuple(x.shape), x.width - cut, x.share >> cut)]
+        if other is None:
             return None
-        if self.rank != rank:
-            self.transport.send(rank, ring.pack(ring.low_bits(x.share >> cut, width), width))
-            return None
-        other = ring.unpack(self.transport.recv(1 - rank, (size,), torch.uint8), width, x.shape)
-        value = self._shown(x.share, other, cut, x.width)
-        return value.double().div(2.0**x.scale).to(self.shown_dtype)
+        words = self._shown(x.share, other, cut, x.width)
+        return words.double().div(2.0**x.scale).to(self.shown_dtype)
 
     def _shown(self, share, other, cut: int, width: int):
         """The signed integers behind both shares, the other of which came without its ``cut`` low bits."""
-        value = ring.low_bits(share + (other << cut) + ((1 << cut) >> 1), width)
-        return value if width == 64 else value - (ring.top_bit(value, width) << width)
+        words = ring.low_bits(share + (other << cut) + ((1 << cut) >> 1), width)
+        return words if width == 64 else words - (ring.top_bit(words, width) << width)
+
+
+def _method(operation: Operation):
+    """An operation as a method, which runs it to its end."""
+    if operation.is_local:
+        return operation.protocol
+
+    @functools.wraps(operation.protocol)
+    def run(self, *arguments, **options):
+        return self.rounds.run(operation.protocol(self, *arguments, **options))
+
+    return run
+
+
+for _name, _operation in OPERATIONS.items():
+    setattr(WireEngine, _name, _method(_operation))
+abc.update_abstractmethods(WireEngine)
+
+
+def domains(config: WireConfig) -> dict[str, tuple[str, float, float]]:
+    """What is limited, from where to where, by the operation, "softmax row" being softmax's of whole rows: beyond, its
+    result is wrong without a word.
+    """
+    found = {}
+    for name, operation in OPERATIONS.items():
+        for which, domain in operation.domains.items():
+            key = name if which == "domain" else f"{name} {which}"
+            found[key] = domain.what, domain.low(config), domain.high(config)
+    return found

@@ -1,9 +1,11 @@
 """What engine ``wire`` hands out beside ``Secret``: values that wait for an opening, or that are more than one value.
 
-Owns the shapes and views of these handles; what is computed from them is the engine's.
+Owns the shapes and views of these handles; what is computed from them is the operations'.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ class Weight:
 
     def __init__(self, value, shape):
         self.value, self.shape = value, torch.Size(shape)
-        self.matrices: dict = {}  # as an operand, by the norm's weight that is folded in
+        self.matrices: dict = {}  # as an operand, by what is folded in
 
 
 @dataclass
@@ -33,23 +35,49 @@ class OneHot:
 
 @dataclass
 class Normed:
-    """x / rms(x) as unit * root * sqrt(H): ``unit`` [T, H] has norm 1/2 to 1, ``root`` [T, 1] makes up for the rest."""
+    """x / rms(x) as unit * root * sqrt(H) * gamma: ``unit`` [..., H] has norm 1/2 to 1, ``root`` [..., 1] makes up for
+    the rest. ``gamma``: the norm's weight.
+
+    narrow, whole: wires of unit and of unit * root, once opened. waiting: products that need the root.
+    """
 
     unit: Secret
     root: Secret
     gamma: Weight
-    wires: dict
+    narrow: Wire | None = None
+    whole: Wire | None = None
+    waiting: list["Scaled"] = field(default_factory=list)
 
     @property
     def shape(self):
         return self.unit.shape
 
+    @property
+    def size(self) -> int:
+        """H."""
+        return self.unit.shape[-1]
+
+    def fraction(self, config) -> int:
+        """Fractional bits of what has norm 1: an element is near 1 / sqrt(H)."""
+        return config.activation + round(math.log2(self.size) / 2)
+
+    def _view(self, change) -> "Normed":
+        return Normed(change(self.unit), change(self.root), self.gamma)
+
+    def permute(self, *order):
+        assert order[-1] == len(order) - 1, "the normed dimension stays the last"
+        return self._view(lambda part: part.permute(*order))
+
+    def reshape(self, *shape):
+        assert shape[-1] == self.size, "the normed dimension stays the last"
+        return Normed(self.unit.reshape(*shape), self.root.reshape(*shape[:-1], 1), self.gamma)
+
 
 class Scaled:
-    """A product that waits: raw * root, element-wise, to be opened together with others."""
+    """A product that waits: raw * root, element-wise, to be opened together with the others of its norm."""
 
-    def __init__(self, raw: Secret, root: Secret, bias: Weight | None):
-        self.raw, self.root, self.bias = raw, root, bias
+    def __init__(self, raw: Secret, normed: Normed, bias: Weight | None):
+        self.raw, self.normed, self.bias = raw, normed, bias
         self.value: Secret | None = None
 
     @property
@@ -73,7 +101,7 @@ class Reshaped:
     def shape(self):
         return self.applied(torch.empty(self.source.shape, device="meta")).shape
 
-    def applied(self, value):
+    def applied(self, value) -> Any:
         """The same view of ``value``, which has the source's shape."""
         for name, arguments in self.steps:
             value = getattr(value, name)(*arguments)
@@ -113,9 +141,6 @@ class Picks(Secret):
     def of(cls, x: Secret) -> "Picks":
         """The same shares, by the caller's word one-hot rows."""
         return cls(x.share, x.scale, x.width, x.bits)
-
-    def _like(self, share):
-        return Picks(share, self.scale, self.width, self.bits)
 
     def reshape(self, *shape):
         made = super().reshape(*shape)

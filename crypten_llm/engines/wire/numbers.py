@@ -6,11 +6,11 @@ sees a share's contents or sends anything.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 
-from crypten_llm.protocols.opening import Secret
+from crypten_llm.protocols.dealer.shapes import broadcast
 
 ROOT_FRACTIONS = 29, 32  # of public and dealt factors: the fit's coefficients are large, so the dealt ones count more
 ROW_BITS = 19  # fractional bits of what is one number a row, where width allows
@@ -36,7 +36,7 @@ class WireConfig:
 
     activation, weight, key, value, rope, root (of softmax weights): fractional bits. *_bits: |x| < 2^bits is
     declared (an overflow is refused). score_limit: softmax sees scores in [score_limit - 36, score_limit], and errors
-    grow as a row's largest falls (``wire_bounds.softmax``). What the mask hides may be anything.
+    grow as a row's largest falls (``attention.softmax``). What the mask hides may be anything.
     """
 
     activation: int = 14
@@ -61,19 +61,19 @@ class WireConfig:
         high = SQUARES_BITS - 2 * self.activation
         return 2.0 ** (high - 2 * SQUARES_SEGMENTS), 2.0**high
 
-    @property
+    @cached_property
     def mixed_width(self) -> int:
         """The ring of softmax weights and values, in which their product fits."""
         return 2 * self.root + self.value + MIXED_BITS + 2
 
-    @property
+    @cached_property
     def picks_width(self) -> int:
         """The ring of picks: what scattered weights need to be multiplied by values."""
         return self.mixed_width - 2 * self.root + SCATTERED
 
 
 def whole_bytes(bits: int) -> int:
-    """Rounded up to whole bytes, as what is sent."""
+    """Rounded up to whole bytes: what is left over is room for sums."""
     return min(64, -(-bits // 8) * 8)
 
 
@@ -98,13 +98,5 @@ def as_units(value: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
 def times(share: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
     """Shares times public integers; at the dealer the shape."""
     if share.is_meta:
-        return share.expand(np.broadcast_shapes(share.shape, integers.shape))
+        return share.expand(broadcast(share.shape, integers.shape))
     return share * integers
-
-
-def at_scale(x: Secret, scale: int) -> Secret:
-    """The same values with more fractional bits; what was valid modulo 2^w now is modulo that much more."""
-    if x.scale == scale:
-        return x
-    more = scale - x.scale
-    return type(x)(x.share << more, scale, min(64, x.width + more), x.bits)

@@ -1,6 +1,6 @@
 """Cached keys and values of engine ``wire``: opened once, folded for products, in storage that grows.
 
-Owns the storage and who may write to it. What is opened when is the engine's; no message is sent here.
+Owns the storage and who may write to it, and the opening of new rows, which joins the next message.
 """
 
 import weakref
@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from crypten_llm.engines.wire.values import lifted
 from crypten_llm.protocols import products
-from crypten_llm.protocols.dealer.roles import PARTY0
-from crypten_llm.protocols.opening import Secret, Wire
+from crypten_llm.protocols.opening import Opening, Protocol, Secret, as_secret
 
 
 class Rows:
@@ -27,6 +27,7 @@ class Rows:
         self.length = 0 if before is None else before.length
         self._storage = None if before is None else before._storage
         self._scale = self._width = self._bits = 0
+        self._joined: Rows | None = None  # the rows that these have become the newest of
 
     @classmethod
     def opened(cls, rows: products.Operand, values: bool) -> "Rows":
@@ -40,8 +41,16 @@ class Rows:
         heads, new, dim = self._new_shape if self.pending is None else self.pending.shape
         return torch.Size((heads, self.length + (0 if self.pending is None else new), dim))
 
+    def behind(self, before: "Rows") -> "Rows":
+        """Opened rows with these, which wait, behind them: what these were to be told, the result is told."""
+        self._joined = Rows(self.pending, before)
+        return self._joined
+
     def settle(self, rows: products.Operand) -> None:
         """Takes over the opened rows."""
+        if self._joined is not None:
+            self._joined.settle(rows)
+            return
         self.pending, self._new_shape = None, rows.shape
         self._scale, self._width, self._bits = rows.scale, rows.width, rows.bits
         start, self.length = self.length, self.length + rows.shape[1]
@@ -110,9 +119,23 @@ def rearranged(operand: products.Operand, change) -> products.Operand:
     return replace(operand, public=public, own=change(operand.own))
 
 
-def unfolded(runtime, operand: products.Operand) -> Wire:
-    """The wire that ``products.fold`` made an operand of; local."""
-    mask = operand.own
-    if not runtime.is_dealer:
-        mask = operand.public - mask if runtime.role == PARTY0 else -mask
-    return Wire(operand.public, [(-1, mask)], operand.scale, operand.width, operand.bits)
+def opened(engine, rows: Rows) -> Protocol:
+    """Opens new rows. Values are not needed at once: where they have bits to lose, a first opening brings them to their
+    scale, and a second makes them rows.
+    """
+    c, x = engine.config, rows.pending
+    if not rows.values:
+        request = Opening(x, truncate=x.scale - c.key)
+    else:
+        if x.scale > c.value:
+            (wire,) = yield [lifted(x, c.value)]
+            x = as_secret(engine.runtime, wire)
+        request = Opening(x, ring=min(x.width, c.mixed_width))
+    (wire,) = yield [request]
+    rows.settle(products.fold(engine.runtime, wire))
+
+
+def settled(*parts: Rows) -> Protocol:
+    """Waits until these rows have been opened; values may take two rounds."""
+    while any(rows.pending is not None for rows in parts):
+        yield []

@@ -2,22 +2,20 @@
 
 Owns the streams. No other module draws a share or a mask, and ``torch.Generator`` is never used near a secret
 (it is MT19937: predictable after 624 outputs). A stream's counter only moves forward, so no key stream byte is
-ever used twice. AES comes from OpenSSL through ``cryptography``.
+ever used twice. The bytes come from the kernels of the stream's device.
 """
 
 import hashlib
 import math
 import os
 
-import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from crypten_llm.kernels import ring
 
 KEY_BYTES = 32
-_CHUNK = 1 << 20
-_ZEROS = bytes(_CHUNK)
-_BUFFER = 1 << 16
-_SMALL = 1 << 12  # draws up to here are cut from a buffer, to save calls into OpenSSL
+_BUFFER = 1 << 13  # words
+_SMALL = 1 << 9  # words: draws up to here are cut from a buffer, to save calls of the kernel
 
 
 def fresh_key() -> bytes:
@@ -31,52 +29,48 @@ def derive_key(key: bytes, label: str) -> bytes:
 
 
 class Stream:
-    """A key stream that two processes holding the same key read alike.
+    """A key stream that two processes holding the same key read alike, as tensors on ``device``.
 
     Both must draw the same sizes in the same order. ``position`` is the number of bytes handed out so far.
     """
 
-    device = torch.device("cpu")
-
-    def __init__(self, key: bytes):
+    def __init__(self, key: bytes, device: torch.device | str = "cpu"):
         if len(key) != KEY_BYTES:
             raise ValueError(f"a stream's key has {KEY_BYTES} bytes, not {len(key)}")
-        self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-        self._small = np.empty(0, dtype=np.uint8)  # key stream kept for small draws
+        self.device = torch.device(device)
+        self._bytes = ring.on(device).KeyStream(key)
+        self._kept = torch.empty(0, dtype=torch.int64)  # words of key stream for small draws
+        self._used = 0  # of those
         self.position = 0
 
-    def draw(self, count: int) -> np.ndarray:
-        """``count`` uniform bytes, as a writable uint8 array that nothing else refers to."""
-        self.position += count
+    def _words(self, count: int) -> torch.Tensor:
+        """The next ``count`` words, as a writable tensor whose memory nothing else refers to."""
         if count > _SMALL:
-            return self._generate(count)
-        if self._small.size < count:
-            self._small = self._generate(_BUFFER)
-        taken, self._small = self._small[:count], self._small[(count + 7) & ~7 :]  # words stay aligned
-        return taken
+            return self._bytes.fill(8 * count).view(torch.int64)
+        if self._kept.numel() - self._used < count:
+            self._kept, self._used = self._bytes.fill(8 * _BUFFER).view(torch.int64), 0
+        start, self._used = self._used, self._used + count
+        return self._kept[start : self._used]
 
-    def _generate(self, count: int) -> np.ndarray:
-        buffer = np.empty(count + 15, dtype=np.uint8)  # update_into wants room for one block more
-        view = memoryview(buffer)
-        for start in range(0, count, _CHUNK):
-            size = min(_CHUNK, count - start)
-            self._encryptor.update_into(memoryview(_ZEROS)[:size], view[start : start + size + 15])
-        return buffer[:count]
+    def draw(self, count: int) -> torch.Tensor:
+        """``count`` uniform bytes, uint8; whole words are taken for them."""
+        self.position += count
+        return self._words((count + 7) // 8).view(torch.uint8)[:count]
 
-    def ring(self, size) -> torch.Tensor:
-        """Uniform elements of Z_2^64 of shape ``size``, as int64."""
-        shape = _shape(size)
-        raw = self.draw(8 * math.prod(shape))
-        return torch.from_numpy(raw.view(np.int64)).view(shape)
+    def ring(self, size, bits: int = 64) -> torch.Tensor:
+        """Uniform elements of Z_2^bits of shape ``size``, as int64, non-negative below 64 bits."""
+        shape = (size,) if isinstance(size, int) else size
+        count = math.prod(shape)
+        self.position += 8 * count
+        return ring.low_bits(self._words(count).view(shape), bits)
 
     def bits(self, size, bitlength: int) -> torch.Tensor:
-        """Uniform integers in [0, 2^bitlength) of shape ``size``, as int64; ``bitlength`` from 1 to 64."""
+        """``ring`` with its bounds checked: ``bitlength`` from 1 to 64."""
         if not 1 <= bitlength <= 64:
             raise ValueError(f"bitlength is 1 to 64, not {bitlength}")
-        if bitlength == 64:
-            return self.ring(size)
-        return self.ring(size) & ((1 << bitlength) - 1)
+        return self.ring(size, bitlength)
 
-
-def _shape(size) -> tuple[int, ...]:
-    return (size,) if isinstance(size, int) else tuple(size)
+    def table(self, size, bits: int) -> torch.Tensor:
+        """Uniform words of 8, 16, 32 or 64 bits of shape ``size``, held as ``kernels.ring.TABLE_WORDS`` says."""
+        shape = (size,) if isinstance(size, int) else tuple(size)
+        return self.draw(math.prod(shape) * bits // 8).view(ring.TABLE_WORDS[bits]).view(shape)

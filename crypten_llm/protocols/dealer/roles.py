@@ -1,164 +1,95 @@
 """Roles, masks and correlations: the one place where the three processes differ.
 
-Owns the dealer. It runs the same program as the two parties; where they hold shares, it holds masks. ``mask`` gives
-each party its part of a fresh uniform mask and the dealer the whole of it; ``deal`` turns a value that only the dealer
-can compute into additive shares: party 0 expands its share from a key it has in common with the dealer, party 1
-is sent the correction. Nothing ever travels to the dealer.
+Owns the roles. The dealer runs the same program as the two parties; where they hold shares, it holds masks. ``mask``
+gives each party its part of a fresh uniform mask and the dealer the whole of it; ``deal`` turns a value that only the
+dealer can compute into additive shares: the owner expands its share from a key it has in common with the dealer, the
+client is sent the correction. Nothing ever travels to the dealer.
 
-What the dealer makes is its *material*. It goes to the parties over their links (``Sending``, ``Receiving``) or, by a
-dealer that runs alone beforehand, into files (see ``tape``). The program is cut into sections; each has its own
-streams and its own stretch of the material, so that a section can be skipped.
+What a role does with shares is told to ``share`` and ``plus``, and what is sent goes through ``exchange``: a protocol
+says what each party computes and sends, and asks nobody who it is.
+
+The program is cut into sections; each has its own streams and its own stretch of the material, so that a section can
+be skipped.
 """
 
 import math
-import queue
-import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from crypten_llm.kernels import ring
+from crypten_llm.protocols.dealer.material import CHANNEL, Receiving, Sending
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key, fresh_key
 from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 
-PARTY0, PARTY1, DEALER = 0, 1, 2
-FRAME = 1 << 18  # bytes of material a message
-AHEAD = 64 << 20  # bytes for one party that may wait to be sent
-CHANNEL = "dealer"
+PARTIES = (OWNER, CLIENT)
 
 
-class _Courier:
-    """Material on its way to one party: gathered into messages of up to ``FRAME`` bytes, sent by a thread of its own.
-
-    Where messages end depends on the program alone. The dealer waits for a party only when ``AHEAD`` bytes do.
+@dataclass(slots=True)
+class Parts:
+    """What a role holds of a mask, or of a dealt value. held: a party's part; the dealer's whole. client: the client's
+    part, which the dealer knows (``None`` at a party).
     """
 
-    def __init__(self, transport, party: int):
-        self._transport, self._party = transport, party
-        self._frame, self._filled = np.empty(FRAME, dtype=np.uint8), 0
-        self._frames: queue.Queue[np.ndarray | None] = queue.Queue(AHEAD // FRAME)
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None  # while a section is under way
-
-    def write(self, data: np.ndarray) -> None:
-        start = 0
-        while start < data.size:
-            take = min(data.size - start, FRAME - self._filled)
-            self._frame[self._filled : self._filled + take] = data[start : start + take]
-            self._filled += take
-            start += take
-            if self._filled == FRAME:
-                self.flush()
-
-    def flush(self) -> None:
-        """Sends what has been gathered, without waiting for it to leave."""
-        self._check()
-        if not self._filled:
-            return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._send, name=f"material for party {self._party}", daemon=True)
-            self._thread.start()
-        self._frames.put(self._frame[: self._filled])
-        self._frame, self._filled = np.empty(FRAME, dtype=np.uint8), 0
-
-    def drain(self) -> None:
-        """Returns once everything has left: the link is free for other messages."""
-        self.flush()
-        if self._thread is not None:
-            self._frames.put(None)
-            self._thread.join()
-            self._thread = None
-        self._check()
-
-    def _send(self) -> None:
-        while (frame := self._frames.get()) is not None:
-            try:
-                if not self._error:
-                    self._transport.send_stream(self._party, torch.from_numpy(frame), channel=CHANNEL)
-            except BaseException as error:
-                self._error = error
-
-    def _check(self) -> None:
-        """Raises, in the thread that computes, what went wrong in the one that sends."""
-        if self._error:
-            raise self._error
-
-
-class Sending:
-    """At the dealer: material goes to the parties while they compute.
-
-    Within a section the dealer waits only for room in a queue, and nobody can wait for the dealer then: a party that
-    does not read waits for the other party, whose material up to that step has left the dealer (``flush``).
-    """
-
-    measures = False
-
-    def __init__(self, transport):
-        self._couriers = [_Courier(transport, party) for party in (PARTY0, PARTY1)]
-
-    def begin(self, label: str) -> None:
-        pass
-
-    def write(self, party: int, data: np.ndarray) -> None:
-        self._couriers[party].write(data)
-
-    def flush(self, party: int) -> None:
-        """What ``party`` may need before the dealer makes more."""
-        self._couriers[party].flush()
-
-    def end(self) -> None:
-        for party in (PARTY1, PARTY0):
-            self._couriers[party].drain()
-
-
-class Receiving:
-    """At a party: material as it comes from the dealer."""
-
-    def __init__(self, transport):
-        self._transport = transport
-        self._left = np.empty(0, dtype=np.uint8)
-
-    def begin(self, label: str) -> None:
-        pass
-
-    def read(self, count: int) -> np.ndarray:
-        out, filled = np.empty(count, dtype=np.uint8), 0
-        while filled < count:
-            if not self._left.size:
-                self._left = np.frombuffer(self._transport.recv_stream(DEALER, FRAME, channel=CHANNEL), dtype=np.uint8)
-            take = min(count - filled, self._left.size)
-            out[filled : filled + take] = self._left[:take]
-            self._left = self._left[take:]
-            filled += take
-        return out
-
-    def end(self) -> None:
-        assert not self._left.size, "the dealer sent more than this section needs"
-
-
-class Runtime:
-    """One role's view: its streams, its link to the other party, and the material that it makes or uses.
-
-    role: ``PARTY0`` (the owner), ``PARTY1`` (the client) or ``DEALER``.
-    """
-
-    def __init__(self, role: int, transport, keys: list[bytes], material=None):
-        """keys: [own key] at a party, [party 0's, party 1's] at the dealer. material: a live dealer's when ``None``."""
-        self.role = role
-        self.transport = transport
-        self._keys = keys
-        self._streams: list[Stream] = []
-        self._material = material or (Sending if role == DEALER else Receiving)(transport)
-        self._section = ""
-        self._begun: set[str] = set()
-        self._measures = role == DEALER and self._material.measures
-        self.share1: torch.Tensor | None = None  # at the dealer: party 1's part of the last mask or dealt value
-        if material is None:
-            self.begin("setup")
+    held: Tensor
+    client: Tensor | None = None
 
     @property
-    def is_dealer(self) -> bool:
-        return self.role == DEALER
+    def shape(self) -> torch.Size:
+        return self.held.shape
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Parts":
+        """Both, changed by what is linear in them."""
+        return Parts(change(self.held), None if self.client is None else change(self.client))
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a message carries of one value, modulo 2^bits.
+
+    sender: ``None`` where both parties send share + mask (+ a public offset, once); else the one that sends ``share``
+    as it is. cell: the (phase, kind) that its bytes are counted in.
+    """
+
+    shape: tuple
+    bits: int
+    cell: tuple[str, str]
+    share: Tensor | None = None
+    mask: Tensor | None = None
+    offset: int = 0
+    sender: int | None = None
+    size: int = field(init=False)  # bytes
+
+    def __post_init__(self):
+        self.size = ring.packed_size(math.prod(self.shape), self.bits)
+
+    def sent_by(self, party: int) -> int:
+        """Bytes that this party sends of it."""
+        return self.size if self.sender in (None, party) else 0
+
+
+class Runtime(ABC):
+    """One role's view: its streams, its link to the other party, and the material that it makes or uses."""
+
+    role: ClassVar[int]
+
+    def __init__(self, transport, keys: list[bytes], material, device: torch.device | str = "cpu"):
+        """keys: [own key] at a party, [the owner's, the client's] at the dealer."""
+        self.transport = transport
+        self.device = torch.device(device)
+        self.kernels = ring.on(device)
+        self.section = ""
+        self._keys = keys
+        self._material = material
+        self._streams: list[Stream] = []
+        self._begun: set[str] = set()
+
+    # Sections.
 
     def begin(self, label: str) -> None:
         """Starts a section: fresh streams that depend on ``label`` alone, so that all roles start it alike."""
@@ -166,113 +97,285 @@ class Runtime:
         self._begun.add(label)
         self.end()
         self._material.begin(label)
-        self._section = label
-        self._streams = [Stream(derive_key(key, label)) for key in self._keys]
+        self.section = label
+        self._streams = [self._stream(key, label) for key in self._keys]
 
     def end(self) -> None:
         """Ends a section: all its material has been made, or used."""
-        if self._section:
+        if self.section:
             self._material.end()
-        self._section = ""
+        self.section = ""
+
+    def _stream(self, key: bytes, label: str) -> Stream:
+        return Stream(derive_key(key, label), self.device)
 
     # Masks and correlations.
 
-    def mask(self, shape, bits: int = 64) -> torch.Tensor:
-        """This party's part of a fresh mask modulo 2^bits; at the dealer, the mask (the parts' sum)."""
-        if self._measures:
-            self.share1 = shape_only(shape)
-            return self.share1
-        parts = [ring.low_bits(stream.ring(shape), bits) for stream in self._streams]
-        if not self.is_dealer:
-            return parts[0]
-        self.share1 = parts[1]
-        return ring.low_bits(parts[0] + parts[1], bits)
+    @abstractmethod
+    def mask(self, shape, bits: int = 64) -> Parts:
+        """A fresh mask, uniform modulo 2^bits."""
 
-    def mask_of(self, party: int, shape) -> torch.Tensor | None:
-        """A uniform mask that ``party`` and the dealer know and the other party does not (``None`` there)."""
-        if self._measures:
-            return shape_only(shape)
-        if self.is_dealer:
-            return self._streams[party].ring(shape)
-        return self._streams[0].ring(shape) if self.role == party else None
+    @abstractmethod
+    def mask_of(self, party: int, shape) -> Tensor | None:
+        """A mask uniform modulo 2^64 that ``party`` and the dealer know and the other party does not (``None``)."""
 
-    def deal(self, shape, value=None) -> torch.Tensor:
-        """Additive shares modulo 2^64 of ``value()``, which only the dealer computes; there, the value itself.
+    @abstractmethod
+    def deal(self, shape, value: Callable[[], Tensor], bits: int = 64) -> Parts:
+        """Additive shares modulo 2^bits of ``value()``, which only the dealer computes.
 
-        Dealer material: 8 bytes an element to party 1.
+        Dealer material: bits / 8 bytes an element, packed, to the client.
         """
-        if self.role == PARTY0:
-            return self._streams[0].ring(shape)
-        count = math.prod(shape)
-        if self.role == PARTY1:
-            return torch.from_numpy(self._material.read(8 * count)).view(torch.int64).view(tuple(shape))
-        if self._measures:
-            self._material.add(PARTY1, 8 * count)
-            self.share1 = shape_only(shape)
-            return self.share1
-        result = value()
-        assert result.shape == torch.Size(shape), f"dealt {tuple(result.shape)}, announced {tuple(shape)}"
-        self.share1 = (result - self._streams[0].ring(shape)).contiguous()
-        self._material.write(PARTY1, self.share1.view(-1).view(torch.uint8).numpy())
-        return result
 
-    def deal_words(self, shape, dtype, correction=None) -> np.ndarray | None:
-        """Words of an unsigned ``dtype``: uniform ones at party 0, and ``correction`` of those at party 1.
+    @abstractmethod
+    def deal_table(self, shape, bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Words of 8, 16, 32 or 64 bits: uniform ones at the owner, and what ``turned`` makes of those at the client.
 
-        correction: maps party 0's words to party 1's; only the dealer, which gets ``None``, calls it. So the two can
-        share a table in any group. Dealer material: the words' bytes, to party 1.
+        turned: called by the dealer alone, which gets ``None``; it may write into what it is given. So the two can
+        share a table in any group. Dealer material: the words' bytes, to the client.
         """
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if self.role == PARTY1:
-            return self._material.read(size).view(dtype).reshape(shape)
-        if self._measures:
-            self._material.add(PARTY1, size)
-            return None
-        words = self._streams[0].draw(size).view(dtype).reshape(shape)
-        if self.role == PARTY0:
-            return words
-        made = np.ascontiguousarray(correction(words))
-        assert made.shape == tuple(shape) and made.dtype == dtype, f"dealt {made.shape}, announced {tuple(shape)}"
-        self._material.write(PARTY1, made.view(np.uint8).reshape(-1))
-        return None
 
-    def deal_arrays(self, sizes: list[tuple], value=None) -> list[np.ndarray]:
-        """The arrays of ``value()`` at both parties: what comparison keys have in common. At the dealer, nothing.
+    @abstractmethod
+    def deal_common(self, sizes: list[tuple], value: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """The tensors of ``value()``, which only the dealer computes, at both parties; at the dealer, nothing.
 
         sizes: (shape, dtype) of each. Dealer material: their bytes, to each party.
         """
-        counts = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in sizes]
-        if not self.is_dealer:
-            read = self._material.read
-            return [read(n).view(dtype).reshape(shape) for n, (shape, dtype) in zip(counts, sizes, strict=True)]
-        arrays = [] if self._measures else [np.ascontiguousarray(array).view(np.uint8).reshape(-1) for array in value()]
-        assert self._measures or [array.size for array in arrays] == counts, "arrays of another size were announced"
-        for party in (PARTY1, PARTY0):  # party 0 will wait for party 1, which by then must have all that came before
-            for count in counts if self._measures else ():
-                self._material.add(party, count)
-            for array in arrays:
-                self._material.write(party, array)
-            self._material.flush(party)
-        return []
 
-    # Party to party.
+    def blocks(self, count: int, size: int) -> Iterator[slice]:
+        """Stretches of ``count`` elements, for what is dealt and used a block at a time."""
+        for start in range(0, count, size) or [0]:
+            yield slice(start, min(start + size, count))
 
-    def exchange(self, data: torch.Tensor) -> torch.Tensor:
-        """The other party's bytes for ours, in one round."""
-        return self.transport.exchange(1 - self.role, data)
+    # What is done with shares.
 
-    def overhear(self, count: int, sender: int | None = None) -> None:
-        """At the dealer: ``sender``, or both parties at once, now send the other ``count`` bytes.
+    @abstractmethod
+    def share(self, shape, owner: Callable[[], Tensor], client: Callable[[], Tensor] | None = None) -> Tensor:
+        """This party's share, as ``owner`` or ``client`` (by default the same) computes it; at the dealer its shape."""
 
-        It is told at each place where parties send; only a runtime that counts costs listens.
+    @abstractmethod
+    def plus(self, share: Tensor, public) -> Tensor:
+        """Shares of x + public, from shares of x: the owner adds it. public: a number, a tensor of words or ``None``
+        at whoever does not know it, or a function that gives it.
+        """
+
+    @abstractmethod
+    def input(self, source: int, shape, value: Callable[[], Tensor]) -> Tensor:
+        """Shares of words that party ``source`` knows, nothing sent: its own are ``value()``, the other's are zero."""
+
+    def public(self, words: Tensor) -> Tensor:
+        """Shares of public words."""
+        return self.input(OWNER, words.shape, words.clone)
+
+    @abstractmethod
+    def owned(self, value):
+        """``value`` at the owner, ``None`` elsewhere: what is the owner's alone stays there."""
+
+    def known_to_dealer(self, mask: Tensor | None) -> Tensor | None:
+        """``mask`` where the dealer needs it again later; ``None`` at a party, which has no use for it any more."""
+        return None
+
+    # Messages.
+
+    @abstractmethod
+    def exchange(self, pieces: list[Piece]) -> list[Tensor | None]:
+        """All pieces, in one message each way. Returns of an opening its sum, words; of what one party sends, that at
+        the other, and ``None`` at itself. At the dealer ``None`` for all.
         """
 
 
+class Party(Runtime):
+    """A compute party: it holds shares."""
+
+    def __init__(self, transport, keys, material=None, device="cpu"):
+        """material: where it comes from; a live dealer's when ``None``."""
+        super().__init__(transport, keys, material or Receiving(transport), device)
+        if material is None:
+            self.begin("setup")
+
+    @property
+    def other(self) -> int:
+        """The other party."""
+        return OWNER + CLIENT - self.role
+
+    def mask(self, shape, bits=64):
+        return Parts(self._streams[0].ring(shape, bits))
+
+    def mask_of(self, party, shape):
+        return self._streams[0].ring(shape) if self.role == party else None
+
+    def deal_common(self, sizes, value):
+        counts = [math.prod(shape) * dtype.itemsize for shape, dtype in sizes]
+        return [self._material.read(n).view(dtype).view(shape) for n, (shape, dtype) in zip(counts, sizes, strict=True)]
+
+    def input(self, source, shape, value):
+        return value() if self.role == source else torch.zeros(tuple(shape), dtype=torch.int64, device=self.device)
+
+    def exchange(self, pieces):
+        hidden = [self._outgoing(piece) for piece in pieces]
+        packed = [data for _, data in hidden if data is not None]
+        message = packed[0] if len(packed) == 1 else torch.cat(packed or [_NOTHING])
+        due = [piece.sent_by(self.other) for piece in pieces]
+        theirs = self.transport.swap(self.other, message, sum(due), self._cells(pieces))
+        results, start = [], 0
+        for piece, (value, _), size in zip(pieces, hidden, due, strict=True):
+            results.append(self._incoming(piece, value, theirs[start : start + size]))
+            start += size
+        return results
+
+    def _cells(self, pieces) -> dict[tuple, list[int]]:
+        """By (phase, kind), the bytes of pieces that are sent and received elsewhere than in the step in progress."""
+        cells: dict[tuple, list[int]] = {}
+        here = self.transport.meter.cell
+        for piece in pieces:
+            if piece.cell == here:
+                continue
+            counted = cells.setdefault(piece.cell, [0, 0])
+            counted[0] += piece.sent_by(self.role)
+            counted[1] += piece.sent_by(self.other)
+        return cells
+
+    def _outgoing(self, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
+        """Of an opening this party's part, and what it sends; of what it sends alone, the latter."""
+        if piece.sender is None:
+            return self.kernels.hide(piece.share, piece.mask, self._offset(piece), piece.bits)
+        if piece.sender == self.role:
+            return None, self.kernels.pack(piece.share, piece.bits)
+        return None, None
+
+    def _offset(self, piece: Piece) -> int:
+        return 0
+
+    def _incoming(self, piece: Piece, value: Tensor | None, packed: Tensor) -> Tensor | None:
+        if value is not None:
+            return self.kernels.show(value, packed, piece.bits, piece.shape)
+        if piece.sender == self.role:
+            return None
+        return self.kernels.unpack(packed, piece.bits, piece.shape)
+
+
+class Owner(Party):
+    """The party that knows the weights: its shares are drawn, and it adds what is public."""
+
+    role = OWNER
+
+    def deal(self, shape, value, bits=64):
+        return Parts(self._streams[0].ring(shape))
+
+    def deal_table(self, shape, bits, turned):
+        return self._streams[0].table(shape, bits)
+
+    def share(self, shape, owner, client=None):
+        return owner()
+
+    def plus(self, share, public):
+        return share + (public() if callable(public) else public)
+
+    def owned(self, value):
+        return value
+
+    def _offset(self, piece):
+        return piece.offset
+
+
+class Client(Party):
+    """The party that knows the prompt: its shares are the owner's corrections."""
+
+    role = CLIENT
+
+    def deal(self, shape, value, bits=64):
+        data = self._material.read(ring.packed_size(math.prod(shape), bits))
+        return Parts(self.kernels.unpack(data, bits, tuple(shape)))
+
+    def deal_table(self, shape, bits, turned):
+        data = self._material.read(math.prod(shape) * bits // 8)
+        return data.view(ring.TABLE_WORDS[bits]).view(tuple(shape))
+
+    def share(self, shape, owner, client=None):
+        return (client or owner)()
+
+    def plus(self, share, public):
+        return share
+
+    def owned(self, value):
+        return None
+
+
+class Dealer(Runtime):
+    """The role that makes the material. It sees shapes, and knows every mask."""
+
+    role = DEALER
+
+    def __init__(self, transport, keys, material=None, device="cpu"):
+        """material: where it goes; to live parties when ``None``."""
+        super().__init__(transport, keys, material or Sending(transport), device)
+        if material is None:
+            self.begin("setup")
+
+    def mask(self, shape, bits=64):
+        owner, client = (stream.ring(shape, bits) for stream in self._streams)
+        return Parts(ring.low_bits(owner + client, bits), client)
+
+    def mask_of(self, party, shape):
+        return self._streams[party].ring(shape)
+
+    def deal(self, shape, value, bits=64):
+        result = value()
+        assert result.shape == torch.Size(shape), f"dealt {tuple(result.shape)}, announced {tuple(shape)}"
+        correction = result - self._streams[OWNER].ring(shape)
+        self._material.write(CLIENT, self.kernels.pack(correction, bits))
+        return Parts(result, correction)
+
+    def deal_table(self, shape, bits, turned):
+        made = turned(self._streams[OWNER].table(shape, bits))
+        assert made.shape == torch.Size(shape), f"dealt {tuple(made.shape)}, announced {tuple(shape)}"
+        self._material.write(CLIENT, made.contiguous().view(-1).view(torch.uint8))
+
+    def deal_common(self, sizes, value):
+        made = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in value()]
+        counts = [math.prod(shape) * dtype.itemsize for shape, dtype in sizes]
+        assert [tensor.numel() for tensor in made] == counts, "tensors of another size were announced"
+        for party in (CLIENT, OWNER):  # the owner will wait for the client, which by then must have what came before
+            for tensor in made:
+                self._material.write(party, tensor)
+            self._material.flush(party)
+        return []
+
+    def share(self, shape, owner, client=None):
+        return shape_only(shape)
+
+    def plus(self, share, public):
+        return share
+
+    def input(self, source, shape, value):
+        return shape_only(shape)
+
+    def owned(self, value):
+        return None
+
+    def known_to_dealer(self, mask):
+        return mask
+
+    def exchange(self, pieces):
+        return [None] * len(pieces)
+
+
+ROLES: dict[int, type[Party] | type[Dealer]] = {OWNER: Owner, CLIENT: Client, DEALER: Dealer}
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+def make(transport, material=None, device: torch.device | str = "cpu") -> Runtime:
+    """The runtime of this rank over a connected transport. material: of a tape (``tape``), or ``None`` where a dealer
+    runs along, who then gives each party a key.
+    """
+    kind = ROLES[transport.rank]
+    return kind(transport, agree_on_keys(transport) if material is None else material.keys, material, device)
+
+
 def agree_on_keys(transport) -> list[bytes]:
-    """The dealer draws a key for each party; returns what ``Runtime`` wants on this rank."""
+    """The dealer draws a key for each party; returns what a runtime wants on this rank."""
     if transport.rank == DEALER:
-        keys = [fresh_key(), fresh_key()]
-        for party, key in enumerate(keys):
+        keys = [fresh_key() for _ in PARTIES]
+        for party, key in zip(PARTIES, keys, strict=True):
             transport.send(party, torch.frombuffer(bytearray(key), dtype=torch.uint8), channel=CHANNEL)
         return keys
     return [bytes(transport.recv(DEALER, (32,), torch.uint8, channel=CHANNEL).tolist())]

@@ -1,56 +1,128 @@
 """What the dealer holds where a party holds a share: its shape.
 
-Owns the arithmetic of shapes. torch's tensors without contents (device ``meta``) know it too, but find the shape of a
-sum or a join in Python, for which torch loads its compiler on first use. Those are answered here, everything else is
-left to torch.
+Owns the arithmetic of shapes. torch's tensors without contents (device ``meta``) know it too, but each of their
+operations costs many times what a party's does, and some load torch's compiler on first use. Those that protocols use on
+shares are answered here in Python.
 """
 
-import numpy as np
+from __future__ import annotations
+
+import math
+
 import torch
-from torch import Tensor
 
 
-class Shape(Tensor):
-    """A tensor of 64-bit integers without contents."""
+class Shape:
+    """Stands for a tensor of 64-bit integers that nobody here has; operations give the shape of their result."""
+
+    __slots__ = ("shape",)
+    is_meta = True
+    dtype = torch.int64
+
+    def __init__(self, shape):
+        self.shape = torch.Size(shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    # Views.
+
+    def reshape(self, *shape) -> Shape:
+        wanted = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if -1 in wanted:
+            rest = math.prod(size for size in wanted if size != -1)
+            wanted = [self.numel() // rest if size == -1 else size for size in wanted]
+        assert math.prod(wanted) == self.numel(), f"{tuple(self.shape)} does not reshape to {tuple(wanted)}"
+        return Shape(wanted)
+
+    view = reshape
+
+    def permute(self, *order) -> Shape:
+        wanted = order[0] if len(order) == 1 and not isinstance(order[0], int) else order
+        return Shape([self.shape[place] for place in wanted])
+
+    def transpose(self, first: int, second: int) -> Shape:
+        shape = list(self.shape)
+        shape[first], shape[second] = shape[second], shape[first]
+        return Shape(shape)
+
+    def expand(self, *shape) -> Shape:
+        wanted = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        own = [1] * (len(wanted) - self.ndim) + list(self.shape)
+        return Shape([mine if size == -1 else size for mine, size in zip(own, wanted, strict=True)])
+
+    def unbind(self, dim: int = 0) -> list[Shape]:
+        shape = list(self.shape)
+        count = shape.pop(dim)
+        return [Shape(shape) for _ in range(count)]
+
+    def __getitem__(self, index) -> Shape:
+        return Shape(torch.empty(self.shape, dtype=torch.bool, device="meta")[index].shape)
+
+    def __setitem__(self, index, value) -> None:
+        pass
+
+    def contiguous(self) -> Shape:
+        return self
+
+    # Results.
+
+    def _elementwise(self, other=None) -> Shape:
+        shape = getattr(other, "shape", ())
+        return self if not shape or shape == self.shape else Shape(broadcast(self.shape, shape))
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _elementwise
+    __and__ = __lshift__ = __rshift__ = __neg__ = _elementwise
+
+    def sum(self, dim: int, keepdim: bool = False) -> Shape:
+        shape = list(self.shape)
+        shape[dim] = 1
+        if not keepdim:
+            del shape[dim]
+        return Shape(shape)
+
+    def cumsum(self, dim: int) -> Shape:
+        return self
+
+    def new_empty(self, shape) -> Shape:
+        return Shape(shape)
+
+    new_zeros = new_empty
+
+    def new_full(self, shape, value) -> Shape:
+        return Shape(shape)
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), options=None):
-        rule = RULES.get(function)
-        if rule is None:
-            return super().__torch_function__(function, types, arguments, options or {})
-        return shape_only(rule(*arguments, **(options or {})))
+        """torch's own functions on shapes."""
+        assert function is torch.cat, f"{function} of a shape; add it to {__name__}"
+        return _joined(*arguments, **(options or {}))
 
 
 def shape_only(shape) -> Shape:
-    return torch.empty(tuple(shape), dtype=torch.int64, device="meta").as_subclass(Shape)
+    return Shape(shape)
 
 
-def _elementwise(*operands):
-    # numpy's: torch's own imports sympy on first use
-    return np.broadcast_shapes(*(x.shape for x in operands if isinstance(x, Tensor)))
+def broadcast(*shapes) -> tuple[int, ...]:
+    """The shape of an element-wise result. torch's own function imports sympy on first use."""
+    result = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for place, size in enumerate(shape, len(result) - len(shape)):
+            if size != 1:
+                if result[place] not in (1, size):
+                    raise ValueError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not broadcast")
+                result[place] = size
+    return tuple(result)
 
 
-def _joined(parts, dim=0):
+def _joined(parts, dim: int = 0) -> Shape:
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
-    return shape
-
-
-def _summed(x, dim, keepdim=False):
-    shape = list(x.shape)
-    shape[dim] = 1
-    return shape if keepdim else shape[: dim % len(shape)] + shape[dim % len(shape) + 1 :]
-
-
-RULES = {
-    Tensor.add: _elementwise,
-    Tensor.sub: _elementwise,
-    Tensor.__rsub__: _elementwise,
-    Tensor.mul: _elementwise,
-    Tensor.neg: _elementwise,
-    Tensor.__and__: _elementwise,
-    Tensor.__lshift__: _elementwise,
-    Tensor.cumsum: lambda x, dim: x.shape,
-    Tensor.sum: _summed,
-    torch.cat: _joined,
-}
+    return Shape(shape)

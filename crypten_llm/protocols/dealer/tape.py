@@ -22,13 +22,14 @@ import zlib
 from functools import cache
 from pathlib import Path
 
-import numpy as np
+import torch
 
 import crypten_llm
 import eviction
 from crypten_llm.errors import UsageError
+from crypten_llm.kernels.ring import bytes_of
+from crypten_llm.protocols.dealer.material import CHANNEL
 from crypten_llm.protocols.dealer.randomness import KEY_BYTES, fresh_key
-from crypten_llm.protocols.dealer.roles import CHANNEL
 from crypten_llm.roles import CLIENT, OWNER, role_names
 from crypten_llm.session.report import size as for_people
 
@@ -105,10 +106,7 @@ class _Written:
 
 
 class Sizes(_Written):
-    """At a dealer that computes nothing: how many bytes each section will take at each party."""
-
-    measures = True
-    keys: list[bytes] = []
+    """At a dealer that computes nothing (``counting``): how many bytes each section will take at each party."""
 
     def __init__(self):
         self.sections: dict[str, list[int]] = {}
@@ -132,8 +130,6 @@ class Recording(_Written):
 
     Use as a context. Raises UsageError when the folder cannot be written; nothing is left behind then.
     """
-
-    measures = False
 
     def __init__(self, out: Path, manifest: dict, sizes: Sizes, progress=lambda count: None):
         """progress: called with the number of bytes of each piece."""
@@ -175,14 +171,15 @@ class Recording(_Written):
     def begin(self, label: str) -> None:
         self._label = label
 
-    def write(self, party: int, data: np.ndarray) -> None:
+    def write(self, party: int, data: torch.Tensor) -> None:
         file, _, state = self._files[party]
-        rest = bytes(_padded(data.size) - data.size)
-        for piece in (data, rest):
+        size = data.numel()
+        rest = bytes(_padded(size) - size)
+        for piece in (bytes_of(data), rest):
             file.write(piece)
             state[1] = zlib.crc32(piece, state[1])
-        state[0] += data.size + len(rest)
-        self.progress(data.size + len(rest))
+        state[0] += size + len(rest)
+        self.progress(size + len(rest))
 
     def end(self) -> None:
         for _, header, state in self._files:
@@ -311,8 +308,6 @@ def _check_header(path: Path, header: dict, party: int) -> None:
 class Tape:
     """At a party: material from its file."""
 
-    measures = False
-
     def __init__(self, path: str | Path, party: int, transport):
         """Opens and checks the file; nothing is used yet. Raises UsageError as ``locate`` does, and for damage."""
         self.path, self._transport = locate(path, party), transport
@@ -412,12 +407,12 @@ class Tape:
         self._position, self._stop = offset, offset + size
         os.posix_fadvise(self._fd, self._stop, size, os.POSIX_FADV_WILLNEED)  # the next one is probably alike
 
-    def read(self, count: int) -> np.ndarray:
-        out = np.empty(_padded(count), dtype=np.uint8)
-        assert self._position + out.size <= self._stop, "the program needs more than this section of the tape holds"
-        if out.size and os.preadv(self._fd, [out], self._position) != out.size:
+    def read(self, count: int) -> torch.Tensor:
+        out, size = torch.empty(_padded(count), dtype=torch.uint8), _padded(count)
+        assert self._position + size <= self._stop, "the program needs more than this section of the tape holds"
+        if size and os.preadv(self._fd, [bytes_of(out)], self._position) != size:
             raise _damaged(self.path)
-        self._position += out.size
+        self._position += size
         self._transport.meter.count(CHANNEL, 0, 0, 0, count, 0.0)
         return out[:count]
 

@@ -1,0 +1,145 @@
+"""Products with one-hot rows on engine ``wire``: what a choice attends to is gathered, and put back in its place.
+
+Owns the operations of ``eviction.operations`` that gather and scatter, each with what is declared of it (``operations``).
+Shapes are those of ``eviction.operations.Operations``.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from crypten_llm.engines.wire.handles import Picks
+from crypten_llm.engines.wire.numbers import SCATTERED, bits_for, whole_bytes
+from crypten_llm.engines.wire.operations import operation, unit, valued
+from crypten_llm.engines.wire.values import roomy, value
+from crypten_llm.protocols import products
+from crypten_llm.protocols.opening import Opening, Secret, Wire, plain, shares_of
+
+
+@operation(bound=lambda engine, out, picks, x: picks.value @ x.error)
+def gather(engine, picks, x):
+    """Error: none. Cost: 1 round; x and, once, the picks, in rings of whole bytes that hold the result; dealer the bits of
+    the ring an element of it.
+    """
+    x = yield from value(engine, x)
+    growth = 0 if isinstance(picks, Picks) else bits_for(picks.shape[-1]) + picks.bits - 1
+    if isinstance(picks, Picks) and isinstance(x, Picks):  # they will pick something, in a ring that holds it
+        return Picks.of((yield from _pick(engine, picks, x, 1, engine.config.picks_width)))
+    return (yield from _pick(engine, picks, x, x.bits + growth))
+
+
+def _gathered(engine, out, choice, scores):
+    return engine.twin.gather_scores(valued(choice), scores.error)
+
+
+@operation(bound=_gathered)
+def gather_scores(engine, choice, scores):
+    """Error: none. Cost: that of ``gather`` for [G, k, C] by [G, C, M * size]; none without picks."""
+    parts = [scores[..., choice.rows]] if len(choice.rows) else []
+    if choice.picks is not None:
+        heads, queries, _ = scores.shape
+        count, blocks = choice.picks.shape[-2:]
+        stretch = scores[..., choice.first : choice.first + blocks * choice.size]
+        stretch = stretch.reshape(heads, queries, blocks, choice.size).permute(0, 2, 1, 3)
+        stretch = stretch.reshape(heads, blocks, queries * choice.size)
+        limit = bits_for(engine.config.score_limit)  # softmax sees scores modulo 2^(limit + 1) only
+        found = yield from _pick(engine, choice.picks, stretch, min(scores.bits, limit), spare=1)
+        found = found.reshape(heads, count, queries, choice.size).permute(0, 2, 1, 3)
+        parts.append(found.reshape(heads, queries, count * choice.size))
+    if len(parts) == 1:
+        return parts[0]
+    joined = torch.cat([part.share for part in parts], -1)
+    return Secret(joined, scores.scale, min(part.width for part in parts), min(part.bits for part in parts))
+
+
+def _scattered(engine, out, choice, weights, count):
+    """A unit of ``SCATTERED`` bits of each of the attended weights, whose sum is 1/4 or more when they are rounded."""
+    own = 0.0
+    if choice.picks is not None:
+        own = 4 * unit(SCATTERED) * (1 + weights.shape[-1] * (weights.value + weights.error))
+    return engine.twin.scatter_weights(valued(choice), weights.error + own, count)
+
+
+@operation(bound=_scattered)
+def scatter_weights(engine, choice, weights, count):
+    """Error: a unit of ``SCATTERED`` bits of each weight, where some were picked; ``mix`` divides by the rounded
+    ones' sum.
+
+    Cost: 1 round (none without picks): the G * M * count weights in a ring of 7 bytes each way with 5 of the dealer's
+    each, and the picks where ``gather_scores`` has not opened them; dealer the bits of a ring for each of
+    G * M * C * size results.
+    """
+    runtime, c = engine.runtime, engine.config
+    x, shape = weights.weights, (*weights.weights.shape[:-1], count)
+
+    def placed(share, found=None):
+        """The weights of public rows at those rows, and of blocks at theirs."""
+        made = share.new_zeros(shape).index_add_(-1, choice.rows, share[..., : len(choice.rows)])
+        if found is not None:
+            made[..., choice.first : choice.first + found.shape[-1]] += found
+        return made
+
+    if choice.picks is None:
+        share = runtime.share(shape, lambda: placed(x.share))
+        return replace(weights, weights=Secret(share, x.scale, x.width, x.bits))
+    cut = max(0, x.scale - SCATTERED)
+    hot = yield from _hot_opening(engine, choice.picks, c.picks_width)
+    wire, *others = yield [Opening(x, ring=c.picks_width + cut, truncate=cut), *([hot] if hot else [])]
+    if hot:
+        (choice.picks.opened,) = others
+    fixed = len(choice.rows)
+    (heads, queries, _), (kept, blocks) = x.shape, choice.picks.shape[-2:]
+
+    def by_block(t):
+        chosen = t[..., fixed:].reshape(heads, queries, kept, choice.size).permute(0, 2, 1, 3)
+        return chosen.reshape(heads, kept, queries * choice.size)
+
+    found = product(engine, choice.picks.opened.transpose(-1, -2), wire.map(by_block), x.bits)
+    found = found.reshape(heads, blocks, queries, choice.size).permute(0, 2, 1, 3).reshape(heads, queries, -1)
+    share = runtime.share(shape, lambda: placed(shares_of(runtime, wire), found.share))
+    return replace(weights, weights=Secret(share, wire.scale, found.width, x.bits))
+
+
+def hot_wire(engine, picks: Secret, width: int):
+    """One-hot rows as a wire of at least ``width`` bits: opened once."""
+    opening = yield from _hot_opening(engine, picks, width)
+    if opening is not None:
+        (picks.opened,) = yield [opening]
+    return picks.opened
+
+
+def _hot_opening(engine, picks: Secret, width: int):
+    if picks.opened is not None and picks.opened.width >= width:
+        return None
+    picks = yield from roomy(engine, picks, 0, "gather", width=width)
+    return Opening(picks, ring=min(picks.width, whole_bytes(max(width, engine.config.picks_width))))
+
+
+def _pick(engine, picks: Secret, x: Secret, bits: int, width: int = 0, spare: int = 2):
+    """picks @ x, valid modulo 2^width at least; what has not been opened is opened together.
+
+    bits: of the result. spare: bits of room beside it; 1 is for the sign, and no less than 2 can be lifted.
+    """
+    x = yield from roomy(engine, x, max(0, bits - x.bits), "gather", width)
+    size = min(x.width, whole_bytes(max(width, bits + x.scale + spare)))
+    unopened = x.opened is None or x.opened.width < size
+    hot = yield from _hot_opening(engine, picks, size)
+    openings = [Opening(x, ring=size, function=True)] if unopened else []
+    openings += [hot] if hot else []
+    wires = (yield openings) if openings else []
+    if hot:
+        picks.opened = wires[-1]
+    return product(engine, picks.opened, plain(wires[0]) if unopened else x.opened, bits)
+
+
+def product(engine, hot: Wire, x: Wire, bits: int) -> Secret:
+    """hot @ x, where one of them may be the same for all kv heads; local."""
+    heads, shape = x.shape[:-2], x.shape
+    if hot.shape[:-2] == heads:
+        return products.matmul(engine.runtime, hot, x, transposed=False, bits=bits)
+    if hot.shape[0] == 1:
+        wide = x.map(lambda t: t.transpose(0, 1).reshape(1, shape[1], shape[0] * shape[2]))
+        found = products.matmul(engine.runtime, hot, wide, transposed=False, bits=bits)
+        return found.reshape(-1, shape[0], shape[2]).permute(1, 0, 2)
+    each = x.map(lambda t: t.expand(*hot.shape[:-2], *shape[-2:]))
+    return products.matmul(engine.runtime, hot, each, transposed=False, bits=bits)

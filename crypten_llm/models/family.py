@@ -1,0 +1,192 @@
+"""Model families: what each is made of, as data. Nothing else asks which model this is.
+
+Owns, for each ``model_type`` of a config.json: which weights there are, of which shape, in order of computation; which
+of them have a bias; which norms there are, and which products take their output; the window of attention; the accepted
+``architectures``, the fields that the family reads beside those that all have, and their defaults; and where the
+attention's scale, 1/sqrt(head_dim), is folded when weights are loaded. It imports no tensor library.
+
+A model family, in four steps:
+
+1. An entry of ``FAMILIES``. Its ``layer`` lists a ``Part`` for each weight below "model.layers.N.", named as in the
+   checkpoint. The parts that ``layers`` knows are computed where they are listed and left out where they are not: norms
+   on heads are "self_attn.q_norm" and "self_attn.k_norm", both or none. A part of another kind takes a module in
+   ``layers``, which finds its weight as they do (``Parameters.find``). ``after`` names the norm before a product; an
+   engine may fold that norm's weight into the product's.
+2. Its ``defaults`` are transformers' for absent fields; its ``fields`` are those that change what this family computes
+   and that ``config.LlamaConfig`` or ``window`` reads. Any other set field is refused, unless the config knows it as
+   harmless. A window shorter than the context is refused too: nothing computes one.
+3. In tests/hf_models.py an entry of ``FAMILIES`` for each of its options. Configs, weights and logits (to 1e-4, on
+   engine ``plain``, every parameter random) are then held against transformers' model of that type.
+4. In tests/test_family.py its real config.json, and every field of it that would change the function, refused; in
+   tests/test_engines.py and tests/test_wire_engine.py one model on engines ``crypten`` and ``wire``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from crypten_llm.errors import UsageError
+
+if TYPE_CHECKING:
+    from crypten_llm.models.config import LlamaConfig
+
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
+_QUERY, _QUERY_NORM = "self_attn.q_proj", "self_attn.q_norm"
+_IN_LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight of a layer: the checkpoint's name below "model.layers.N.", without ".weight".
+
+    shape: names of its dimensions; products are x @ W.T, W [out, in]. after: the norm whose output it multiplies,
+    ``None`` for other inputs. bias: the config field, true or false, that gives it a bias.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    after: str | None = None
+    bias: str | None = None
+
+
+_BEFORE_ATTENTION = Part("input_layernorm", ("hidden",))
+_PROJECTIONS = tuple(
+    Part(f"self_attn.{name}", (out, "hidden"), after="input_layernorm", bias="attention_bias")
+    for name, out in (("q_proj", "query"), ("k_proj", "key_value"), ("v_proj", "key_value"))
+)
+_HEAD_NORMS = (Part(_QUERY_NORM, ("head",)), Part("self_attn.k_norm", ("head",)))
+_AFTER_ATTENTION = (
+    Part("self_attn.o_proj", ("hidden", "query"), bias="attention_bias"),
+    Part("post_attention_layernorm", ("hidden",)),
+    Part("mlp.gate_proj", ("ffn", "hidden"), after="post_attention_layernorm", bias="mlp_bias"),
+    Part("mlp.up_proj", ("ffn", "hidden"), after="post_attention_layernorm", bias="mlp_bias"),
+    Part("mlp.down_proj", ("hidden", "ffn"), bias="mlp_bias"),
+)
+
+
+def _no_window(given: Mapping[str, Any], layer: int) -> None:
+    return None
+
+
+def _window_everywhere(given: Mapping[str, Any], layer: int) -> Any:
+    return given.get("sliding_window", 4096)
+
+
+def _window_of_upper_layers(given: Mapping[str, Any], layer: int) -> Any:
+    """None unless ``use_sliding_window``, and then in layers from ``max_window_layers`` on."""
+    if not given.get("use_sliding_window"):
+        return None
+    first = given.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise UsageError(f"max_window_layers is {first!r}; it must be an integer")
+    return given.get("sliding_window", 4096) if layer >= first else None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What models of one ``model_type`` are made of; see the recipe above.
+
+    architectures: values of that field, the usual one first. defaults: of config.json fields that are absent, where
+    families differ; ``None`` follows from the sizes. fields: of config.json, read for this family and not for all.
+    window: from config.json and a layer's index, how many keys, its own among them, a token sees in that layer;
+    ``None`` for all.
+    """
+
+    architectures: tuple[str, ...]
+    layer: tuple[Part, ...]
+    defaults: Mapping[str, Any]
+    fields: frozenset[str] = frozenset()
+    window: Callable[[Mapping[str, Any], int], Any] = _no_window
+
+    def shapes(self, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+        """Every parameter of a model with its shape, in order of computation.
+
+        With tied embeddings there is no "lm_head.weight": "model.embed_tokens.weight" serves for both.
+        """
+        sizes = {
+            "hidden": config.hidden_size,
+            "query": config.num_attention_heads * config.head_dim,
+            "key_value": config.num_key_value_heads * config.head_dim,
+            "head": config.head_dim,
+            "ffn": config.intermediate_size,
+        }
+        table = (config.vocab_size, config.hidden_size)
+        found: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": table}
+        for layer in range(config.num_hidden_layers):
+            for part in self.layer:
+                name, shape = f"model.layers.{layer}.{part.name}", tuple(sizes[size] for size in part.shape)
+                found[f"{name}.weight"] = shape
+                if part.bias and getattr(config, part.bias):
+                    found[f"{name}.bias"] = shape[:1]
+        found[f"{FINAL_NORM}.weight"] = (config.hidden_size,)
+        if not config.tie_word_embeddings:
+            found[f"{HEAD}.weight"] = table
+        return found
+
+    def norm_before(self, name: str) -> str | None:
+        """The norm whose output the product ``name`` takes, if one does; both without ".weight"."""
+        if name == HEAD:
+            return FINAL_NORM
+        prefix, inner = _IN_LAYER.fullmatch(name).groups()
+        (norm,) = (part.after for part in self.layer if part.name == inner)
+        return None if norm is None else prefix + norm
+
+    def factor(self, name: str, config: LlamaConfig) -> float:
+        """What parameter ``name`` is multiplied by when it is loaded, so that scores cost no more.
+
+        1/sqrt(head_dim) is the query's: of its projection, bias included, or of the norm on its heads, which would undo
+        a factor before it.
+        """
+        found = _IN_LAYER.fullmatch(name)
+        last = _QUERY_NORM if any(part.name == _QUERY_NORM for part in self.layer) else _QUERY
+        folds = found is not None and found[2].rpartition(".")[0] == last
+        return 1 / math.sqrt(config.head_dim) if folds else 1.0
+
+
+_LLAMA_LAYER = (_BEFORE_ATTENTION, *_PROJECTIONS, *_AFTER_ATTENTION)
+
+FAMILIES = {
+    "llama": Family(
+        # The second spelling is that of the first conversions of LLaMA.
+        architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+        layer=_LLAMA_LAYER,
+        defaults={
+            "max_position_embeddings": 2048,
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        fields=frozenset({"attention_bias", "mlp_bias"}),
+    ),
+    "mistral": Family(
+        architectures=("MistralForCausalLM",),
+        layer=_LLAMA_LAYER,
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        fields=frozenset({"sliding_window"}),
+        window=_window_everywhere,
+    ),
+    "qwen3": Family(
+        architectures=("Qwen3ForCausalLM",),
+        layer=(_BEFORE_ATTENTION, *_PROJECTIONS, *_HEAD_NORMS, *_AFTER_ATTENTION),
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        fields=frozenset({"attention_bias", "use_sliding_window", "sliding_window", "max_window_layers"}),
+        window=_window_of_upper_layers,
+    ),
+}

@@ -1,0 +1,170 @@
+"""Fits of smooth functions by trigonometric sums, and what is stored of them.
+
+Owns the fits. A function is fitted on its domain alone: outside, the sum is bounded by its coefficients but otherwise
+meaningless, so a caller must guarantee the domain. Evaluating one on shares is ``fourier``.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_GRIDS = 3000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """f(x) for x in [low, high] as constant + sum over j of a_j cos(j w x) + b_j sin(j w x), w = 2 pi / 2^period.
+
+    error: largest deviation on the domain, measured on a fine grid, before quantisation. norm: l2 norm of the
+    coefficients, which ``rounding`` grows with. cosine, sine: [modes]. Outside the domain the sum goes on with its
+    period: bounded, and of no use.
+    """
+
+    name: str
+    low: float
+    high: float
+    period: int
+    constant: float
+    cosine: Tensor
+    sine: Tensor
+    error: float
+    norm: float
+
+    @property
+    def modes(self) -> int:
+        return len(self.cosine)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum in floating point: the plaintext twin."""
+        angle = _angles(x.double(), self.period, self.modes)
+        return self.constant + angle.cos() @ self.cosine + angle.sin() @ self.sine
+
+
+def _angles(x: Tensor, period: int, modes: int) -> Tensor:
+    """[...] to [..., modes]."""
+    return x[..., None] * torch.arange(1, modes + 1, dtype=torch.float64) * (2 * math.pi / 2.0**period)
+
+
+def fit(
+    name: str, function, low: float, high: float, period: int, modes: int, even: bool = False, noise: float = 2.0**-26
+) -> Fit:
+    """The trigonometric sum with the least error including quantisation noise, over a range of ridge penalties.
+
+    Least squares alone finds huge coefficients that cancel; they would multiply the rounding of the dealt shares.
+    """
+    middle, half = (low + high) / 2, (high - low) / 2
+    x = middle + half * torch.linspace(0, math.pi, _GRIDS, dtype=torch.float64).cos()
+    angle = _angles(x, period, modes)
+    columns = [torch.ones(len(x), 1, dtype=torch.float64), angle.cos(), *([] if even else [angle.sin()])]
+    basis, target = torch.cat(columns, 1), function(x)
+    best = None
+    for ridge in 10.0 ** torch.arange(-14.0, -2.0, dtype=torch.float64):
+        rows = torch.cat([basis / math.sqrt(len(x)), ridge * torch.eye(basis.shape[1], dtype=torch.float64)])
+        right = torch.cat([target / math.sqrt(len(x)), torch.zeros(basis.shape[1], dtype=torch.float64)])
+        solution = torch.linalg.lstsq(rows, right, driver="gelsd").solution
+        error, norm = (basis @ solution - target).abs().max().item(), solution.norm().item()
+        if best is None or error + norm * noise < best[0]:
+            best = (error + norm * noise, error, norm, solution)
+    assert best is not None
+    _, error, norm, solution = best
+    sine = torch.zeros(modes, dtype=torch.float64) if even else solution[modes + 1 :]
+    return Fit(name, low, high, period, solution[0].item(), solution[1 : modes + 1], sine, error, norm)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a stored fit approximates, and how it was fitted."""
+
+    function: Callable
+    low: float
+    high: float
+    period: int
+    modes: int
+    even: bool = False
+    noise: float = 2.0**-26
+
+    def fit(self, name: str) -> Fit:
+        return fit(name, self.function, self.low, self.high, self.period, self.modes, self.even, self.noise)
+
+
+TARGETS = {
+    "exp": Target(torch.exp, -18.0, 0.2, 5, 17, noise=2.0**-31),
+    "reciprocal": Target(lambda x: 1 / x, 0.5, 2.0, 2, 10),
+    "inverse root": Target(lambda x: x**-0.5, 0.245, 1.01, 1, 10),
+    "silu": Target(lambda x: x / 2 * (x / 2).tanh(), -12.0, 12.0, 5, 20, even=True),
+    "sigmoid": Target(torch.sigmoid, -12.0, 12.0, 5, 20),
+}
+
+# Both parties multiply their shares by numbers made of the coefficients, so one differing bit spoils everything; and
+# the last bits of a least-squares solution depend on the processor. So the fits are made once and stored, as integers
+# over 2^36. After a change of TARGETS: python -m crypten_llm.protocols.fits
+_STORED = Path(__file__).with_name("fits.json")
+_UNIT = 2.0**-36
+
+
+@functools.cache
+def stored(name: str) -> Fit:
+    """The fit of that name in ``TARGETS``."""
+    entry, target = json.loads(_STORED.read_text("utf-8"))[name], TARGETS[name]
+    constant = entry["constant"] * _UNIT
+    cosine, sine = (torch.tensor(entry[part], dtype=torch.float64) * _UNIT for part in ("cosine", "sine"))
+    norm = math.hypot(constant, *cosine.tolist(), *sine.tolist())
+    return Fit(name, target.low, target.high, target.period, constant, cosine, sine, entry["error"], norm)
+
+
+def store() -> None:
+    """Fits every target again."""
+    entries = {}
+    for name, target in TARGETS.items():
+        made = target.fit(name)
+        parts = {key: (getattr(made, key) / _UNIT).round().long().tolist() for key in ("cosine", "sine")}
+        parts = {"constant": round(made.constant / _UNIT), **parts}
+        entries[name] = {"error": float(f"{made.error:.2g}"), **parts}
+    lines = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
+    _STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+
+
+def exponential() -> Fit:
+    """exp on [-18, 0.2], period 32: exp(s / 2) for scores s within 36 of each other."""
+    return stored("exp")
+
+
+def reciprocal() -> Fit:
+    """1/x on [1/2, 2], period 4."""
+    return stored("reciprocal")
+
+
+def inverse_root() -> Fit:
+    """1/sqrt(x) on [1/4, 1], period 2."""
+    return stored("inverse root")
+
+
+def silu_even() -> Fit:
+    """x/2 tanh(x/2) = silu(x) - x/2 on [-12, 12], period 32."""
+    return stored("silu")
+
+
+def sigmoid() -> Fit:
+    """1 / (1 + exp(-x)) on [-12, 12], period 32."""
+    return stored("sigmoid")
+
+
+def rounding(function: Fit, fraction: int, dealt: int | None = None) -> float:
+    """How far ``evaluate`` may be from the sum itself: each of its 2 * modes products has two factors rounded.
+
+    With |cos| + |sin| <= sqrt 2, halves of a unit add up to modes / sqrt 2 units of the public factors and to
+    sqrt(modes) norm / sqrt 2 of the dealt ones.
+    """
+    dealt = fraction if dealt is None else dealt
+    units = function.modes * 2.0**-fraction + math.sqrt(function.modes) * function.norm * 2.0**-dealt
+    return units / math.sqrt(2)
+
+
+if __name__ == "__main__":
+    store()
