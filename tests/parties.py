@@ -23,10 +23,10 @@ class PartyFailed(AssertionError):
     """A party raised; the message holds its traceback."""
 
 
-def _context():
-    """The server, started with this folder and the project on its path."""
+def context():
+    """The server, started with this folder and the project on its path: a context of ``multiprocessing``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["party_jobs"])
+    context.set_forkserver_preload(["party_jobs", "crypten_llm.commands.cli", "crypten_llm.commands.show"])
     here, before = Path(__file__).parent, os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), before or ""])
     forkserver.ensure_running()
@@ -48,17 +48,15 @@ def run(job, *arguments, parties: int = 2, wire=False, at_dealer=None, timeout: 
     for low in range(parties + 1):
         for high in range(low + 1, parties + 1):
             sockets[low][high], sockets[high][low] = socket.socketpair()
-    context = _context()
+    server = context()
     pipes, processes = [], []
     for rank in range(parties + 1):
-        ours, theirs = context.Pipe()
+        ours, theirs = server.Pipe()
         pipes.append(ours)
         # Pickled by hand: multiprocessing would pass tensors through shared memory that ends with the sender.
         served = rank == parties and not wire
         work = pickle.dumps((at_dealer, (), {}) if served else (job, arguments, config))
-        processes.append(
-            context.Process(target=_main, args=(rank, parties, sockets[rank], theirs, timeout, wire, work))
-        )
+        processes.append(server.Process(target=_main, args=(rank, parties, sockets[rank], theirs, timeout, wire, work)))
     try:
         for process in processes:
             process.start()

@@ -325,14 +325,25 @@ def test_only_report_writes_what_there_is(measured, tmp_path, capsys):
     assert "was made with seed = 0, and this run has 1" in capsys.readouterr().err
 
 
-def test_the_quick_grid_runs_as_a_script_and_survives_a_kill(tmp_path):
+def test_a_small_grid_runs_as_a_script_and_survives_a_kill(tmp_path):
     """From another folder; killed without warning once it has cells, and started again."""
-    command = [sys.executable, ROOT / "experiments" / "compare_baselines.py", "--quick", "--out", tmp_path / "out"]
+    small = replace(
+        TINY,
+        policies=("full", "mpcache"),
+        tasks=("few_shot",),
+        budgets=(0.2,),
+        ablation=Ablation(rows=(), budgets=(), lengths=()),
+        crypten=CrypTen(policies=("full",), lengths=(96,), steps=1),
+        samples=2,
+    )
+    (tmp_path / "small.json").write_text(json.dumps(small.to_dict()), "utf-8")
+    command = [sys.executable, ROOT / "experiments" / "compare_baselines.py", "--config", "small.json"]
+    command += ["--workers", "1", "--out", tmp_path / "out"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as process:
         path = tmp_path / "out.jsonl"
         while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 3):
-            time.sleep(0.1)
+            time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
     kept = path.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]

@@ -56,7 +56,7 @@ def check(result, expected, parties=2, engine="crypten"):
 
 @pytest.mark.parametrize(("engine", "parties"), [("crypten", 3), ("wire", 2)])
 def test_local_parties(short, expected, engine, parties):
-    with Program(*short, "--engine", engine, "--parties", parties) as program:
+    with Program(*short, "--engine", engine, "--parties", parties, fresh=True) as program:
         program.wait_for(processes=parties + 1)
         for pid, command in program.left().items():
             told = " ".join(command) + Path(f"/proc/{pid}/environ").read_bytes().decode()
@@ -66,15 +66,15 @@ def test_local_parties(short, expected, engine, parties):
 
 def test_torchrun(short, expected):
     launcher = [*TORCHRUN, "--nproc-per-node", "3", "--master-port", free_port()]
-    with Program(*launcher, *short, "--engine", "wire") as program:
+    with Program(*launcher, *short, "--engine", "wire", fresh=True) as program:
         check(program.result(90), expected, engine="wire")
 
 
 def test_torchrun_on_two_nodes(short, expected):
     nodes = [*TORCHRUN, "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", free_port()]
     with (
-        Program(*nodes, "--node-rank", "0", "--nproc-per-node", "1", *short) as owner,
-        Program(*nodes, "--node-rank", "1", "--nproc-per-node", "2", *short) as others,
+        Program(*nodes, "--node-rank", "0", "--nproc-per-node", "1", *short, fresh=True) as owner,
+        Program(*nodes, "--node-rank", "1", "--nproc-per-node", "2", *short, fresh=True) as others,
     ):
         check(others.result(90), expected)
         assert owner.finish()[:2] == (0, "")
@@ -193,7 +193,7 @@ def test_ctrl_c_between_two_tokens_ends_everyone(long):
 
 
 def test_ctrl_c_while_parties_start(long):
-    with Program(*long) as program:
+    with Program(*long, fresh=True) as program:
         program.read_until("engine crypten")
         time.sleep(0.5)
         os.killpg(program.process.pid, signal.SIGINT)
@@ -203,7 +203,7 @@ def test_ctrl_c_while_parties_start(long):
 
 @pytest.mark.parametrize("when", ["engine crypten", "prefill in"])
 def test_local_parties_end_with_a_client_that_was_killed(long, when):
-    with Program(*long) as program:
+    with Program(*long, fresh=when == "engine crypten") as program:  # while its parties start
         program.read_until(when)
         program.wait_for(processes=3)
         os.kill(program.process.pid, signal.SIGKILL)

@@ -175,6 +175,22 @@ def _compare(transport: Transport, mine: Agreement) -> None:
             )
 
 
+def start_party(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    """The command ``party`` with ``arguments``, as a child that holds on to its standard input; stderr is read.
+
+    Tests put a fork in its place, which imports nothing again.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "crypten_llm", *arguments],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+
+
 class LocalParties:
     """The other parties of a local run, as child processes of the client."""
 
@@ -225,15 +241,7 @@ class LocalParties:
         # Of the client's own are the address that it gave, and the bars: the others' would be drawn over its own.
         launch = replace(self.launch, host="", progress=False)
         told = Child(replace(self.protocol, tape=self._tapes.get(rank, "")), launch, model_folder)
-        process = self.processes[rank] = subprocess.Popen(
-            [sys.executable, "-m", "crypten_llm", "party", "--child", told.to_json()],
-            env=self.environment(rank),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
+        process = self.processes[rank] = start_party(["party", "--child", told.to_json()], self.environment(rank))
         self._printed[rank] = deque(maxlen=20)
         self._readers[rank] = threading.Thread(target=self._read, args=(rank, process.stderr), daemon=True)
         self._readers[rank].start()
