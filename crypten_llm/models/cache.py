@@ -45,7 +45,7 @@ class LayerCache:
         return self.layer.values
 
     def __len__(self):
-        return len(self.layer)
+        return 0 if self.layer.keys is None else self.layer.keys.shape[1]
 
     @property
     def label(self) -> str:
@@ -63,13 +63,23 @@ class LayerCache:
                 layer.positions = torch.cat([layer.positions, positions])
         self._seen += len(positions)
 
+    def enter(self, query, key, value):
+        """The rotated query [heads, T, head_dim] and the rows [kv_heads, T, head_dim] as attention will use them."""
+        if self.policy.acts:
+            return self.policy.enter(self.engine, self.layer, query, key, value)
+        return query, key, value
+
+    def leave(self, mixed):
+        """The mixed values [kv_heads, group * T, head_dim] as the model goes on with them."""
+        return self.policy.leave(self.engine, self.layer, mixed) if self.policy.acts else mixed
+
     def choose(self, query, query_before):
         """What a decode step attends to; ``None`` for all rows.
 
         query: [kv_heads, group, head_dim]. query_before: [heads, 1, head_dim], before the rotary embedding.
         """
         if self.prefilled and self.policy.acts:
-            with self.engine.operation(f"{self.label} selection", "selection"):
+            with self.engine.meter.operation(f"{self.label} selection", "selection"):
                 return self.policy.choose(self.engine, self.layer, query, self._grouped(query_before))
         return None
 
@@ -88,7 +98,7 @@ class LayerCache:
         return query.reshape(self.layer.kv_heads, -1, self.layer.head_dim)
 
     def _evict(self, hook, *shown) -> None:
-        with self.engine.operation(f"{self.label} eviction", "eviction"):
+        with self.engine.meter.operation(f"{self.label} eviction", "eviction"):
             hook(self.engine, self.layer, *shown)
 
     def show_last(self, query) -> None:

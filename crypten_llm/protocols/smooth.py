@@ -34,7 +34,7 @@ def evaluate(
     assert wire.width == wire.scale + function.period, f"open {function.name} modulo 2^{wire.scale + function.period}"
     kernels, shape = runtime.kernels, wire.shape
     dealt = fraction if dealt is None else dealt
-    modes, turn = function.modes, 64 - wire.width
+    modes, turn = len(function.cosine), 64 - wire.width
     turns = round(shift * 2.0 ** (64 - function.period)) % 2**64
     cosine, sine = kernels.turned(function.cosine, function.sine, turns)
     constant = runtime.plus(0, round(function.constant * 2.0 ** (fraction + dealt)))

@@ -17,8 +17,7 @@ from crypten_llm.errors import CryptenLLMError, UsageError
 from crypten_llm.models.cache import KVCache
 from crypten_llm.models.checkpoint import expected_shapes
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.layers import DecoderLayer, Parameters, rotary_tables
-from crypten_llm.models.llama import prepare
+from crypten_llm.models.llama import DecoderLayer, Parameters, prepare, rotary_tables
 from crypten_llm.models.rope import rope_frequencies
 from crypten_llm.roles import OWNER
 from crypten_llm.session.generation import parse_policy

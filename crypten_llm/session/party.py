@@ -136,7 +136,7 @@ class Party:
             if scales:
                 why = "keeps values in the secure functions' domain"
                 self.reveals.public("one power of four per RMSNorm, near the size of its input", why)
-            with self.engine.operation("sharing of the weights", "weights"), self.engine.section("weights"):
+            with self.engine.meter.operation("sharing of the weights", "weights"), self.engine.section("weights"):
                 handles = {}
                 for name, shape in checkpoint.expected_shapes(config).items():
                     handles[name] = self.engine.parameter(weights.pop(name, None), shape)

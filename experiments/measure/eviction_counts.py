@@ -38,11 +38,11 @@ class SplitEngine(CostEngine):
         self.cached, self.summaries = {}, 0
 
     def gather_scores(self, choice, scores):
-        with self.operation("gather", "gather"):
+        with self.meter.operation("gather", "gather"):
             return super().gather_scores(choice, scores)
 
     def scatter_weights(self, choice, weights, count):
-        with self.operation("scatter", "scatter"):
+        with self.meter.operation("scatter", "scatter"):
             return super().scatter_weights(choice, weights, count)
 
     def mix(self, weights, values):

@@ -19,8 +19,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import products
 from crypten_llm.protocols.dealer import roles
-from crypten_llm.protocols.opening import Message, Overflow, Secret
-from crypten_llm.protocols.rounds import Rounds
+from crypten_llm.protocols.opening import Message, Overflow, Rounds, Secret
 from crypten_llm.roles import CLIENT, OWNER
 
 _REMEDIES = {  # the same model, or a smaller promise, within the range
