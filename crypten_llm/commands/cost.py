@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from crypten_llm.engines.wire.attention import Rows
 from crypten_llm.engines.wire.counted import CostEngine, Links
+from crypten_llm.engines.wire.handles import Rows
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import Network
 from crypten_llm.models.config import LlamaConfig

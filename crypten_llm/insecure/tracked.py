@@ -17,8 +17,7 @@ import torch
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire import choosing
-from crypten_llm.engines.wire.attention import Rows
-from crypten_llm.engines.wire.handles import Reshaped, Scaled, Weights
+from crypten_llm.engines.wire.handles import Reshaped, Rows, Scaled, Weights
 from crypten_llm.engines.wire.keeping import dropped
 from crypten_llm.engines.wire.operations import OPERATIONS
 from crypten_llm.insecure.finding import FLOAT, Finding, outside, worst
