@@ -93,13 +93,26 @@ def last_words(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, ModuleNotFoundError):
-        return f"the package {error.name!r} is not installed; run 'make install' and use .venv/bin/python"
+        return f"the package {error.name!r} is not installed; {how_to_install(error.name)}"
     if _lacks_memory(error):
         return "not enough memory; use a shorter prompt, a smaller --chunk or a smaller model"
     if isinstance(error, OSError) and error.strerror:
         place = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{place}; free the resource it names and run again"
     return f"internal error, {type(error).__name__}: {text}; run again with --verbose for the traceback"
+
+
+def how_to_install(package: str | None) -> str:
+    """What brings a package that this project needs, in a clone and where it was installed."""
+    if (package or "").partition(".")[0] == "crypten":
+        return (
+            "run 'python -m pip install --no-deps crypten==0.4.1' (what it lists as its dependencies cannot be "
+            "installed), or in a clone 'make install' and use .venv/bin/python"
+        )
+    return (
+        "install this project again with its dependencies (pip install, without --no-deps), or in a clone run "
+        "'make install' and use .venv/bin/python"
+    )
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -1,8 +1,8 @@
 """KV-cache eviction policies, each written once against a small set of operations.
 
 Owns the table of policies and the text by which one is named: ``mpcache`` or ``mpcache(static=0.25,summary=mean)``.
-It imports nothing from ``crypten_llm`` (but the ``trace`` tool does): a policy is handed the operations it may use, so
-that the same code runs on plaintext tensors and on secret shares.
+It imports nothing from ``crypten_llm``: a policy is handed the operations it may use, so that the same code runs on
+plaintext tensors and on secret shares. Elsewhere a policy's name stands in configurations alone.
 """
 
 import difflib
@@ -32,8 +32,9 @@ _ALL = (
     *(LazyEviction, MiKV, Locret, AttentionGate, Random),
 )
 POLICIES = {policy.name: policy for policy in _ALL}
+FULL = Full()  # what runs where no policy is asked for, and what all others are measured against
 
-__all__ = ["POLICIES", "Policy", "PolicyError", "UnknownPolicy", "parse", "policy"]
+__all__ = ["FULL", "POLICIES", "Policy", "PolicyError", "UnknownPolicy", "parse", "policy"]
 
 
 def policy(name: str, **settings) -> Policy:

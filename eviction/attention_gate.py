@@ -33,6 +33,7 @@ class AttentionGate(Policy):
     when: ClassVar[str] = "prefill"
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "none after the prefill, which computes one more small attention per layer"
+    style: ClassVar[tuple[str, str, str]] = ("#CC79A7", "p", "--")
     uses: ClassVar[tuple[str, ...]] = (
         *("transform", "fixed", "sigmoid", "softmax", "mix"),
         *("top", "picks", "keep", "take"),

@@ -14,3 +14,5 @@ class Full(Policy):
     when: ClassVar[str] = "never"
     shared_over: ClassVar[str] = "all"
     cost: ClassVar[str] = "none; attention over all rows"
+    acts: ClassVar[bool] = False
+    style: ClassVar[tuple[str, str, str]] = ("#000000", "", "-")

@@ -29,10 +29,15 @@ class H2O(Policy):
     when: ClassVar[str] = "prefill and step"
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "one minimum over the heavy rows, one oblivious removal"
+    style: ClassVar[tuple[str, str, str]] = ("#E69F00", "P", "-")
     uses: ClassVar[tuple[str, ...]] = (
         *("mass", "top", "picks", "keep", "take"),
         *("gather", "drop", "transform", "choose", "scale", "within"),
     )
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        return {"heavy": rows // 2, "recent": rows - rows // 2, **changed}  # as in the paper, half and half
 
     def watch(self, ops, layer, seen):
         mass = ops.mass(seen.weights, spread(layer, torch.ones(len(seen.positions))))

@@ -7,7 +7,7 @@ import torch
 
 from eviction.policy import Policy
 from eviction.rows import retain, spread
-from eviction.settings import budget, number, tokens, whole
+from eviction.settings import budget, fitting, number, tokens, whole
 
 FAR = 12.0  # sigmoid(-12) is 6e-6; beyond it the score is as good as zero
 APART = 2.0**-14  # what an idle time more takes off a score, so that rows beyond it are told apart
@@ -42,10 +42,21 @@ class LazyEviction(Policy):
     when: ClassVar[str] = "prefill, then every window steps"
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "a comparison and a maximum per row; a top-k and an oblivious compaction every window steps"
+    uneven: ClassVar[bool] = True
+    style: ClassVar[tuple[str, str, str]] = ("#E69F00", "*", ":")
     uses: ClassVar[tuple[str, ...]] = (
         *("mass", "above", "public", "scale", "multiply", "choose", "largest", "reciprocal", "sigmoid", "within"),
         *("top", "picks", "gather", "keep", "take"),
     )
+
+    @property
+    def period(self):
+        """Each step has a row more than the one before, and the last one evicts them."""
+        return self.window
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        return {"budget": rows, "window": fitting(cls.window, rows / 4), **changed}
 
     def watch(self, ops, layer, seen):
         last = seen.positions == layer.prompt_tokens - 1

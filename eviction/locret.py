@@ -6,7 +6,7 @@ from typing import ClassVar
 from eviction import trained
 from eviction.policy import Policy
 from eviction.rows import note_more, retain
-from eviction.settings import budget, tokens, whole
+from eviction.settings import budget, fitting, tokens, whole
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,12 @@ class Locret(Policy):
     when: ClassVar[str] = "each piece of the prompt"
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "none after the prefill"
+    style: ClassVar[tuple[str, str, str]] = ("#CC79A7", "h", "-")
     uses: ClassVar[tuple[str, ...]] = (*("transform", "multiply", "sigmoid", "top", "picks", "keep", "take", "gather"),)
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        return {"budget": rows, "recent": fitting(cls.recent, rows / 4), **changed}
 
     def begin(self, ops, layer):
         first, second = self._matrices(layer)

@@ -8,7 +8,7 @@ import torch
 from eviction.operations import Choice
 from eviction.policy import Policy
 from eviction.rows import note_more
-from eviction.settings import whole
+from eviction.settings import fitting, whole
 
 APART = 2.0**-10  # between the scores of two spans that are alike: more than shares are off
 
@@ -40,10 +40,18 @@ class LongCache(Policy):
     when: ClassVar[str] = "step"
     shared_over: ClassVar[str] = "layer"
     cost: ClassVar[str] = "a second product over the cache, a maximum over span and heads, a top-k over spans"
+    style: ClassVar[tuple[str, str, str]] = ("#56B4E9", "v", "--")
     uses: ClassVar[tuple[str, ...]] = (
         *("fixed", "take", "largest", "public", "best"),
         *("gather_scores", "scatter_weights"),
     )
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        """Each head may ask for one span; together they get half of the rows."""
+        span, sinks = max(1, fitting(cls.span, rows / 2 / heads)), max(1, min(4, rows // 8))
+        local = max(1, rows - sinks - heads * span - span // 2)
+        return {"top": 1, "span": span, "sinks": sinks, "local": local, **changed}
 
     def watch(self, ops, layer, seen):
         note_more(ops, layer, "keys", ops.fixed(seen.key_before), 1)

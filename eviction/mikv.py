@@ -41,10 +41,21 @@ class MiKV(Policy):
     when: ClassVar[str] = "prefill and step"
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "attention over all rows, a minimum over the important ones, one row made coarse"
+    rebuilds_cache: ClassVar[bool] = True
+    budget_means: ClassVar[str] = "reads all rows and keeps the budget's in full precision"
+    style: ClassVar[tuple[str, str, str]] = ("#000000", "+", ":")
     uses: ClassVar[tuple[str, ...]] = (
         *("mass", "contents", "fixed", "public", "scale", "largest", "reciprocal", "multiply", "coarse", "within"),
         *("top", "picks", "keep", "take", "drop", "transform", "choose", "gather"),
     )
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        """Rows that keep their precision; all others are read as well."""
+        return {"important": rows, "recent": max(2, 2 * rows // 5), **changed}
+
+    def key_scale(self, layer):
+        return layer.notes.get("key range")
 
     def enter(self, ops, layer, query, key, value):
         if "key range" not in layer.notes:

@@ -14,7 +14,7 @@ from eviction.operations import Choice
 from eviction.policy import Policy
 from eviction.quest import page_bound
 from eviction.rows import add_mass, over_heads, retain, spread
-from eviction.settings import budget, number, one_of, share, switch, tokens, whole
+from eviction.settings import budget, fitting, number, one_of, share, switch, tokens, whole
 
 LONG = 24_000  # prompts above this many tokens look at the shorter window
 
@@ -67,6 +67,9 @@ class MPCache(Policy):
     when: ClassVar[str] = "prefill and step"
     shared_over: ClassVar[str] = "layer (static), kv head and pairs of layers (dynamic)"
     cost: ClassVar[str] = "a product over clusters and two small top-k, every other layer none"
+    # A search weighs itself what `least` weighs; the others act on very long prompts, and on plaintext alone.
+    held: ClassVar[dict] = {"least": 0, "long_window": None, "reference": None, "threshold": None}
+    style: ClassVar[tuple[str, str, str]] = ("#D55E00", "o", "--")
     uses: ClassVar[tuple[str, ...]] = (
         *("mass", "within", "total", "scale", "top", "picks", "keep", "take", "contents", "largest", "fixed"),
         *("best", "gather", "transform", "gather_scores", "scatter_weights"),
@@ -76,6 +79,42 @@ class MPCache(Policy):
         super().__post_init__()
         if self.coarse % self.fine:
             raise self.refuse(f"coarse is {self.coarse}; it must be a multiple of fine, which is {self.fine}")
+
+    @property
+    def period(self):
+        return self.coarse if self.second < 1 else 1
+
+    def fills(self, prompt_tokens):
+        return (tokens(self.static, prompt_tokens) - self.fine) % self.coarse == 0
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        """It keeps half of the prompt, or the root of the budget where that is more, and chooses clusters among them.
+
+        The first cluster and the newest one, half full on average, are always read, and count. With ``second`` of 1
+        nothing is chosen, and what is kept is the budget.
+        """
+        if changed.get("second") == 1:
+            return {"static": rows / prompt_tokens, **changed}
+        coarse = fitting(cls.coarse, rows / 2)
+        sizes = {"coarse": coarse, "fine": max(1, coarse * cls.fine // cls.coarse)}
+        found = {"static": round(max(0.5, (rows / prompt_tokens) ** 0.5), 4), **sizes, "least": 0, **changed}
+        count = max(1, round((rows - found["fine"] - (found["coarse"] + 1) / 2) / found["fine"]))
+        # Half a cluster more, so that the policy's rounding down gives this count while the cache grows.
+        second = min(1.0, round((count + 0.5) * found["fine"] / (found["static"] * prompt_tokens), 4))
+        return {"second": second, **found}
+
+    def idle(self):
+        found = {"window"} if self.static == 1 else set()
+        if self.second == 1:
+            found |= {"alpha", "first", "summary", "share", "share_from", "alone"}
+        if self.summary != "minmax":
+            found.add("alpha")
+        if self.coarse == self.fine:
+            found.add("first")
+        if not self.share:
+            found |= {"share_from", "alone"}
+        return found
 
     def begin(self, ops, layer):
         if self.reference and ops.is_private:

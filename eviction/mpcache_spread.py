@@ -9,7 +9,7 @@ from eviction.operations import Choice
 from eviction.policy import Policy
 from eviction.quest import page_ends
 from eviction.rows import note_more, take
-from eviction.settings import budget, number, switch, tokens, whole
+from eviction.settings import budget, fitting, number, switch, tokens, whole
 
 FIRST = 16  # rows that a layer of ends keeps of the prompt's beginning, if they are a third of its rows at most
 
@@ -45,10 +45,22 @@ class MPCacheSpread(Policy):
     when: ClassVar[str] = "prefill and step"
     shared_over: ClassVar[str] = "layer"
     cost: ClassVar[str] = "in the middle layers a square, two products over blocks and a top-k; in the others none"
+    style: ClassVar[tuple[str, str, str]] = ("#D55E00", "s", "-")
     uses: ClassVar[tuple[str, ...]] = (
         *("take", "contents", "largest", "scale", "multiply", "fixed", "total"),
         *("best", "gather_scores", "scatter_weights"),
     )
+
+    @property
+    def period(self):
+        return self.block
+
+    def fills(self, prompt_tokens):
+        return prompt_tokens % self.block == 0
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        return {"budget": rows, "block": fitting(cls.block, rows / 8), **changed}
 
     def searching(self, layer) -> range:
         """The layers that keep all rows and choose among them."""

@@ -1,11 +1,13 @@
 """What a policy is: validated settings, facts about itself, and the hooks that the model calls.
 
-Owns the interface. A policy is a frozen dataclass and keeps no state; what it must remember of a request it writes
-into ``Layer.notes``. It computes through ``ops`` alone (see ``operations``), so it cannot know where values live.
+Owns the interface, and with it all that others know of a policy: who counts its costs, compares it, tunes it or draws
+it asks the policy. A policy is a frozen dataclass and keeps no state; what it must remember of a request it writes into
+``Layer.notes``. It computes through ``ops`` alone (see ``operations``), so it cannot know where values live.
 """
 
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Self
 
 from eviction.operations import Choice, Layer, Operations, Seen
 from eviction.settings import PolicyError, written
@@ -16,6 +18,13 @@ class Policy:
     """Class facts: ``name``; ``paper`` and ``arxiv`` id; ``when`` it acts (prefill, step or both); ``shared_over``, who
     has one choice in common (all, layer, kv head); ``reveals``, what anybody learns beyond the public settings and
     lengths; ``cost``, per step in words; ``uses``, the operations that an engine must have to run it.
+
+    acts: whether it does anything at all. One that does not is shown nothing, and all layers are alike under it.
+    rebuilds_cache: whether the rows that it makes with ``fixed`` are the cache's own, not others beside them.
+    uneven: whether the steps of a period differ among themselves, see ``period``. budget_means: in words, what a budget
+    is where it is not the rows that a step reads. held: settings that a search leaves alone, and the values that they
+    have meanwhile, ``None`` for the default. style: colour, marker and line in charts, in matplotlib's words; without
+    one a policy gets what others have left.
 
     Raises PolicyError for a setting that does not fit.
     """
@@ -28,6 +37,12 @@ class Policy:
     reveals: ClassVar[str] = "nothing"
     cost: ClassVar[str] = ""
     uses: ClassVar[tuple[str, ...]] = ()
+    acts: ClassVar[bool] = True
+    rebuilds_cache: ClassVar[bool] = False
+    uneven: ClassVar[bool] = False
+    budget_means: ClassVar[str] = ""
+    held: ClassVar[Mapping[str, object]] = {}
+    style: ClassVar[tuple[str, str, str] | None] = None
 
     def __post_init__(self):
         for setting in fields(self):
@@ -51,6 +66,47 @@ class Policy:
     def refuse(self, why: str) -> PolicyError:
         """An error of this policy, to be raised."""
         return PolicyError(f"policy {self.name}: {why}")
+
+    # What others ask of it.
+
+    @property
+    def period(self) -> int:
+        """Decode steps after which costs come round: one of so many does more, as when a cluster of the cache fills.
+
+        1 where every step is alike. Where a policy is ``uneven`` the others differ too, and only a whole period tells
+        the mean.
+        """
+        return 1
+
+    def fills(self, prompt_tokens: int) -> bool:
+        """Whether the first step after a prompt of this length is the one of its ``period`` that does more."""
+        return False
+
+    @classmethod
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed) -> dict:
+        """Settings with which a decode step reads ``rows`` rows, in each layer and for each of ``heads`` query heads.
+
+        Where a policy rounds to pages or clusters that holds on average over steps, where it treats layers unlike on
+        average over layers. changed: settings that have these values; those that depend on them follow. To be said by
+        each policy that acts and has no setting ``budget`` to be this alone.
+        """
+        return {"budget": rows, **changed}
+
+    def without_idle(self) -> Self:
+        """The same policy: settings that have no effect beside the others are as they are by default."""
+        idle = self.idle()
+        return replace(self, **{setting.name: setting.default for setting in fields(self) if setting.name in idle})
+
+    def idle(self) -> set[str]:
+        """Names of settings that have no effect beside the others."""
+        return set()
+
+    def key_scale(self, layer: Layer):
+        """What the cache's rows are to be multiplied by to give the model's keys, as a handle that broadcasts to them.
+
+        Attention's queries have been multiplied by it already. ``None`` where the rows are the keys.
+        """
+        return None
 
     # Hooks, for each layer, in the order in which they are called.
 

@@ -27,6 +27,7 @@ class PyramidKV(SnapKV):
     name: ClassVar[str] = "pyramidkv"
     paper: ClassVar[str] = "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling"
     arxiv: ClassVar[str] = "2406.02069"
+    style: ClassVar[tuple[str, str, str]] = ("#009E73", "d", "--")
 
     def kept(self, layer):
         average, prompt, window = tokens(self.budget, layer.prompt_tokens), layer.prompt_tokens, self.window

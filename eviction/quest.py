@@ -8,7 +8,7 @@ import torch
 from eviction.operations import Choice
 from eviction.policy import Policy
 from eviction.rows import note_more
-from eviction.settings import budget, tokens, whole
+from eviction.settings import budget, fitting, tokens, whole
 
 
 def page_bound(ops, query, high, low):
@@ -48,10 +48,23 @@ class Quest(Policy):
     when: ClassVar[str] = "step"
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "a comparison per coordinate of the query, two products and a top-k over pages"
+    budget_means: ClassVar[str] = "as published leaves two layers whole"
+    style: ClassVar[tuple[str, str, str]] = ("#0072B2", "s", "--")
     uses: ClassVar[tuple[str, ...]] = (
         *("contents", "take", "fixed", "largest", "scale", "above", "multiply", "total"),
         *("best", "gather_scores", "scatter_weights"),
     )
+
+    @property
+    def period(self):
+        return self.page
+
+    def fills(self, prompt_tokens):
+        return prompt_tokens % self.page == 0
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        return {"budget": rows, "page": fitting(cls.page, rows / 4), **changed}
 
     def evict(self, ops, layer):
         self._summarise(ops, layer, len(layer))

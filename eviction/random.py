@@ -24,6 +24,8 @@ class Random(Policy):
     when: ClassVar[str] = "prefill"
     shared_over: ClassVar[str] = "layer"
     cost: ClassVar[str] = "none: public indices"
+    held: ClassVar[dict] = {"seed": None}  # nothing to choose by
+    style: ClassVar[tuple[str, str, str]] = ("#999999", "x", "--")
     uses: ClassVar[tuple[str, ...]] = ("take",)
 
     def evict(self, ops, layer):

@@ -117,6 +117,16 @@ def tokens(budget: float, prompt_tokens: int) -> int:
     return max(1, round(budget * prompt_tokens))
 
 
+def fitting(size: int, most: float) -> int:
+    """A published size, halved until it is at most ``most``; never below 1.
+
+    Published sizes suit contexts of many thousand tokens; what a policy does with few rows should stay of their kind.
+    """
+    while size > max(most, 1):
+        size //= 2
+    return size
+
+
 def written(value) -> str:
     """A value as ``--set`` takes it."""
     return (

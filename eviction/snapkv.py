@@ -7,7 +7,7 @@ import torch
 
 from eviction.policy import Policy
 from eviction.rows import add_mass, retain, spread
-from eviction.settings import budget, tokens, whole
+from eviction.settings import budget, fitting, tokens, whole
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,17 @@ class SnapKV(Policy):
     when: ClassVar[str] = "prefill"
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "none after the prefill"
+    style: ClassVar[tuple[str, str, str]] = ("#009E73", "D", "-")
     uses: ClassVar[tuple[str, ...]] = ("mass", "within", "public", "top", "picks", "keep", "take")
 
     def __post_init__(self):
         super().__post_init__()
         if self.kernel % 2 == 0:
             raise self.refuse(f"kernel is {self.kernel}; it must be odd, to have a middle")
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        return {"budget": rows, "window": fitting(cls.window, rows / 2), **changed}
 
     def watch(self, ops, layer, seen):
         rows = seen.positions >= layer.prompt_tokens - self.window

@@ -29,7 +29,12 @@ class StreamingLLM(Policy):
     when: ClassVar[str] = "prefill and step"
     shared_over: ClassVar[str] = "all"
     cost: ClassVar[str] = "none: public indices"
+    style: ClassVar[tuple[str, str, str]] = ("#999999", "<", "-")
     uses: ClassVar[tuple[str, ...]] = ("take",)
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        return {"start": cls.start, "recent": rows - cls.start, **changed}
 
     def evict(self, ops, layer):
         recent = tokens(self.recent, layer.prompt_tokens)

@@ -28,7 +28,12 @@ class TOVA(Policy):
     when: ClassVar[str] = "prefill and step"
     shared_over: ClassVar[str] = "layer"
     cost: ClassVar[str] = "one minimum over the cache per layer, one oblivious removal"
+    style: ClassVar[tuple[str, str, str]] = ("#E69F00", "X", "--")
     uses: ClassVar[tuple[str, ...]] = ("mass", "total", "scale", "top", "picks", "keep", "take", "drop")
+
+    @classmethod
+    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+        return {"size": rows, **changed}
 
     def watch(self, ops, layer, seen):
         last = seen.positions == layer.prompt_tokens - 1

@@ -128,14 +128,14 @@ def shares_of_zero(engine, times):
 @torch.inference_mode()
 def stream_draws(engine):
     """(stream, position, count) of every read of a key stream during a softmax."""
-    draws, draw = [], Stream.draw
+    draws, words = [], Stream.words
 
     def watched(stream, count):
-        draws.append((id(stream), stream.position - start.setdefault(id(stream), stream.position), count))
-        return draw(stream, count)
+        draws.append((id(stream), stream.position - start.setdefault(id(stream), stream.position), 8 * count))
+        return words(stream, count)
 
     start = {}
-    Stream.draw = watched
+    Stream.words = watched
     scores = engine.parameter(torch.zeros(2, 8) if engine.rank == 0 else None, (2, 8))
     engine.softmax(scores)
     return draws

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
 from hf_models import tiny
+from transformers import AutoTokenizer
 
 from crypten_llm import PrivateLlama
+from crypten_llm.commands.cli import main
 from crypten_llm.errors import ENDED, PartyError, UsageError
 from crypten_llm.models import checkpoint
 from crypten_llm.session import api
@@ -117,6 +121,13 @@ def test_mistakes_leave_the_session_usable(private):
         {},
         {"prompt": "a", "input_ids": [5]},
         {"prompt": "a", "policy": "none"},
+        {"prompt": ["a", "b"]},
+        {"prompt": 7},
+        {"input_ids": [5], "chat": True},
+        {"messages": []},
+        {"messages": [{"role": "user"}]},
+        {"messages": "hi"},
+        {"prompt": "a", "messages": [{"role": "user", "content": "hi"}]},
     ):
         with pytest.raises(UsageError):
             private.generate(**mistake)
@@ -128,6 +139,110 @@ def test_mistakes_leave_the_session_usable(private):
         private.generate(input_ids=[5])
     stream.close()
     assert len(private.generate(input_ids=[5], max_new_tokens=1).token_ids) == 1
+
+
+@pytest.mark.parametrize("prompts", [["a", "b"], ("a",), {"a": 1}])
+def test_a_batch_of_prompts_is_one_clear_line(plain, prompts):
+    with pytest.raises(UsageError, match=f"the prompt is a {type(prompts).__name__}; give one text, and one request"):
+        plain.generate(prompts)
+
+
+def test_threads_that_ask_at_once_leave_the_session_usable(private, plain):
+    request = {"input_ids": [9, 8, 7, 6], "max_new_tokens": 8}
+    expected = plain.generate(**request).token_ids
+    shape, together = Shape(16, 2, 1, 24, kv_len=8, steps=1), Barrier(4)
+
+    def ask(which):
+        together.wait(20)
+        try:
+            return private.bench(shape) if which == "bench" else private.generate(**request).token_ids
+        except UsageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        *answers, bench = pool.map(ask, ["generate"] * 3 + ["bench"])
+    served = [answer for answer in answers if answer == expected]
+    refused = [answer for answer in [*answers, bench] if isinstance(answer, str)]
+    assert len(served) + len(refused) + isinstance(bench, tuple) == 4
+    assert all("another stream of this session is still being read" in answer for answer in refused)
+    assert private.generate(**request).token_ids == expected
+    dealer_agrees(private.generate(**request))
+
+
+def test_a_request_from_another_thread_while_a_stream_is_read(private, plain):
+    request = {"input_ids": [9, 8, 7, 6], "max_new_tokens": 3}
+    events = private.stream(**request)
+    next(events)
+    with ThreadPoolExecutor(1) as pool:
+        for ask in (lambda: private.generate(**request), lambda: private.bench(Shape(16, 2, 1, 24))):
+            with pytest.raises(UsageError, match="still being read"):
+                pool.submit(ask).result()
+    tokens = [event.token_id for event in events if isinstance(event, Step)]
+    assert tokens == plain.generate(**request).token_ids == private.generate(**request).token_ids
+
+
+@pytest.fixture
+def chatty(model, tmp_path):
+    """The tiny model with a tokenizer that has a chat template."""
+    folder = shutil.copytree(model, tmp_path / "chatty")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}[answer]{% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return folder
+
+
+def test_chat(chatty, plain):
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    with PrivateLlama.from_pretrained(str(chatty), engine="plain") as llama:
+        reference = AutoTokenizer.from_pretrained(chatty)
+        for arguments, messages in (({"prompt": PROMPT, "chat": True}, said[1:]), ({"messages": said}, said)):
+            expected = reference.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            assert Request(**arguments).ids(lambda: llama.tokenizer) == expected
+            answer = llama.generate(**arguments, max_new_tokens=2)
+            assert answer.token_ids == plain.generate(input_ids=expected, max_new_tokens=2).token_ids
+        assert llama.encode(PROMPT) == plain.encode(PROMPT), "a prompt is asked as it is"
+    for arguments in ({"prompt": PROMPT, "chat": True}, {"messages": said}):
+        with pytest.raises(UsageError, match="the tokenizer has no chat template; ask without --chat"):
+            plain.generate(**arguments)
+
+
+def test_a_template_that_refuses_a_conversation(chatty):
+    config = json.loads((chatty / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    (chatty / "tokenizer_config.json").write_text(json.dumps(config))
+    with PrivateLlama.from_pretrained(str(chatty), engine="plain") as llama:
+        with pytest.raises(UsageError, match="template cannot be applied .roles must alternate"):
+            llama.generate("a", chat=True)
+
+
+def test_a_chat_template_that_is_not_applied_is_said(chatty, model, capsys):
+    told = "the tokenizer has a chat template, which is not applied to the prompt; --chat applies it"
+    for folder, options, said in ((chatty, [], True), (chatty, ["--chat"], False), (model, [], False)):
+        command = ["generate", "--engine", "plain", "--model", str(folder), "--prompt", "a", "--max-new-tokens", "1"]
+        assert main([*command, *options]) == 0
+        assert (told in capsys.readouterr().err.splitlines()) == said
+
+
+@pytest.fixture
+def foreign(model, tmp_path):
+    """A tokenizer in which two ids have changed their meaning."""
+    folder = shutil.copytree(model, tmp_path / "foreign")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_tokenizer_of_another_model_is_refused(model, foreign, tmp_path):
+    with PrivateLlama.from_pretrained(str(model), tokenizer=str(foreign), engine="plain") as llama:
+        for ask in ({"prompt": "a"}, {"input_ids": [5]}):
+            with pytest.raises(UsageError, match="the same ids stand for other tokens; .* with --tokenizer"):
+                llama.generate(**ask, max_new_tokens=1)
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with PrivateLlama.from_pretrained(str(bare), tokenizer=str(foreign), engine="plain") as llama:
+        assert llama.generate("a", max_new_tokens=1).text, "an owner without one announces none"
 
 
 def refuses_requests(llama):
@@ -259,7 +374,7 @@ def test_one_session_of_crypten_in_a_process(private, model):
 
 def test_ids_as_transformers_gives_them(plain):
     expected = plain.generate(PROMPT, max_new_tokens=2).token_ids
-    ids = plain.tokenizer(PROMPT, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(checkpoint.SHIPPED)(PROMPT, return_tensors="pt").input_ids
     assert plain.generate(input_ids=ids, max_new_tokens=2).token_ids == expected
     assert plain.generate(input_ids=ids[0].tolist(), max_new_tokens=2).token_ids == expected
 

@@ -10,7 +10,9 @@ import pytest
 from hf_models import tiny
 from programs import GENERATE, Program, error_line
 
-from crypten_llm.commands.cli import _parser, _prompt, main
+import crypten_llm
+from crypten_llm.commands.cli import _parser, main
+from crypten_llm.commands.options import prompt
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.launch import LocalParties
 
@@ -112,7 +114,7 @@ def test_one_newline_at_the_end_of_a_prompt_file_is_not_part_of_it(monkeypatch, 
     path.write_bytes(written.encode())
     monkeypatch.setattr(sys, "stdin", io.StringIO(written, newline=None))
     arguments = _parser().parse_args(["generate", "--prompt-file", str(path) if source == "file" else "-"])
-    assert _prompt(arguments) == {"prompt": asked}
+    assert prompt(arguments) == {"prompt": asked}
 
 
 def test_a_wrong_world_size(capsys, monkeypatch):
@@ -186,7 +188,9 @@ def test_json_of_bench(capsys):
 def test_a_missing_package_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.delitem(sys.modules, "crypten_llm.commands.show", raising=False)
-    assert "the package 'tqdm' is not installed; run 'make install'" in fails(capsys, "generate", *IDS, code=1)
+    message = fails(capsys, "generate", *IDS, code=1)
+    assert "the package 'tqdm' is not installed; install this project again with its dependencies" in message
+    assert "in a clone run 'make install'" in message
 
 
 def test_verbose_adds_the_traceback(capsys):
@@ -210,3 +214,20 @@ def test_a_reader_that_leaves_is_no_error(model):
     with os.fdopen(writing, "w") as pipe, Program(*command, stdout=pipe) as program:
         code, _, err = program.finish()
     assert code == 1 and "error" not in err and "Exception" not in err
+
+
+def test_what_the_encoding_of_stdout_lacks_is_replaced(model):
+    """The answer's other characters are shown, whatever the terminal can show."""
+    code = "import sys; from crypten_llm.commands.command_line import run; from argparse import Namespace; "
+    code += "shown = Namespace(run=lambda _: print('an answer \U0001f642 caf\u00e9')); "
+    code += "sys.exit(run(lambda: Namespace(parse_args=lambda _: shown)))"
+    with Program("-c", code, PYTHONIOENCODING="cp1252", PYTHONUTF8="0") as program:
+        program.process.stdout.reconfigure(encoding="cp1252")
+        code, out, err = program.finish()
+    assert (code, out, err) == (0, "an answer ? caf\u00e9\n", "")
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"crypten-llm {crypten_llm.__version__}\n"

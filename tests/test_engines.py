@@ -10,6 +10,7 @@ from parties import run
 from safetensors.torch import load_file, save_file
 
 from crypten_llm.commands import cli
+from crypten_llm.commands.options import settings
 from crypten_llm.engines import check_engine
 from crypten_llm.engines.crypten.engine import CryptenConfig
 from crypten_llm.engines.plain.engine import PlainEngine
@@ -21,7 +22,7 @@ from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.session import generation
 from crypten_llm.session.calibration import measure, norm_scales
 from crypten_llm.session.party import Party
-from crypten_llm.session.settings import ProtocolConfig
+from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 
 IDS = torch.randint(3, 97, (30,), generator=torch.Generator().manual_seed(5))
 
@@ -304,8 +305,8 @@ def test_defaults_are_the_declared_ones():
 @pytest.mark.parametrize("command", ["generate", "bench", "party"])
 def test_the_command_line_and_a_program_have_the_same_defaults(command):
     """A client that is a program meets parties that commands started."""
-    arguments = cli._parser().parse_args([command])
-    assert ProtocolConfig(arguments.engine, arguments.parties, arguments.precision_bits) == ProtocolConfig()
+    given = settings(cli._parser().parse_args([command]))
+    assert split(given) == (ProtocolConfig(), LaunchConfig(progress=given["progress"]))
     assert ProtocolConfig().precision_bits == CryptenConfig().precision_bits
 
 

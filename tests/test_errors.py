@@ -35,7 +35,11 @@ def test_what_is_unheard_stays_here(error):
         (KeyboardInterrupt(), "interrupted"),
         (MemoryError(SECRET), "not enough memory"),
         (RuntimeError(f"DefaultCPUAllocator: not enough memory: {SECRET}"), "not enough memory"),
-        (ModuleNotFoundError(SECRET, name="tqdm"), "the package 'tqdm' is not installed"),
+        (ModuleNotFoundError(SECRET, name="tqdm"), "the package 'tqdm' is not installed; install this project again"),
+        (
+            ModuleNotFoundError(SECRET, name="crypten.mpc"),
+            "the package 'crypten.mpc' is not installed; run 'python -m pip",
+        ),
     ],
 )
 def test_what_holds_no_secret_is_heard_from_anywhere(error, words):

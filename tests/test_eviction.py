@@ -13,12 +13,16 @@ from policy_table import ROWS, TRAINED
 
 import eviction
 from crypten_llm.commands.cli import main
+from crypten_llm.commands.trace import ENGINES, trace
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
+from crypten_llm.insecure.recorder import Recorder
 from crypten_llm.session.generation import Answer, Plan, parse_policy
 from crypten_llm.session.generation import run as generate
 from crypten_llm.session.party import Party
 from eviction.__main__ import main as tool
+from eviction.full import Full
+from eviction.operations import Layer
 
 
 def test_every_policy_is_tested():
@@ -267,6 +271,49 @@ def test_greedy_tokens_follow_the_policy(folder):
     assert tokens("streaming_llm(start=0,recent=2)") != tokens("full")
 
 
+def test_what_does_not_act_is_shown_nothing(folder, monkeypatch):
+    """Nor does it stand in the table of costs, or is anything kept for it to see."""
+
+    class Deaf(Full):
+        def choose(self, *shown):
+            raise AssertionError
+
+        watch = evict = after_step = choose
+
+    monkeypatch.setattr("crypten_llm.models.cache.Seen", None)
+    party = Party(PlainEngine(), make_policy=lambda text: Deaf())
+    party.load(folder)
+    party.start_request()
+    list(generate(party, Plan(40, 4, chunk=16), Answer(list(range(3, 43)), lambda logits: int(logits.argmax()))))
+    kinds = {row["kind"] for row in party.engine.meter.table()}
+    assert "scores" in kinds and not kinds & {"selection", "eviction"}
+
+
+def test_a_party_makes_its_policy_from_the_text_of_a_request(folder):
+    asked, recorder = [], Recorder(eviction.policy("tova", size=9), lambda handle: handle)
+    party = Party(PlainEngine(), make_policy=lambda text: asked.append(text) or recorder)
+    party.load(folder)
+    party.start_request()
+    plan, answer = Plan(40, 2, policy="tova(size=9)"), Answer(list(range(3, 43)), lambda logits: int(logits.argmax()))
+    list(generate(party, plan, answer))
+    assert asked == ["tova(size=9)"] and all(record.kept[1].shape[1] == 9 for record in recorder.layers.values())
+
+
+def test_the_scale_of_keys_gives_back_the_models_keys():
+    """What the cache holds times the scale is what came in, to within what ``mikv`` rounds off; others have none."""
+    keys = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
+    layer = Layer(0, 1, 12, 4, 2, 4, keys.clone(), keys.clone(), torch.arange(12), {"mass": torch.rand(2, 12)})
+    policy = eviction.parse("mikv(important=3,recent=3,bits=8)")
+    assert policy.key_scale(layer) is None
+    policy.evict(PlainEngine(), layer)
+    scale = policy.key_scale(layer)
+    found, step = layer.keys * scale, scale / (2**7 - 1)
+    assert not torch.allclose(layer.keys[:, -3:], keys[:, -3:])
+    torch.testing.assert_close(found[:, -3:], keys[:, -3:])
+    distance = (found[:, :, None] - keys[:, None]).abs().div(step[:, :, None]).amax(-1).amin(-1)
+    assert distance.max() <= 0.5 + 1e-4
+
+
 def test_list(capsys):
     assert tool(["list"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
@@ -299,6 +346,15 @@ def test_trace(folder, tmp_path, capsys):
                 assert set(rows) <= set(step["kept"][layer][head])
     assert main([*arguments, "--prompt-ids", str(prompt), "--steps", "3"]) == 0
     assert "mass recovered" in capsys.readouterr().out
+
+
+def test_a_trace_on_wire_sees_every_role_follow_the_recorder(folder):
+    ids = [3 + i % 90 for i in range(40)]
+    clear, private = (trace(folder, eviction.policy("streaming_llm", recent=5), ids, 2, name) for name in ENGINES)
+    assert private.shown and not clear.shown and private.to_dict()["insecure"]
+    for one, other in zip(clear.layers, private.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.kept, other.kept, strict=True))
+        assert one.mass == pytest.approx(other.mass, abs=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The comparison of policies: budgets, configuration, cells that survive a kill, tables and pictures."""
+"""The comparison of policies: configuration, cells that survive a kill, tables and pictures."""
 
 from __future__ import annotations
 
@@ -14,22 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from crypten_llm.errors import UsageError
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import parse_policy
 from experiments import compare_baselines
 from experiments.baselines import cells
 from experiments.baselines import config as configuration
 from experiments.baselines.config import Ablation, Config, CrypTen, Private
-from experiments.baselines.plots import PICTURES, STYLES
-from experiments.baselines.policies import ABLATION, TABLE, at_budget, names
+from experiments.baselines.plots import PICTURES
+from experiments.baselines.policies import at_budget
 from experiments.baselines.report import markdown
 from experiments.baselines.summary import Summary
 from experiments.measure.eviction_counts import ATTENTION, count, shape_of
-from experiments.measure.quality import Scorer, draw
 from experiments.tools.journal import Journal
 
 ROOT = Path(__file__).parents[1]
@@ -44,74 +40,6 @@ TINY = Config(
     crypten=CrypTen(policies=()),
     private=Private(policies=("full", "mpcache"), tasks=("few_shot",), length=96, samples=1, tokens=4),
 )
-BUDGETS = (0.05, 0.2)
-EXACT = set(TABLE) - {"quest", "mikv"}  # these read the rows of their budget and no others
-
-
-@pytest.fixture(scope="module")
-def llama():
-    with PrivateLlama.from_pretrained("shipped", engine="plain", threads=1) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def read_rows(llama):
-    """Rows that a step reads beside the prompt's length, by policy and budget, measured on a prompt."""
-    example = draw("key_value", llama.tokenizer, 256, 1)[0]
-    wanted = {(name, budget): at_budget(name, budget, 256, 8) for budget in BUDGETS for name in [*TABLE, *ABLATION]}
-    rows = {row["policy"]: row for row in Scorer(llama).rows(example, list(dict.fromkeys(wanted.values())))}
-    return {key: rows[text] for key, text in wanted.items()}
-
-
-@pytest.mark.parametrize("name", sorted(EXACT | set(ABLATION)))
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_a_budget_is_the_share_of_rows_that_a_step_reads(read_rows, name, budget):
-    row = read_rows[name, budget]
-    assert row["attended"] == pytest.approx(budget, rel=0.2, abs=0.02)
-    assert row["kept"] >= row["attended"] - 1e-9
-
-
-def test_policies_without_an_exact_budget_say_what_they_read(read_rows):
-    for budget in BUDGETS:
-        assert read_rows["mikv", budget]["attended"] == 1.0
-        whole = (2 + 4 * read_rows["quest_every_layer", budget]["attended"]) / 6  # two of the model's layers are dense
-        assert read_rows["quest", budget]["attended"] == pytest.approx(whole, abs=0.01)
-
-
-def test_policies_that_drop_rows_keep_what_they_read_and_others_keep_all(read_rows):
-    for name in ("streaming_llm", "h2o", "tova", "snapkv", "pyramidkv", "locret", "attention_gate", "random"):
-        assert read_rows[name, 0.2]["kept"] == read_rows[name, 0.2]["attended"]
-    for name in ("quest", "infllm", "longcache", "mikv", "dynamic only"):
-        assert read_rows[name, 0.2]["kept"] == 1.0
-    assert read_rows["mpcache", 0.2]["kept"] == pytest.approx(0.5, abs=0.02)
-
-
-@given(
-    st.sampled_from([*TABLE, *ABLATION]),
-    st.floats(0.02, 0.98),
-    st.integers(64, 40_000),
-    st.sampled_from([1, 8, 32, 64]),
-)
-def test_every_budget_gives_settings_that_there_are(name, budget, prompt, heads):
-    if round(budget * prompt) < 8:
-        with pytest.raises(UsageError, match="rows; give one of at least 8 rows"):
-            at_budget(name, budget, prompt, heads)
-    else:
-        text = at_budget(name, budget, prompt, heads)
-        assert str(parse_policy(text)) == text
-
-
-def test_what_has_no_budget_is_taken_as_it_is():
-    assert at_budget("full", None, 512, 8) == "full"
-    assert at_budget("snapkv(budget=64,window=32)", None, 512, 8) == "snapkv(budget=64)"
-
-
-def test_every_policy_of_the_project_is_in_the_table_and_has_a_style():
-    from eviction import POLICIES
-
-    assert set(POLICIES) - {"full"} <= {parse_policy(at_budget(name, 0.5, 512, 8)).name for name in TABLE}
-    assert set(names()) <= set(STYLES)
-    assert len(set(STYLES.values())) == len(STYLES)
 
 
 # Configuration.

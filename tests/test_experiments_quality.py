@@ -175,7 +175,8 @@ def test_what_cannot_be_scored_is_refused(llama, examples):
 def test_prefill_all_gives_each_policy_an_evicted_cache(llama, examples):
     ids = llama.encode(examples[0].prompt)
     with torch.inference_mode():
-        found = {policy: cache for policy, cache, _ in prefill_all(llama.party.model, POLICIES, ids, 128)}
+        policies = {policy: parse_policy(policy) for policy in POLICIES}
+        found = {policy: cache for policy, cache, _ in prefill_all(llama.party.model, policies, ids, 128)}
     assert set(found) == set(POLICIES)
     assert len(found["full"].layers[0]) == len(ids)
     assert len(found["tova(size=6)"].layers[0]) == 6

@@ -36,7 +36,7 @@ from experiments.tuning.goal import Ceiling, Floor, Tried, is_hopeless
 from experiments.tuning.measure import FULL, Bench, Prompt, Prompts, draw_prompts
 from experiments.tuning.report import beside, draw, result, text
 from experiments.tuning.search import Search
-from experiments.tuning.space import HELD, space, values
+from experiments.tuning.space import space, values
 from experiments.tuning.spread import POOL, Spread
 from experiments.tuning.store import Measured, name_of
 from experiments.tuning.study import locked
@@ -93,7 +93,7 @@ def _odd(found):
 def test_what_is_held_and_what_is_named():
     whole = space("mpcache")
     assert {"static", "window", "alpha", "coarse", "fine", "second", "summary", "share", "alone"} <= set(whole.axes)
-    assert set(HELD[POLICIES["mpcache"]]) == set(whole.held) and whole.held["least"] == 0
+    assert set(POLICIES["mpcache"].held) == set(whole.held) and whole.held["least"] == 0
     assert whole.policy(whole.default()) == whole.untuned == "mpcache(least=0)"
     part = space("mpcache(summary=mean)", ["static=0.6,0.25", "share_from"], ["coarse=128"])
     assert part.axes == {"static": (0.25, 0.6), "share_from": (0, 1, 2, 4, 8)}

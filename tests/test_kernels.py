@@ -372,7 +372,7 @@ def test_comparison_keys(bits):
     alpha = torch.cat([ring.low_bits(words(5, seed=bits), bits), ring.low_bits(torch.tensor([0, -1]), bits)])
     beta, seeds = words(7, 2, seed=bits), [words(7, 2, seed=seed) for seed in (1, 2)]
     common = both("compare_keys", alpha, beta, *seeds, bits)
-    assert [(part.shape, part.dtype) for part in common] == dcf.sizes(bits, 7)
+    assert [(part.shape, part.dtype) for part in common] == ring.key_sizes(bits, 7)
     near = alpha[:, None] + torch.tensor([-1, 0, 1])
     points = ring.low_bits(torch.cat([near, torch.tensor([0, -1]).expand(7, 2), words(7, 2, seed=3)], 1), bits)
     total = sum(both("compare", seeds[party], common, party, points) for party in (0, 1))

@@ -1,6 +1,8 @@
 """Runs of several processes: started locally, by torchrun and by hand; and every way in which one may end early."""
 
+import json
 import os
+import shutil
 import signal
 import time
 from contextlib import ExitStack
@@ -10,6 +12,8 @@ import pytest
 from hf_models import tiny
 from programs import GENERATE, Program, by_hand, error_line, free_port
 
+from crypten_llm.errors import ENDED
+from crypten_llm.models.checkpoint import SHIPPED
 from crypten_llm.session.api import PrivateLlama
 
 IDS = "5,6,7,8,9"
@@ -85,6 +89,21 @@ def test_by_hand_only_the_owner_knows_where_the_model_is(model, short, expected)
         blind = [*short, "--model", "/nowhere"]
         client = running.enter_context(by_hand(3, *blind, port=port, ranks=[1])[0])
         check(client.result(), expected)
+
+
+def test_by_hand_a_client_with_another_models_tokenizer_is_told(model, tmp_path):
+    owners = shutil.copytree(model, tmp_path / "owners")
+    content = json.loads((SHIPPED / "tokenizer.json").read_text())
+    content["model"]["vocab"]["<other>"] = 2048
+    (owners / "tokenizer.json").write_text(json.dumps(content))
+    port, told = free_port(), []
+    with ExitStack() as running:
+        for rank, given in ((0, ["--model", owners]), (1, ["--prompt-ids", IDS]), (2, [])):
+            (program,) = by_hand(3, *GENERATE, *given, "--timeout", 30, port=port, ranks=[rank])
+            told.append(running.enter_context(program))
+        owner, client, dealer = (error_line(program.finish()[2]) for program in told)
+    assert client.startswith("the tokenizer of 'shipped' is not the owner's model's") and "--tokenizer" in client
+    assert owner == dealer == f"rank 1 (client) stopped: {ENDED}"
 
 
 def test_settings_that_differ(model):

@@ -14,12 +14,9 @@ READ = {"role", "rank", "is_dealer", "is_owner", "is_client"}  # attributes
 NAMED = {"OWNER", "CLIENT", "DEALER", "role", "rank", "party"}
 CLASSES = {"Owner", "Client", "Dealer", "Party", "Counting"}
 
-# What protocols import of kernels beside the list: the sizes of comparison keys, which are the same on every device.
-BESIDE_THE_LIST = {("protocols/normalize.py", "crypten_llm.kernels.dcf")}
-
 # Where a role or a rank is read outside the dealer's room, by what the innermost function does with it.
 ROLES_READ = {
-    ("protocols/normalize.py", "below", "runtime.role"),  # a comparison key is evaluated for one of two parties
+    ("protocols/smooth.py", "below", "runtime.role"),  # a comparison key is evaluated for one of two parties
     ("protocols/selection.py", "by_pairs", "torch.arange(1 << rank.width) < count"),  # a value's rank, no party's
     ("engines/wire/engine.py", "__init__", "transport.rank"),  # every engine says which rank it is
 }
@@ -101,7 +98,7 @@ def test_protocols_know_of_kernels_the_list_alone():
             name for name in imports(ast.parse(path.read_text("utf-8"))) if name.startswith("crypten_llm.kernels.")
         }
         found |= {(name_of(path), name) for name in names if name.split(".")[2] != "ring"}
-    assert found == BESIDE_THE_LIST
+    assert not found
 
 
 def test_kernels_know_no_role():

@@ -7,7 +7,7 @@ from transformers import LlamaConfig as ReferenceConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.layers import rotary_tables
+from crypten_llm.models.llama import rotary_tables
 from crypten_llm.models.rope import rope_frequencies, unchanged_up_to
 
 ROPES = [case for case in CASES if "rope" in case or "theta" in case] + ["gqa", "wide_heads", "narrow_heads"]

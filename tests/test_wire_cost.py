@@ -6,9 +6,9 @@ from wire_parties import CLIENT, OWNER, check_cost, open_wires, play, run, share
 
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.links.transport import HEADER
-from crypten_llm.protocols import fits, fourier, products
-from crypten_llm.protocols.normalize import normalize
+from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.opening import Opening, as_secret
+from crypten_llm.protocols.smooth import normalize
 
 N = 60
 
@@ -95,7 +95,7 @@ def evaluate(fit):
     def job(runtime):
         secret = share(runtime, integers(N), scale=14)
         (opened,) = open_wires(runtime, [Opening(secret, ring=14 + fit.period, function=True)])
-        fourier.evaluate(runtime, opened, fit, 22, bits=1)
+        smooth.evaluate(runtime, opened, fit, 22, bits=1)
 
     return job
 
@@ -167,7 +167,7 @@ COSTS = {  # name: (job, (rounds, bytes owner to client, client to owner, dealer
 }
 COSTS |= {
     fit.name: (evaluate(fit), plus(openings(N, rings=[14 + fit.period]), dealt(2 * fit.modes * N)))
-    for fit in (fits.exponential(), fits.silu_even())
+    for fit in (fits.stored("exp"), fits.stored("silu"))
 }
 
 

@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import joined, open_wires, run, share, value
 
-from crypten_llm.kernels import cpu, dcf
-from crypten_llm.protocols import fits, fourier
-from crypten_llm.protocols.normalize import normalize
+from crypten_llm.kernels import cpu, dcf, ring
+from crypten_llm.protocols import fits, smooth
 from crypten_llm.protocols.opening import Opening, Overflow
+from crypten_llm.protocols.smooth import normalize
 
 TARGETS = {
-    fits.exponential: torch.exp,
-    fits.reciprocal: lambda x: 1 / x,
-    fits.inverse_root: lambda x: x**-0.5,
-    fits.silu_even: lambda x: x / (1 + torch.exp(-x)) - x / 2,
+    "exp": torch.exp,
+    "reciprocal": lambda x: 1 / x,
+    "inverse root": lambda x: x**-0.5,
+    "silu": lambda x: x / (1 + torch.exp(-x)) - x / 2,
 }
-FITS = pytest.mark.parametrize("make", TARGETS, ids=lambda make: make.__name__)
+FITS = pytest.mark.parametrize("name", TARGETS)
 
 
 # Trigonometric sums.
@@ -40,7 +40,7 @@ def evaluated(fit, x: torch.Tensor, scale: int, fraction: int = 22, shift: float
         (wire,) = open_wires(
             runtime, [Opening(share(runtime, integers, scale), ring=scale + fit.period, function=True)]
         )
-        return fourier.evaluate(runtime, wire, fit, fraction, bits=5, shift=shift)
+        return smooth.evaluate(runtime, wire, fit, fraction, bits=5, shift=shift)
 
     outcome = run(job)
     assert (outcome.results[0].scale, outcome.results[0].width) == (2 * fraction, 64)
@@ -48,11 +48,11 @@ def evaluated(fit, x: torch.Tensor, scale: int, fraction: int = 22, shift: float
 
 
 @FITS
-def test_fits_keep_their_declared_error(make):
+def test_fits_keep_their_declared_error(name):
     """On a grid other than the one they were fitted on."""
-    fit = make()
+    fit = fits.stored(name)
     x = grid((fit.low, fit.high, 20_011))
-    error = (fit(x) - TARGETS[make](x)).abs().max()
+    error = (fit(x) - TARGETS[name](x)).abs().max()
     assert error <= 1.05 * fit.error
     # The bound of each is what the engine's error budget is made of.
     assert fit.error < {"exp": 4e-9, "inverse root": 2e-6}.get(fit.name, 1e-4)
@@ -86,19 +86,19 @@ def test_storing_writes_every_fit_again(tmp_path, monkeypatch):
 
 @FITS
 @pytest.mark.parametrize(("scale", "fraction"), [(14, 22), (30, 26), (56, 22), (30, 16)])
-def test_evaluation_keeps_its_declared_bound_over_the_domain(make, scale, fraction):
-    fit = make()
+def test_evaluation_keeps_its_declared_bound_over_the_domain(name, scale, fraction):
+    fit = fits.stored(name)
     x = grid((fit.low, fit.high, 2), (fit.low, fit.high, 400))
     x = ((x * 2.0**scale).round() / 2.0**scale).clip(fit.low, fit.high)
     found = evaluated(fit, x, scale, fraction)
     rounded = (x * 2.0**scale).round() / 2.0**scale
     assert (found - fit(rounded)).abs().max() <= fits.rounding(fit, fraction)
-    assert (found - TARGETS[make](rounded)).abs().max() <= 1.05 * fit.error + fits.rounding(fit, fraction)
+    assert (found - TARGETS[name](rounded)).abs().max() <= 1.05 * fit.error + fits.rounding(fit, fraction)
 
 
 @FITS
-def test_outside_the_domain_the_sum_goes_on_periodically_and_bounded(make):
-    fit, period = make(), 2.0 ** make().period
+def test_outside_the_domain_the_sum_goes_on_periodically_and_bounded(name):
+    fit, period = fits.stored(name), 2.0 ** fits.stored(name).period
     outside = grid((fit.high, fit.low + period, 50), (fit.low - period, fit.high - period, 20))
     found = evaluated(fit, outside, 30)
     assert (found - fit(outside)).abs().max() <= fits.rounding(fit, 22)
@@ -107,7 +107,7 @@ def test_outside_the_domain_the_sum_goes_on_periodically_and_bounded(make):
 
 @pytest.mark.parametrize("shift", [-9.0, -0.3, 5.0])
 def test_a_public_shift(shift):
-    fit = fits.exponential()
+    fit = fits.stored("exp")
     x = grid((fit.low, fit.high, 50)) - shift
     found = evaluated(fit, x, 30, shift=shift)
     assert (found - (x + shift).exp()).abs().max() <= 1.05 * fit.error + fits.rounding(fit, 22)
@@ -139,15 +139,15 @@ def test_public_factors_do_not_depend_on_the_machine(kernel, types):
 
 
 def test_more_elements_than_one_block():
-    x = grid((-1, 1, fourier.BLOCK + 77))
-    fit = fits.silu_even()
+    x = grid((-1, 1, smooth.BLOCK + 77))
+    fit = fits.stored("silu")
     assert (evaluated(fit, x, 20) - fit((x * 2**20).round() / 2**20)).abs().max() <= fits.rounding(fit, 22)
 
 
 def test_a_function_wants_its_own_period():
     def job(runtime):
         (wire,) = open_wires(runtime, [Opening(share(runtime, torch.tensor([1]), 14), ring=20, function=True)])
-        fourier.evaluate(runtime, wire, fits.exponential(), 22, bits=1)
+        smooth.evaluate(runtime, wire, fits.stored("exp"), 22, bits=1)
 
     with pytest.raises(AssertionError, match=r"open exp modulo 2\^19"):
         run(job)
@@ -208,7 +208,7 @@ def compared(alpha, beta, points, bits, seed=0):
     generator = np.random.default_rng(seed)
     seeds = [tensor(words) for words in generator.integers(0, 2**64, (2, len(alpha), 2), dtype=np.uint64)]
     common = cpu.compare_keys(tensor(alpha), tensor(beta), *seeds, bits)
-    assert [(part.shape, part.dtype) for part in common] == dcf.sizes(bits, len(alpha)), "sizes are announced"
+    assert [(part.shape, part.dtype) for part in common] == ring.key_sizes(bits, len(alpha)), "sizes are announced"
     return [cpu.compare(seeds[party], common, party, tensor(points)).numpy().view(np.uint64) for party in (0, 1)]
 
 

@@ -7,10 +7,10 @@ from wire_parties import CLIENT, DEALER, OWNER, key, open_wires, play, run, shar
 
 from crypten_llm.insecure.audit import MaskReused
 from crypten_llm.kernels.ring import packed_size
-from crypten_llm.protocols import fits, fourier, products
+from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.dealer.randomness import Stream
-from crypten_llm.protocols.normalize import normalize
 from crypten_llm.protocols.opening import Opening, Secret
+from crypten_llm.protocols.smooth import normalize
 
 COUNT = 4096
 EXTREMES = {
@@ -34,7 +34,7 @@ def function(size):
     def job(runtime, integers):
         secret = share(runtime, integers, scale=size - 5, width=64)
         (wire,) = open_wires(runtime, [Opening(secret, ring=size, function=True)])
-        fourier.evaluate(runtime, wire, fits.exponential(), 22, bits=1)
+        smooth.evaluate(runtime, wire, fits.stored("exp"), 22, bits=1)
 
     return job
 
@@ -72,7 +72,7 @@ PROTOCOLS = {  # what a party that sends anything sends, message by message, in 
 DEALT = {  # what the dealer sends the client, in order: the bits of the ring that the shares are valid in
     "narrow opening": [(COUNT, 37 - 9)],
     "lifted opening": [(2 * COUNT, 64)],
-    "function": [(2 * fits.exponential().modes * COUNT, 64)],
+    "function": [(2 * fits.stored("exp").modes * COUNT, 64)],
     "products": [(2 * COUNT, 64), (2 * COUNT, 64), (COUNT, 64)],  # lifting, a product with two masks, a square
     "token lookup": [(8 * COUNT, 32)],
 }

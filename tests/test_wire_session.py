@@ -51,7 +51,7 @@ def test_only_these_places_send_anything():
         ("products.py", "lookup"): "one-hot rows + r for a fresh mask r",
         ("engine.py", "WireEngine._show"): "a result, by order of the reveal module",
         ("rounds.py", "Rounds._round"): "what running protocols have prepared of all these",
-        ("rounds.py", "Rounds._advance"): "nothing: a generator is sent its wires",
+        ("opening.py", "Rounds._resume"): "nothing: a generator is sent its wires",
         ("roles.py", "Party.exchange"): "what a round hands it",
         ("counting.py", "Counting.exchange"): "nothing: it counts",
         ("audit.py", "audited.Audited.exchange"): "the same, once it has been checked",

@@ -19,8 +19,7 @@ from crypten_llm.errors import PartyError
 from crypten_llm.insecure.audit import audited
 from crypten_llm.links.transport import HEADER, KIND_NAMES, Transport
 from crypten_llm.protocols.dealer import roles
-from crypten_llm.protocols.opening import Opening, Secret, Wire
-from crypten_llm.protocols.rounds import Rounds
+from crypten_llm.protocols.opening import Opening, Rounds, Secret, Wire
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 
 TIMEOUT = 20.0

@@ -5,6 +5,7 @@ stderr and a non-zero exit. torch is not imported here, so that a typing error i
 """
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -56,6 +57,8 @@ def run(parser: Callable[[], Parser], argv: list[str] | None = None) -> int:
     """Runs the command that ``argv`` names, ``arguments.run(arguments)``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings on a closed store are no help to a user
+    _replace_what_stdout_cannot_show()
+    arguments = None
     try:
         arguments = parser().parse_args(argv)
         arguments.run(arguments)
@@ -66,10 +69,16 @@ def run(parser: Callable[[], Parser], argv: list[str] | None = None) -> int:
             _silence_stdout()
         if isinstance(error, BrokenPipeError):
             return 1  # who read our output has left; not ours to complain
-        if "--verbose" in argv:
+        if "--verbose" in argv or getattr(arguments, "verbose", False):
             traceback.print_exc()
         print(f"error: {last_words(error)}", file=sys.stderr, flush=True)
         return exit_code(error)
+
+
+def _replace_what_stdout_cannot_show() -> None:
+    """An answer may hold any character; where the terminal's encoding lacks one, the rest is shown all the same."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _silence_stdout() -> None:

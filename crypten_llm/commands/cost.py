@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from crypten_llm.engines.wire.attention import Rows
 from crypten_llm.engines.wire.counted import CostEngine, Links
-from crypten_llm.engines.wire.rows import Rows
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import Network
 from crypten_llm.models.config import LlamaConfig
@@ -100,7 +100,7 @@ def predict(
     links.say({"config": config.to_dict(), "norm_scales": {}})
     party.load()
     counted = _entries(links, machine, network)
-    if plan.policy == "full":
+    if not generation.parse_policy(plan.policy).acts:
         _count_alike_layers_once(party.model, links)
     caches = _keep_caches(party.model)
     party.start_request()

@@ -5,12 +5,15 @@ memory, loopback links, and on each private engine an inference of a random mode
 plaintext. The first run of it compiles the kernels of engine ``wire``, so that no later one waits for that.
 """
 
+import json
 import os
 import platform
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from crypten_llm.errors import how_to_install
 
 PACKAGES = (
     "torch",
@@ -74,7 +77,8 @@ def _packages():
         except PackageNotFoundError:
             missing.append(name)
     if missing:
-        raise Failed(f"{', '.join(missing)} not installed; run 'make install'")
+        advice = "; ".join(dict.fromkeys(how_to_install(name) for name in missing))
+        raise Failed(f"{', '.join(missing)} not installed; {advice}")
     return ", ".join(found)
 
 
@@ -113,22 +117,27 @@ def _shipped():
     return f"{parameters / 1e6:.1f} M parameters, {layers} layers, context {context}"
 
 
-def _inference(engine, timeout):
-    import json
-
+def write_tiny(folder: Path) -> Path:
+    """Writes a random model of two layers (``TINY``) to ``folder``, and returns it; the same weights every time."""
     import torch
     from safetensors.torch import save_file
 
     from crypten_llm.models.checkpoint import expected_shapes
     from crypten_llm.models.config import LlamaConfig
-    from crypten_llm.session.api import PrivateLlama
 
     generator = torch.Generator().manual_seed(0)
     shapes = expected_shapes(LlamaConfig.from_dict(TINY))
     weights = {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(TINY))
-        save_file(weights, Path(folder) / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def _inference(engine, timeout):
+    from crypten_llm.session.api import PrivateLlama
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = str(write_tiny(Path(name)))
         request = {"input_ids": list(range(12)), "max_new_tokens": 3}
         with PrivateLlama.from_pretrained(folder, engine="plain") as llama:
             expected = llama.generate(**request).token_ids

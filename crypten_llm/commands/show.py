@@ -3,20 +3,26 @@
 Owns what is printed during ``generate`` and ``bench``. stdout gets the answer and the JSON; stderr the rest.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from crypten_llm.commands.cost import Prediction
-from crypten_llm.commands.debug_compare import Comparison
 from crypten_llm.errors import CryptenLLMError
+from crypten_llm.models.tokenizer import has_chat_template
 from crypten_llm.session.api import PrivateLlama, Request, Result, check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Progress, Step
 from crypten_llm.session.report import cost_table, revealed_table, size
 from crypten_llm.session.settings import ProtocolConfig, split
+
+if TYPE_CHECKING:  # of commands that bring engine wire along
+    from crypten_llm.commands.cost import Prediction
+    from crypten_llm.commands.debug_compare import Comparison
 
 
 def say(text: str = "") -> None:
@@ -29,6 +35,8 @@ def show_generation(request: Request, model: str, tokenizer: str | None, as_json
     say(_who(protocol))
     with PrivateLlama.from_pretrained(model, tokenizer=tokenizer, first=request, **settings) as llama:
         say(f"model shared in {llama.load_seconds:.1f} s")
+        if request.prompt is not None and not request.chat and has_chat_template(llama.tokenizer):
+            say("the tokenizer has a chat template, which is not applied to the prompt; --chat applies it")
         _stream(llama, request, launched.progress, show_text=not as_json)
         result = llama.result
     say()

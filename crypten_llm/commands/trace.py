@@ -74,8 +74,8 @@ def trace(
     """
     if engine not in ENGINES:
         raise UsageError(f"engine is {engine!r}; trace runs on {' or '.join(ENGINES)}")
-    if str(policy) == "full":
-        raise UsageError("policy 'full' keeps and attends to everything; trace another (--policy)")
+    if not policy.acts:
+        raise UsageError(f"policy '{policy}' keeps and attends to everything; trace another (--policy)")
     config = LlamaConfig.from_folder(folder)
     plan = Plan(len(prompt_ids), steps + 1, chunk, policy=str(policy)).check(config)
     for token in prompt_ids:
@@ -84,10 +84,10 @@ def trace(
     given = iter(follow)
     answer = Answer(list(prompt_ids), lambda logits: int(next(given, logits.argmax())))
     if engine == "plain":
-        party = Party(PlainEngine())
-        party.load(folder)
         recorder = Recorder(policy, lambda handle: handle)
-        tokens, shown = _follow(party, recorder, generation.run(party, plan, answer)), RevealLog()
+        party = Party(PlainEngine(), make_policy=lambda text: recorder)
+        party.load(folder)
+        tokens, shown = _token_ids(generation.run(party, plan, answer)), RevealLog()
     else:
         recorder, tokens, shown = run_roles(lambda transport: _play(opened(transport), folder, policy, plan, answer))[
             CLIENT
@@ -96,32 +96,17 @@ def trace(
     return Trace(str(policy), engine, len(prompt_ids), tokens, layers, shown.as_list())
 
 
-def _follow(party, recorder, events) -> list[int]:
-    """Token ids of a request whose policy is replaced by the recorder."""
-    new_cache = party.model.new_cache
-
-    def recording():
-        cache = new_cache()
-        follow = cache.follow
-        cache.follow = lambda policy, prompt_tokens: follow(recorder, prompt_tokens)
-        return cache
-
-    party.model.new_cache = recording
+def _token_ids(events) -> list[int]:
     return [event.token_id for event in events if isinstance(event, Step)]
 
 
 def _play(engine, folder, policy, plan, answer):
-    party, recorder = Party(engine, engine.transport, compute_parties=2), Recorder(policy, engine.see)
-    if party.is_client:
-        party.request_load()
-        tokens = _follow(party, recorder, party.request_generate(plan, answer))
-        party.close()
-        return recorder, tokens, engine.shown
-    load = party.load
-
-    def load_and_record(*arguments):
-        load(*arguments)
-        _follow(party, recorder, ())
-
-    party.load = load_and_record
-    party.serve(folder)
+    """At each role; the client returns its recorder, the answer and what was shown."""
+    recorder = Recorder(policy, engine.see)
+    party = Party(engine, engine.transport, compute_parties=2, make_policy=lambda text: recorder)
+    if not party.is_client:
+        return party.serve(folder)
+    party.request_load()
+    tokens = _token_ids(party.request_generate(plan, answer))
+    party.close()
+    return recorder, tokens, engine.shown

@@ -128,7 +128,3 @@ class Engine(ABC):
     def section(self, label: str):
         """Context around a stretch of the program whose randomness starts afresh: a prefill, a decode step."""
         return nullcontext()
-
-    def operation(self, label: str, kind: str):
-        """Context that names what runs: ``label`` in error messages, ``kind`` in the cost table."""
-        return self.meter.operation(label, kind=kind)

@@ -91,15 +91,15 @@ class _Watched(Stream):
         super().__init__(key)
         self._key, self._label, self._read = key, label, read
 
-    def draw(self, count):
+    def words(self, count):
         done = self._read.get(self._key, 0)
         if self.position < done:
             raise MaskReused(
-                f"bytes {self.position} to {self.position + count} of the stream of section {self._label!r} were used "
-                f"before (it was read up to {done}): give every section its own label"
+                f"bytes {self.position} to {self.position + 8 * count} of the stream of section {self._label!r} were "
+                f"used before (it was read up to {done}): give every section its own label"
             )
-        self._read[self._key] = self.position + count
-        return super().draw(count)
+        self._read[self._key] = self.position + 8 * count
+        return super().words(count)
 
 
 def audited(runtime_class):

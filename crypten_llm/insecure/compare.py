@@ -2,9 +2,9 @@
 
 INSECURE by purpose: the client's role learns every intermediate value. For one machine, and for debugging alone.
 
-Owns the comparison of what is not attention, which is in ``tracked``. Each operation runs as in ``wire``; its inputs, as
-the shares stand for them, and its output are shown through ``reveal``, and ``plain`` computes what the output should have
-been. So an error is an operation's own, whatever went wrong before it.
+Owns the comparison of what is not attention, which is in ``tracked``. Each operation runs as in ``wire``; its inputs,
+as the shares stand for them, and its output are shown through ``reveal``, and ``plain`` computes what the output should
+have been. So an error is an operation's own, whatever went wrong before it.
 """
 
 import torch

@@ -5,11 +5,10 @@ INSECURE by purpose. Owns the showing, and the list of what was shown; nothing o
 
 import torch
 
+from crypten_llm.engines.wire.attention import Rows
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.engines.wire.handles import Weights
+from crypten_llm.engines.wire.handles import Weights, value
 from crypten_llm.engines.wire.keeping import contents
-from crypten_llm.engines.wire.rows import Rows
-from crypten_llm.engines.wire.values import value
 from crypten_llm.roles import CLIENT
 from crypten_llm.session.reveal import RevealLog
 

@@ -26,9 +26,13 @@ class LayerRecord:
 
 
 class Recorder:
-    """Wraps ``policy``. see(handle): its float tensor, or ``None`` at a party that does not get to know it; it is
-    called in the same order at every party. keep_seen: also keep all that the policy was shown (plaintext only).
+    """Wraps ``policy``, and is shown all even where that one does not act.
+
+    see(handle): its float tensor, or ``None`` at a party that does not get to know it; it is called in the same order
+    at every party. keep_seen: also keep all that the policy was shown (plaintext only).
     """
+
+    acts = True
 
     def __init__(self, policy, see: Callable, keep_seen: bool = False):
         self.policy = policy
@@ -36,6 +40,7 @@ class Recorder:
         self.keep_seen = keep_seen
         self.layers: dict[int, LayerRecord] = {}
         self._choices: dict[int, object] = {}
+        self._scale: torch.Tensor | None = None  # the policy's ``key_scale``, as last seen
 
     def __getattr__(self, name):
         return getattr(self.policy, name)
@@ -66,7 +71,7 @@ class Recorder:
 
     def _join(self, layer, seen) -> None:
         """New rows have joined the cache and nothing has been dropped yet."""
-        record, key = self.layers[layer.index], self._unbalanced(layer, self.see(seen.key))
+        record, key = self.layers[layer.index], self._as_made(layer, self.see(seen.key))
         if self.keep_seen:
             record.seen.append(seen)
         if key is None:
@@ -81,8 +86,8 @@ class Recorder:
         query = self.see(seen.query)
         if query is None:
             return
-        if "key range" in layer.notes:  # balanced: the query was multiplied by what the keys were divided by
-            query = query / self._range
+        if self._scale is not None:
+            query = query / self._scale
         attended = (
             record.rows if choice is None else record.rows.gather(1, chosen_rows(choice, picks, len(record.rows)))
         )
@@ -92,19 +97,18 @@ class Recorder:
 
     def _find_rows(self, layer, note: bool = False) -> None:
         """Which position each row of the cache came from: its nearest key, since coarse rows and shares are rounded."""
-        record, rows = self.layers[layer.index], self._unbalanced(layer, self.see(layer.keys))
+        record, rows = self.layers[layer.index], self._as_made(layer, self.see(layer.keys))
         if rows is None:
             return
         record.rows = torch.cdist(rows.double(), record.keys.double()).argmin(-1)
         if note:
             record.kept.append(record.rows)
 
-    def _unbalanced(self, layer, keys):
-        """Keys as they came, where a policy divides them by a range of its own."""
-        if "key range" not in layer.notes:
-            return keys
-        self._range = self.see(layer.notes["key range"])
-        return None if keys is None else keys * self._range
+    def _as_made(self, layer, keys):
+        """Keys as the model made them, where a policy has others in the cache."""
+        scale = self.policy.key_scale(layer)
+        self._scale = None if scale is None else self.see(scale)
+        return keys if keys is None or scale is None else keys * self._scale
 
 
 def chosen_rows(choice, picks, heads: int) -> torch.Tensor:

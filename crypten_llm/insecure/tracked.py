@@ -2,8 +2,8 @@
 
 INSECURE by purpose: everything is opened to the client's role. Owns ``Tracked``, a handle that carries beside its
 shares what ``plain`` makes of the same queries, keys and values, and how far ``wire`` may be from it: each operation's
-own bound (``engines.wire.operations``) and what becomes of its inputs'. So the bound of a score is the declared error of
-that score, however a policy came by it, and a choice that differs is a tie or a mistake.
+own bound (``engines.wire.operations``) and what becomes of its inputs'. So the bound of a score is the declared error
+of that score, however a policy came by it, and a choice that differs is a tie or a mistake.
 
 After a choice both go on with that of ``wire``; and each layer's queries, keys and values are taken from ``wire`` as
 they are.
@@ -17,10 +17,10 @@ import torch
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire import choosing
+from crypten_llm.engines.wire.attention import Rows
 from crypten_llm.engines.wire.handles import Reshaped, Scaled, Weights
 from crypten_llm.engines.wire.keeping import dropped
 from crypten_llm.engines.wire.operations import OPERATIONS
-from crypten_llm.engines.wire.rows import Rows
 from crypten_llm.insecure.finding import FLOAT, Finding, outside, worst
 from crypten_llm.insecure.opened import OpenedEngine
 from crypten_llm.protocols.opening import Secret

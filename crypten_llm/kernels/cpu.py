@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from crypten_llm.kernels import dcf, tables
+from crypten_llm.kernels import dcf, ring, tables
 from crypten_llm.kernels.compiling import compiled
 
 _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
@@ -196,7 +196,7 @@ def _cut(opened, count, offset, bits, shown, unwrapped):
 def pack(words, bits):
     flat = _flat(words)
     if bits == 64:
-        return torch.from_numpy(np.ascontiguousarray(flat).view(np.uint8))  # a strided view has no bytes of its own
+        return torch.from_numpy(flat.copy().view(np.uint8))  # a strided view has no bytes of its own
     out = np.empty((flat.size * bits + 63) // 64, dtype=np.uint64)
     _pack(flat, bits, np.uint64(_keep(bits)), out)
     return torch.from_numpy(out.view(np.uint8)[: (flat.size * bits + 7) // 8])
@@ -334,7 +334,29 @@ def turned(cosine, sine, turns):
     return torch.from_numpy(a), torch.from_numpy(b)
 
 
-compare_keys, compare = dcf.compare_keys, dcf.compare
+# Comparison keys, and tables.
+
+
+def compare_keys(alpha, beta, seed0, seed1, bits):
+    parts = [torch.empty(shape, dtype=dtype) for shape, dtype in ring.key_sizes(bits, alpha.shape[0])]
+    seeds, values, flags = parts
+    inputs = [_unsigned(words) for words in (alpha, beta, seed0, seed1)]
+    dcf.generate(*inputs, bits, _unsigned(seeds), _unsigned(values), flags.numpy())
+    return parts
+
+
+def compare(seed, common, party, points):
+    seeds, values, flags = common
+    out = torch.zeros((*points.shape, dcf.WORDS), dtype=torch.int64)
+    inputs = [_unsigned(words) for words in (seed, seeds, values)]
+    dcf.evaluate(*inputs, flags.numpy(), party, _unsigned(points), _unsigned(out))
+    return out
+
+
+def _unsigned(words):
+    return words.contiguous().numpy().view(np.uint64)
+
+
 turn_table, read_table = tables.turn_table, tables.read_table
 turn_signs, read_signs = tables.turn_signs, tables.read_signs
 turn_bits, read_bits = tables.turn_bits, tables.read_bits

@@ -10,7 +10,6 @@ Figure 1; payloads here are two words modulo 2^64.
 """
 
 import numpy as np
-import torch
 
 from crypten_llm.kernels.compiling import compiled
 
@@ -21,17 +20,6 @@ QUARTERS = (
     *((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)),
     *((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14)),
 )
-
-
-def sizes(bits: int, count: int) -> list[tuple[tuple, torch.dtype]]:
-    """Shapes and dtypes of what both parties' keys for ``count`` comparisons have in common, in the order they travel:
-    correction words of the seeds, of the values, and the left control bit and twice the right one.
-    """
-    return [
-        ((bits, count, 2), torch.int64),
-        ((bits + 1, count, WORDS), torch.int64),
-        ((bits, count), torch.uint8),
-    ]
 
 
 @compiled
@@ -97,7 +85,7 @@ def _set_key(key, lane, low, high):
 
 
 @compiled
-def _generate(alpha, beta, seeds0, seeds1, bits, cw_seeds, cw_values, cw_flags):
+def generate(alpha, beta, seeds0, seeds1, bits, cw_seeds, cw_values, cw_flags):
     one, zero = np.uint64(1), np.uint64(0)
     key, x = np.empty((4, 2), np.uint32), np.empty((16, 2), np.uint32)
     s, t = np.empty((2, 2), np.uint64), np.empty(2, np.uint64)
@@ -144,7 +132,7 @@ def _generate(alpha, beta, seeds0, seeds1, bits, cw_seeds, cw_values, cw_flags):
 
 
 @compiled
-def _evaluate(seeds, cw_seeds, cw_values, cw_flags, party, points, out):
+def evaluate(seeds, cw_seeds, cw_values, cw_flags, party, points, out):
     one = np.uint64(1)
     bits, count, lanes_each = cw_seeds.shape[0], points.shape[0], points.shape[1]
     total = count * lanes_each
@@ -176,23 +164,3 @@ def _evaluate(seeds, cw_seeds, cw_values, cw_flags, party, points, out):
                 s[0, i] = (first & ~one) ^ (cw_seeds[level, n, 0] * t[i])
                 s[1, i] = _word(x, side + 2, i) ^ (cw_seeds[level, n, 1] * t[i])
                 t[i] = control ^ (t[i] & ((np.uint64(cw_flags[level, n]) >> bit) & one))
-
-
-def compare_keys(alpha, beta, seed0, seed1, bits):
-    parts = [torch.empty(shape, dtype=dtype) for shape, dtype in sizes(bits, alpha.shape[0])]
-    seeds, values, flags = parts
-    inputs = [_unsigned(words) for words in (alpha, beta, seed0, seed1)]
-    _generate(*inputs, bits, _unsigned(seeds), _unsigned(values), flags.numpy())
-    return parts
-
-
-def compare(seed, common, party, points):
-    seeds, values, flags = common
-    out = torch.zeros((*points.shape, WORDS), dtype=torch.int64)
-    inputs = [_unsigned(words) for words in (seed, seeds, values)]
-    _evaluate(*inputs, flags.numpy(), party, _unsigned(points), _unsigned(out))
-    return out
-
-
-def _unsigned(words):
-    return words.contiguous().numpy().view(np.uint64)

@@ -43,7 +43,7 @@ class Kernels(Protocol):
     # What travels.
 
     def pack(self, words: Tensor, bits: int) -> Tensor:
-        """The low ``bits`` of each word, one behind the other: uint8 [ceil(N bits / 8)], perhaps in the words' memory."""
+        """The low ``bits`` of each word, one behind the other: uint8 [ceil(N bits / 8)]."""
 
     def unpack(self, data: Tensor, bits: int, shape: tuple) -> Tensor:
         """The inverse of ``pack``: words of ``shape`` modulo 2^bits, non-negative below 64 bits; these may be the
@@ -133,6 +133,29 @@ def top_bit(x: Tensor, bits: int) -> Tensor:
 def packed_size(count: int, bits: int) -> int:
     """Bytes that ``pack`` makes of ``count`` words."""
     return (count * bits + 7) // 8
+
+
+def broadcast(*shapes) -> tuple[int, ...]:
+    """The shape of an element-wise result. torch's own function imports sympy on first use."""
+    result = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for place, size in enumerate(shape, len(result) - len(shape)):
+            if size != 1:
+                if result[place] not in (1, size):
+                    raise ValueError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not broadcast")
+                result[place] = size
+    return tuple(result)
+
+
+def key_sizes(bits: int, count: int) -> list[tuple[tuple, torch.dtype]]:
+    """Shapes and dtypes of what both parties' keys for ``count`` comparisons have in common, in the order they travel:
+    correction words of the seeds, of the values, and the left control bit and twice the right one.
+    """
+    return [
+        ((bits, count, 2), torch.int64),
+        ((bits + 1, count, 2), torch.int64),
+        ((bits, count), torch.uint8),
+    ]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -104,7 +104,9 @@ class Meter:
         return _Scope(self, scope.phase, scope.label, scope.kind)
 
     def exchange_scopes(self, scopes):
-        """Put other steps in progress in the place of those now, which are returned: what runs side by side has its own."""
+        """Put other steps in progress in the place of those now, which are returned: what runs side by side has its
+        own.
+        """
         before = list(self._scopes)
         self._charge_wall()
         self._scopes[:] = scopes

@@ -1,7 +1,8 @@
 """The KV cache: rows of keys and values as handles, and what an eviction policy knows of them.
 
-Owns what is kept between steps, and when a policy's hooks are called. A row's position (which RoPE used when the key
-was made) is apart from its index, so that rows can be dropped without touching the others.
+Owns what is kept between steps, and when a policy's hooks are called; one that does not act is shown nothing. A row's
+position (which RoPE used when the key was made) is apart from its index, so that rows can be dropped without touching
+the others.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,14 +10,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from crypten_llm.errors import UsageError
-from eviction import PolicyError
+from eviction import FULL, Policy, PolicyError
 from eviction.operations import Layer, Seen
 
 
 class LayerCache:
-    """One layer's rows: ``keys`` and ``values`` [kv_heads, N, head_dim]; ``policy`` is ``None`` where all stay."""
+    """One layer's rows: ``keys`` and ``values`` [kv_heads, N, head_dim]; ``policy`` says which of them stay."""
 
-    def __init__(self, engine, keys=None, values=None, layer: Layer | None = None, policy=None):
+    def __init__(self, engine, keys=None, values=None, layer: Layer | None = None, policy: Policy = FULL):
         self.engine = engine
         self.layer = Layer(0, 1, 0, 0, 0, 0) if layer is None else layer
         self.layer.keys, self.layer.values = keys, values
@@ -26,8 +27,12 @@ class LayerCache:
 
     def copy(self, before: Layer | None = None) -> "LayerCache":
         """The same rows and notes, to go on with apart; ``before``: the copy of the layer below."""
-        layer = replace(self.layer, notes=dict(self.layer.notes), before=before)
-        other = LayerCache(self.engine, self.keys, self.values, layer, self.policy)
+        return self.handed_to(self.policy, self.layer.notes, before)
+
+    def handed_to(self, policy: Policy, notes: dict, before: Layer | None = None) -> "LayerCache":
+        """A copy that another policy goes on with; notes: what it has noted of these rows."""
+        layer = replace(self.layer, notes=dict(notes), before=before)
+        other = LayerCache(self.engine, self.keys, self.values, layer, policy)
         other.prefilled, other._seen = self.prefilled, self._seen
         return other
 
@@ -40,7 +45,7 @@ class LayerCache:
         return self.layer.values
 
     def __len__(self):
-        return len(self.layer)
+        return 0 if self.layer.keys is None else self.layer.keys.shape[1]
 
     @property
     def label(self) -> str:
@@ -58,19 +63,43 @@ class LayerCache:
                 layer.positions = torch.cat([layer.positions, positions])
         self._seen += len(positions)
 
-    def choose(self, query, query_before):
-        """What a decode step attends to; ``None`` for all rows. query: [kv_heads, group, head_dim]."""
-        if not self.prefilled:
-            return None
-        with self.engine.operation(f"{self.label} selection", "selection"):
-            return self.policy.choose(self.engine, self.layer, query, query_before)
+    def enter(self, query, key, value):
+        """The rotated query [heads, T, head_dim] and the rows [kv_heads, T, head_dim] as attention will use them."""
+        if self.policy.acts:
+            return self.policy.enter(self.engine, self.layer, query, key, value)
+        return query, key, value
 
-    def show(self, rows: int, **handles) -> None:
-        """Shows the policy a pass of ``rows`` new rows; handles: the rest of ``Seen``."""
-        seen = Seen(positions=torch.arange(self._seen - rows, self._seen), **handles)
-        hook = self.policy.after_step if self.prefilled else self.policy.watch
-        with self.engine.operation(f"{self.label} eviction", "eviction"):
-            hook(self.engine, self.layer, seen)
+    def leave(self, mixed):
+        """The mixed values [kv_heads, group * T, head_dim] as the model goes on with them."""
+        return self.policy.leave(self.engine, self.layer, mixed) if self.policy.acts else mixed
+
+    def choose(self, query, query_before):
+        """What a decode step attends to; ``None`` for all rows.
+
+        query: [kv_heads, group, head_dim]. query_before: [heads, 1, head_dim], before the rotary embedding.
+        """
+        if self.prefilled and self.policy.acts:
+            with self.engine.meter.operation(f"{self.label} selection", "selection"):
+                return self.policy.choose(self.engine, self.layer, query, self._grouped(query_before))
+        return None
+
+    def show(self, rows: int, query_before, **handles) -> None:
+        """Shows the policy a pass of ``rows`` new rows.
+
+        query_before: [heads, T, head_dim], before the rotary embedding. handles: the rest of ``Seen``.
+        """
+        if self.policy.acts:
+            positions = torch.arange(self._seen - rows, self._seen)
+            seen = Seen(positions=positions, query_before=self._grouped(query_before), **handles)
+            self._evict(self.policy.after_step if self.prefilled else self.policy.watch, seen)
+
+    def _grouped(self, query):
+        """[heads, T, head_dim] to [kv_heads, group * T, head_dim]."""
+        return query.reshape(self.layer.kv_heads, -1, self.layer.head_dim)
+
+    def _evict(self, hook, *shown) -> None:
+        with self.engine.meter.operation(f"{self.label} eviction", "eviction"):
+            hook(self.engine, self.layer, *shown)
 
     def show_last(self, query) -> None:
         """As if the rows were a prompt's of which the policy sees the last query [kv_heads, group, head_dim] alone.
@@ -80,7 +109,6 @@ class LayerCache:
         engine, layer, rows = self.engine, self.layer, len(self)
         self._seen, layer.positions = rows, torch.arange(rows)
         every = query.reshape(layer.heads, 1, layer.head_dim)[:, torch.zeros(rows, dtype=torch.int64)]
-        every = every.reshape(layer.kv_heads, layer.group * rows, layer.head_dim)
         scores = engine.scores(query, self.keys)
         weights = engine.softmax(scores)
         engine.mix(weights, self.values)
@@ -91,8 +119,8 @@ class LayerCache:
     def end_prompt(self) -> None:
         """Has the policy evict what the prompt left."""
         self.prefilled = True
-        with self.engine.operation(f"{self.label} eviction", "eviction"):
-            self.policy.evict(self.engine, self.layer)
+        if self.policy.acts:
+            self._evict(self.policy.evict)
 
 
 @dataclass
@@ -110,26 +138,23 @@ class KVCache:
             cache.layer.before = below.layer
         return cls(caches)
 
-    def follow(self, policy, prompt_tokens: int) -> None:
+    def follow(self, policy: Policy, prompt_tokens: int) -> None:
         """Sets the policy for a prompt of this length, before its first token.
 
         Raises UsageError when the engine lacks an operation of the policy, or the policy does not fit the model.
         """
         for cache in self.layers:
             cache.engine.check_policy(policy)
-            cache.layer.prompt_tokens = prompt_tokens
-            if policy.name != "full":
-                cache.policy = policy
-                try:
-                    policy.begin(cache.engine, cache.layer)
-                except PolicyError as error:
-                    raise UsageError(str(error)) from None
+            cache.policy, cache.layer.prompt_tokens = policy, prompt_tokens
+            try:
+                policy.begin(cache.engine, cache.layer)
+            except PolicyError as error:
+                raise UsageError(str(error)) from None
 
     def end_prompt(self) -> None:
         """To be called when the whole prompt has been seen."""
         for cache in self.layers:
-            if cache.policy is not None:
-                cache.end_prompt()
+            cache.end_prompt()
 
     def extend(self, count: int) -> torch.Tensor:
         """Positions [count] of the next ``count`` tokens, which are now counted as seen."""

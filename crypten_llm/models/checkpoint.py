@@ -11,21 +11,17 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from crypten_llm.errors import UsageError, first_line
+from crypten_llm.models import tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.hub import HUB_ID, download
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 SHIPPED = Path(__file__).parents[1] / "shipped"
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEXT_PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Frequencies that old versions of transformers saved; they follow from the config.
@@ -46,25 +42,17 @@ def resolve_config(name_or_path: str | Path, offline: bool = False) -> Path:
     return _resolve(name_or_path, offline, ("config.json",))
 
 
-def load_tokenizer(name_or_path: str | Path, offline: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model named as for `resolve_model`, without downloading its weights.
+def load_tokenizer(name_or_path: str | Path, offline: bool = False):
+    """The tokenizer (see ``tokenizer.load``) of a model named as for `resolve_model`, without downloading its weights.
 
-    Code that comes with the folder is never run. Raises UsageError when there is no tokenizer or it does not load.
+    Raises UsageError when there is no tokenizer or it does not load.
     """
-    folder = _resolve(name_or_path, offline, _TEXT_PATTERNS)
-    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
-        raise UsageError(
-            f"{folder}: no tokenizer ({', '.join(_TOKENIZER_FILES)}); give token ids with --prompt-ids instead"
-        )
-    from transformers import AutoTokenizer  # takes seconds to import
+    return tokenizer.load(resolve_tokenizer(name_or_path, offline))
 
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises anything here, from KeyError to its own types
-        raise UsageError(
-            f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); "
-            "repair it, or give token ids with --prompt-ids instead"
-        ) from error
+
+def resolve_tokenizer(name_or_path: str | Path, offline: bool = False) -> Path:
+    """As ``resolve_model``, for who needs the tokenizer alone: no weights are downloaded."""
+    return _resolve(name_or_path, offline, _TEXT_PATTERNS)
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, torch.Size]:

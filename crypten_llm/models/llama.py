@@ -1,11 +1,180 @@
-"""The Llama definition: one for every engine and family. It reads like the architecture and knows no protocol."""
+"""The Llama definition: one for every engine and family. It reads like the architecture and knows no protocol.
+
+Owns the mathematics, from one layer's parts to the whole model, as ``crypten.nn`` modules over an engine's operations,
+and nothing about where numbers live. Parameter names are Hugging Face's; which of them there are, and which norm's
+output a product takes, the family says.
+"""
 
 import torch
 
+from crypten_llm.compat import import_crypten
 from crypten_llm.models.cache import KVCache
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.layers import DecoderLayer, EngineModule, Linear, Parameters, RMSNorm, rotary_tables
+from crypten_llm.models.family import Family
 from crypten_llm.models.rope import rope_frequencies, unchanged_up_to
+
+Module = import_crypten().nn.Module
+
+
+class Parameters:
+    """Hands each layer its weights by Hugging Face name: ``parameters.within("mlp").get("up_proj.weight")``."""
+
+    def __init__(self, handles: dict, family: Family, prefix: str = ""):
+        self.handles = handles
+        self.family = family
+        self.prefix = prefix
+
+    def within(self, name: str) -> "Parameters":
+        return Parameters(self.handles, self.family, f"{self.prefix}{name}.")
+
+    def get(self, name: str):
+        return self.handles[self.prefix + name]
+
+    def find(self, name: str):
+        return self.handles.get(self.prefix + name)
+
+    def norm_before(self):
+        """The weight of the norm whose output this product takes, ``None`` for other inputs."""
+        norm = self.family.norm_before(self.prefix.removesuffix("."))
+        return None if norm is None else self.handles[f"{norm}.weight"]
+
+
+class EngineModule(Module):
+    """A ``crypten.nn`` module that computes through ``engine``; masks and rotary tables stay public."""
+
+    SUPPORTS_PLAINTEXT_INPUTS = True
+
+    def __init__(self, engine):
+        super().__init__()
+        self.engine = engine
+        self.encrypted = engine.is_private  # CrypTen refuses secrets in a module that does not say so
+
+    def adopt(self, name: str, handle):
+        """Registers a weight, so that CrypTen's own module tools (named_parameters, state_dict) see it."""
+        if handle is None:
+            setattr(self, name, None)
+        else:
+            self.register_parameter(name, handle, requires_grad=False)
+
+
+class Linear(EngineModule):
+    def __init__(self, engine, parameters: Parameters):
+        super().__init__(engine)
+        self.adopt("weight", parameters.get("weight"))
+        self.adopt("bias", parameters.find("bias"))
+        engine.prepare(parameters.get("weight"), parameters.norm_before())
+
+    def forward(self, x):
+        return self.engine.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(EngineModule):
+    """Over the last dimension: of hidden states [T, H], or of heads [heads, T, head_dim].
+
+    ``scales``: a public power of four by the name of a norm's weight, 1 where there is none.
+    """
+
+    def __init__(self, engine, parameters: Parameters, eps: float, scales: dict):
+        super().__init__(engine)
+        self.adopt("weight", parameters.get("weight"))
+        self.eps = eps
+        self.scale = scales.get(f"{parameters.prefix}weight", 1.0)
+
+    def forward(self, x):
+        return self.engine.rms_norm(x, self.weight, self.eps, self.scale)
+
+
+class Attention(EngineModule):
+    """Grouped-query attention. Query heads of one kv head share a matrix product: [kv_heads, group * T, head_dim]."""
+
+    def __init__(self, engine, config, parameters: Parameters, label: str, norm_scales: dict):
+        super().__init__(engine)
+        self.label = label
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.register_module(name, Linear(engine, parameters.within(name)))
+        self.has_head_norms = parameters.find("q_norm.weight") is not None
+        if self.has_head_norms:
+            for name in ("q_norm", "k_norm"):
+                norm = RMSNorm(engine, parameters.within(name), config.rms_norm_eps, norm_scales)
+                self.register_module(name, norm)
+
+    def forward(self, x, rotary, cache, mask):
+        engine, rows, group = self.engine, x.shape[0], self.heads // self.kv_heads
+        with engine.meter.operation(f"{self.label} query, key, value", "qkv"):
+            query = self._split(self.q_proj(x), self.heads)
+            key = self._split(self.k_proj(x), self.kv_heads)
+            value = self._split(self.v_proj(x), self.kv_heads)
+            if self.has_head_norms:
+                with engine.meter.operation("head norms", "norm"):
+                    query, key = self.q_norm(query), self.k_norm(key)
+            query_before, key_before = query, key
+            query, key = engine.rotate(query, *rotary), engine.rotate(key, *rotary)
+            query, key, value = cache.enter(query, key, value)
+            cache.append(engine.rows(key), engine.rows(value, values=True))
+            query = query.reshape(self.kv_heads, group * rows, self.head_dim)
+        choice = cache.choose(query, query_before)
+        with engine.meter.operation(f"{self.label} scores", "scores"):
+            scores = engine.scores(query, cache.keys)
+            gathered = scores if choice is None else engine.gather_scores(choice, scores)
+        with engine.meter.operation(f"{self.label} softmax", "softmax"):
+            weights = engine.softmax(gathered, None if mask is None else mask.repeat(group, 1))
+        with engine.meter.operation(f"{self.label} values", "values"):
+            if choice is not None:
+                weights = engine.scatter_weights(choice, weights, len(cache))
+            mixed = engine.mix(weights, cache.values)
+            mixed = cache.leave(mixed).reshape(self.heads, rows, self.head_dim).permute(1, 0, 2)
+            out = self.o_proj(mixed.reshape(rows, self.heads * self.head_dim))
+        rotated = {"query": query, "key": key, "value": value, "scores": scores, "weights": weights}
+        cache.show(rows, **rotated, query_before=query_before, key_before=key_before)
+        return out
+
+    def _split(self, x, heads):
+        return x.reshape(x.shape[0], heads, self.head_dim).permute(1, 0, 2)
+
+
+class MLP(EngineModule):
+    def __init__(self, engine, parameters: Parameters):
+        super().__init__(engine)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            self.register_module(name, Linear(engine, parameters.within(name)))
+
+    def forward(self, x):
+        return self.down_proj(self.engine.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(EngineModule):
+    def __init__(self, engine, config, parameters: Parameters, index: int, norm_scales: dict):
+        super().__init__(engine)
+        self.label = f"layer {index}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm = RMSNorm(engine, parameters.within(name), config.rms_norm_eps, norm_scales)
+            self.register_module(name, norm)
+        attention = Attention(engine, config, parameters.within("self_attn"), self.label, norm_scales)
+        self.register_module("self_attn", attention)
+        self.register_module("mlp", MLP(engine, parameters.within("mlp")))
+
+    def forward(self, x, rotary, cache, mask):
+        with self.engine.meter.operation(f"{self.label} input norm", "norm"):
+            normed = self.input_layernorm(x)
+        x = self.engine.residual(x, self.self_attn(normed, rotary, cache, mask))
+        with self.engine.meter.operation(f"{self.label} post-attention norm", "norm"):
+            normed = self.post_attention_layernorm(x)
+        with self.engine.meter.operation(f"{self.label} mlp", "mlp"):
+            return self.engine.residual(x, self.mlp(normed))
+
+
+def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for ``engine.rotate``; both are public.
+
+    Shapes: frequencies [head_dim / 2] in radians per position (see ``rope``), positions [T], integers from 0; returns
+    (cos, sin), each [T, head_dim], float32. The right half of each row repeats the left.
+    """
+    angles = positions[:, None].to(torch.float32) * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
 
 
 class Llama(EngineModule):
@@ -47,7 +216,7 @@ class Llama(EngineModule):
 
     def extend(self, one_hot, cache: KVCache, seq_len: int = 0):
         """Hidden states [T, H] for one-hot rows [T, V]; their keys and values join the cache."""
-        with self.engine.operation("embedding", "embedding"):
+        with self.engine.meter.operation("embedding", "embedding"):
             x = self.engine.embed(one_hot, self.embed_tokens)
         return self.decode_rows(x, cache, seq_len)
 
@@ -72,9 +241,9 @@ class Llama(EngineModule):
         return rotary_tables(frequencies, positions)
 
     def logits(self, x):
-        with self.engine.operation("final norm", "norm"):
+        with self.engine.meter.operation("final norm", "norm"):
             x = self.norm(x)
-        with self.engine.operation("logits", "logits"):
+        with self.engine.meter.operation("logits", "logits"):
             if self.config.tie_word_embeddings:
                 return self.engine.linear(x, self.embed_tokens)
             return self.lm_head(x)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.kernels.ring import DIGITS, SIGNS
+from crypten_llm.kernels.ring import DIGITS, SIGNS, broadcast
 from crypten_llm.protocols.dealer.roles import Parts
-from crypten_llm.protocols.dealer.shapes import broadcast
 from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, shares_of
 
 BLOCK = 1 << 14  # comparisons at a time

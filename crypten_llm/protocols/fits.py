@@ -110,7 +110,9 @@ _UNIT = 2.0**-36
 
 @functools.cache
 def stored(name: str) -> Fit:
-    """The fit of that name in ``TARGETS``."""
+    """The fit of that name in ``TARGETS``: "exp" serves exp(s / 2) for scores s within 36 of each other, "silu" is
+    silu(x) - x / 2, which is even.
+    """
     entry, target = json.loads(_STORED.read_text("utf-8"))[name], TARGETS[name]
     constant = entry["constant"] * _UNIT
     cosine, sine = (torch.tensor(entry[part], dtype=torch.float64) * _UNIT for part in ("cosine", "sine"))
@@ -128,31 +130,6 @@ def store() -> None:
         entries[name] = {"error": float(f"{made.error:.2g}"), **parts}
     lines = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
     _STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
-
-
-def exponential() -> Fit:
-    """exp on [-18, 0.2], period 32: exp(s / 2) for scores s within 36 of each other."""
-    return stored("exp")
-
-
-def reciprocal() -> Fit:
-    """1/x on [1/2, 2], period 4."""
-    return stored("reciprocal")
-
-
-def inverse_root() -> Fit:
-    """1/sqrt(x) on [1/4, 1], period 2."""
-    return stored("inverse root")
-
-
-def silu_even() -> Fit:
-    """x/2 tanh(x/2) = silu(x) - x/2 on [-12, 12], period 32."""
-    return stored("silu")
-
-
-def sigmoid() -> Fit:
-    """1 / (1 + exp(-x)) on [-12, 12], period 32."""
-    return stored("sigmoid")
 
 
 def rounding(function: Fit, fraction: int, dealt: int | None = None) -> float:

@@ -11,19 +11,24 @@ up to one unit of rounding, unbiased, for |x| < 2^(ring - 2) (an offset of 2^(ri
 2^(ring - t) the last term vanishes: a *narrow* wire, public part minus one mask. With the dealer's shares of r >> t
 and msb(r), the whole of it holds modulo 2^64: a *lifted* wire, linear in two masks with public coefficients.
 
-Protocols are generators: they yield what they want opened and are sent the wires, ``(wire,) = yield [Opening(x)]``. Who
-gathers what they yield into messages is ``rounds``.
+Protocols are generators: they yield what they want opened and are sent the wires, ``(wire,) = yield [Opening(x)]``.
+``Rounds`` is the session of openings that they share. A protocol that is started goes on to its first request at once,
+and waits there; a round opens what all of them have asked for, in the order in which they were started, in one message
+each way, and takes each to its next request. So what does not depend on each other travels together, whoever asked for
+it: the new rows of a cache with the next layer's scores, and one sequence's openings with another's.
 """
 
+import itertools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.roles import Parts, Piece
+from crypten_llm.protocols.dealer.roles import Parts, Piece, Runtime
 
 
 class Overflow(AssertionError):
@@ -125,8 +130,8 @@ class Opening:
 
     Reveals: x + r modulo 2^ring for a fresh mask r uniform modulo 2^ring: a uniform value, to both parties.
     Error: rounding by less than one unit of the new scale, unbiased; none without truncation.
-    Cost: ring bits an element each way, packed; dealer, where bits are dropped, ring - truncate bits an element, and of a
-    lifted wire 128 (none of an opening of 64 bits that drops none).
+    Cost: ring bits an element each way, packed; dealer, where bits are dropped, ring - truncate bits an element, and of
+    a lifted wire 128 (none of an opening of 64 bits that drops none).
     Raises: Overflow when the declared |x| does not fit the ring, or the share is not valid there.
     Source: a masked opening as in Ben-Efraim et al. (Turbospeedz, ACNS 2019); truncation with a wrap bit as in
     Escudero et al. (CRYPTO 2020), section 5.1, here without the wrap bit where the narrower ring is enough.
@@ -248,3 +253,137 @@ def joined(wires: list[Wire], dim: int) -> Wire:
     client = None if parts[0].client is None else torch.cat([part.client for part in parts], dim)
     mask = Parts(torch.cat([part.held for part in parts], dim), client)
     return Wire(public, [(-1, mask)], first.scale, min(wire.width for wire in wires), first.bits)
+
+
+Result = TypeVar("Result")
+
+
+class Running:
+    """A protocol under way. ``requests``: what it waits for. ``is_done``: then ``result`` is what it returned."""
+
+    __slots__ = ("protocol", "scope", "requests", "is_done", "result")
+
+    def __init__(self, protocol: Protocol, scope):
+        self.protocol, self.scope = protocol, scope
+        self.requests: list[Request] = []
+        self.is_done, self.result = False, None
+
+
+class Rounds:
+    """One role's protocols under way, over its runtime."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+        self._running: list[Running] = []
+        self._strands: dict[greenlet, Running | None] = {}  # programs side by side, and what each waits for
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether programs run side by side."""
+        return bool(self._strands)
+
+    @property
+    def _meter(self):
+        return self.runtime.transport.meter
+
+    def start(self, protocol: Protocol) -> Running:
+        """Takes a protocol to its first request, which joins the next round."""
+        running = Running(protocol, self._meter.scope)
+        self._advance(running, None)
+        if not running.is_done:
+            self._running.append(running)
+        return running
+
+    def finish(self, running: Running) -> Any:
+        """Runs rounds until this protocol is done; returns its result."""
+        while not running.is_done:
+            strand = getcurrent()
+            if strand in self._strands:
+                self._strands[strand] = running
+                strand.parent.switch()
+            else:
+                self._round()
+        return running.result
+
+    def run(self, protocol: Protocol) -> Any:
+        """``start`` and ``finish``."""
+        return self.finish(self.start(protocol))
+
+    def open(self, *openings: Opening) -> list[Wire]:
+        """The wires of these, and a round of everything that waits."""
+        return self.run(_opened(list(openings)))
+
+    def side_by_side(self, programs: list[Callable[[], Result]]) -> list[Result]:
+        """Runs programs that know nothing of each other, and shares their rounds: whenever all that have not ended wait
+        for one, one message carries what all of them open. Returns what each returned.
+
+        They take turns in the order in which they are given, alike on every role. A program that raises ends all, and
+        what they had asked for is forgotten.
+        """
+        assert not self._strands, "programs side by side are not nested"
+        before = list(self._running)
+        hub, results, outer = getcurrent(), {}, self._meter.exchange_scopes([self._meter.scope])
+        strands = [greenlet(program, hub) for program in programs]
+        scopes = {strand: [outer[-1]] for strand in strands}
+        self._strands = dict.fromkeys(strands)
+        try:
+            while self._strands:
+                for strand, waits in list(self._strands.items()):
+                    if waits is not None and not waits.is_done:
+                        continue
+                    self._meter.exchange_scopes(scopes[strand])
+                    given = strand.switch()
+                    scopes[strand] = self._meter.exchange_scopes([outer[-1]])
+                    if strand.dead:
+                        results[strand] = given
+                        del self._strands[strand]
+                if any(waits is not None and not waits.is_done for waits in self._strands.values()):
+                    self._round()
+        finally:
+            left, self._strands = list(self._strands), {}
+            for strand in left:  # after an error: each leaves the steps that it was in
+                self._meter.exchange_scopes(scopes[strand])
+                strand.throw()
+            if left:
+                self._running = [item for item in self._running if item in before]
+            self._meter.exchange_scopes(outer)
+        return [results[strand] for strand in strands]
+
+    def _round(self) -> None:
+        """Opens all that is asked for, and takes every protocol one request further."""
+        running, self._running = self._running, []
+        assert running, "no protocol is under way: what is waited for will never come"
+        prepared = [
+            request.prepare(self.runtime, (item.scope.phase, item.scope.kind))
+            for item in running
+            for request in item.requests
+        ]
+        opened = self.runtime.exchange([piece for piece, _ in prepared]) if prepared else []
+        finish = zip([finish for _, finish in prepared], opened, strict=True)
+        for item in running:
+            self._advance(item, finish)
+            if not item.is_done:
+                self._running.append(item)
+
+    def _advance(self, item: Running, finish) -> None:
+        """finish: gives for each request what makes its wire, and of what; ``None`` at the start."""
+        meter = self._meter
+        if item.scope is meter.scope:
+            self._resume(item, finish)
+        else:
+            with meter.within(item.scope):
+                self._resume(item, finish)
+
+    def _resume(self, item: Running, finish) -> None:
+        try:
+            if finish is None:
+                item.requests = next(item.protocol)
+            else:
+                wires = [make(of) for make, of in itertools.islice(finish, len(item.requests))]
+                item.requests = item.protocol.send(wires)
+        except StopIteration as end:
+            item.is_done, item.result, item.requests = True, end.value, []
+
+
+def _opened(openings: list[Request]) -> Protocol:
+    return (yield openings)

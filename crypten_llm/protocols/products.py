@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.dealer.roles import Parts
-from crypten_llm.protocols.dealer.shapes import broadcast
 from crypten_llm.protocols.opening import Message, Overflow, Protocol, Secret, Wire, masked
 from crypten_llm.roles import CLIENT, OWNER
 

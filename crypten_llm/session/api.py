@@ -6,8 +6,9 @@ gathers the cost. The process that calls it is the client; under torchrun it is 
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from statistics import median
 from time import perf_counter
 
@@ -16,86 +17,20 @@ import torch
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import ENDED, UsageError, public_words, unheard
 from crypten_llm.models import checkpoint
+from crypten_llm.models import tokenizer as tokenizers
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import launch
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import DEFAULT_CHUNK, Answer, Plan, Progress, Step, parse_policy
+from crypten_llm.session.generation import Answer, Plan, Progress, Step
 from crypten_llm.session.party import Party
 from crypten_llm.session.report import Cost
-from crypten_llm.session.sampling import Sampler, SamplingConfig
+from crypten_llm.session.request import Detokenizer, Request, Result, check_ids, check_policy
+from crypten_llm.session.sampling import Sampler
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, check_names, split
 
 ENDED_SESSION = "this session has ended, by close() or an error; open another with PrivateLlama.from_pretrained()"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What ``generate`` and ``stream`` take; what can be refused without a model is refused here.
-
-    prompt or input_ids: text, or token ids used as they are. max_new_tokens, do_sample, temperature, top_k, top_p,
-    seed: as in transformers; without ``do_sample`` decoding is greedy. hide_length: run all steps alike and show the
-    answer after the last, so that only the client knows where it ended. prefill_chunk: prompt tokens per pass.
-    policy: a KV-cache eviction policy.
-
-    Raises UsageError for a value out of range.
-    """
-
-    prompt: str | None = None
-    input_ids: list[int] | None = None
-    max_new_tokens: int = 32
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int | None = None
-    hide_length: bool = False
-    prefill_chunk: int = DEFAULT_CHUNK
-    policy: str = "full"
-
-    def __post_init__(self):
-        if (self.prompt is None) == (self.input_ids is None):
-            raise UsageError("give either a prompt or input_ids (--prompt, --prompt-file or --prompt-ids)")
-        if self.prompt is not None and not self.prompt.strip():
-            raise UsageError("the prompt is empty; give some text")
-        if self.input_ids is not None and not len(self.input_ids):
-            raise UsageError("the prompt is empty; give at least one token id")
-        for name in ("max_new_tokens", "prefill_chunk"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} is {value!r}; it must be 1 or more")
-        check_policy(self.policy)
-        self.sampling()
-
-    def sampling(self) -> SamplingConfig:
-        return SamplingConfig(self.do_sample, self.temperature, self.top_k, self.top_p, self.seed)
-
-    def plan(self, prompt_tokens: int) -> Plan:
-        return Plan(prompt_tokens, self.max_new_tokens, self.prefill_chunk, self.hide_length, self.policy)
-
-
-@dataclass(frozen=True)
-class Result:
-    """An answer, what it cost and what was revealed for it."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    engine: str
-    policy: str
-    finish_reason: str
-    seconds: dict
-    cost: Cost
-    revealed: list[dict]
-
-    def to_dict(self) -> dict:
-        """The JSON object that ``generate --json`` prints."""
-        return {
-            **{field.name: getattr(self, field.name) for field in fields(self) if field.name != "cost"},
-            "online": {"rounds": self.cost.rounds(), "bytes_sent": self.cost.bytes_sent()},
-            "offline": {"bytes": self.cost.dealer_bytes(), "rounds": self.cost.dealer_rounds()},
-            "peak_memory_bytes": self.cost.peak_bytes(),
-            "table": self.cost.table(),
-        }
+BUSY = "another stream of this session is still being read; read it to its end or close it"
+UNLEAVABLE = (None, None)
 
 
 class PrivateLlama:
@@ -111,7 +46,10 @@ class PrivateLlama:
         self.load_seconds = 0.0
         self._children = self._joined = self._transport = self._tokenizer = self._tokenizer_source = None
         self._no_tokenizer = False
-        self._reading: tuple[Answer, Iterator[Progress | Step]] | None = None
+        self._compared: str | None = None
+        # What runs now: an answer and its events, or two times None for what cannot be left early.
+        self._running: tuple[Answer | None, Iterator[Progress | Step] | None] | None = None
+        self._claiming = threading.Lock()  # of several threads that ask at once, one finds the parties free
         if not protocol.is_private:
             torch.set_num_threads(launched.thread_count(1))
             self.party = Party(PlainEngine())
@@ -170,30 +108,49 @@ class PrivateLlama:
 
     @property
     def tokenizer(self):
-        """The client's tokenizer, loaded when first asked for; raises UsageError when there is none."""
+        """The client's tokenizer, loaded when first asked for.
+
+        Raises UsageError when there is none, or when its ids stand for other tokens than those of the owner's model.
+        """
         if self._tokenizer is None:
             self._tokenizer = checkpoint.load_tokenizer(self._tokenizer_source, self.launch.offline)
+        self._compare_tokens()
         return self._tokenizer
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether answers can be shown as text; without a tokenizer, prompts and answers are token ids.
 
-        Looked for once in a session: a hub may have to be asked.
+        Looked for once in a session: a hub may have to be asked. Raises UsageError for another model's tokenizer.
         """
         if self._tokenizer is None and not self._no_tokenizer:
             try:
-                return self.tokenizer is not None
+                self._tokenizer = checkpoint.load_tokenizer(self._tokenizer_source, self.launch.offline)
             except UsageError:
                 self._no_tokenizer = True
+        if self._tokenizer is not None:
+            self._compare_tokens()
         return self._tokenizer is not None
 
+    def _compare_tokens(self) -> None:
+        """Raises UsageError when the client's ids stand for other tokens than the owner's, where both are known."""
+        theirs = self.party.tokens_digest
+        if theirs is None or theirs == self._compared:
+            return
+        if tokenizers.digest_of(self._tokenizer) not in (None, theirs):
+            raise UsageError(
+                f"the tokenizer of {str(self._tokenizer_source)!r} is not the owner's model's: the same ids stand for "
+                "other tokens; give that model's tokenizer with --tokenizer (tokenizer=), or token ids and a folder "
+                "without a tokenizer"
+            )
+        self._compared = theirs
+
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt``, as ``generate`` uses them."""
-        return list(self.tokenizer(prompt)["input_ids"])
+        """Token ids of ``prompt``, as ``generate`` uses them (see ``tokenizer.encode_prompt``)."""
+        return tokenizers.encode_prompt(self.tokenizer, prompt)
 
     def _ids_of(self, request: Request) -> list[int]:
-        return self.encode(request.prompt) if request.prompt else _one_row(request.input_ids)
+        return request.ids(lambda: self.tokenizer)
 
     def stream(self, prompt: str | None = None, **arguments) -> Iterator[Progress | Step]:
         """Yields ``Progress`` while the prompt is prefilled and then a ``Step`` per token; ``result`` follows.
@@ -212,16 +169,16 @@ class PrivateLlama:
 
     def _stream(self, request: Request) -> Iterator[Progress | Step]:
         self._check_free()
-        ids = _check_ids(self._ids_of(request), self.config.vocab_size)
+        ids = check_ids(self._ids_of(request), self.config.vocab_size)
         plan = request.plan(len(ids)).check(self.config)
-        self.party.expect("generate", plan)
         answer = Answer(ids, Sampler(request.sampling()), self.config.eos_token_ids)
         text = Detokenizer(self.tokenizer if self.has_tokenizer else None)
         steps: list[Step] = []
         ranks: list[dict] = []
         events = self._events(plan, answer, ranks)
-        self._reading = answer, events
+        self._claim(answer, events)
         try:
+            self.party.expect("generate", plan)
             with self._guarded():
                 for event in events:
                     if isinstance(event, Step):
@@ -230,29 +187,30 @@ class PrivateLlama:
                     yield event
             if answer.abandoned:
                 raise UsageError(ENDED_SESSION)
+            decode = [step.seconds for step in steps[1:]]
+            self.result = result = Result(
+                text=text.text,
+                token_ids=[step.token_id for step in steps],
+                prompt_tokens=len(ids),
+                engine=self.protocol.engine,
+                policy=plan.policy,
+                finish_reason=steps[-1].finish_reason,
+                seconds={
+                    "load": self.load_seconds,
+                    "prefill": steps[0].seconds,
+                    "per_token": median(decode) if decode else None,
+                },
+                cost=Cost(ranks, self.party.compute_parties),
+                revealed=self.party.reveals.as_list(),
+            )
         except GeneratorExit:
             if not answer.abandoned:
                 self._leave_stream()
             raise
         finally:
             if not answer.abandoned:
-                self._reading = None
-        decode = [step.seconds for step in steps[1:]]
-        self.result = Result(
-            text=text.text,
-            token_ids=[step.token_id for step in steps],
-            prompt_tokens=len(ids),
-            engine=self.protocol.engine,
-            policy=plan.policy,
-            finish_reason=steps[-1].finish_reason,
-            seconds={
-                "load": self.load_seconds,
-                "prefill": steps[0].seconds,
-                "per_token": median(decode) if decode else None,
-            },
-            cost=Cost(ranks, self.party.compute_parties),
-            revealed=self.party.reveals.as_list(),
-        )
+                self._running = None
+        return result
 
     def _events(self, plan: Plan, answer: Answer, ranks: list[dict]) -> Iterator[Progress | Step]:
         """Runs one request to its end, putting every rank's counters into ``ranks``.
@@ -270,9 +228,9 @@ class PrivateLlama:
 
     def _leave_stream(self) -> None:
         """Ends the answer that is being read, if any: the other parties still follow its plan."""
-        if self._reading is None:
+        if self._running is None or self._running == UNLEAVABLE:
             return
-        (answer, events), self._reading = self._reading, None
+        (answer, events), self._running = self._running, None
         answer.abandoned = True
         if self._transport is None:
             events.close()
@@ -285,24 +243,36 @@ class PrivateLlama:
         """Raises UsageError when no request can be made now."""
         if self.protocol.is_private and self._transport is None:
             raise UsageError(ENDED_SESSION)
-        if self._reading is not None:
-            raise UsageError("another stream of this session is still being read; read it to its end or close it")
+        if self._running is not None:
+            raise UsageError(BUSY)
+
+    def _claim(self, *running) -> None:
+        """Makes ``running`` what the parties do now. Raises UsageError, and leaves it be, when they do something."""
+        with self._claiming:
+            self._check_free()
+            self._running = running
 
     def generate(self, prompt: str | None = None, **arguments) -> Result:
         """The whole answer; arguments as for ``stream``."""
         with contextlib.closing(self.stream(prompt, **arguments)) as events:
-            for _ in events:
-                pass
-        return self.result
+            while True:
+                try:
+                    next(events)
+                except StopIteration as ended:  # with its own result: another thread's may be the session's by now
+                    return ended.value
 
     def bench(self, shape: Shape) -> tuple[dict, Cost]:
         """Times decode steps on random weights; needs no model (see ``bench.run``). Returns figures and cost."""
         check_policy(shape.policy)
         self._check_free()
-        with self._guarded():
-            self.party.expect("bench", shape)
-            figures = self.party.request_bench(shape)
-            return figures, Cost(self.party.collect_statistics(), self.party.compute_parties)
+        self._claim(*UNLEAVABLE)
+        try:
+            with self._guarded():
+                self.party.expect("bench", shape)
+                figures = self.party.request_bench(shape)
+                return figures, Cost(self.party.collect_statistics(), self.party.compute_parties)
+        finally:
+            self._running = None
 
     def close(self) -> None:
         """Ends the other parties, and a stream that is still being read. Calling it twice is harmless."""
@@ -354,45 +324,3 @@ class PrivateLlama:
         children, self._children = self._children, None
         if children is not None:
             children.stop(failed)
-
-
-class Detokenizer:
-    """Text of a growing list of tokens, holding back bytes of a character that is not complete yet."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.text = ""
-
-    def push(self, token_id: int, last: bool) -> str:
-        """What ``token_id`` adds to the text that may be shown; the last token adds whatever is left."""
-        if self.tokenizer is None:
-            return ""
-        self.ids.append(token_id)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if text.endswith("\ufffd") and not last:
-            return ""
-        new, self.text = text[len(self.text) :], text
-        return new
-
-
-def check_policy(name: str) -> None:
-    """Raises UsageError for a policy that is not in the table, or a setting that it has not."""
-    parse_policy(name)
-
-
-def _one_row(ids) -> list[int]:
-    """Ids as a list; tensors and a batch of one are taken as transformers takes them."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    if not any(isinstance(row, list) for row in ids):
-        return ids
-    if len(ids) > 1:
-        raise UsageError(f"input_ids holds {len(ids)} prompts; ask one at a time")
-    return ids[0]
-
-
-def _check_ids(ids: list[int], vocab_size: int) -> list[int]:
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise UsageError(f"token id {token!r} is not in the vocabulary; ids go from 0 to {vocab_size - 1}")
-    return ids

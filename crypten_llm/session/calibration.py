@@ -23,7 +23,8 @@ TARGET = 2.7  # the middle of [0.043, 173] on a logarithmic scale
 class Ranges:
     """Extremes over random tokens. mean_square: (low, high) at each norm's input, by the name of its weight.
 
-    limited: (low, high) of what engine ``wire`` limits, in all layers, by the operation (``engines.wire.engine.domains``).
+    limited: (low, high) of what engine ``wire`` limits, in all layers, by the operation
+    (``engines.wire.engine.domains``).
     """
 
     mean_square: dict[str, tuple[float, float]]

@@ -110,7 +110,7 @@ def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | 
     """
     engine, model, meter = party.engine, party.model, party.engine.meter
     cache = model.new_cache()
-    cache.follow(parse_policy(plan.policy), plan.prompt_tokens)
+    cache.follow(party.make_policy(plan.policy), plan.prompt_tokens)
     party.reveals.public(f"prompt length: {plan.prompt_tokens} tokens", "shapes and rounds depend on it")
     limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
     party.reveals.public(f"request: {limits}", "all parties run the same program")
@@ -132,7 +132,7 @@ def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | 
             if not ended:
                 yield Step(index, answer.token_id, "", seconds, online.rounds, online.bytes_sent, reason)
         if not last and not plan.hide_length:
-            with meter.phase("decode"), party.engine.operation("whether the answer goes on", "stop or go"):
+            with meter.phase("decode"), party.engine.meter.operation("whether the answer goes on", "stop or go"):
                 if party.agree(answer and (answer.finished or answer.abandoned)):
                     break
     counted = "upper bound of the answer's length" if plan.hide_length else "number of generated tokens"
@@ -167,6 +167,6 @@ def _tokens(party, ids, count: int):
 
 
 def _open(party, logits):
-    with party.engine.operation("reveal of the logits to the client", "reveal"):
+    with party.engine.meter.operation("reveal of the logits to the client", "reveal"):
         why = "the client samples its own answer"
         return party.reveals.open_to_client(party.engine, logits, party.client, "logits of each generated token", why)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -22,11 +22,10 @@ import torch
 from crypten_llm.errors import ENDED, INTERRUPTED, CryptenLLMError, PartyError, UsageError, public_words, unheard
 from crypten_llm.links import rendezvous
 from crypten_llm.links.network import parse_network
-from crypten_llm.links.tls import Links
 from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session.party import Party
-from crypten_llm.session.settings import Agreement, LaunchConfig, ProtocolConfig
+from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
 
 PACKAGE_HOME = str(Path(__file__).parents[2])
 GRACE_SECONDS = 10.0  # for the other processes to end by themselves, once the links are closed
@@ -78,7 +77,7 @@ def join(
         launch.timeout,
         host=launch.host or None,
         is_master=True if parties else None,
-        links=Links(launch.tls, protocol.roles, rank) if launch.tls else None,
+        links=_links(launch, protocol, rank),
         network=parse_network(launch.network) if launch.network else None,
         while_waiting=parties.check if parties else None,
     )
@@ -89,19 +88,29 @@ def join(
     return transport
 
 
+def _links(launch: LaunchConfig, protocol: ProtocolConfig, rank: int):
+    """This party's keys and certificates; None on plain TCP, which needs no X.509."""
+    if not launch.tls:
+        return None
+    from crypten_llm.links.tls import Links
+
+    return Links(launch.tls, protocol.roles, rank)
+
+
+def _bridge():
+    """The module that keeps CrypTen's state; None in a process where nothing has needed it yet."""
+    return sys.modules.get("crypten_llm.engines.crypten.bridge")
+
+
 def check_free() -> None:
     """Raises UsageError when this process is a party already: CrypTen keeps its state in module globals."""
-    from crypten_llm.engines.crypten import bridge  # imports CrypTen, which takes seconds
-
-    if bridge.is_started():
+    if (bridge := _bridge()) and bridge.is_started():
         raise UsageError("this process already has a private session; close it first, or use another process")
 
 
 def forget(transport: Transport) -> None:
     """Makes this process free for another session, if CrypTen runs over ``transport``."""
-    from crypten_llm.engines.crypten import bridge
-
-    if bridge.is_started(transport):
+    if (bridge := _bridge()) and bridge.is_started(transport):
         bridge.stop()
 
 
@@ -118,7 +127,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig) -> Party:
         if tape:
             tape.compare(asdict(config))
         return Party(WireEngine(transport, config, tape), transport, protocol.compute_parties)
-    from crypten_llm.engines.crypten.engine import CryptenConfig, CryptenEngine  # imports CrypTen, which takes seconds
+    from crypten_llm.engines.crypten.engine import CryptenConfig, CryptenEngine
 
     config = CryptenConfig(precision_bits=protocol.precision_bits)
     return Party(CryptenEngine(transport, protocol.compute_parties, config), transport, protocol.compute_parties)
@@ -229,17 +238,10 @@ class LocalParties:
         }
 
     def _start(self, rank: int, model_folder: str) -> None:
-        arguments = ["party", "--end-with-parent", "--engine", self.protocol.engine]
-        arguments += ["--parties", str(self.protocol.compute_parties)]
-        arguments += ["--precision-bits", str(self.protocol.precision_bits), "--timeout", str(self.launch.timeout)]
-        arguments += ["--threads", str(self.launch.threads)]
-        given = {"--model": model_folder, "--network": self.launch.network, "--tls": self.launch.tls}
-        given["--tape"] = self._tapes.get(rank, "")
-        for option, value in given.items():
-            arguments += [option, value] if value else []
-        for option, wanted in (("--offline", self.launch.offline), ("--verbose", self.launch.verbose)):
-            arguments += [option] if wanted else []
-        process = self.processes[rank] = start_party(arguments, self.environment(rank))
+        # Of the client's own are the address that it gave, and the bars: the others' would be drawn over its own.
+        launch = replace(self.launch, host="", progress=False)
+        told = Child(replace(self.protocol, tape=self._tapes.get(rank, "")), launch, model_folder)
+        process = self.processes[rank] = start_party(["party", "--child", told.to_json()], self.environment(rank))
         self._printed[rank] = deque(maxlen=20)
         self._readers[rank] = threading.Thread(target=self._read, args=(rank, process.stderr), daemon=True)
         self._readers[rank].start()

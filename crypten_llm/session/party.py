@@ -6,15 +6,17 @@ weights, the client's alone sees the prompt, the dealer sees shapes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
 
 from tqdm import tqdm
 
+import eviction
 from crypten_llm.errors import PartyError, UsageError, unheard
 from crypten_llm.links.meter import Meter, peak_bytes
-from crypten_llm.models import checkpoint
+from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER
@@ -27,10 +29,19 @@ HEARTBEAT_SECONDS = 1.0  # between the owner's signs of life while it reads its 
 class Party:
     """A compute party: an engine, the shared model, and what has been revealed so far.
 
-    transport is ``None`` on engine ``plain``, where one process is owner and client at once.
+    transport is ``None`` on engine ``plain``, where one process is owner and client at once. make_policy: of a request,
+    from its text; one that watches another, such as a ``Recorder``, can take its place.
     """
 
-    def __init__(self, engine, transport=None, compute_parties: int = 1, owner: int = OWNER, client: int = CLIENT):
+    def __init__(
+        self,
+        engine,
+        transport=None,
+        compute_parties: int = 1,
+        owner: int = OWNER,
+        client: int = CLIENT,
+        make_policy: Callable[[str], eviction.Policy] = generation.parse_policy,
+    ):
         self.engine = engine
         self.transport = transport
         self.compute_parties = compute_parties
@@ -38,7 +49,9 @@ class Party:
         self.rank = transport.rank if transport else 0
         self.reveals = self.load_reveals = RevealLog()
         self.model: Llama | None = None
+        self.tokens_digest: str | None = None  # of the owner's tokenizer, where its model has one
         self.requests = 0
+        self.make_policy = make_policy
 
     @property
     def is_client(self) -> bool:
@@ -114,11 +127,16 @@ class Party:
             announced, weights = self._open_model(folder, progress) if self.is_owner else (self._await(progress), {})
             config, scales = LlamaConfig.from_dict(announced["config"]), announced["norm_scales"]
             self.reveals.public("architecture (config.json)", "all parties run the same program")
+            self.tokens_digest = announced.get("tokens")
+            if self.tokens_digest:
+                self.reveals.public(
+                    "digest of the tokenizer's vocabulary", "the client's ids stand for the same tokens"
+                )
             self.engine.expect("model", config.to_dict(), self.requests)
             if scales:
                 why = "keeps values in the secure functions' domain"
                 self.reveals.public("one power of four per RMSNorm, near the size of its input", why)
-            with self.engine.operation("sharing of the weights", "weights"), self.engine.section("weights"):
+            with self.engine.meter.operation("sharing of the weights", "weights"), self.engine.section("weights"):
                 handles = {}
                 for name, shape in checkpoint.expected_shapes(config).items():
                     handles[name] = self.engine.parameter(weights.pop(name, None), shape)
@@ -131,8 +149,10 @@ class Party:
             raise UsageError("the owner was started without a model; give it --model")
         with unheard():
             config = LlamaConfig.from_folder(folder)
+            tokens = tokenizer.digest(Path(folder))
             weights = self._read_weights(folder, config, progress)
-        announced = {"config": config.to_dict(), "norm_scales": self.engine.calibrate(config, weights)}
+        scales = self.engine.calibrate(config, weights)
+        announced = {"config": config.to_dict(), "norm_scales": scales, "tokens": tokens}
         return self.from_owner(announced), weights
 
     def _read_weights(self, folder, config, progress: bool) -> dict:

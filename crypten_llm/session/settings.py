@@ -2,11 +2,14 @@
 
 ``ProtocolConfig`` changes results, security or what is revealed; all parties must agree on it. ``LaunchConfig``
 changes none of that: where parties meet, how long they wait, how they show progress.
+
+A new setting is one field here: its option on the command line is made from it, and local parties are started with it.
 """
 
+import json
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import crypten_llm
 from crypten_llm.engines import check_engine
@@ -32,6 +35,11 @@ class Agreement:
     precision_bits: int | None
 
 
+def _setting(default, help: str, metavar: str | None = None, option: str = ""):
+    """A field and its option on the command line, ``--name`` if not ``option``; see ``commands.options``."""
+    return field(default=default, metadata={"help": help, "metavar": metavar, "option": option})
+
+
 @dataclass(frozen=True)
 class ProtocolConfig:
     """engine: see ``engines``. compute_parties: how many hold shares; the dealer comes on top.
@@ -39,10 +47,18 @@ class ProtocolConfig:
     for engine ``wire``, or the folder that holds it; there is no dealer then.
     """
 
-    engine: str = DEFAULT_ENGINE
-    compute_parties: int = 2
-    precision_bits: int = DEFAULT_PRECISION_BITS
-    tape: str = ""
+    engine: str = _setting(DEFAULT_ENGINE, f"plain (no privacy), crypten or wire (default: {DEFAULT_ENGINE})")
+    compute_parties: int = _setting(
+        2, "compute parties; the dealer comes on top (default: 2)", metavar="N", option="--parties"
+    )
+    precision_bits: int = _setting(
+        DEFAULT_PRECISION_BITS,
+        f"fractional bits of a secret on engine crypten (default: {DEFAULT_PRECISION_BITS})",
+        metavar="F",
+    )
+    tape: str = _setting(
+        "", "this party's file of a tape, or its folder: takes the dealer's place (see deal)", metavar="PATH"
+    )
 
     def __post_init__(self):
         check_engine(self.engine)
@@ -86,17 +102,19 @@ class LaunchConfig:
     threads: of torch in each process; 0 divides this machine's cores among the local parties.
     host: address at which the others reach this process (found by itself when empty).
     tls: folder of keys and certificates that put the links under TLS (see ``tls``); plain TCP when empty.
-    offline: never ask a hub. progress: show progress bars. verbose: tracebacks, and what the other parties print.
+    offline: never ask a hub. verbose: tracebacks, and what the other parties print. progress: show progress bars.
     """
 
-    timeout: float = DEFAULT_TIMEOUT
-    network: str = ""
-    threads: int = 0
-    host: str = ""
-    tls: str = ""
-    offline: bool = False
-    progress: bool = False
-    verbose: bool = False
+    timeout: float = _setting(
+        DEFAULT_TIMEOUT, f"seconds any wait may last (default: {DEFAULT_TIMEOUT:.0f})", metavar="S"
+    )
+    network: str = _setting("", "emulate a network between local parties", metavar="lan|wan|RTTms,Mbit")
+    threads: int = _setting(0, "torch threads (default: cores / local processes)", metavar="N")
+    host: str = _setting("", "address at which the other parties reach this process", metavar="ADDRESS")
+    tls: str = _setting("", "this party's key and all certificates (see keys): encrypted links", metavar="DIR")
+    offline: bool = _setting(False, "never ask a model hub")
+    verbose: bool = _setting(False, "show tracebacks and what the other parties print")
+    progress: bool = False  # no option: bars are for a terminal
 
     def __post_init__(self):
         if not isinstance(self.timeout, int | float) or not 0 < self.timeout < math.inf:
@@ -121,6 +139,23 @@ def split(settings: dict) -> tuple[ProtocolConfig, LaunchConfig]:
     check_names("setting", settings, [field.name for kind in kinds for field in fields(kind)])
     protocol, launch = ({f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in kinds)
     return ProtocolConfig(**protocol), LaunchConfig(**launch)
+
+
+@dataclass(frozen=True)
+class Child:
+    """All that a party which the client starts is told: its settings, and the owner's which model to open."""
+
+    protocol: ProtocolConfig
+    launch: LaunchConfig
+    model: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Child":
+        told = json.loads(text)
+        return cls(ProtocolConfig(**told["protocol"]), LaunchConfig(**told["launch"]), told["model"])
 
 
 def check_names(what: str, given, known) -> None:

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from crypten_llm.errors import UsageError, did_you_mean
+from eviction import FULL
 from experiments.baselines import policies as table
+from experiments.baselines.variants import ABLATION
 from experiments.tasks import find
 
 # What is compared where a run of all would take too long.
@@ -25,9 +27,9 @@ CHOOSES_CELLS = (
 
 @dataclass(frozen=True)
 class Ablation:
-    """Rows of ``policies.ABLATION``, at these budgets and lengths."""
+    """Rows of ``variants.ABLATION``, at these budgets and lengths."""
 
-    rows: tuple[str, ...] = tuple(table.ABLATION)
+    rows: tuple[str, ...] = tuple(ABLATION)
     budgets: tuple[float, ...] = (0.05, 0.1, 0.2)
     lengths: tuple[int, ...] = (1024,)
 
@@ -57,7 +59,7 @@ class Private:
 
 @dataclass(frozen=True)
 class Config:
-    """model, offline: as for ``PrivateLlama``. policies: names of ``policies.TABLE``, ``full``, or texts with
+    """model, offline: as for ``PrivateLlama``. policies: names of policies and of ``variants.COMPARED``, or texts with
     settings of their own, which have no budget. tasks: of ``experiments.tasks``. data: folder or hub id by source, for
     tasks whose rows lie in files. lengths: prompt tokens. budgets: shares of the prompt. samples: prompts of each task
     and length; long_samples: the same where the length is above 1,024. text_samples: the same for texts.
@@ -84,11 +86,11 @@ class Config:
         for name in (*self.policies, *self.crypten.policies, *self.private.policies):
             table.check_name(name)
         for row in self.ablation.rows:
-            _one_of("row of the ablation", row, table.ABLATION)
+            _one_of("row of the ablation", row, ABLATION)
         for task in (*self.tasks, *self.private.tasks):
             find(task)
-        if "full" not in self.policies:
-            raise UsageError("policies lack 'full', which all others are compared with; add it")
+        if FULL.name not in self.policies:
+            raise UsageError(f"policies lack '{FULL}', which all others are compared with; add it")
         for name in ("tasks", "lengths", "budgets"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is empty; give at least one")

@@ -1,7 +1,8 @@
-"""The pictures of ``compare_baselines``. Owns how they look: one colour and marker for a policy in all of them.
+"""The pictures of ``compare_baselines``. Owns how they look, but for a policy's colour, marker and line, which are its
+own in all of them (``Policy.style``).
 
 Colours are Okabe and Ito's, told apart by the colour-blind; policies of one kind share one and differ in marker and
-line.
+line. What has none of its own, such as a policy with its own settings, gets the next of ``OTHERS``.
 """
 
 from __future__ import annotations
@@ -15,29 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from experiments.baselines.policies import PARTS
+from eviction import FULL
+from experiments.baselines.policies import PARTS, names, style
 from experiments.baselines.summary import Result, Summary
 from experiments.tools.intervals import front
 
-STYLES = {
-    "full": ("#000000", "", "-"),
-    "mpcache": ("#D55E00", "o", "--"),
-    "mpcache_spread": ("#D55E00", "s", "-"),
-    "quest": ("#0072B2", "s", "--"),
-    "quest_every_layer": ("#0072B2", "s", "-"),
-    "infllm": ("#56B4E9", "^", "-"),
-    "longcache": ("#56B4E9", "v", "--"),
-    "snapkv": ("#009E73", "D", "-"),
-    "pyramidkv": ("#009E73", "d", "--"),
-    "locret": ("#CC79A7", "h", "-"),
-    "attention_gate": ("#CC79A7", "p", "--"),
-    "h2o": ("#E69F00", "P", "-"),
-    "tova": ("#E69F00", "X", "--"),
-    "lazyeviction": ("#E69F00", "*", ":"),
-    "mikv": ("#000000", "+", ":"),
-    "streaming_llm": ("#999999", "<", "-"),
-    "random": ("#999999", "x", "--"),
-}
+STYLES = {name: look for name in names() if (look := style(name))}
 OTHERS = cycle([("#A0522D", "8", "-"), ("#7B3294", "1", "-"), ("#4D4D4D", "2", "-")])
 SHOWN = 0.2  # the budget of pictures that show one
 WIDTH = 10.0  # inches
@@ -90,7 +74,7 @@ def accuracy(summary: Summary) -> Figure:
         axis.set_visible(False)
     for axis, length in zip(panels, lengths, strict=False):
         for name, found in _lines_of([r for r in summary.policies if r.length == length and r.mean]).items():
-            if name == "full":
+            if name == FULL.name:
                 axis.axhline(100 * found[0].mean.mean, color="black", linewidth=1.3)
                 continue
             points = sorted((r for r in found if r.attended), key=lambda r: (r.attended, r.entry.budget or 0))
@@ -157,14 +141,14 @@ def time(summary: Summary) -> Figure:
     for axis, network in zip(figure.subplots(1, 2, sharey=True), ("lan", "wan"), strict=True):
         name = f"seconds_{network}"
         for place, policy in enumerate(order):
-            color = "#D55E00" if policy in PARTS else "#0072B2" if policy != "full" else "#000000"
+            color = "#D55E00" if policy in PARTS else "#0072B2" if policy != FULL.name else "#000000"
             x = [result.cost["wire"][name] for result in lines[policy]]
             axis.plot([min(x), max(x)], [place, place], color=color, linewidth=1, alpha=0.4)
             for result, value in zip(lines[policy], x, strict=True):
                 axis.plot(value, place, "o", color=color, alpha=0.25 + 0.75 * shades[result.length], markersize=7)
             last = _at(lines[policy], longest).cost["wire"][name]
             axis.annotate(f"{last:.2f}", (max(x), place), (7, 0), textcoords="offset points", fontsize=8, va="center")
-        axis.axvline(_at(lines["full"], longest).cost["wire"][name], color="black", linewidth=0.8, linestyle=":")
+        axis.axvline(_at(lines[FULL.name], longest).cost["wire"][name], color="black", linewidth=0.8, linestyle=":")
         axis.set_xlim(0, 1.15 * axis.get_xlim()[1])
         axis.set_title(f"{network.upper()}, seconds a token", fontsize=11)
         axis.grid(alpha=0.25, axis="x")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from crypten_llm.session.report import size
+from eviction import FULL, POLICIES
 from experiments.baselines.policies import PARTS
 from experiments.baselines.summary import Result, Summary
 from experiments.tools.intervals import Interval
@@ -122,7 +123,7 @@ def _signed(found: Interval | None) -> str:
 
 
 def _crypten_rows(results: list[Result]) -> list[str]:
-    full = {result.length: result.cost for result in results if result.entry.name == "full"}
+    full = {result.length: result.cost for result in results if result.entry.name == FULL.name}
     lines = []
     for result in results:
         mine = result.cost.get("crypten")
@@ -167,6 +168,10 @@ def _ablation(summary: Summary, policy: str, parts: Iterable[str]) -> list[str]:
     return lines if changed else []
 
 
+def _budgets_that_mean_something_else() -> str:
+    return ", ".join(f"`{kind.name}` {kind.budget_means}" for kind in POLICIES.values() if kind.budget_means)
+
+
 def _setting_rows(results: list[Result]) -> list[str]:
     return table(
         ("tokens", "policy", "budget", "settings"),
@@ -199,8 +204,7 @@ def markdown(summary: Summary, runs: list[dict], command: str, pictures: Sequenc
         "*kept*: rows in the cache, *read*: rows that a step attends to, both measured, in percent of those that the "
         "full cache has at that step. Cost: of the layers of one token on engine `wire` (embedding and logits, the "
         "same for all, left out), on all links; seconds are predicted for parties with a core each. A budget is the "
-        "share of the prompt's rows that a step reads; `quest` as published leaves two layers whole, `mikv` reads all "
-        "rows and keeps the budget's in full precision.",
+        f"share of the prompt's rows that a step reads; {_budgets_that_mean_something_else()}.",
         "",
     ]
     for picture in pictures:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from eviction import FULL
 from experiments.baselines.cells import Entry, ablation, entries
 from experiments.baselines.config import Config
 from experiments.tasks import TASKS
@@ -67,11 +68,11 @@ class Summary:
         return self._of_all.get((name, budget)) or self._of_all.get((name, None), {})
 
     def _is_done(self, config: Config, length: int) -> bool:
-        found = self._scores.get((length, "full"), {})
+        found = self._scores.get((length, FULL.name), {})
         return all(task in found for task in config.tasks if not _is_text(task))
 
     def _result(self, entry: Entry, length: int) -> Result:
-        mine, full = (self._scores.get((length, text), {}) for text in (entry.text, "full"))
+        mine, full = (self._scores.get((length, text), {}) for text in (entry.text, FULL.name))
         result = _compared(entry, length, mine, full)
         known = self._shares.get((length, entry.text))
         if known:
@@ -81,7 +82,7 @@ class Summary:
         return result
 
     def _joined(self, entry: Entry) -> Result:
-        return _compared(entry, None, self._at(entry.name, entry.budget), self._at("full", None))
+        return _compared(entry, None, self._at(entry.name, entry.budget), self._at(FULL.name, None))
 
     def _all_scores(self, rows: Sequence[Entry]) -> dict:
         """By task and length, of one policy and budget at all lengths, whose texts may differ."""

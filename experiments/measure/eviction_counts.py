@@ -20,7 +20,6 @@ from crypten_llm.session import bench
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import parse_policy
 from crypten_llm.session.party import Party
-from eviction.settings import tokens
 
 CHOICE = ("selection", "gather", "scatter")  # of rows: similarity and top-k, then their scores, then their weights
 ATTENTION = ("scores", "softmax", "values", *CHOICE, "eviction")
@@ -39,11 +38,11 @@ class SplitEngine(CostEngine):
         self.cached, self.summaries = {}, 0
 
     def gather_scores(self, choice, scores):
-        with self.operation("gather", "gather"):
+        with self.meter.operation("gather", "gather"):
             return super().gather_scores(choice, scores)
 
     def scatter_weights(self, choice, weights, count):
-        with self.operation("scatter", "scatter"):
+        with self.meter.operation("scatter", "scatter"):
             return super().scatter_weights(choice, weights, count)
 
     def mix(self, weights, values):
@@ -98,9 +97,9 @@ def count(shape: Shape) -> Step:
     Every layer is counted: policies choose in some and not in others.
     """
     policy = parse_policy(shape.policy)
-    if policy.name == "lazyeviction":  # each step has a row more than the one before, and the last one evicts them
-        found = layers(shape, policy.window)
-        return replace(found, counts=_combined((Fraction(1, policy.window), found.counts)))
+    if policy.uneven:
+        found = layers(shape, policy.period)
+        return replace(found, counts=_combined((Fraction(1, policy.period), found.counts)))
     period, plain, filling = fills(shape.policy, shape.kv_len)
     steps = {length: layers(replace(shape, kv_len=length)) for length in {plain, filling}}
     often, once = (Fraction(period - 1, period), steps[plain].counts), (Fraction(1, period), steps[filling].counts)
@@ -109,31 +108,24 @@ def count(shape: Shape) -> Step:
 
 def fills(policy: str, length: int) -> tuple[int, int, int]:
     """(period, plain, filling): a cluster fills once in ``period`` steps. The first step after a prompt of ``filling``
-    tokens is such a one, that after ``plain`` tokens is not; both are ``length`` or the next that will do.
+    tokens is such a one, that after ``plain`` tokens is not; both are ``length`` or the next that will do. Of a policy
+    whose steps are all unlike, (1, length, length).
 
     Raises UsageError for a policy of which no prompt's length gives both.
     """
     found = parse_policy(policy)
-    if found.name == "quest":
-        period, rows = found.page, lambda prompt: prompt
-    elif found.name == "mpcache_spread":
-        period, rows = found.block, lambda prompt: prompt
-    elif found.name == "infllm":
-        period, rows = found.block, lambda prompt: prompt + 1 - found.local - found.initial
-    elif found.name == "mpcache" and found.second < 1:
-        period, rows = found.coarse, lambda prompt: tokens(found.static, prompt) - found.fine
-    else:
-        period, rows = 1, None
-    if period == 1:  # every step is alike
+    if found.uneven or found.period == 1:
         return 1, length, length
 
     def following(is_filling):
         for prompt in range(length, length + 100_000):
-            if (rows(prompt) % period == 0) == is_filling:
+            if found.fills(prompt) == is_filling:
                 return prompt
-        raise UsageError(f"policy {policy} keeps the same rows of every prompt; give static as a share to count it")
+        raise UsageError(
+            f"policy {policy} keeps the same rows of every prompt; give what it keeps as a share to count it"
+        )
 
-    return period, following(False), following(True)
+    return found.period, following(False), following(True)
 
 
 def layers(shape: Shape, steps: int = 1) -> Step:
@@ -153,8 +145,7 @@ def layers(shape: Shape, steps: int = 1) -> Step:
             for what in ("products", "material"):
                 counts[kind, what] += Fraction(work[what])
     cached = sum(held for (phase, _), held in engine.cached.items() if phase == "decode")
-    rebuilt = parse_policy(shape.policy).name == "mikv"  # what it makes is the cache, balanced
-    return Step(counts, cached, 0 if rebuilt else engine.summaries)
+    return Step(counts, cached, 0 if parse_policy(shape.policy).rebuilds_cache else engine.summaries)
 
 
 def _combined(*terms: tuple) -> Counter:

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean
+from typing import ClassVar
 
 import torch
 from tqdm import tqdm
@@ -24,7 +25,8 @@ from tqdm import tqdm
 from crypten_llm.errors import UsageError
 from crypten_llm.models.checkpoint import load_tokenizer
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import DEFAULT_CHUNK, Plan
+from crypten_llm.session.generation import DEFAULT_CHUNK, Plan, parse_policy
+from eviction import Policy
 from experiments.measure.shared_prefill import prefill_all
 from experiments.model.evaluate import print_table
 from experiments.tasks import Example, Text, find, score
@@ -38,9 +40,10 @@ SCORED = 24  # last tokens of a text over which its loss is taken
 class Counted:
     """A policy, and how many rows its decode steps found in the cache and attended to, added up over layers."""
 
-    policy: object
+    policy: Policy
     kept: int = 0
     attended: int = 0
+    acts: ClassVar[bool] = True
 
     def __getattr__(self, name):
         return getattr(self.policy, name)
@@ -53,14 +56,11 @@ class Counted:
 
 
 class Decoder:
-    """Goes on from a prompt's cache, and counts the rows that it finds there."""
+    """Goes on from a prompt's cache, in which ``counted`` is the policy, and says what rows that found there."""
 
-    def __init__(self, model, cache, logits: torch.Tensor):
-        self.model, self.cache, self.logits = model, cache, logits
-        self.seen, policy = 0, cache.layers[0].policy
-        self.counted = Counted(policy)
-        for layer in cache.layers:
-            layer.policy = self.counted
+    def __init__(self, model, cache, logits: torch.Tensor, counted: Counted):
+        self.model, self.cache, self.logits, self.counted = model, cache, logits, counted
+        self.seen = 0
 
     def feed(self, token: int) -> None:
         """One decode step; ``logits`` [V] are then those after ``token``."""
@@ -112,8 +112,9 @@ class Scorer:
         """See ``Evaluator.rows``."""
         ids, rest = self._split(example)
         model, found = self.llama.party.model, {}
-        for policy, cache, logits in prefill_all(model, policies, ids, self.chunk):
-            decoder = Decoder(model, cache, logits)
+        counted = {policy: Counted(parse_policy(policy)) for policy in policies}
+        for policy, cache, logits in prefill_all(model, counted, ids, self.chunk):
+            decoder = Decoder(model, cache, logits, counted[policy])
             scored = self._answer(example, decoder) if rest is None else {"score": loss(decoder, rest)}
             row = {"task": example.task, "index": example.index, "tokens": len(ids), "policy": policy}
             found[policy] = row | scored | decoder.shares()

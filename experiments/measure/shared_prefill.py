@@ -7,13 +7,13 @@ each piece) is noticed when it does, and gets a prefill of its own; the numbers 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from crypten_llm.models.cache import KVCache
-from crypten_llm.session.generation import parse_policy
+from eviction import Policy
 
 
 class Once:
@@ -40,10 +40,10 @@ class Once:
 class Onlookers:
     """In place of a policy: shows each pass over the prompt to all of ``policies`` and changes nothing itself.
 
-    apart: policies, by their text, that changed a pass and have seen no more since.
+    policies: by text. apart: policies, by their text, that changed a pass and have seen no more since.
     """
 
-    name = "onlookers"
+    name, acts = "onlookers", True
 
     def __init__(self, policies: dict):
         self.policies = dict(policies)
@@ -81,9 +81,8 @@ class Onlookers:
         """The cache that a prefill alone would have left, before its prompt has ended; ``seen``: what was watched."""
         layers, below = [], None
         for cache, own in zip(seen.layers, self._layers[text], strict=True):
-            copied = cache.copy(below)
-            copied.policy, copied.layer.notes, below = self.policies[text], own.notes, copied.layer
-            layers.append(copied)
+            layers.append(cache.handed_to(self.policies[text], own.notes, below))
+            below = layers[-1].layer
         return KVCache(layers, seen.length)
 
 
@@ -104,19 +103,19 @@ def prefill(model, policy, ids: list[int], chunk: int) -> tuple[KVCache, torch.T
     return cache, model.logits(hidden[-1:])[0]
 
 
-def prefill_all(model, policies: Iterable[str], ids: list[int], chunk: int):
-    """Yields (policy's text, its cache when it has evicted, logits [V] after the prompt), for each policy.
+def prefill_all(model, policies: Mapping[str, Policy], ids: list[int], chunk: int):
+    """Yields (policy's key, its cache when it has evicted, logits [V] after the prompt), for each policy.
 
     Caches share the prompt's rows; going on with one leaves the others as they are. On engine ``plain`` alone.
-    Raises UsageError for a policy that there is not or that does not fit the model.
+    Raises UsageError for a policy that does not fit the model.
     """
-    onlookers = Onlookers({text: parse_policy(text) for text in policies})
+    onlookers = Onlookers(policies)
     seen, logits = prefill(model, onlookers, ids, chunk)
     for text in onlookers.policies:
         cache = onlookers.cache(text, seen)
         cache.end_prompt()
         yield text, cache, logits
     for text in onlookers.apart:
-        cache, own = prefill(model, parse_policy(text), ids, chunk)
+        cache, own = prefill(model, policies[text], ids, chunk)
         cache.end_prompt()
         yield text, cache, own

@@ -40,7 +40,7 @@ def collect(party, tokenizer, samples) -> list[list[tuple[torch.Tensor, torch.Te
         prompt = tokenizer(sample.prompt)["input_ids"]
         ids = prompt + tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
         cache = party.model.new_cache()
-        recorder = Recorder(eviction.policy("streaming_llm"), lambda handle: handle, keep_seen=True)
+        recorder = Recorder(eviction.FULL, lambda handle: handle, keep_seen=True)
         cache.follow(recorder, len(ids))
         party.model.extend(party.engine.tokens(torch.tensor(ids), len(ids), config.vocab_size), cache)
         for index, layer in enumerate(cache.layers):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
+import eviction
 from crypten_llm.errors import UsageError
 from crypten_llm.models.checkpoint import load_tokenizer
 from experiments.measure.eviction_counts import count, shape_of
@@ -18,7 +19,7 @@ from experiments.measure.quality import Evaluator, draw
 from experiments.tasks import Example, find
 from experiments.tuning.store import Measured, name_of
 
-FULL = "full"
+FULL = eviction.FULL.name
 FIRST_LOOK = 4  # a length's first rung has one in so many of its prompts
 
 

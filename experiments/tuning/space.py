@@ -1,7 +1,7 @@
 """Which settings of a policy a search tries: a few values each, from what the settings say of themselves.
 
-Owns the values, the settings that are left alone, and those without effect beside others. A point of a space is a
-position in the values of each of its settings.
+Owns the values; which settings are left alone, and which have no effect beside others, the policy says. A point of a
+space is a position in the values of each of its settings.
 """
 
 from __future__ import annotations
@@ -16,19 +16,10 @@ from math import prod
 from crypten_llm.errors import UsageError, did_you_mean
 from crypten_llm.session.generation import parse_policy
 from eviction import Policy, PolicyError
-from eviction.mpcache import MPCache
-from eviction.random import Random
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 STEPS = 6  # even steps through the range of a number
 ENUMERABLE = 20_000  # points of a space that are gone through one by one
-
-# Settings that are not searched, and their values; None for the default. `least` looks at the cost that the search
-# looks at itself; the last three act on very long prompts and on plaintext alone. A seed is nothing to choose by.
-HELD = {
-    MPCache: {"least": 0, "long_window": None, "reference": None, "threshold": None},
-    Random: {"seed": None},
-}
 
 
 def values(setting: Field) -> tuple:
@@ -52,22 +43,6 @@ def values(setting: Field) -> tuple:
     return ()
 
 
-def without_idle(policy: Policy) -> Policy:
-    """The same policy with the settings that have no effect beside the others as they are by default."""
-    if type(policy) is not MPCache:
-        return policy
-    idle = {"window"} if policy.static == 1 else set()
-    if policy.second == 1:
-        idle |= {"alpha", "first", "summary", "share", "share_from", "alone"}
-    if policy.summary != "minmax":
-        idle.add("alpha")
-    if policy.coarse == policy.fine:
-        idle.add("first")
-    if not policy.share:
-        idle |= {"share_from", "alone"}
-    return replace(policy, **{setting.name: setting.default for setting in fields(policy) if setting.name in idle})
-
-
 @dataclass(frozen=True)
 class Space:
     """kind: the policy's class. axes: settings and their values. held: settings that have one value."""
@@ -88,7 +63,7 @@ class Space:
     def policy(self, point: dict[str, int]) -> str:
         """The policy's text. Raises PolicyError where settings do not fit together."""
         chosen = {name: self.axes[name][place] for name, place in point.items()}
-        return str(without_idle(self.kind(**self.held, **chosen)))
+        return str(self.kind(**self.held, **chosen).without_idle())
 
     @property
     def untuned(self) -> str:
@@ -136,11 +111,10 @@ def space(policy: str, search: Sequence[str] = (), held: Sequence[str] = ()) -> 
     axes = dict(_axis(base.name, known, text) for text in search)
     fixed = {text.partition("=")[0].strip() for text in held}
     fixed |= {name for name, setting in known.items() if getattr(base, name) != setting.default}
-    for ancestor in kind.__mro__:
-        for name, value in HELD.get(ancestor, {}).items():
-            if name not in fixed and name not in axes:
-                base = replace(base, **({} if value is None else {name: value}))
-                fixed.add(name)
+    for name, value in kind.held.items():
+        if name not in fixed and name not in axes:
+            base = replace(base, **({} if value is None else {name: value}))
+            fixed.add(name)
     if both := sorted(fixed & axes.keys()):
         raise UsageError(f"{', '.join(both)}: held at a value and to be searched; leave one of the two out")
     if not search:

@@ -17,11 +17,10 @@ from crypten.mpc.provider.provider import TupleProvider  # noqa: E402
 from crypten_llm import compat
 from crypten_llm.engines.crypten import bridge
 from crypten_llm.engines.crypten.bridge import TransportCommunicator, crypten
-from crypten_llm.engines.wire.handles import Reshaped, Scaled
-from crypten_llm.engines.wire.values import value
+from crypten_llm.engines.wire.handles import Reshaped, Scaled, value
 from crypten_llm.errors import UsageError
+from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.dealer.roles import Piece
-from crypten_llm.protocols.dealer.shapes import broadcast, shape_only
 from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
 from crypten_llm.roles import DEALER, OWNER
 
@@ -146,7 +145,8 @@ class WireProvider(TupleProvider):
     def generate_additive_triple(self, size0, size1, op, device=None, *args, **kwargs):
         function = getattr(torch, op)
         (left, a), (right, b) = self._mask(size0), self._mask(size1)
-        size = function(shape_only(size0), shape_only(size1), *args, **kwargs).shape
+        shapes = (torch.empty(size, device="meta") for size in (size0, size1))
+        size = function(*shapes, *args, **kwargs).shape
         c = self._deal(size, lambda: function(sum(left), sum(right), *args, **kwargs))
         return _arithmetic(a), _arithmetic(b), _arithmetic(c)
 

@@ -7,16 +7,14 @@ Owns the operations of ``eviction.operations`` that neither compare nor move row
 
 import torch
 
-from crypten_llm.engines.wire.handles import Picks
+from crypten_llm.engines.wire.handles import Picks, lifted_from_bytes, roomy, value
 from crypten_llm.engines.wire.layers import sum_of_two, summed
 from crypten_llm.engines.wire.numbers import ENOUGH, FACTOR, as_units, bits_for, times
 from crypten_llm.engines.wire.operations import Domain, operation, unit
-from crypten_llm.engines.wire.rows import Rows, join, settled
-from crypten_llm.engines.wire.values import alike, lifted_from_bytes, roomy, value
-from crypten_llm.protocols import fits, fourier, lookup, products
+from crypten_llm.protocols import fits, lookup, products, smooth
 from crypten_llm.protocols.dealer.shapes import shape_only
-from crypten_llm.protocols.normalize import normalize
-from crypten_llm.protocols.opening import Opening, Overflow, Secret, joined
+from crypten_llm.protocols.opening import Opening, Overflow, Secret
+from crypten_llm.protocols.smooth import normalize
 
 # Local: linear with public coefficients.
 
@@ -43,34 +41,6 @@ def add(engine, x, y):
     """Error: none. Cost: none where the result fits their ring; else 1 round, see ``roomy``."""
     x, y = (yield from value(engine, x)), (yield from value(engine, y))
     return (yield from sum_of_two(engine, x, y, max(x.bits, y.bits) + 1))
-
-
-@operation(bound=lambda engine, out, handles, dim: torch.cat([handle.error for handle in handles], dim))
-def cat(engine, handles, dim):
-    """Error: none. Cost: that of ``add`` for values; of rows, 1 round where older ones have not been opened."""
-    first, *others = handles
-    if not isinstance(first, Rows):
-        return (yield from _join(engine, handles, dim))
-    assert dim == 1, "rows are joined along 1"
-    if len(others) == 1 and others[0].is_new and first.pending is None:  # they wait, behind the cache's
-        return others[0].behind(first)
-    yield from settled(*handles)
-    return join(handles)
-
-
-def _join(engine, handles: list, dim: int):
-    """``cat`` of values."""
-    values = []
-    for x in handles:
-        values.append((yield from value(engine, x)))
-    bits = max(x.bits for x in values)
-    values = yield from alike(engine, values, bits, "cat")
-    share = torch.cat([x.share for x in values], dim)
-    are_rows = all(isinstance(x, Picks) for x in values) and dim % share.ndim == share.ndim - 2
-    made = (Picks if are_rows else Secret)(share, values[0].scale, min(x.width for x in values), bits)
-    if are_rows and all(x.opened is not None for x in values):
-        made.opened = joined([x.opened for x in values], dim)
-    return made
 
 
 def _scaled(engine, out, x, factor):
@@ -168,21 +138,24 @@ def multiply(engine, x, y):
 
 def _sigmoid_bound(engine, out, x):
     """The fit, and its rounding."""
-    fit = fits.sigmoid()
+    fit = fits.stored("sigmoid")
     return x.error / 4 + fit.error + fits.rounding(fit, 22)
 
 
-@operation(bound=_sigmoid_bound, domain=Domain("inputs", lambda c: fits.sigmoid().low, lambda c: fits.sigmoid().high))
+@operation(
+    bound=_sigmoid_bound,
+    domain=Domain("inputs", lambda c: fits.stored("sigmoid").low, lambda c: fits.stored("sigmoid").high),
+)
 def sigmoid(engine, x):
     """Error: that of the fit, 3e-6, and ``fits.rounding``. Cost: 1 round; dealer 16 * modes bytes an element."""
-    x, fit = (yield from value(engine, x)), fits.sigmoid()
+    x, fit = (yield from value(engine, x)), fits.stored("sigmoid")
     (wire,) = yield [Opening(x, ring=x.scale + fit.period, function=True)]
-    return fourier.evaluate(engine.runtime, wire, fit, fraction=22, bits=1)
+    return smooth.evaluate(engine.runtime, wire, fit, fraction=22, bits=1)
 
 
 def _reciprocal_bound(engine, out, x, low, high):
     """A unit of ``activation`` bits of 1 / (2 x 4^k), which is 1/2 or more, with the fit and its rounding."""
-    fit, least = fits.reciprocal(), (x.value - x.error).clamp_min(low / 2)
+    fit, least = fits.stored("reciprocal"), (x.value - x.error).clamp_min(low / 2)
     own = 2.2 * (unit(engine.config.activation) + fit.error + fits.rounding(fit, 22)) / least
     return x.error / (least * x.value.clamp(low, high)) + own
 
@@ -198,7 +171,7 @@ def reciprocal(engine, x, low, high):
     """
     if not 0 < low <= high:
         raise ValueError(f"reciprocal: from {low:g} to {high:g}; give 0 < low <= high")
-    x, f, fit = (yield from value(engine, x)), engine.config.activation, fits.reciprocal()
+    x, f, fit = (yield from value(engine, x)), engine.config.activation, fits.stored("reciprocal")
     top = bits_for(high) + x.scale + 1
     if top > x.width - 1 or top < 2:
         raise Overflow(f"reciprocal: values up to {high:g} at scale 2^{x.scale} do not fit a ring of {x.width} bits")
@@ -207,7 +180,7 @@ def reciprocal(engine, x, low, high):
     scaled, power = normalize(engine.runtime, wire, top, segments, [4**k for k in range(segments)])
     doubled = Secret(scaled.share, top - 1, 64, 1)  # twice x 4^k / 2^top: 1/2 to 2
     unit_wire, power_wire = yield [Opening(doubled, ring=top - 1 + fit.period, function=True), Opening(power)]
-    inverse = fourier.evaluate(engine.runtime, unit_wire, fit, fraction=22, bits=2)
+    inverse = smooth.evaluate(engine.runtime, unit_wire, fit, fraction=22, bits=2)
     (inverse_wire,) = yield [Opening(inverse, truncate=inverse.scale - f, lifted=True)]
     bits = 2 - bits_for(low)
     return products.multiply(engine.runtime, inverse_wire, power_wire, scale=f + top - 1 - x.scale, bits=bits)

@@ -1,12 +1,15 @@
 """Attention on engine ``wire``: rotated queries against cached keys, softmax, and the values that it mixes.
 
-Owns these operations, each with what is declared of it (``operations``). ``mass`` is for eviction policies
-(``eviction.operations``), and reads what ``mix`` has opened.
+Owns these operations, each with what is declared of it (``operations``), and the cached rows that they read. ``mass``
+is for eviction policies (``eviction.operations``), and reads what ``mix`` has opened.
 """
+
+import weakref
+from dataclasses import replace
 
 import torch
 
-from crypten_llm.engines.wire.handles import Weights
+from crypten_llm.engines.wire.handles import Picks, Weights, alike, lifted, lifted_from_bytes, narrow, roomy, value
 from crypten_llm.engines.wire.numbers import (
     DRAWN,
     FACTOR,
@@ -21,12 +24,10 @@ from crypten_llm.engines.wire.numbers import (
     times,
 )
 from crypten_llm.engines.wire.operations import Domain, operation, unit
-from crypten_llm.engines.wire.rows import Rows, opened, settled
-from crypten_llm.engines.wire.values import lifted, lifted_from_bytes, narrow, roomy, value
 from crypten_llm.kernels import ring
-from crypten_llm.protocols import fits, fourier, products
-from crypten_llm.protocols.normalize import normalize
-from crypten_llm.protocols.opening import Opening, Overflow, Secret, Wire, as_secret
+from crypten_llm.protocols import fits, products, smooth
+from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, as_secret, joined
+from crypten_llm.protocols.smooth import normalize
 
 
 def _rotated(engine, out, x, cos, sin):
@@ -70,6 +71,34 @@ def rows(engine, x, values=False):
     return row
 
 
+@operation(bound=lambda engine, out, handles, dim: torch.cat([handle.error for handle in handles], dim))
+def cat(engine, handles, dim):
+    """Error: none. Cost: that of ``add`` for values; of rows, 1 round where older ones have not been opened."""
+    first, *others = handles
+    if not isinstance(first, Rows):
+        return (yield from _join(engine, handles, dim))
+    assert dim == 1, "rows are joined along 1"
+    if len(others) == 1 and others[0].is_new and first.pending is None:  # they wait, behind the cache's
+        return others[0].behind(first)
+    yield from settled(*handles)
+    return join(handles)
+
+
+def _join(engine, handles: list, dim: int):
+    """``cat`` of values."""
+    values = []
+    for x in handles:
+        values.append((yield from value(engine, x)))
+    bits = max(x.bits for x in values)
+    values = yield from alike(engine, values, bits, "cat")
+    share = torch.cat([x.share for x in values], dim)
+    are_rows = all(isinstance(x, Picks) for x in values) and dim % share.ndim == share.ndim - 2
+    made = (Picks if are_rows else Secret)(share, values[0].scale, min(x.width for x in values), bits)
+    if are_rows and all(x.opened is not None for x in values):
+        made.opened = joined([x.opened for x in values], dim)
+    return made
+
+
 def _scored(engine, out, query, keys):
     """One unit of the query."""
     far, f = keys.value.abs() + keys.error, engine.config.activation
@@ -91,15 +120,15 @@ def scores(engine, query, keys):
 
 def _weighed(engine, out, scores, mask=None):
     """The fit of exp and a unit of 28 bits in each root, where the row's sum of exp(s - score_limit) is ``total``; a
-    unit of ``root`` bits after the row was scaled. Then a score's own error, which multiplies its weight, and the largest of
-    a row, which divides all of them.
+    unit of ``root`` bits after the row was scaled. Then a score's own error, which multiplies its weight, and the
+    largest of a row, which divides all of them.
     """
     visible, errors = scores.value, scores.error
     if mask is not None:
         visible, errors = visible.masked_fill(~mask, -torch.inf), errors.masked_fill(~mask, 0.0)
     turned = out.value * (errors + errors.amax(-1, keepdim=True)).expm1()
     total = (visible - errors - engine.config.score_limit).exp().sum(-1, keepdim=True)
-    expected, fit = out.value + turned, fits.exponential()
+    expected, fit = out.value + turned, fits.stored("exp")
     slip = (fit.error + fits.rounding(fit, *ROOT_FRACTIONS) + unit(28)) / total.sqrt() + 2 * unit(engine.config.root)
     own = 2 * expected.sqrt() * slip + slip**2
     own = 1.1 * (own + expected * own.sum(-1, keepdim=True))
@@ -120,11 +149,11 @@ def softmax(engine, scores, mask=None):
     Error: the fit's and a unit of 28 bits in each root, relative to the row's largest; a unit of ``root`` bits, for
     scores and rows in the domain.
     """
-    c, runtime, fit = engine.config, engine.runtime, fits.exponential()
+    c, runtime, fit = engine.config, engine.runtime, fits.stored("exp")
     half = Secret(scores.share, scores.scale + 1, scores.width, scores.bits)  # the same integers, read as s / 2
     (wire,) = yield [Opening(half, ring=half.scale + fit.period, function=True)]
     public, dealt = ROOT_FRACTIONS
-    root = fourier.evaluate(runtime, wire, fit, public, bits=1, shift=-c.score_limit / 2, dealt=dealt)
+    root = smooth.evaluate(runtime, wire, fit, public, bits=1, shift=-c.score_limit / 2, dealt=dealt)
     if mask is not None:
         root.share = times(root.share, mask.long())
     fraction, spread = 28, SPREAD_BITS  # z < 2^spread
@@ -147,7 +176,7 @@ def softmax(engine, scores, mask=None):
 def inverse_sum() -> float:
     """Of 1 / sum of a row's weights, relative to a sum of 1, the largest: a unit of ``ROW_BITS`` bits of half of it,
     and the reciprocal's fit."""
-    fit = fits.reciprocal()
+    fit = fits.stored("reciprocal")
     return 2 * (unit(ROW_BITS) + fit.error + fits.rounding(fit, 22))
 
 
@@ -165,12 +194,12 @@ def _mixed(engine, out, weights, values):
 )
 def mix(engine, weights, values):
     """Error: a unit of the result and of the reciprocal, for |results| below 2^``MIXED_BITS``."""
-    c, runtime, f, inverse = engine.config, engine.runtime, engine.config.activation + 3, fits.reciprocal()
+    c, runtime, f, inverse = engine.config, engine.runtime, engine.config.activation + 3, fits.stored("reciprocal")
     (wire,) = yield [Opening(weights.weights, ring=min(weights.weights.width, c.mixed_width))]
     yield from settled(values)
     mixed = products.matmul(runtime, wire, values.operand, transposed=False, bits=MIXED_BITS)
     doubled = _row_sums(wire, wire.scale - 1, inverse.period)  # of twice the weights: 1/2 to 2
-    total = fourier.evaluate(runtime, doubled, inverse, fraction=22, bits=2)
+    total = smooth.evaluate(runtime, doubled, inverse, fraction=22, bits=2)
     mixed_wire, total_wire = yield [lifted(mixed, f), lifted(total, ROW_BITS)]
     weights.wires = wire, total_wire
     scale = f + ROW_BITS - 1  # the total's reciprocal is half of what is needed
@@ -224,3 +253,134 @@ def _row_sums(wire: Wire, scale: int, period: int) -> Wire:
     mask = summed.map(lambda t: ring.low_bits(t, size))
     raw = None if wire.public is None else ring.low_bits(wire.public.sum(-1, keepdim=True), size)
     return Wire(None, [(-1, mask)], scale, size, 1, raw, mask)
+
+
+# Cached keys and values: opened once, folded for products, in storage that grows.
+
+
+class Rows:
+    """Cached keys or values [kv_heads, N, head_dim]: folded wires, with the newest rows perhaps still to be opened.
+
+    Rows that join are written behind the others, into storage with room to grow, so that a decode step does not copy
+    the cache. Whoever joined last owns the free end; anybody else who joins to the same rows gets a copy.
+    """
+
+    def __init__(self, pending: Secret | None, before: "Rows | None" = None, values: bool = False):
+        assert before is None or before.pending is None, "older rows are opened before newer ones join"
+        self.pending = pending
+        self.values = values if before is None else before.values
+        self.length = 0 if before is None else before.length
+        self._storage = None if before is None else before._storage
+        self._scale = self._width = self._bits = 0
+        self._joined: Rows | None = None  # the rows that these have become the newest of
+
+    @classmethod
+    def opened(cls, rows: products.Operand, values: bool) -> "Rows":
+        """Rows that have been opened already."""
+        made = cls(None, values=values)
+        made.settle(rows)
+        return made
+
+    @property
+    def shape(self):
+        heads, new, dim = self._new_shape if self.pending is None else self.pending.shape
+        return torch.Size((heads, self.length + (0 if self.pending is None else new), dim))
+
+    def behind(self, before: "Rows") -> "Rows":
+        """Opened rows with these, which wait, behind them: what these were to be told, the result is told."""
+        self._joined = Rows(self.pending, before)
+        return self._joined
+
+    def settle(self, rows: products.Operand) -> None:
+        """Takes over the opened rows."""
+        if self._joined is not None:
+            self._joined.settle(rows)
+            return
+        self.pending, self._new_shape = None, rows.shape
+        self._scale, self._width, self._bits = rows.scale, rows.width, rows.bits
+        start, self.length = self.length, self.length + rows.shape[1]
+        if self._storage is None or not self._storage.is_free(start, self.length):
+            self._storage = _Storage(rows, self.length, start, self._storage)
+        self._storage.write(rows, start, owner=self)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether all of these are still to be opened."""
+        return self.pending is not None and not self.length
+
+    @property
+    def operand(self) -> products.Operand:
+        public, own = self._storage.read(self.length)
+        return products.Operand(public, own, self._scale, self._width, self._bits)
+
+
+class _Storage:
+    """Room for rows of an ``Operand``, half as much again as needed."""
+
+    def __init__(self, like: products.Operand, length: int, kept: int, before: "_Storage | None"):
+        heads, _, dim = like.shape
+        size = (heads, length + max(64, length // 2), dim)
+        self.public = None if like.public is None else torch.empty(size, dtype=torch.int64)
+        self.own = like.own.new_empty(size)
+        self._last = lambda: None
+        if before is not None:
+            for mine, old in ((self.public, before.public), (self.own, before.own)):
+                if mine is not None:
+                    mine[:, :kept] = old[:, :kept]
+
+    def is_free(self, start: int, stop: int) -> bool:
+        """Whether rows start .. stop - 1 may be written: there is room, and nobody alive has rows there."""
+        last = self._last()
+        return stop <= self.own.shape[1] and (last is None or last.length <= start)
+
+    def write(self, rows: products.Operand, start: int, owner: Rows) -> None:
+        self._last = weakref.ref(owner)
+        self.own[:, start : owner.length] = rows.own
+        if self.public is not None:
+            self.public[:, start : owner.length] = rows.public
+
+    def read(self, length: int):
+        return None if self.public is None else self.public[:, :length], self.own[:, :length]
+
+
+def join(parts: list[Rows]) -> Rows:
+    """Opened rows, one behind the other."""
+    operands = [rows.operand for rows in parts]
+    first = operands[0]
+    assert all(operand.scale == first.scale for operand in operands), "rows have one scale"
+    joined = products.Operand(
+        None if first.public is None else torch.cat([operand.public for operand in operands], 1),
+        torch.cat([operand.own for operand in operands], 1),
+        first.scale,
+        min(operand.width for operand in operands),
+        max(operand.bits for operand in operands),
+    )
+    return Rows.opened(joined, parts[0].values)
+
+
+def rearranged(operand: products.Operand, change) -> products.Operand:
+    """The operand with ``change``, which must be linear, applied to each of its tensors."""
+    public = None if operand.public is None else change(operand.public)
+    return replace(operand, public=public, own=change(operand.own))
+
+
+def opened(engine, rows: Rows) -> Protocol:
+    """Opens new rows. Values are not needed at once: where they have bits to lose, a first opening brings them to their
+    scale, and a second makes them rows.
+    """
+    c, x = engine.config, rows.pending
+    if not rows.values:
+        request = Opening(x, truncate=x.scale - c.key)
+    else:
+        if x.scale > c.value:
+            (wire,) = yield [lifted(x, c.value)]
+            x = as_secret(engine.runtime, wire)
+        request = Opening(x, ring=min(x.width, c.mixed_width))
+    (wire,) = yield [request]
+    rows.settle(products.fold(engine.runtime, wire))
+
+
+def settled(*parts: Rows) -> Protocol:
+    """Waits until these rows have been opened; values may take two rounds."""
+    while any(rows.pending is not None for rows in parts):
+        yield []

@@ -14,13 +14,12 @@ import math
 
 import torch
 
-from crypten_llm.engines.wire.handles import Picks
+from crypten_llm.engines.wire.handles import Picks, alike, roomy, value
 from crypten_llm.engines.wire.numbers import KEEPING, PRECISION, whole_bytes
 from crypten_llm.engines.wire.operations import operation, unit
-from crypten_llm.engines.wire.values import alike, roomy, value
+from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols import lookup, selection
 from crypten_llm.protocols.comparison import below, bit_opening, ordered, times_bits
-from crypten_llm.protocols.dealer.shapes import broadcast
 from crypten_llm.protocols.opening import Opening, Secret
 
 # Up to so many candidates all pairs are compared. For one row of 256 scores that takes 3.4 MB and 3 rounds, the search

@@ -12,16 +12,14 @@ import torch
 
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.wire import arithmetic, attention, choosing, gathering, keeping, layers  # noqa: F401
-from crypten_llm.engines.wire.handles import OneHot, Weight
+from crypten_llm.engines.wire.handles import OneHot, Weight, is_waiting, settle, value
 from crypten_llm.engines.wire.numbers import SHOWN, SHOWN_FACTORS, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
-from crypten_llm.engines.wire.values import is_waiting, settle, value
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import products
 from crypten_llm.protocols.dealer import roles
-from crypten_llm.protocols.opening import Message, Overflow, Secret
-from crypten_llm.protocols.rounds import Rounds
+from crypten_llm.protocols.opening import Message, Overflow, Rounds, Secret
 from crypten_llm.roles import CLIENT, OWNER
 
 _REMEDIES = {  # the same model, or a smaller promise, within the range
@@ -87,7 +85,7 @@ class WireEngine(Engine):
         return {}
 
     def parameter(self, value, shape):
-        return Weight(self.runtime.owned(value), shape)
+        return Weight(self.runtime.held_by(OWNER, value), shape)
 
     def prepare(self, weight, norm=None):
         scale = 1.0 if norm is None else weight.shape[1] ** 0.5
@@ -105,7 +103,7 @@ class WireEngine(Engine):
         return weight.matrices[key]
 
     def tokens(self, ids, count, vocab_size):
-        return OneHot(ids if self.rank == CLIENT else None, count, vocab_size)
+        return OneHot(self.runtime.held_by(CLIENT, ids), count, vocab_size)
 
     def secret(self, value, shape, source):
         scale = self.config.activation

@@ -1,6 +1,7 @@
 """Products with one-hot rows on engine ``wire``: what a choice attends to is gathered, and put back in its place.
 
-Owns the operations of ``eviction.operations`` that gather and scatter, each with what is declared of it (``operations``).
+Owns the operations of ``eviction.operations`` that gather and scatter, each with what is declared of it
+(``operations``).
 Shapes are those of ``eviction.operations.Operations``.
 """
 
@@ -8,18 +9,17 @@ from dataclasses import replace
 
 import torch
 
-from crypten_llm.engines.wire.handles import Picks
+from crypten_llm.engines.wire.handles import Picks, roomy, value
 from crypten_llm.engines.wire.numbers import SCATTERED, bits_for, whole_bytes
 from crypten_llm.engines.wire.operations import operation, unit, valued
-from crypten_llm.engines.wire.values import roomy, value
 from crypten_llm.protocols import products
 from crypten_llm.protocols.opening import Opening, Secret, Wire, plain, shares_of
 
 
 @operation(bound=lambda engine, out, picks, x: picks.value @ x.error)
 def gather(engine, picks, x):
-    """Error: none. Cost: 1 round; x and, once, the picks, in rings of whole bytes that hold the result; dealer the bits of
-    the ring an element of it.
+    """Error: none. Cost: 1 round; x and, once, the picks, in rings of whole bytes that hold the result; dealer the bits
+    of the ring an element of it.
     """
     x = yield from value(engine, x)
     growth = 0 if isinstance(picks, Picks) else bits_for(picks.shape[-1]) + picks.bits - 1

@@ -10,14 +10,13 @@ import math
 import torch
 
 from crypten_llm.engines.wire.arithmetic import scale as scaled
-from crypten_llm.engines.wire.attention import rounded_rows
+from crypten_llm.engines.wire.attention import Rows, rearranged, rounded_rows, settled
 from crypten_llm.engines.wire.attention import rows as new_rows
 from crypten_llm.engines.wire.choosing import opened_for
 from crypten_llm.engines.wire.gathering import hot_wire
+from crypten_llm.engines.wire.handles import roomy, value
 from crypten_llm.engines.wire.numbers import PRECISION
 from crypten_llm.engines.wire.operations import operation, unit
-from crypten_llm.engines.wire.rows import Rows, rearranged, settled
-from crypten_llm.engines.wire.values import roomy, value
 from crypten_llm.protocols import products
 from crypten_llm.protocols.comparison import below, bit_opening, difference, ordered, times_bits
 from crypten_llm.protocols.opening import Secret, shares_of
@@ -56,8 +55,8 @@ def take(engine, rows, index):
 def keep(engine, rows, picks):
     """Error: none.
 
-    Cost: 1 round with 7 bytes each way for each of the [G or 1, K, N] picks, once; dealer the bits of a ring for each of
-    the [G, K, D] results, which are opened with the next message as new rows are.
+    Cost: 1 round with 7 bytes each way for each of the [G or 1, K, N] picks, once; dealer the bits of a ring for each
+    of the [G, K, D] results, which are opened with the next message as new rows are.
     """
     yield from settled(rows)
     operand = rows.operand
@@ -75,8 +74,8 @@ def keep(engine, rows, picks):
 def drop(engine, rows, hot):
     """Each row moves up by one from the dropped one on: row j is row j + 1, or itself if the dropped one is later.
 
-    Error: none. Cost: 1 round with 1 bit each way for each of [G or 1, N - 1]; dealer the bits of the rows' ring for each
-    and for each of the [G, N - 1, D] results, which are opened with the next message as new rows are.
+    Error: none. Cost: 1 round with 1 bit each way for each of [G or 1, N - 1]; dealer the bits of the rows' ring for
+    each and for each of the [G, N - 1, D] results, which are opened with the next message as new rows are.
     """
     yield from settled(rows)
     hot, wire = (yield from value(engine, hot)), products.unfold(engine.runtime, rows.operand)

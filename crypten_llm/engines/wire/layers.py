@@ -5,10 +5,9 @@ Owns these operations, each with what is declared of it (``operations``).
 
 import torch
 
-from crypten_llm.engines.wire.handles import Normed, Scaled
-from crypten_llm.engines.wire.numbers import ROW_BITS, SQUARES_BITS, SQUARES_SEGMENTS
-from crypten_llm.engines.wire.operations import Domain, operation, unit
-from crypten_llm.engines.wire.values import (
+from crypten_llm.engines.wire.handles import (
+    Normed,
+    Scaled,
     add_bias,
     alike,
     is_waiting,
@@ -18,9 +17,11 @@ from crypten_llm.engines.wire.values import (
     value,
     whole_wire,
 )
-from crypten_llm.protocols import fits, fourier, products
-from crypten_llm.protocols.normalize import normalize
+from crypten_llm.engines.wire.numbers import ROW_BITS, SQUARES_BITS, SQUARES_SEGMENTS
+from crypten_llm.engines.wire.operations import Domain, operation, unit
+from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.opening import Opening, Secret, as_secret
+from crypten_llm.protocols.smooth import normalize
 
 
 def _largest(x: torch.Tensor) -> float:
@@ -98,7 +99,7 @@ def _linear_of_norm(engine, x: Normed, weight, bias):
 
 def _normed(engine, out, x, weight, eps, scale):
     """One unit of x, which also turns the norm; the root's fit. Before the norm's weight."""
-    c, fit = engine.config, fits.inverse_root()
+    c, fit = engine.config, fits.stored("inverse root")
     rms = x.value.square().mean(-1).sqrt().clamp_min(unit(c.activation)).min().item()
     relative = 2 * (fit.error + fits.rounding(fit, 22))
     largest = _largest(out.value)
@@ -121,29 +122,31 @@ def rms_norm(engine, x, weight, eps, scale):
     (square,) = yield [Opening(total, ring=top + 1, function=True)]
     scaled, power = normalize(runtime, square, top, segments, [2**k for k in range(segments)])
     unit_wire, power_wire = yield [Opening(scaled, ring=top + 1, function=True), Opening(power)]
-    root = fourier.evaluate(runtime, unit_wire, fits.inverse_root(), fraction=22, bits=2)
+    root = smooth.evaluate(runtime, unit_wire, fits.stored("inverse root"), fraction=22, bits=2)
     row = products.multiply(runtime, wire, power_wire, scale=top // 2, bits=1)  # of norm below one
     return Normed(row, root, weight)
 
 
 def _activated(engine, out, gate, up):
     """The fit of silu, one unit of its value at 16 bits, and one of ``up``."""
-    c, fit = engine.config, fits.silu_even()
+    c, fit = engine.config, fits.stored("silu")
     slip = fit.error + fits.rounding(fit, 22) + unit(16)
     silu = torch.nn.functional.silu(gate.value)
     return slip * (_largest(up.value) + unit(c.activation + 2)) + unit(c.activation + 2) * _largest(silu)
 
 
-@operation(bound=_activated, domain=Domain("gates", lambda c: fits.silu_even().low, lambda c: fits.silu_even().high))
+@operation(
+    bound=_activated, domain=Domain("gates", lambda c: fits.stored("silu").low, lambda c: fits.stored("silu").high)
+)
 def swiglu(engine, gate, up):
     """Error: the fit's, and a unit of 16 bits of silu and of ``up``. Cost: 2 rounds, and one where they wait."""
-    runtime, f, function = engine.runtime, engine.config.activation + 2, fits.silu_even()
+    runtime, f, function = engine.runtime, engine.config.activation + 2, fits.stored("silu")
     for x in (gate, up):
         if is_waiting(x):
             yield from settle(engine, getattr(x, "source", x).normed, f, ROW_BITS)
     gate, up = (yield from value(engine, gate)), (yield from value(engine, up))
     gate_wire, up_wire = yield [Opening(gate, ring=gate.scale + function.period, function=True), lifted(up, f)]
-    activated = fourier.evaluate(runtime, gate_wire, function, fraction=22, bits=5)
+    activated = smooth.evaluate(runtime, gate_wire, function, fraction=22, bits=5)
     half = activated.scale - gate.scale - 1  # x / 2, valid where the gate's share is
     whole = Secret(
         activated.share + (gate.share << half), activated.scale, min(activated.width, gate.width + half), activated.bits

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from crypten_llm.protocols.dealer.shapes import broadcast
+from crypten_llm.kernels.ring import broadcast
 
 ROOT_FRACTIONS = 29, 32  # of public and dealt factors: the fit's coefficients are large, so the dealt ones count more
 ROW_BITS = 19  # fractional bits of what is one number a row, where width allows

@@ -5,10 +5,12 @@ Owns ``OPERATIONS``. Each operation stands once, in the file of its topic (``lay
 
 - *protocol*: a generator (``protocols.opening.Protocol``), or a plain function where nothing is ever opened; its first
   argument is the engine. Its docstring gives Error and Cost; what is revealed is alike for all: openings behind fresh
-  masks that are uniform over their ring, to both parties, whose number and sizes follow from shapes, counts and settings.
+  masks that are uniform over their ring, to both parties, whose number and sizes follow from shapes, counts and
+  settings.
 - *plaintext twin*: the operation of the same name of engine ``plain``.
-- *bound*: how far the result may be from the twin's on the same inputs, element by element, as a function of the engine,
-  the result and the arguments; handles come as ``insecure.tracked.Tracked``: what the shares stand for, and its error.
+- *bound*: how far the result may be from the twin's on the same inputs, element by element, as a function of the
+  engine, the result and the arguments; handles come as ``insecure.tracked.Tracked``: what the shares stand for, and its
+  error.
 - *domain*: what is limited, from where to where; beyond, the result is wrong without a word.
 
 ``WireEngine`` has a method for each, and the comparing engines (``insecure``) hold each against its twin.

@@ -31,7 +31,8 @@ def derive_key(key: bytes, label: str) -> bytes:
 class Stream:
     """A key stream that two processes holding the same key read alike, as tensors on ``device``.
 
-    Both must draw the same sizes in the same order. ``position`` is the number of bytes handed out so far.
+    Both must draw the same sizes in the same order. Everything is cut from ``words``; ``position`` is the number
+    of bytes taken so far.
     """
 
     def __init__(self, key: bytes, device: torch.device | str = "cpu"):
@@ -43,8 +44,9 @@ class Stream:
         self._used = 0  # of those
         self.position = 0
 
-    def _words(self, count: int) -> torch.Tensor:
-        """The next ``count`` words, as a writable tensor whose memory nothing else refers to."""
+    def words(self, count: int) -> torch.Tensor:
+        """The next ``count`` uniform words, int64 [count], writable, in memory that nothing else refers to."""
+        self.position += 8 * count
         if count > _SMALL:
             return self._bytes.fill(8 * count).view(torch.int64)
         if self._kept.numel() - self._used < count:
@@ -54,15 +56,12 @@ class Stream:
 
     def draw(self, count: int) -> torch.Tensor:
         """``count`` uniform bytes, uint8; whole words are taken for them."""
-        self.position += count
-        return self._words((count + 7) // 8).view(torch.uint8)[:count]
+        return self.words((count + 7) // 8).view(torch.uint8)[:count]
 
     def ring(self, size, bits: int = 64) -> torch.Tensor:
         """Uniform elements of Z_2^bits of shape ``size``, as int64, non-negative below 64 bits."""
         shape = (size,) if isinstance(size, int) else size
-        count = math.prod(shape)
-        self.position += 8 * count
-        return ring.low_bits(self._words(count).view(shape), bits)
+        return ring.low_bits(self.words(math.prod(shape)).view(shape), bits)
 
     def bits(self, size, bitlength: int) -> torch.Tensor:
         """``ring`` with its bounds checked: ``bitlength`` from 1 to 64."""

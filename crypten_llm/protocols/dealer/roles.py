@@ -166,9 +166,9 @@ class Runtime(ABC):
         """Shares of public words."""
         return self.input(OWNER, words.shape, words.clone)
 
-    @abstractmethod
-    def owned(self, value):
-        """``value`` at the owner, ``None`` elsewhere: what is the owner's alone stays there."""
+    def held_by(self, party: int, value):
+        """``value`` at that party, ``None`` elsewhere: what is its alone stays there."""
+        return value if self.role == party else None
 
     def known_to_dealer(self, mask: Tensor | None) -> Tensor | None:
         """``mask`` where the dealer needs it again later; ``None`` at a party, which has no use for it any more."""
@@ -270,9 +270,6 @@ class Owner(Party):
     def plus(self, share, public):
         return share + (public() if callable(public) else public)
 
-    def owned(self, value):
-        return value
-
     def _offset(self, piece):
         return piece.offset
 
@@ -295,9 +292,6 @@ class Client(Party):
 
     def plus(self, share, public):
         return share
-
-    def owned(self, value):
-        return None
 
 
 class Dealer(Runtime):
@@ -348,9 +342,6 @@ class Dealer(Runtime):
 
     def input(self, source, shape, value):
         return shape_only(shape)
-
-    def owned(self, value):
-        return None
 
     def known_to_dealer(self, mask):
         return mask

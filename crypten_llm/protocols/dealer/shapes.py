@@ -1,8 +1,8 @@
 """What the dealer holds where a party holds a share: its shape.
 
 Owns the arithmetic of shapes. torch's tensors without contents (device ``meta``) know it too, but each of their
-operations costs many times what a party's does, and some load torch's compiler on first use. Those that protocols use on
-shares are answered here in Python.
+operations costs many times what a party's does, and some load torch's compiler on first use. Those that protocols use
+on shares are answered here in Python.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 
 import torch
+
+from crypten_llm.kernels.ring import broadcast
 
 
 class Shape:
@@ -108,18 +110,6 @@ class Shape:
 
 def shape_only(shape) -> Shape:
     return Shape(shape)
-
-
-def broadcast(*shapes) -> tuple[int, ...]:
-    """The shape of an element-wise result. torch's own function imports sympy on first use."""
-    result = [1] * max(map(len, shapes))
-    for shape in shapes:
-        for place, size in enumerate(shape, len(result) - len(shape)):
-            if size != 1:
-                if result[place] not in (1, size):
-                    raise ValueError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not broadcast")
-                result[place] = size
-    return tuple(result)
 
 
 def _joined(parts, dim: int = 0) -> Shape:

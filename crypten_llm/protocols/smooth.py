@@ -1,15 +1,55 @@
-"""Bringing a positive secret of unknown size to [1/4, 1): the first half of 1/z and 1/sqrt(z).
+"""Functions of one opened value that are computed from its mask's material. Nothing is opened here.
 
-Owns the comparison of one opened value with all powers of four. Which power it was stays secret: the parties get
-shares of the scaled value and of the power's root.
+Owns two. ``evaluate``: smooth functions as trigonometric sums. A value opened modulo its period is M = x + r with r
+uniform over the whole period, so M says nothing about x; and cos(w (M - r)) = cos(wM) [cos wr] + sin(wM) [sin wr] needs
+only shares of the cosines and sines of the mask, which the dealer has. ``normalize``: a positive secret of unknown size
+is brought to [1/4, 1), the first half of 1/z and 1/sqrt(z), by comparing it with all powers of four. Which power it was
+stays
+secret: the parties get shares of the scaled value and of the power's root.
 """
 
 import torch
 from torch import Tensor
 
-from crypten_llm.kernels import dcf, ring
+from crypten_llm.kernels import ring
+from crypten_llm.protocols.fits import Fit
 from crypten_llm.protocols.opening import Overflow, Secret, Wire
 from crypten_llm.roles import CLIENT, OWNER
+
+BLOCK = 1 << 14  # elements at a time, so that a block's shares stay in cache, and in memory
+
+
+def evaluate(
+    runtime, wire: Wire, function: Fit, fraction: int, bits: int, shift: float = 0.0, dealt: int | None = None
+) -> Secret:
+    """function(x + shift) for x opened modulo its period (``Opening(function=True, ring=scale + period)``); local.
+
+    fraction, dealt: bits of the public factors and of the dealt shares (alike by default), so the result has scale
+    fraction + dealt and is valid modulo 2^64. bits: the declared bound of the result. shift: a public constant.
+
+    Error: function.error on its domain, and ``fits.rounding(function, fraction, dealt)`` everywhere.
+    Cost: dealer 16 * modes bytes an element.
+    Source: Fourier evaluation as in SHAFT (NDSS 2025) with a mask uniform over the whole period, which theirs is not.
+    """
+    assert wire.width == wire.scale + function.period, f"open {function.name} modulo 2^{wire.scale + function.period}"
+    kernels, shape = runtime.kernels, wire.shape
+    dealt = fraction if dealt is None else dealt
+    modes, turn = len(function.cosine), 64 - wire.width
+    turns = round(shift * 2.0 ** (64 - function.period)) % 2**64
+    cosine, sine = kernels.turned(function.cosine, function.sine, turns)
+    constant = runtime.plus(0, round(function.constant * 2.0 ** (fraction + dealt)))
+    mask = wire.mask.held.reshape(-1)
+    raw = None if wire.raw is None else wire.raw.reshape(-1)
+    blocks = []
+    for part in runtime.blocks(mask.numel(), BLOCK):
+        waves = runtime.deal(
+            (2 * modes, part.stop - part.start),
+            lambda part=part: kernels.waves(mask[part], turn, 2.0**dealt, modes),
+        )
+        if raw is not None:
+            blocks.append(kernels.combine(raw[part], turn, 2.0**fraction, cosine, sine, waves.held, constant))
+    share = runtime.share(shape, lambda: torch.cat(blocks).view(shape))
+    return Secret(share, fraction + dealt, 64, bits)
 
 
 def normalize(runtime, wire: Wire, top: int, segments: int, table: list[int]) -> tuple[Secret, Secret]:
@@ -78,5 +118,5 @@ def _deal_keys(runtime, mask: Tensor, drop: int, levels: int, size: int) -> tupl
         sign = 1 - 2 * ring.top_bit(mask, size)
         return runtime.kernels.compare_keys(low, torch.stack([sign, sign * mask], 1), *seeds, levels)
 
-    parts = runtime.deal_common(dcf.sizes(levels, count), common)
+    parts = runtime.deal_common(ring.key_sizes(levels, count), common)
     return next((seed for seed in seeds if seed is not None), None), parts

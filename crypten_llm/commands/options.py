@@ -1,0 +1,111 @@
+"""Options that several commands have, and what they are read into.
+
+Owns the options of a run, which are made from the fields of its settings, and those of models, prompts and policies.
+"""
+
+import sys
+from dataclasses import fields
+
+from crypten_llm.commands.command_line import Parser, read_text, whole_numbers
+from crypten_llm.errors import UsageError
+from crypten_llm.session.settings import LaunchConfig, ProtocolConfig
+
+
+def add_settings(parser: Parser) -> None:
+    """An option for each setting that has one, under the setting's name in what is parsed."""
+    group = parser.add_argument_group("run")
+    for setting in _settings_with_options():
+        option = setting.metadata["option"] or f"--{setting.name.replace('_', '-')}"
+        given = {"dest": setting.name, "default": setting.default, "help": setting.metadata["help"]}
+        if setting.type is bool:
+            parser.add_argument(option, action="store_true", **given)
+        else:
+            group.add_argument(option, type=setting.type, metavar=setting.metadata["metavar"], **given)
+
+
+def settings(arguments) -> dict:
+    """Keyword arguments of ``settings.split`` from what was parsed."""
+    given = {setting.name: getattr(arguments, setting.name) for setting in _settings_with_options()}
+    return given | {"progress": sys.stderr.isatty()}
+
+
+def _settings_with_options():
+    return [setting for kind in (ProtocolConfig, LaunchConfig) for setting in fields(kind) if setting.metadata]
+
+
+def add_model_and_prompt(parser: Parser) -> None:
+    parser.add_model()
+    what = "the client's tokenizer: a folder or hub id (default: the model's)"
+    parser.add_argument("--tokenizer", help=what)
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="the client's text")
+    file = "a file with the client's text, one newline at its end left out; - for standard input"
+    prompt.add_argument("--prompt-file", metavar="F", help=file)
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="the client's token ids; a file of ids after @")
+    parser.add_chunk()
+
+
+def prompt(arguments) -> dict:
+    """The client's prompt as arguments of ``Request``."""
+    if arguments.prompt_file is not None:
+        return {"prompt": _prompt_text(arguments.prompt_file)}
+    if arguments.prompt_ids is not None:
+        given = arguments.prompt_ids
+        text = read_text("--prompt-ids", given[1:]) if given.startswith("@") else given
+        return {"input_ids": whole_numbers("--prompt-ids", text)}
+    if arguments.prompt is None:
+        raise UsageError("no prompt; give --prompt TEXT, --prompt-file F or --prompt-ids 1,2,3")
+    return {"prompt": arguments.prompt}
+
+
+def _prompt_text(path: str) -> str:
+    """The file's text without the newline that an editor or ``echo`` ends it with: it would be a token of its own."""
+    text = sys.stdin.read() if path == "-" else read_text("--prompt-file", path)
+    return text.removesuffix("\n")
+
+
+def add_policy(parser: Parser) -> None:
+    what = "KV-cache eviction policy (default: full); python -m eviction list shows all"
+    parser.add_argument("--policy", default="full", help=what)
+    parser.add_policy_settings()
+
+
+def policy(arguments) -> str:
+    """The policy and its settings as the text that parties agree on."""
+    from crypten_llm.session.generation import parse_policy
+
+    return str(parse_policy(arguments.policy, *arguments.set))
+
+
+def add_bench_sizes(parser: Parser) -> None:
+    sizes = {"hidden": 256, "heads": 8, "kv-heads": 8, "ffn": 688, "layers": 1, "kv-len": 1024, "steps": 5}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
+
+
+def bench_shape(arguments):
+    """The ``bench.Shape`` that the sizes and the policy describe."""
+    from crypten_llm.session.bench import Shape
+
+    names = ("hidden", "heads", "kv_heads", "ffn", "layers", "kv_len", "steps")
+    return Shape(**{name: getattr(arguments, name) for name in names}, policy=policy(arguments))
+
+
+def asks(arguments) -> bool:
+    """Whether this process is the client. In a torchrun job the others run the same command, and serve here."""
+    from crypten_llm.session.launch import is_client
+    from crypten_llm.session.settings import split
+
+    protocol, _ = split(settings(arguments))
+    if is_client(protocol):
+        return True
+    if protocol.is_private:
+        serve(arguments)
+    return False
+
+
+def serve(arguments) -> None:
+    """Any party but the client, until it closes."""
+    from crypten_llm.session.api import PrivateLlama
+
+    PrivateLlama.serve(getattr(arguments, "model", ""), **settings(arguments))

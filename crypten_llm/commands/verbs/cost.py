@@ -1,0 +1,58 @@
+"""``cost``: what a request will cost, from sizes alone."""
+
+from crypten_llm.commands import options as shared
+from crypten_llm.commands.command_line import Parser
+from crypten_llm.errors import UsageError
+
+HELP = "count what a request will cost on engine wire, from a model's sizes"
+
+_SIZES = ("hidden", "heads", "kv-heads", "ffn", "layers", "vocab")  # of a model that is only counted
+
+
+def options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="M", help="'shipped', a folder with its config.json, or a hub id; no weights are read")
+    add("--config", metavar="F", help="a config.json instead of a model")
+    for name in _SIZES:
+        add(f"--{name}", type=int, metavar="N", help="or sizes as in bench" if name == _SIZES[0] else None)
+    add("--prompt-tokens", type=int, required=True, metavar="N", help="length of the prompt")
+    add("--new-tokens", type=int, default=2, metavar="N", help="length of the answer (default: 2)")
+    parser.add_chunk()
+    shared.add_policy(parser)
+    add("--network", default="", metavar="lan|wan|RTTms,Mbit", help="the links between the parties (default: none)")
+    parser.add_json()
+    parser.add_offline_and_verbose()
+
+
+def run(arguments) -> None:
+    from crypten_llm.commands.cost import predict
+    from crypten_llm.commands.show import show_cost
+    from crypten_llm.links.network import parse_network
+    from crypten_llm.session.generation import Plan
+
+    policy = shared.policy(arguments)
+    plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, policy=policy)
+    network = parse_network(arguments.network) if arguments.network else None
+    show_cost(predict(_config(arguments), plan, network), arguments.json)
+
+
+def _config(arguments):
+    """The model that is asked about: of a model, of a file, or of sizes."""
+    from crypten_llm.models import checkpoint
+    from crypten_llm.models.config import LlamaConfig
+
+    sizes = {name: getattr(arguments, name.replace("-", "_")) for name in _SIZES}
+    given = [name for name in ("model", "config") if getattr(arguments, name)]
+    given += ["hidden"] if any(sizes.values()) else []
+    if len(given) != 1:
+        raise UsageError("which model? give one of --model M, --config F, or its sizes (--hidden, --heads, ...)")
+    if arguments.model:
+        return LlamaConfig.from_folder(checkpoint.resolve_config(arguments.model, arguments.offline))
+    if arguments.config:
+        return LlamaConfig.from_file(arguments.config)
+    for name in ("hidden", "heads", "ffn", "layers"):
+        if sizes[name] is None:
+            raise UsageError(f"--{name} is missing; give --hidden, --heads, --ffn and --layers")
+    sizes["kv_heads"] = sizes.pop("kv-heads") or sizes["heads"]
+    sizes["vocab"] = sizes["vocab"] or 32000
+    return LlamaConfig.from_sizes(**sizes, context=arguments.prompt_tokens + arguments.new_tokens)

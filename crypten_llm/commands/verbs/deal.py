@@ -1,0 +1,41 @@
+"""``deal``: a tape, which takes the dealer's place in a run."""
+
+import sys
+
+from crypten_llm.commands import options as shared
+from crypten_llm.commands.command_line import Parser
+from crypten_llm.errors import UsageError
+
+HELP = "write a tape: all that a dealer would send in a run of engine wire"
+
+
+def options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--model", default="shipped", help="a folder with its config.json, or as for generate (default: shipped)")
+    add("--prompt-tokens", type=int, metavar="N", help="length of the prompt; the tape fits no other")
+    add("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
+    parser.add_chunk()
+    add("--requests", type=int, default=1, metavar="K", help="how many such requests in one session (default: 1)")
+    add("--out", required=True, metavar="DIR", help="the new folder: owner.tape, client.tape and manifest.json")
+    parser.add_offline_and_verbose()
+    add("--bench", action="store_true", help="for a bench of these sizes instead of a model:")
+    shared.add_bench_sizes(parser)
+    shared.add_policy(parser)
+
+
+def run(arguments) -> None:
+    if not arguments.bench and arguments.prompt_tokens is None:
+        raise UsageError("for how long a prompt? give --prompt-tokens N (or --bench and its sizes)")
+    from crypten_llm.commands.deal import deal
+    from crypten_llm.commands.show import say
+    from crypten_llm.models import checkpoint
+    from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.generation import Plan
+
+    if arguments.bench:
+        work, config = shared.bench_shape(arguments), None
+    else:
+        policy = shared.policy(arguments)
+        work = Plan(arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, policy=policy)
+        config = LlamaConfig.from_folder(checkpoint.resolve_config(arguments.model, arguments.offline))
+    deal(work, arguments.out, config, arguments.requests, say, progress=sys.stderr.isatty())

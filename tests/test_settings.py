@@ -1,0 +1,82 @@
+"""A setting is one field: its option and what local parties are told follow from it."""
+
+import ast
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+
+from crypten_llm.commands import cli
+from crypten_llm.commands.options import settings
+from crypten_llm.session.launch import LocalParties
+from crypten_llm.session.settings import Child, LaunchConfig, ProtocolConfig, split
+
+CHANGED = {
+    **{"engine": "crypten", "compute_parties": 4, "precision_bits": 12, "tape": "tapes", "timeout": 7.5, "threads": 3},
+    **{"network": "20ms,100", "host": "10.0.0.1", "tls": "keys", "offline": True, "verbose": True, "progress": True},
+}
+"""Another value than the default for each setting; "tape" is for engine wire alone."""
+
+
+def test_each_setting_is_covered_here():
+    assert CHANGED.keys() == {setting.name for kind in (ProtocolConfig, LaunchConfig) for setting in fields(kind)}
+    without = [
+        setting.name for kind in (ProtocolConfig, LaunchConfig) for setting in fields(kind) if not setting.metadata
+    ]
+    assert without == ["progress"], "bars follow the terminal; any other setting has an option"
+
+
+@pytest.mark.parametrize("name", sorted(CHANGED.keys() - {"progress"}))
+@pytest.mark.parametrize("command", ["generate", "bench", "party"])
+def test_an_option_sets_its_setting_alone(command, name):
+    value = CHANGED[name]
+    option = {"compute_parties": "--parties"}.get(name, f"--{name.replace('_', '-')}")
+    engine = ["--engine", "crypten"] if name in ("compute_parties", "precision_bits") else []
+    words = [option] if value is True else [option, str(value)]
+    given = settings(cli._parser().parse_args([command, *engine, *words]))
+    expected = {**({"engine": "crypten"} if engine else {}), name: value, "progress": given["progress"]}
+    assert split(given) == split(expected)
+
+
+def test_a_child_is_told_every_setting():
+    for name, value in CHANGED.items():
+        base = {"engine": "crypten"} if name != "tape" else {}
+        protocol, launch = split(base | {name: value})
+        told = Child(protocol, launch, "/models/ünï \udcff")
+        assert Child.from_json(told.to_json()) == told
+        assert name in told.to_json()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Command lines of the processes that would have been started, by rank."""
+    commands = {}
+
+    class Process:
+        stderr = ()
+
+        def __init__(self, command, env, **_):
+            commands[int(env["RANK"])] = command
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    return commands
+
+
+def test_local_parties_are_started_with_the_clients_settings(started):
+    protocol, launch = split({name: value for name, value in CHANGED.items() if name != "tape"})
+    LocalParties(protocol, launch, "/models/secret")
+    assert started.keys() == {0, 2, 3, 4}
+    for rank, command in started.items():
+        assert command[:-1] == [sys.executable, "-m", "crypten_llm", "party", "--child"]
+        told = Child.from_json(command[-1])
+        assert told.protocol == protocol
+        assert told.launch == replace(launch, host="", progress=False), "of the client alone"
+        assert told.model == ("/models/secret" if rank == 0 else "")
+        assert ("secret" in command[-1]) == (rank == 0)
+
+
+def test_no_command_imports_torch_before_its_arguments_are_read():
+    code = "import sys; from crypten_llm.commands import cli; cli._parser(); print(sorted({'torch', 'numpy', 'tqdm'} & "
+    found = subprocess.run([sys.executable, "-c", code + "sys.modules.keys()))"], capture_output=True, text=True)
+    assert ast.literal_eval(found.stdout) == []
