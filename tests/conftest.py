@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any test imports torch
+# Before any test imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a session on engine ``plain`` takes all cores
 
 # Files of which each test is work of its own for any worker; of the others all tests run in one, which share models.
 SPLIT = {"test_notebooks.py", "test_launch.py"}
