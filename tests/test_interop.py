@@ -14,7 +14,7 @@ from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels.ring import packed_size
-from crypten_llm.links.transport import HEADER
+from crypten_llm.links.frames import HEADER
 from crypten_llm.protocols.dealer import roles, tape
 from crypten_llm.protocols.dealer.counting import Counting
 
