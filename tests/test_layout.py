@@ -1,6 +1,6 @@
 """The house: no file too long to read at once, no circle of imports, and no room that knows those above it.
 
-Imports at the top of a module count, other than those for types alone (``if TYPE_CHECKING``). Of what a function imports
+Imports at the top of a module count, but for those of types alone (``if TYPE_CHECKING``). Of what a function imports
 when it runs, that which looks up is listed in ``LATER``.
 """
 
