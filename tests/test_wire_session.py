@@ -50,7 +50,7 @@ def test_only_these_places_send_anything():
         ("products.py", "own"): "W - R for a fresh mask R",
         ("products.py", "lookup"): "one-hot rows + r for a fresh mask r",
         ("engine.py", "WireEngine._show"): "a result, by order of the reveal module",
-        ("rounds.py", "Rounds._round"): "what running protocols have prepared of all these",
+        ("opening.py", "Rounds._round"): "what running protocols have prepared of all these",
         ("opening.py", "Rounds._resume"): "nothing: a generator is sent its wires",
         ("roles.py", "Party.exchange"): "what a round hands it",
         ("counting.py", "Counting.exchange"): "nothing: it counts",
@@ -113,7 +113,7 @@ def sessions(tmp_path_factory):
 
 
 PUBLIC = {  # keys of the JSON that the dealer may see, by sender
-    OWNER: {"config", "norm_scales", "loaded", "total"},
+    OWNER: {"config", "norm_scales", "tokens", "loaded", "total"},
     CLIENT: {"verb", "plan", "stop"},
 }
 
