@@ -135,7 +135,7 @@ def run(party, plan: Plan, answer: Answer | None = None, cache=None) -> Iterator
                 yield Step(index, answer.token_id, "", seconds, online.rounds, online.bytes_sent, reason)
         if not last and not plan.hide_length:
             with meter.phase("decode"), party.engine.meter.operation("whether the answer goes on", "stop or go"):
-                if party.agree(answer and (answer.finished or answer.abandoned)):
+                if agree(party, answer and (answer.finished or answer.abandoned)):
                     break
     counted = "upper bound of the answer's length" if plan.hide_length else "number of generated tokens"
     party.reveals.public(f"{counted}: {index + 1}", "each token is one decode step that all parties run")
@@ -151,6 +151,17 @@ def _prefill(party, plan, cache, answer):
             yield Progress(stop, plan.prompt_tokens)
     cache.end_prompt()
     return party.model.logits(last)
+
+
+def agree(party, flag: bool | None) -> bool:
+    """The client's public ``flag``, at every compute party; ``None`` at the others."""
+    if party.transport is None:
+        return flag
+    mine = {"stop": flag} if party.rank == party.client else None
+    message = party.transport.announce(party.client, party.peers, mine)
+    if not isinstance(message.get("stop"), bool):
+        raise party.transport.unexpected(party.client, "whether the answer goes on")
+    return message["stop"]
 
 
 def parse_policy(text: str, *assignments: str) -> eviction.Policy:

@@ -8,8 +8,9 @@ There is no second description of the computation, so none can drift; a test com
 from collections import Counter, defaultdict
 
 from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.links.frames import HEADER
 from crypten_llm.links.meter import Meter
-from crypten_llm.links.transport import HEADER, encode_json
+from crypten_llm.links.transport import encode_json
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.material import FRAME
 from crypten_llm.protocols.dealer.roles import PARTIES, Piece
@@ -47,8 +48,8 @@ class Links:
         """What the program will hear next; after that, that the answer goes on."""
         self._said.append(message)
 
-    def recv_json(self, source: int, timeout=None) -> dict:
-        """A public message of ``source`` to the other party and the dealer."""
+    def announce(self, source: int, peers, message, timeout=None) -> dict:
+        """A public message of ``source`` to the other party and the dealer, which hears what was said (``say``)."""
         message = self._said.pop(0) if self._said else GO_ON
         size = HEADER.size + len(encode_json(message))
         self._count(source, messages=2, sent=2 * size)

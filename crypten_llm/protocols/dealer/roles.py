@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.material import CHANNEL, Receiving, Sending
+from crypten_llm.protocols.dealer.material import CHANNEL, FRAME, Sending
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key, fresh_key
 from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.roles import CLIENT, DEALER, OWNER
@@ -188,7 +188,8 @@ class Party(Runtime):
 
     def __init__(self, transport, keys, material=None, device="cpu"):
         """material: where it comes from; a live dealer's when ``None``."""
-        super().__init__(transport, keys, material or Receiving(transport), device)
+        given = transport.stream_from(DEALER, FRAME, CHANNEL) if material is None else material
+        super().__init__(transport, keys, given, device)
         if material is None:
             self.begin("setup")
 
