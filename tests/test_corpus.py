@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from experiments.model import forward  # noqa: E402
-from experiments.model.corpus import ANSWER, TASKS, Encoder, is_held_out, sample, training_batch  # noqa: E402
+from experiments.model.corpus import Encoder, sample  # noqa: E402
+from experiments.model.drafts import TASKS  # noqa: E402
 from experiments.model.evaluate import (  # noqa: E402
     SHIPPED,
     draw_all,
@@ -23,7 +24,11 @@ from experiments.model.evaluate import (  # noqa: E402
     measure_ranges,
     score,
 )
-from experiments.model.train import SMOKE, Run, new_model, save_model  # noqa: E402
+from experiments.model.rows import ANSWER, training_batch  # noqa: E402
+from experiments.model.schedule import SMOKE  # noqa: E402
+from experiments.model.train import Run  # noqa: E402
+from experiments.model.weights import new_model, save_model  # noqa: E402
+from experiments.model.writer import is_held_out  # noqa: E402
 
 LENGTHS = (64, 256, 2048)
 PINNED = 1402764260

@@ -17,10 +17,13 @@ from crypten_llm.errors import PartyError
 from crypten_llm.kernels.ring import TABLE_WORDS, low_bits
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import Transport
-from crypten_llm.protocols.dealer import material, tape
+from crypten_llm.protocols.dealer import material
 from crypten_llm.protocols.dealer.counting import Counting
+from crypten_llm.protocols.dealer.manifest import make_manifest
 from crypten_llm.protocols.dealer.material import FRAME, Sending
+from crypten_llm.protocols.dealer.recording import Recording, Sizes
 from crypten_llm.protocols.dealer.roles import PARTIES, Dealer, Piece
+from crypten_llm.protocols.dealer.tape import Tape
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 
 WORDS = 1 << 16  # in one value: several messages, and more than a socket's buffers hold
@@ -110,8 +113,8 @@ def test_a_party_that_leaves_ends_the_dealer():
 
 def test_a_dealer_alone_makes_what_a_live_one_sends(tmp_path):
     live = run(mixed, 2, seed=3, section="test")
-    sizes = tape.Sizes()
-    manifest = tape.make_manifest({}, {}, "generate", {}, 1)
+    sizes = Sizes()
+    manifest = make_manifest({}, {}, "generate", {}, 1)
     links = type("Links", (), {"rank": DEALER, "meter": Meter(), "passed": lambda self, pieces: None})()
 
     def dealt_by(runtime):
@@ -120,12 +123,12 @@ def test_a_dealer_alone_makes_what_a_live_one_sends(tmp_path):
         runtime.end()
 
     dealt_by(Counting(links, sizes))  # a recording needs to know the sizes
-    recording = tape.Recording(tmp_path / "tape", manifest, sizes)
+    recording = Recording(tmp_path / "tape", manifest, sizes)
     recording.keys = [key(3, 0), key(3, 1)]
     with recording:
         dealt_by(Dealer(links, recording.keys, recording))
     for party in (OWNER, CLIENT):
-        mine = tape.Tape(tmp_path / "tape", party, links)
+        mine = Tape(tmp_path / "tape", party, links)
         mine.begin("test")
         sent = b"".join(frame.payload for frame in live.frames[DEALER] if frame.target == party)
         assert bytes(mine.read(len(sent)).numpy()) == sent
@@ -136,7 +139,7 @@ def test_sizes_are_known_without_computing():
     def forbidden():
         raise AssertionError("something was computed")
 
-    sizes = tape.Sizes()
+    sizes = Sizes()
     runtime = Counting(None, sizes)
     runtime.begin("one")
     mask = runtime.mask((2, 3))

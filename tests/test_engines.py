@@ -15,7 +15,7 @@ from crypten_llm.engines import check_engine
 from crypten_llm.engines.crypten.engine import CryptenConfig
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
-from crypten_llm.links.transport import HEADER
+from crypten_llm.links.frames import HEADER
 from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare

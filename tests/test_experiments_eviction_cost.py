@@ -21,12 +21,12 @@ from experiments.measure.eviction_cost import (
     STATIC,
     TRAINED,
     key,
-    measured_table,
     others,
     pays,
     step_table,
 )
 from experiments.measure.eviction_counts import ATTENTION, CHOICE, count, fills, layers
+from experiments.measure.eviction_time import measured_table
 
 TINY = Shape(hidden=32, heads=4, kv_heads=2, ffn=48, layers=6, kv_len=128)
 SMALL = "mpcache(coarse=8,fine=4,least=0)"
@@ -129,7 +129,7 @@ def test_measured_ratios_are_paired(monkeypatch, tmp_path, capsys):
             traffic |= {"online_bytes": 100 * len(policy), "dealer_bytes": 7}
             run = {"engine": "wire", "tokens": 512, "policy": policy, "seconds": taken, "attention_seconds": taken}
             runs[f"wire/5/shipped/512/{policy}/{repeat}"] = run | traffic
-    row = measured_table(runs)[1]
+    row = measured_table(runs, "full")[1]
     assert (row["times_faster"], row["ms_a_step"], row["repeats"], row["fewer_online"]) == (3.0, 2000.0, 3, 0.57)
     path = tmp_path / "time.json"
     path.write_text(json.dumps({"runs": runs}), "utf-8")

@@ -14,9 +14,11 @@ from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels.ring import packed_size
-from crypten_llm.links.transport import HEADER
-from crypten_llm.protocols.dealer import roles, tape
+from crypten_llm.links.frames import HEADER
+from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.counting import Counting
+from crypten_llm.protocols.dealer.manifest import make_manifest
+from crypten_llm.protocols.dealer.recording import Recording, Sizes
 
 UNIT = 2.0**-interop_jobs.PRECISION
 
@@ -86,10 +88,10 @@ def test_a_tape_serves_crypten_too(tmp_path):
         runtime = role(links, material)
         interop_jobs.masked_rectifier(WireEngine(links, material=material, runtime=runtime), x, w)
 
-    sizes = tape.Sizes()
+    sizes = Sizes()
     deal(sizes, Counting)
-    manifest = tape.make_manifest({}, {}, "test", {}, 1)
-    with tape.Recording(tmp_path / "tape", manifest, sizes) as recording:
+    manifest = make_manifest({}, {}, "test", {}, 1)
+    with Recording(tmp_path / "tape", manifest, sizes) as recording:
         deal(recording, roles.make)
     _, found, _ = run(interop_jobs.from_tape, tmp_path / "tape", x, w, wire=True)
     assert (found - (x @ w.T).relu() @ w.T).abs().max() < 8 * UNIT

@@ -1,12 +1,7 @@
-"""Parties meet over a real store on loopback; every way in which they may fail to has its message."""
+"""Parties meet over a real store on loopback; wrong starts and strangers have their messages."""
 
 import contextlib
-import os
-import re
-import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -15,16 +10,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
-from programs import Program, free_port
+from meetings import ROLES, assert_connected, meet
+from programs import Program
 from torch.distributed import TCPStore
 
-from crypten_llm.errors import CryptenLLMError, PartyError, UsageError
+from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.links import rendezvous
 from crypten_llm.links.rendezvous import HELLO, connect, read_environment
-from crypten_llm.links.tls import Links, make_key
+from crypten_llm.links.store import Wait
 
-ROLES = ("owner", "client", "dealer")
 ROOT = Path(__file__).parents[1]
 
 
@@ -45,38 +39,6 @@ def hosted():
     """A store that a launcher hosts: (store, port)."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     return store, store.port
-
-
-def meet(port, ranks=(0, 1, 2), world=3, timeout=5.0, **options):
-    """Connect these ranks at once; a Transport or the error for each."""
-
-    def job(rank):
-        try:
-            return connect(rank, world, ROLES[:world], "127.0.0.1", port, timeout, **options)
-        except CryptenLLMError as error:
-            assert "\n" not in str(error)
-            return error
-
-    with ThreadPoolExecutor(len(ranks)) as pool:
-        return list(pool.map(job, ranks))
-
-
-def close(parties):
-    for party in parties:
-        party.close()
-
-
-def assert_connected(parties):
-    """Every pair exchanges its ranks."""
-
-    def job(party):
-        others = [rank for rank in range(party.world) if rank != party.rank]
-        return party.all_exchange(others, torch.tensor(party.rank))
-
-    with ThreadPoolExecutor(len(parties)) as pool:
-        for received in pool.map(job, parties):
-            assert all(rank == tensor.item() for rank, tensor in received.items())
-    close(parties)
 
 
 def test_three_parties_meet(port):
@@ -102,18 +64,9 @@ def test_processes_meet_under_a_launchers_environment(port):
         print(party.exchange(1 - rank, torch.tensor([rank])).item())
         """
     )
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=os.environ | address | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    assert [process.communicate(timeout=30) for process in processes] == [("1\n", ""), ("0\n", "")]
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with Program("-c", program, RANK="0", **address) as zero, Program("-c", program, RANK="1", **address) as one:
+        assert [process.finish(timeout=30) for process in (zero, one)] == [(0, "1\n", ""), (0, "0\n", "")]
 
 
 def test_jobs_share_a_store(hosted):
@@ -143,205 +96,6 @@ def test_a_translated_address_is_published_though_it_cannot_be_bound(hosted):
     (error,) = meet(port, ranks=(1,), is_master=False, timeout=0.3, job="nat", host="192.0.2.7")
     assert isinstance(error, PartyError)
     assert b'"host": "192.0.2.7"' in store.get("crypten_llm/nat/address/1")
-
-
-# Who is missing
-
-
-def test_missing_parties_are_named(hosted):
-    _, port = hosted
-    (error,) = meet(port, ranks=(1,), is_master=False, timeout=0.3)
-    assert isinstance(error, PartyError)
-    assert str(error) == (
-        "rank 0 (owner), rank 2 (dealer) did not come within 0.3 s: start every party with the same MASTER_ADDR and "
-        "MASTER_PORT, and raise the timeout if they only need longer"
-    )
-
-
-def test_every_party_names_the_missing_one(port):
-    for error in meet(port, ranks=(0, 1), timeout=0.4):
-        assert isinstance(error, PartyError)
-
-
-def test_no_store(port, capfd):
-    (error,) = meet(port, ranks=(1,), timeout=0.3)
-    assert isinstance(error, PartyError)
-    assert str(error) == (
-        f"no rendezvous store at 127.0.0.1:{port} after 0.3 s (Connection refused): start rank 0 (owner) and check "
-        "MASTER_ADDR and MASTER_PORT"
-    )
-    assert capfd.readouterr().err == ""  # torch would print stack traces
-
-
-def test_late_store_is_found(port):
-    with ThreadPoolExecutor(1) as pool:
-        early = pool.submit(meet, port, ranks=(1,), world=2)
-        time.sleep(0.3)
-        (zero,) = meet(port, ranks=(0,), world=2)
-        assert_connected([zero, *early.result()])
-
-
-def test_store_that_goes_away(hosted):
-    class Gone:
-        def check(self, keys):
-            raise RuntimeError("Connection reset by peer\nException raised from recvBytes")
-
-    _, port = hosted
-    store = rendezvous._Store("127.0.0.1", port, False, "rank 0 (owner)", rendezvous._Wait(5), "x/")
-    store._store = Gone()
-    with pytest.raises(PartyError) as caught:
-        store.get("key")
-    assert str(caught.value) == (
-        f"the rendezvous store at 127.0.0.1:{port} went away (Connection reset by peer): the party or launcher that "
-        "hosts it stopped, start all parties again"
-    )
-
-
-@pytest.fixture
-def stopped():
-    """A port where a process hosts a store, and what stops that process as a debugger or a lost network would."""
-    program = """
-        from torch.distributed import TCPStore
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        print(store.port, flush=True)
-        input()
-    """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    host = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], text=True, **pipes)
-    try:
-        yield int(host.stdout.readline()), lambda: host.send_signal(signal.SIGSTOP)
-    finally:
-        host.kill()  # also a process that is stopped
-        host.communicate()
-
-
-STORE = (
-    r"the rendezvous store at 127.0.0.1:{} did not answer {} within {} s: the party or launcher that hosts it hangs, or"
-)
-
-
-def test_store_that_hangs_is_named(stopped):
-    port, stop = stopped
-    store = rendezvous._Store("127.0.0.1", port, False, "rank 0 (owner)", rendezvous._Wait(0.5), "x/")
-    store.put("key", "value")
-    stop()
-    calls = {
-        "check 'key'": lambda: store.get("key"),
-        "set 'key'": lambda: store.put("key", "other"),
-        "compare_set 'job'": lambda: store.put_first("job", "mine"),
-        "add 'claim/1'": lambda: store.add("claim/1"),
-    }
-    for operation, call in calls.items():
-        started = time.monotonic()
-        with pytest.raises(PartyError, match=STORE.format(port, operation, 0.5)):
-            call()
-        assert time.monotonic() - started < 3
-
-
-def test_parties_of_a_store_that_hangs_end(stopped):
-    port, stop = stopped
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(meet, port, ranks=(1,), is_master=False, timeout=3)
-        time.sleep(1)
-        stop()
-        (error,) = job.result(timeout=10)
-    assert isinstance(error, PartyError)
-    assert re.match(STORE.format(port, "check '(address/[02]|stop)'", 3), str(error))
-
-
-def test_ctrl_c_ends_the_wait_for_a_store_that_hangs(stopped):
-    port, stop = stopped
-    program = f"""
-        from crypten_llm.links.rendezvous import connect
-        try:
-            connect(1, 3, {ROLES}, "127.0.0.1", {port}, 60.0, while_waiting=lambda: print("waiting", flush=True))
-        except KeyboardInterrupt:
-            print("interrupted", flush=True)
-    """
-    with Program("-c", textwrap.dedent(program)) as party:
-        assert party.process.stdout.readline() == "waiting\n"
-        time.sleep(0.5)
-        stop()
-        time.sleep(0.2)
-        party.process.send_signal(signal.SIGINT)
-        code, out, err = party.finish(timeout=10)
-    assert (code, out.splitlines()[-1], err) == (0, "interrupted", "")
-
-
-# What is looked after meanwhile
-
-
-class ChildEnded(Exception):
-    pass
-
-
-@pytest.fixture
-def ending():
-    """A wait that would be long, but that its look ends soon."""
-    ends = time.monotonic() + 0.3
-
-    def look():
-        if time.monotonic() > ends:
-            raise ChildEnded
-
-    return rendezvous._Wait(20, look)
-
-
-@pytest.fixture
-def silent():
-    """A listener at which everyone is let in and nothing is said."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield listener
-
-
-def waits(silent, hosted, folder):
-    """Every wait of the rendezvous, for parties of which one has died or hangs, as a function of its `_Wait`."""
-    names, place = ["rank 0 (owner)", "rank 1 (client)"], silent.getsockname()
-    entry = {"host": place[0], "port": place[1], "token": "00" * 16}
-    for role in ROLES:
-        make_key(folder, role)
-
-    def store(wait):
-        return rendezvous._Store("127.0.0.1", hosted.port, False, names[0], wait, "x/")
-
-    def barrier(wait):
-        with socket.create_connection(place) as sock:
-            rendezvous._barrier({1: sock}, names, wait)
-
-    return {
-        "the store's port": lambda wait: rendezvous._Store("127.0.0.1", free_port(), False, names[0], wait, "x/"),
-        "the store": lambda wait: rendezvous._Store(*place, False, names[0], wait, "x/"),
-        "the directory": lambda wait: rendezvous._read_directory(store(wait), names, 1, wait),
-        "a connection": lambda wait: rendezvous._answer(silent, names, 0, 2, bytes(16), {}, {}, wait, None),
-        "a greeting": lambda wait: rendezvous._dial(names, 0, entry, 1, 2, bytes(16), wait, None),
-        "TLS": lambda wait: rendezvous._dial(names, 0, entry, 1, 2, bytes(16), wait, Links(folder, ROLES, 1)),
-        "all links": barrier,
-    }
-
-
-@pytest.mark.parametrize(
-    "what", ["the store's port", "the store", "the directory", "a connection", "a greeting", "TLS", "all links"]
-)
-def test_a_child_that_ends_stops_every_wait(what, silent, hosted, ending, tmp_path):
-    started = time.monotonic()
-    with pytest.raises(ChildEnded):
-        waits(silent, hosted[0], tmp_path)[what](ending)
-    assert time.monotonic() - started < 5
-
-
-def test_a_child_that_published_its_address_and_died_stops_the_wait(hosted):
-    store, port = hosted
-    store.set("crypten_llm//0/address/1", '{"host": "127.0.0.1", "port": 1, "token": ""}')
-    looks = []
-
-    def look():
-        looks.append(time.monotonic())
-        if looks[-1] - looks[0] > 0.3:
-            raise PartyError("rank 1 (client) was ended by SIGKILL")
-
-    (error,) = meet(port, ranks=(0,), world=2, is_master=False, timeout=20, while_waiting=look)
-    assert str(error) == "rank 1 (client) was ended by SIGKILL"
-    assert looks[-1] - looks[0] < 5
 
 
 # Wrong starts
@@ -463,13 +217,13 @@ def test_wrong_listener_is_noticed():
         threading.Thread(target=answer, args=(listener,)).start()
         entry = {"host": "127.0.0.1", "port": listener.getsockname()[1], "token": "00" * 16}
         with pytest.raises(PartyError, match=r"rank 0 \(owner\) did not complete .* \(another program answered\)"):
-            rendezvous._dial(["rank 0 (owner)"], 0, entry, 1, 2, b"\x01" * 16, rendezvous._Wait(2), None)
+            rendezvous._dial(["rank 0 (owner)"], 0, entry, 1, 2, b"\x01" * 16, Wait(2), None)
 
 
 def test_unreachable_listener(port):
     entry = {"host": "127.0.0.1", "port": port, "token": "00" * 16}
     with pytest.raises(PartyError, match=rf"rank 0 \(owner\) cannot be reached at 127.0.0.1:{port} \(Conn"):
-        rendezvous._dial(["rank 0 (owner)"], 0, entry, 1, 2, bytes(16), rendezvous._Wait(2), None)
+        rendezvous._dial(["rank 0 (owner)"], 0, entry, 1, 2, bytes(16), Wait(2), None)
 
 
 def test_party_that_publishes_but_never_connects(hosted):
@@ -483,7 +237,7 @@ def test_party_that_dies_before_all_are_connected():
     ours, theirs = socket.socketpair()
     theirs.close()
     with pytest.raises(PartyError, match=r"rank 1 \(client\) did not finish connecting within 3 s"):
-        rendezvous._barrier({1: ours}, ["rank 0 (owner)", "rank 1 (client)"], rendezvous._Wait(3))
+        rendezvous._barrier({1: ours}, ["rank 0 (owner)", "rank 1 (client)"], Wait(3))
     ours.close()
 
 

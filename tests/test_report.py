@@ -2,7 +2,8 @@
 
 import pytest
 
-from crypten_llm.session.report import Cost, cost_table, revealed_table, size
+from crypten_llm.session.report import Cost, cost_table, revealed_table
+from crypten_llm.units import size
 
 
 def row(phase, kind, rounds, sent, dealer=0, seconds=0.0):

@@ -8,7 +8,7 @@ from wire_parties import CLIENT, DEALER, OWNER, joined, run, share
 
 import eviction
 from crypten_llm.engines.wire.counted import CostEngine, Links
-from crypten_llm.links.transport import HEADER
+from crypten_llm.links.frames import HEADER
 from crypten_llm.protocols import products, selection
 from crypten_llm.protocols.comparison import ordered
 from crypten_llm.protocols.opening import Opening, Rounds, as_secret

@@ -4,7 +4,7 @@ import pytest
 
 from crypten_llm.errors import UsageError
 from crypten_llm.models.checkpoint import SHIPPED, load_tokenizer
-from experiments.model import corpus
+from experiments.model import drafts
 from experiments.model.evaluate import is_match
 from experiments.tasks import TASKS, find, score
 
@@ -18,7 +18,7 @@ SHIPPED_TASKS = {name: task for name, task in TASKS.items() if task.source == "s
 
 
 def test_shipped_tasks_are_those_of_the_corpus():
-    assert list(SHIPPED_TASKS) == list(corpus.TASKS)
+    assert list(SHIPPED_TASKS) == list(drafts.TASKS)
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED_TASKS if name != "stories"])

@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from programs import GENERATE, by_hand, error_line, free_port
-from test_transport import socket_pair
+from transports import socket_pair
 
 from crypten_llm.commands.cli import main
 from crypten_llm.errors import CryptenLLMError, PartyError, UsageError
-from crypten_llm.links import rendezvous
+from crypten_llm.links import rendezvous, sockets
 from crypten_llm.links.tls import Links, make_key
 from crypten_llm.links.transport import Transport
 
@@ -245,7 +245,7 @@ def test_one_role_is_not_another(keys, tmp_path):
 def test_a_stranger_without_a_key_holds_nobody_up(keys):
     """Plain connections to a party that answers are dropped, and the others still come."""
     port, began = free_port(), time.monotonic()
-    answering, strays = rendezvous._listen, []
+    answering, strays = sockets.listen, []
 
     def listen(*arguments):
         listener = answering(*arguments)
@@ -258,7 +258,7 @@ def test_a_stranger_without_a_key_holds_nobody_up(keys):
         return rendezvous.connect(rank, 3, ROLES, "127.0.0.1", port, 10.0, links=links, is_master=rank == 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rendezvous, "_listen", listen)
+        patch.setattr(sockets, "listen", listen)
         for party in together(*(lambda rank=rank: job(rank) for rank in range(3))):
             party.close()
     for stray in strays:

@@ -1,71 +1,24 @@
-"""Frames, duplex transfers, counters, errors and emulation, on loopback sockets with one thread per party."""
+"""Frames, duplex transfers, counters, public messages and streams, on loopback sockets with one thread per party."""
 
-import socket
-import struct
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transports import error_of, header, meshes, one_against_raw, together
 
-from crypten_llm.errors import PartyError, UsageError
-from crypten_llm.links.network import NETWORKS, Network, parse_network
-from crypten_llm.links.transport import DTYPES, HEADER, MAGIC, TENSOR, Transport
-
-ROLES = ("owner", "client", "dealer")
-
-
-def socket_pair():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        ours = socket.create_connection(listener.getsockname())
-        theirs, _ = listener.accept()
-    return ours, theirs
+from crypten_llm.links.frames import DTYPES, HEADER
 
 
 @pytest.fixture
 def mesh():
-    """Makes the connected transports of `world` parties; closes them afterwards."""
-    made = []
-
-    def make(world=2, timeout=5.0, **options):
-        sockets = [{} for _ in range(world)]
-        for low in range(world):
-            for high in range(low + 1, world):
-                sockets[low][high], sockets[high][low] = socket_pair()
-        made.extend(Transport(rank, ROLES[:world], sockets[rank], timeout=timeout, **options) for rank in range(world))
-        return made[-world:]
-
-    yield make
-    for transport in made:
-        transport.close()
+    with meshes() as make:
+        yield make
 
 
 @pytest.fixture
 def against_raw():
-    """A party (rank 0, owner) whose peer is a bare socket in the test's hands."""
-    ours, theirs = socket_pair()
-    transport = Transport(0, ROLES[:2], {1: ours}, timeout=0.5)
-    yield transport, theirs
-    transport.close()
-    theirs.close()
-
-
-def together(*jobs):
-    """Run one job per party at once; returns their results, raises the first failure."""
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        return [future.result(timeout=30) for future in [pool.submit(job) for job in jobs]]
-
-
-def error_of(job):
-    with pytest.raises(PartyError) as caught:
-        job()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def header(kind=TENSOR, dtype=DTYPES[torch.int64], sequence=0, size=16, magic=MAGIC):
-    return HEADER.pack(magic, kind, dtype, sequence, size, 0)
+    with one_against_raw() as both:
+        yield both
 
 
 # Tensors
@@ -221,262 +174,67 @@ def test_json_wait_may_outlast_the_timeout(mesh):
     timer.join()
 
 
-# A peer that sends something else
+# Public messages to all
 
 
-@pytest.mark.parametrize(
-    ("frame", "came"),
-    [
-        (header(size=8), "int64 tensor message number 0 of 8 bytes"),
-        (header(size=1 << 60), f"int64 tensor message number 0 of {1 << 60} bytes"),
-        (header(dtype=DTYPES[torch.float32]), "float32 tensor message number 0 of 16 bytes"),
-        (header(dtype=99), "dtype 99 tensor message number 0 of 16 bytes"),
-        (header(sequence=3), "int64 tensor message number 3 of 16 bytes"),
-        (header(kind=2, dtype=0), "JSON message number 0 of 16 bytes"),
-        (header(kind=77), "unknown kind 77 message number 0 of 16 bytes"),
-        (header(kind=3, size=1 << 40), f"abort message number 0 of {1 << 40} bytes"),
-        (header(magic=b"GE"), "bytes of another protocol"),
-    ],
-    ids=["size", "huge", "dtype", "unknown dtype", "sequence", "JSON", "unknown kind", "huge abort", "magic"],
-)
-def test_mismatch_names_what_came_and_what_was_due(against_raw, frame, came):
-    transport, raw = against_raw
-    raw.sendall(frame)
-    with transport.meter.phase("prefill"), transport.meter.operation("layer 2 softmax"):
-        message = error_of(lambda: transport.recv(1, (1, 2), torch.int64))
-    assert message == (
-        f"rank 1 (client) sent {came} during prefill: layer 2 softmax, expected int64 tensor message number 0 of 16 "
-        "bytes, shape (1, 2): the parties run different programs; start all of them with the same version and the same "
-        "settings"
-    )
+@pytest.mark.parametrize("peers", [[1], [1, 2]])
+def test_what_is_announced_is_the_same_at_all(mesh, peers):
+    parties = mesh(3)
+    message = {"stop": False}
+    assert parties[0].announce(0, peers, message) == message
+    for peer in peers:
+        assert parties[peer].announce(0, None, None) == message
+    sent, size = parties[0].meter.snapshot().online, HEADER.size + len('{"stop":false}')
+    assert (sent.messages, sent.rounds, sent.bytes_sent) == (len(peers), 0, len(peers) * size)
+    assert all(parties[peer].meter.snapshot().online.rounds == 1 for peer in peers)
 
 
-def test_parties_of_different_shapes_both_fail(mesh):
+@pytest.mark.parametrize("other", [["stop"], None, 1])
+def test_something_else_than_an_announcement(mesh, other):
     a, b = mesh()
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(a.exchange, 1, torch.zeros(2)), pool.submit(b.exchange, 0, torch.zeros(3))]
-        first, second = (error_of(lambda job=job: job.result(timeout=10)) for job in jobs)
-    assert "sent float32 tensor message number 0 of 12 bytes" in first and "expected" in first
-    assert "sent float32 tensor message number 0 of 8 bytes" in second
-
-
-def test_sequence_numbers_advance_in_each_direction(against_raw):
-    transport, raw = against_raw
-    for number in range(3):
-        raw.sendall(header(sequence=number, size=8) + struct.pack("<q", number))
-        assert transport.recv(1, (), torch.int64).item() == number
-    raw.sendall(header(sequence=2, size=8) + bytes(8))
-    assert "number 2 of 8 bytes during setup, expected int64 tensor message number 3" in (
-        error_of(lambda: transport.recv(1, (), torch.int64))
+    a.send_json(1, other)
+    assert error_of(lambda: b.announce(0, [0], None)) == (
+        "rank 0 (owner) sent something else than named facts during setup: the parties run different programs; start "
+        "all of them with the same version and the same settings"
     )
 
 
-# A peer that is silent, gone, or says why it stops
-
-
-def test_silent_peer_times_out(against_raw):
-    transport, _ = against_raw
-    started = time.monotonic()
-    with transport.meter.phase("decode"):
-        message = error_of(lambda: transport.exchange(1, torch.zeros(4)))
-    assert 0.5 <= time.monotonic() - started < 2
-    assert message == (
-        "rank 1 (client) sent nothing for 0.5 s during decode: look at that party's own output, and raise the timeout "
-        "if it only needs longer"
-    )
-
-
-def test_peer_that_takes_nothing_times_out(against_raw):
-    transport, _ = against_raw
-    assert "rank 1 (client) took nothing for 0.5 s" in error_of(lambda: transport.send(1, torch.zeros(16 << 20)))
-
-
-def test_only_the_silent_party_is_blamed(mesh):
-    a, b, _ = mesh(3, timeout=0.3)
-    b.send(0, torch.zeros(1))
-    message = error_of(lambda: a.all_exchange([1, 2], torch.zeros(1)))
-    assert message.startswith("rank 2 (dealer) sent nothing for 0.3 s")
-
-
-def test_slow_progress_is_no_timeout(against_raw):
-    transport, raw = against_raw
-    payload = header(size=48) + bytes(48)
-
-    def trickle():
-        for i in range(0, len(payload), 8):
-            time.sleep(0.1)
-            raw.sendall(payload[i : i + 8])
-
-    _, received = together(trickle, lambda: transport.recv(1, (6,), torch.int64))
-    assert received.tolist() == [0] * 6
-
-
-def test_closed_connection_fails_at_once(mesh):
-    a, b = mesh(timeout=30.0)
-    timer = threading.Timer(0.1, a.close)
+def test_an_announcement_may_outlast_the_timeout(mesh):
+    a, b = mesh(timeout=0.05)
+    timer = threading.Timer(0.2, lambda: a.announce(0, [1], {"verb": "close"}))
     timer.start()
-    started = time.monotonic()
-    with b.meter.phase("prefill"), b.meter.operation("layer 2 softmax"):
-        message = error_of(lambda: b.recv(0, (1,), torch.int64))
+    assert b.announce(0, [0], None, timeout=float("inf")) == {"verb": "close"}
     timer.join()
-    assert time.monotonic() - started < 2
-    assert message.startswith("rank 0 (owner) closed the connection during prefill: layer 2 softmax: ")
 
 
-def test_connection_cut_inside_a_frame(against_raw):
-    transport, raw = against_raw
-    raw.sendall(header() + bytes(3))
-    raw.close()
-    assert "rank 1 (client) closed the connection" in error_of(lambda: transport.recv(1, (2,), torch.int64))
+# Streams
 
 
-def test_abort_carries_its_reason_to_every_peer(mesh):
-    parties = mesh(3, timeout=30.0)
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(parties[rank].recv, 0, (1,), torch.int64) for rank in (1, 2)]
-        parties[0].abort("weights do not fit: use a smaller model")
-        for job in jobs:
-            message = error_of(lambda job=job: job.result(timeout=10))
-            assert message == "rank 0 (owner) stopped: weights do not fit: use a smaller model"
-
-
-def test_abort_is_read_after_what_was_sent_before(mesh):
+@pytest.mark.parametrize("cuts", [[12], [5, 7], [1] * 12, [0, 12]], ids=str)
+def test_a_stream_is_read_in_any_portions(mesh, cuts):
     a, b = mesh()
-    a.send(1, torch.ones(3))
-    a.abort("done for")
-    assert b.recv(0, (3,), torch.float32).tolist() == [1, 1, 1]
-    assert error_of(lambda: b.recv(0, (3,), torch.float32)) == "rank 0 (owner) stopped: done for"
+    whole, reader = torch.arange(12, dtype=torch.uint8), b.stream_from(0, 12, "dealer")
+    reader.begin("section")
+    for piece in whole.split(cuts):
+        a.send_stream(1, piece, channel="dealer")
+    assert [reader.read(count).tolist() for count in (0, 3, 8, 1)] == [[], [0, 1, 2], [*range(3, 11)], [11]]
+    reader.end()
+    seen = b.meter.snapshot().dealer
+    assert (seen.rounds, seen.bytes_received) == (len(cuts), len(cuts) * HEADER.size + 12)
 
 
-def test_abort_reaches_a_peer_that_is_sending(mesh):
-    a, b = mesh(timeout=10.0)
-    a.send(1, torch.ones(3))  # never read: the abort frame waits behind it
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(b.send, 0, torch.zeros(32 << 20))
-        time.sleep(0.1)
-        a.abort("interrupted")
-        assert error_of(lambda: job.result(timeout=10)) == "rank 0 (owner) stopped: interrupted"
-
-
-def test_abort_reaches_a_peer_in_a_large_exchange(mesh):
-    a, b = mesh(timeout=10.0)
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(b.exchange, 0, torch.zeros(32 << 20))
-        time.sleep(0.1)
-        a.abort("interrupted")
-        assert error_of(lambda: job.result(timeout=10)) == "rank 0 (owner) stopped: interrupted"
-
-
-def test_abort_text_cannot_steer_a_terminal(mesh):
+def test_a_stream_that_goes_on_after_its_section(mesh):
     a, b = mesh()
-    a.abort("line one\nline two\x1b[2J")
-    assert error_of(lambda: b.recv(0, (), torch.int64)) == "rank 0 (owner) stopped: line one line two [2J"
+    a.send_stream(1, torch.zeros(4, dtype=torch.uint8))
+    reader = b.stream_from(0, 4)
+    reader.read(3)
+    with pytest.raises(AssertionError, match=r"rank 0 \(owner\) sent more than this section needs"):
+        reader.end()
 
 
-@pytest.mark.parametrize(("text", "size"), [("", 0), ("é" * 5000, 2048)])
-def test_abort_texts_of_odd_length(mesh, text, size):
+def test_a_piece_above_the_limit_is_refused(mesh):
     a, b = mesh()
-    a.abort(text)
-    message = error_of(lambda: b.recv(0, (), torch.int64))
-    assert message == "rank 0 (owner) stopped: " + ("é" * size or "no reason given")
-
-
-def test_nothing_follows_a_half_sent_frame(against_raw):
-    transport, raw = against_raw
-    error_of(lambda: transport.send(1, torch.zeros(16 << 20)))  # times out inside the frame
-    raw.settimeout(0.2)
-    with pytest.raises(TimeoutError):
-        while True:
-            raw.recv(1 << 20)  # make room for whatever comes now
-    transport.abort("timed out")
-    assert raw.recv(1 << 20) == b""
-
-
-def test_abort_and_close_may_be_repeated(mesh):
-    a, b = mesh()
-    b.close()
-    a.abort("peer is gone already")
-    a.abort("again")
-    a.close()
-    with pytest.raises(AssertionError, match="rank 0 has no open link to rank 1"):
-        a.send(1, torch.zeros(1))
-
-
-# Emulation
-
-
-def test_emulated_latency_is_a_lower_bound(mesh):
-    a, b = mesh(network=Network(rtt_ms=60, mbit=10_000))
-
-    def job(party):
-        for _ in range(3):
-            party.exchange(1 - party.rank, torch.zeros(4))
-        return time.monotonic()
-
-    started = time.monotonic()
-    for ended in together(lambda: job(a), lambda: job(b)):
-        assert 0.09 <= ended - started < 0.5
-
-
-def test_emulated_bandwidth_serialises_the_messages_of_a_link(mesh):
-    a, b = mesh(network=Network(rtt_ms=0, mbit=4))  # 0.5 MB/s
-    started = time.monotonic()
-    for _ in range(2):
-        a.send(1, torch.zeros(50_000, dtype=torch.uint8))
-    sent = time.monotonic() - started
-    for _ in range(2):
-        b.recv(0, (50_000,), torch.uint8)
-    assert sent < 0.1  # the sender goes on while its messages travel
-    assert 0.2 <= time.monotonic() - started < 0.6
-
-
-def test_emulated_time_passes_while_the_receiver_computes(mesh):
-    a, b = mesh(network=Network(rtt_ms=600, mbit=1000))
-    a.send(1, torch.zeros(1))
-    time.sleep(0.32)
-    started = time.monotonic()
-    b.recv(0, (1,), torch.float32)
-    assert time.monotonic() - started < 0.2
-
-
-def test_emulation_by_one_side_only_is_refused():
-    ours, theirs = socket_pair()
-    emulating = Transport(0, ROLES[:2], {1: ours}, network=NETWORKS["lan"])
-    other = Transport(1, ROLES[:2], {0: theirs}, timeout=1.0)
-    emulating.send(1, torch.zeros(1))
-    assert error_of(lambda: other.recv(0, (1,), torch.float32)) == (
-        "only one of this party and rank 0 (owner) emulates a network: give every party the same network setting"
+    a.send_stream(1, torch.zeros(5, dtype=torch.uint8))
+    assert "of 5 bytes during setup, expected stream message number 0 of at most 4 bytes" in (
+        error_of(lambda: b.stream_from(0, 4).read(1))
     )
-    emulating.close()
-    other.close()
-
-
-def test_emulation_towards_another_machine_is_refused():
-    class Remote(socket.socket):
-        def getpeername(self):
-            return ("192.0.2.7", 4000)
-
-    ours, theirs = socket_pair()
-    remote = Remote(fileno=ours.detach())
-    with pytest.raises(UsageError, match=r"cannot emulate a network to rank 1 \(client\) on another machine: drop"):
-        Transport(0, ROLES[:2], {1: remote}, network=NETWORKS["wan"])
-    remote.close()
-    theirs.close()
-
-
-def test_parse_network():
-    assert parse_network("lan") == Network(0.3, 1000)
-    assert parse_network("wan") == Network(40, 200)
-    assert parse_network("20ms,100") == parse_network("20 ms, 100") == Network(20, 100)
-
-
-@pytest.mark.parametrize("text", ["lann", "20,100", "20ms", "20ms,fast", "ms,1", "", "20ms,100,3"])
-def test_parse_network_says_what_it_takes(text):
-    with pytest.raises(UsageError, match="is not known: give lan, wan or"):
-        parse_network(text)
-
-
-@pytest.mark.parametrize("text", ["-1ms,100", "1ms,0", "nanms,100", "1ms,inf"])
-def test_impossible_networks(text):
-    with pytest.raises(UsageError, match="is impossible: give a round trip time of 0 ms or more"):
-        parse_network(text)

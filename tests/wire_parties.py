@@ -17,7 +17,8 @@ import torch
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import PartyError
 from crypten_llm.insecure.audit import audited
-from crypten_llm.links.transport import HEADER, KIND_NAMES, Transport
+from crypten_llm.links.frames import HEADER, KIND_NAMES
+from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.opening import Opening, Rounds, Secret, Wire
 from crypten_llm.roles import CLIENT, DEALER, OWNER

@@ -17,14 +17,16 @@ from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.links.meter import Meter
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.protocols.dealer import roles, tape
+from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.counting import Counting
+from crypten_llm.protocols.dealer.manifest import make_manifest
+from crypten_llm.protocols.dealer.recording import Recording, Sizes
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 from crypten_llm.session.api import check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Plan
 from crypten_llm.session.party import Party
-from crypten_llm.session.report import size
+from crypten_llm.units import size
 
 
 class _Absent:
@@ -36,7 +38,7 @@ class _Absent:
         self.meter = Meter()
         self._script = script
 
-    def recv_json(self, source, timeout=None):
+    def announce(self, source, peers, message, timeout=None):
         return next(self._script)
 
     def passed(self, pieces):
@@ -81,14 +83,14 @@ def deal(work: Plan | Shape, out, config: LlamaConfig | None = None, requests: i
         with torch.inference_mode():
             Party(WireEngine(links, engine, material, role(links, material)), links, 2).serve()
 
-    engine, sizes = WireConfig(), tape.Sizes()
+    engine, sizes = WireConfig(), Sizes()
     run(sizes, Counting)
     total = [sizes.total(party) for party in (OWNER, CLIENT)]
     say(f"tape for {requests} x {verb}: {size(total[OWNER])} for the owner, {size(total[CLIENT])} for the client")
     started = perf_counter()
-    manifest = tape.make_manifest(asdict(engine), config.to_dict(), verb, asdict(work), requests)
+    manifest = make_manifest(asdict(engine), config.to_dict(), verb, asdict(work), requests)
     bar = tqdm(desc="dealing", total=sum(total), unit="B", unit_scale=True, disable=not progress, leave=False)
-    with bar, tape.Recording(Path(out), manifest, sizes, bar.update) as recording:
+    with bar, Recording(Path(out), manifest, sizes, bar.update) as recording:
         run(recording, roles.make)
     seconds = perf_counter() - started
     say(f"{out}: tape {manifest['id']} in {seconds:.1f} s ({size(sum(total) / seconds)}/s)")

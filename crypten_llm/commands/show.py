@@ -17,8 +17,9 @@ from crypten_llm.models.tokenizer import has_chat_template
 from crypten_llm.session.api import PrivateLlama, Request, Result, check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Progress, Step
-from crypten_llm.session.report import cost_table, revealed_table, size
+from crypten_llm.session.report import cost_table, revealed_table
 from crypten_llm.session.settings import ProtocolConfig, split
+from crypten_llm.units import size
 
 if TYPE_CHECKING:  # of commands that bring engine wire along
     from crypten_llm.commands.cost import Prediction

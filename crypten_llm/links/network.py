@@ -1,12 +1,15 @@
 """A network between the parties, by its round trip and bandwidth: what a prediction assumes and `transport` emulates.
 
-Owns the names of networks and the time that messages are on their way.
+Owns the names of networks, the time that messages are on their way, and waiting for it.
 """
 
 import math
+import time
 from dataclasses import dataclass
 
 from crypten_llm.errors import UsageError
+from crypten_llm.links.frames import HEADER
+from crypten_llm.links.sockets import is_local
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,25 @@ class Network:
     def seconds(self, rounds: float, sent: float) -> float:
         """How long rounds and the bytes that one party sends in them are on their way."""
         return rounds * self.rtt_ms / 2e3 + sent * 8e-6 / self.mbit
+
+    def check(self, links):
+        """Raises UsageError for a link to another machine, whose clock is another."""
+        for link in links:
+            if not is_local(link.sock):
+                raise UsageError(
+                    f"cannot emulate a network to {link.name} on another machine: drop the network setting, or run "
+                    "every party on one machine"
+                )
+
+    def hold_back(self, frames):
+        """Sleeps until this network would have delivered all these frames, which came over links of their own."""
+        ready = 0
+        for frame in frames:
+            link, size = frame.link, HEADER.size + frame.size
+            link.line_free = max(link.line_free, frame.sent_at) + int(size * 8e3 / self.mbit)
+            ready = max(ready, link.line_free + int(self.rtt_ms * 5e5))
+        while (left := ready - time.monotonic_ns()) > 0:
+            time.sleep(left / 1e9)
 
 
 NETWORKS = {  # the settings usual in the field's papers, which range over 1-3 Gbit/s and 100-400 Mbit/s

@@ -1,15 +1,10 @@
 """The links between the parties: every byte that leaves or enters a process passes here.
 
-Owns the sockets once the rendezvous has connected them, the frame format, timeouts, the messages about a peer
-that stopped, and the calls to `Meter.count`. It knows nothing of shares, masks or models and must stay so.
+Owns the sockets once the rendezvous has connected them, timeouts, and the calls to `Meter.count`. The format of frames
+is that of `frames`; `faults` says what went wrong. It knows nothing of shares, masks or models and must stay so.
 
-**Links are plain TCP unless the sockets came under TLS (see `tls`).** What the parties send each other is masked data,
-but whoever reads both links of a party, or alters one, breaks the protocol's assumptions: between hosts, use TLS, a
-trusted network or a tunnel.
-
-A frame is a 24-byte header and a payload of raw little-endian elements, UTF-8 JSON or one line of text. The
-receiver knows what must come next and compares kind, dtype, sequence number and size before it allocates
-anything. No pickle is ever read.
+**Links are plain TCP unless the sockets came under TLS (see `tls`).** What travels is masked, but whoever reads both
+links of a party, or alters one, breaks the protocol: between hosts, use TLS, a trusted network or a tunnel.
 
 Rounds: a transfer that waits for peers counts one round, however many peers take part: `exchange`,
 `all_exchange` and `all_exchange_many` one round for each participant, `recv` and `recv_json` one round for the
@@ -19,63 +14,34 @@ when the transfer is complete; the rendezvous handshake and what TLS adds (22 by
 Not for two threads on the same direction of the same link; different links are independent.
 """
 
-import ipaddress
 import json
 import math
 import select
-import socket
 import ssl
-import struct
-import sys
 import time
+from dataclasses import dataclass, field
 
 import torch
 
-from crypten_llm.errors import PartyError, UsageError
+from crypten_llm.links import faults
+from crypten_llm.links.frames import ABORT, BOUNDED, DTYPES, HEADER, JSON, MAGIC, MAX_ABORT_BYTES, MIXED, STREAM, TENSOR
 from crypten_llm.links.meter import Meter
+from crypten_llm.links.sockets import set_up
 
-HEADER = struct.Struct("<2sBBIQQ")  # magic, kind, dtype, sequence number, payload bytes, send time (emulation)
-MAGIC = b"cL"
-TENSOR, JSON, ABORT, STREAM = 1, 2, 3, 4
-KIND_NAMES = {TENSOR: "tensor", JSON: "JSON", ABORT: "abort", STREAM: "stream"}
-BOUNDED = (JSON, STREAM)  # of a length that the receiver knows only a bound of
-MIXED = 0  # dtype code of a frame that carries tensors of several dtypes, and of frames without tensors
-DTYPES = {
-    torch.int64: 1,
-    torch.int32: 2,
-    torch.int16: 3,
-    torch.uint8: 4,
-    torch.float32: 5,
-    torch.bool: 6,
-}
-DTYPE_NAMES = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPES.items()} | {MIXED: "mixed"}
 MAX_BUFFERS = 512  # of one system call; Linux allows 1024
 TLS_RECORD = 16384  # bytes at most; smaller buffers are joined to one
 WAITS = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
-MAX_ABORT_BYTES = 4096
-LAST_WORDS_SECONDS = 1.0  # how long to look for a peer's abort frame after its link broke
-# Small frames leave at once; a machine that vanished is noticed within a minute even by a wait without end. Buffer
-# sizes are left to the kernel: fixing them turns its tuning to the link off, and gained nothing on loopback.
-TCP_OPTIONS = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-assert sys.byteorder == "little", "frames carry raw little-endian elements"
 
 
 class _Link:
     """One connected socket and what is known of its two directions."""
-
-    __slots__ = ("rank", "name", "sock", "fd", "sent", "received", "mid_frame", "line_free")
 
     def __init__(self, rank, name, sock):
         self.rank, self.name, self.sock, self.fd = rank, name, sock, sock.fileno()
         self.sent = self.received = 0  # frames, the sequence numbers
         self.mid_frame = False  # a frame is half sent: nothing else may follow on this link
         self.line_free = 0  # emulation: when the incoming line has passed on all earlier frames, in ns
-        sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in TCP_OPTIONS.items():
-                if hasattr(socket, option):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        set_up(sock)
 
     def send(self, views):
         """Bytes of these that the kernel took; raises one of ``WAITS`` where it takes none now."""
@@ -93,39 +59,34 @@ class _Link:
             return self.sock.recv_into(views[0])
         return self.sock.recvmsg_into(views[:MAX_BUFFERS])[0]
 
-    @property
-    def is_local(self):
-        if self.sock.family == socket.AF_UNIX:
-            return True
-        here, there = self.sock.getsockname()[0], self.sock.getpeername()[0]
-        return here == there or ipaddress.ip_address(there).is_loopback
 
-
+@dataclass(slots=True, eq=False)
 class _Outgoing:
     """A frame on its way out."""
 
-    __slots__ = ("link", "views", "size", "broken")
-
-    def __init__(self, link, views, size):
-        self.link = link
-        self.views = views  # what is still to be sent
-        self.size = size  # bytes on the socket
-        self.broken = False  # the link takes no more; the reason may still be in its input
+    link: _Link
+    views: list  # what is still to be sent
+    size: int  # bytes on the socket
+    broken: bool = False  # the link takes no more; the reason may still be in its input
 
 
+@dataclass(slots=True, eq=False)
 class _Incoming:
     """A frame that must come: what is due, and the state of reading it."""
 
-    __slots__ = ("link", "kind", "dtype", "nbytes", "specs", "header", "views", "size", "sent_at", "payload")
+    link: _Link
+    kind: int
+    dtype: int
+    nbytes: int  # exact for tensors, the most accepted for JSON and streams
+    specs: list | tuple = ()  # of tensors: (shape, dtype)
+    header: bytearray | None = field(default_factory=lambda: bytearray(HEADER.size))  # None once it was checked
+    views: list = field(init=False)  # what is still to be filled
+    size: int = 0  # payload bytes that the header announced
+    sent_at: int = 0  # send time that it announced
+    payload: list | bytearray | None = None  # tensors or text, made when the header was found right
 
-    def __init__(self, link, kind, dtype, nbytes, specs=()):
-        self.link, self.kind, self.dtype = link, kind, dtype
-        self.nbytes = nbytes  # exact for tensors, the most accepted for JSON and streams
-        self.specs = specs  # of tensors: (shape, dtype)
-        self.header = bytearray(HEADER.size)  # None once it was checked
-        self.views = [memoryview(self.header)]  # what is still to be filled
-        self.size = self.sent_at = 0  # payload bytes and send time that the header announced
-        self.payload = None  # tensors or text, made when the header was found right
+    def __post_init__(self):
+        self.views = [memoryview(self.header)]
 
 
 class Transport:
@@ -146,12 +107,8 @@ class Transport:
         self.timeout, self.network = timeout, network
         self.meter = meter if meter is not None else Meter()
         self._links = {peer: _Link(peer, self.name(peer), sock) for peer, sock in sockets.items()}
-        for link in self._links.values() if network else ():
-            if not link.is_local:
-                raise UsageError(
-                    f"cannot emulate a network to {link.name} on another machine: drop the network setting, or run "
-                    "every party on one machine"
-                )
+        if network:
+            network.check(self._links.values())
 
     def name(self, rank):
         """How messages call a party: "rank 1 (client)"."""
@@ -205,8 +162,7 @@ class Transport:
 
     def send_json(self, dst, obj, channel="online"):
         """Send a JSON-able object. Public facts only: nothing that depends on a secret may be in it."""
-        text = memoryview(encode_json(obj))
-        self._transfer([self._frame(self._link(dst), JSON, MIXED, [text])], [], channel)
+        self._transfer([self._frame(self._link(dst), JSON, MIXED, [memoryview(encode_json(obj))])], [], channel)
 
     def recv_json(self, src, max_bytes=16 << 20, channel="online", timeout=None):
         """The object that `src` sends next, refused above `max_bytes`.
@@ -218,10 +174,22 @@ class Transport:
         try:
             return json.loads(frame.payload)
         except (ValueError, RecursionError):
-            raise PartyError(
-                f"{frame.link.name} sent a message that is not JSON during {self.meter.where}: start every party with "
-                "the same version"
-            ) from None
+            raise faults.not_json(frame.link.name, self.meter.where) from None
+
+    def announce(self, source, peers, message, timeout=None):
+        """A public message of `source`, a dict, at it and its `peers`, who all call this. timeout: of `recv_json`."""
+        if self.rank == source:
+            for peer in peers:
+                self.send_json(peer, message)
+            return message
+        message = self.recv_json(source, timeout=timeout)
+        if not isinstance(message, dict):
+            raise self.unexpected(source, "named facts")
+        return message
+
+    def unexpected(self, source, due):
+        """The error for a message of `source` that says something else than what is `due`, in words."""
+        return faults.unexpected(self.name(source), due, self.meter.where)
 
     # Streams: bytes whose boundaries mean nothing, cut into messages as it suits the sender.
 
@@ -229,11 +197,9 @@ class Transport:
         """Send a uint8 tensor as the next piece of a stream."""
         self._transfer([self._frame(self._link(dst), STREAM, MIXED, [_bytes_of(data)])], [], channel)
 
-    def recv_stream(self, src, max_bytes, channel="online"):
-        """The next piece of the stream that `src` sends, a bytearray of at most `max_bytes`."""
-        frame = _Incoming(self._link(src), STREAM, MIXED, max_bytes)
-        self._transfer([], [frame], channel)
-        return frame.payload
+    def stream_from(self, src, max_bytes, channel="online"):
+        """What reads the stream that `src` sends in pieces of at most `max_bytes`."""
+        return StreamReader(self, self._link(src), max_bytes, channel)
 
     # The end.
 
@@ -242,20 +208,8 @@ class Transport:
 
         The peers show `message` to their users: it must hold nothing secret.
         """
-        text = message.encode()[:MAX_ABORT_BYTES]
         for link in self._links.values():
-            try:
-                if not link.mid_frame:
-                    link.sock.settimeout(LAST_WORDS_SECONDS)
-                    link.sock.sendall(HEADER.pack(MAGIC, ABORT, MIXED, 0, len(text), 0) + text)
-                # Closing with unread input resets the connection, which could destroy what was just sent.
-                link.sock.shutdown(socket.SHUT_WR)
-                link.sock.setblocking(False)
-                deadline = time.monotonic() + LAST_WORDS_SECONDS
-                while link.sock.recv(1 << 20) and time.monotonic() < deadline:
-                    pass
-            except OSError:
-                pass
+            faults.say_goodbye(link, message)
         self.close()
 
     def close(self):
@@ -301,7 +255,7 @@ class Transport:
             receiving = [frame for frame in receiving if frame.views]
             for out in outgoing:
                 if out.broken and not any(frame.link is out.link for frame in receiving):
-                    raise self._gone(out.link)
+                    raise faults.gone(out.link, self.meter.where)
             if not (sending or receiving):
                 break
             now = time.perf_counter()
@@ -317,7 +271,7 @@ class Transport:
             frame.link.received += 1
             received += HEADER.size + frame.size
         if self.network and incoming:
-            self._hold_back(incoming)
+            self.network.hold_back(incoming)
         seconds = time.perf_counter() - started
         self.meter.count(channel, 1 if incoming else 0, len(outgoing), sent, received, seconds, cells)
 
@@ -345,55 +299,37 @@ class Transport:
             except WAITS:
                 break
             except ssl.SSLError as error:
-                raise PartyError(
-                    f"what came from {frame.link.name} during {self.meter.where} is not as it was sent "
-                    f"({error.reason}): something between the two changes it; look at that party's own output too"
-                ) from None
+                raise faults.altered(frame.link.name, error.reason, self.meter.where) from None
             except OSError:
                 received = 0
             if received == 0:
-                raise self._gone(frame.link)
+                raise faults.gone(frame.link, self.meter.where)
             frame.views = _after(frame.views, received)
             if frame.header is not None and not frame.views:
                 self._open(frame)
-            elif frame.kind == ABORT and not frame.views:
-                raise self._stopped(frame.link, frame.payload)
+            if frame.kind == ABORT and not frame.views:
+                raise faults.stopped(frame.link.name, frame.payload)
             progress = True
         return progress
 
     def _open(self, frame):
         """Check a complete header against what is due, and only then make room for the payload."""
-        magic, kind, dtype, sequence, frame.size, frame.sent_at = HEADER.unpack(frame.header)
-        frame.header = None
-        link, due = frame.link, frame.link.received & 0xFFFFFFFF
+        header, frame.header = HEADER.unpack(frame.header), None
+        magic, kind, dtype, sequence, frame.size, frame.sent_at = header
+        due = frame.kind, frame.dtype, frame.link.received & 0xFFFFFFFF
+        fits = frame.size <= frame.nbytes if kind in BOUNDED else frame.size == frame.nbytes
         if magic == MAGIC and kind == ABORT and frame.size <= MAX_ABORT_BYTES:
             frame.kind = ABORT
-        elif (
-            magic != MAGIC
-            or (kind, dtype, sequence) != (frame.kind, frame.dtype, due)
-            or (frame.size > frame.nbytes if kind in BOUNDED else frame.size != frame.nbytes)
-        ):
-            came = "bytes of another protocol"
-            if magic == MAGIC:
-                came = _describe(kind, dtype, sequence, f"{frame.size} bytes")
-            size = f"{'at most ' if frame.kind in BOUNDED else ''}{frame.nbytes} bytes"
-            expected = _describe(frame.kind, frame.dtype, due, size, frame.specs)
-            raise PartyError(
-                f"{link.name} sent {came} during {self.meter.where}, expected {expected}: the parties run different "
-                "programs; start all of them with the same version and the same settings"
-            )
+        elif magic != MAGIC or (kind, dtype, sequence) != due or not fits:
+            raise faults.another_frame(frame, header, self.meter.where)
         elif bool(frame.sent_at) != bool(self.network):
-            raise PartyError(
-                f"only one of this party and {link.name} emulates a network: give every party the same network setting"
-            )
+            raise faults.emulated_by_one(frame.link.name)
         if frame.kind == TENSOR:
             frame.payload = [torch.empty(shape, dtype=dtype) for shape, dtype in frame.specs]
             frame.views = [view for view in map(_bytes_of, frame.payload) if view.nbytes]
         else:
             frame.payload = bytearray(frame.size)
             frame.views = [memoryview(frame.payload)] if frame.size else []
-            if frame.kind == ABORT and not frame.size:
-                raise self._stopped(link, b"")
 
     def _poll(self, sending, receiving, seconds, timeout):
         """Wait until a link can go on; PartyError when none can for `seconds`."""
@@ -406,37 +342,37 @@ class Transport:
             poller.register(fd, mask)
         if poller.poll(None if seconds == math.inf else min(max(0.0, seconds * 1000), 2**31 - 1)):
             return
-        idle = " and ".join(frame.link.name for frame in receiving) or sending[0].link.name
-        raise PartyError(
-            f"{idle} {'sent' if receiving else 'took'} nothing for {timeout:g} s during {self.meter.where}: look at "
-            "that party's own output, and raise the timeout if it only needs longer"
-        )
+        idle = [frame.link.name for frame in receiving or sending[:1]]
+        raise faults.silent(idle, not receiving, timeout, self.meter.where)
 
-    def _hold_back(self, incoming):
-        """Emulation: sleep until the emulated network would have delivered all these frames."""
-        ready = 0
-        for frame in incoming:
-            link, size = frame.link, HEADER.size + frame.size
-            link.line_free = max(link.line_free, frame.sent_at) + int(size * 8e3 / self.network.mbit)
-            ready = max(ready, link.line_free + int(self.network.rtt_ms * 5e5))
-        while (left := ready - time.monotonic_ns()) > 0:
-            time.sleep(left / 1e9)
 
-    # What to say about a peer that is gone.
+class StreamReader:
+    """A stream as its reader wants it: any number of bytes at a time, in sections that end where a message does."""
 
-    def _gone(self, link):
-        """The error for a broken link: the peer's own message when one is still in the input."""
-        text = _last_words(link.sock)
-        if text is not None:
-            return self._stopped(link, text)
-        return PartyError(
-            f"{link.name} closed the connection during {self.meter.where}: its own output says why it stopped"
-        )
+    def __init__(self, transport, link, max_bytes, channel):
+        self._transport, self._link, self._max_bytes, self._channel = transport, link, max_bytes, channel
+        self._left = memoryview(b"")  # of the last message
 
-    def _stopped(self, link, text):
-        # A peer's text goes to a terminal: one line, nothing that could steer it.
-        line = "".join(c if c.isprintable() else " " for c in bytes(text).decode(errors="replace")).strip()
-        return PartyError(f"{link.name} stopped: {line or 'no reason given'}")
+    def begin(self, label):
+        """The next section, whatever its label: it is what comes next."""
+
+    def read(self, count):
+        """The next `count` bytes, a uint8 tensor."""
+        out, filled = torch.empty(count, dtype=torch.uint8), 0
+        target = _bytes_of(out)
+        while filled < count:
+            if not self._left:
+                frame = _Incoming(self._link, STREAM, MIXED, self._max_bytes)
+                self._transport._transfer([], [frame], self._channel)
+                self._left = memoryview(frame.payload)
+            take = min(count - filled, len(self._left))
+            target[filled : filled + take] = self._left[:take]
+            self._left = self._left[take:]
+            filled += take
+        return out
+
+    def end(self):
+        assert not self._left, f"{self._link.name} sent more than this section needs"
 
 
 def encode_json(obj) -> bytes:
@@ -462,33 +398,3 @@ def _after(views, count):
             return [view[count:], *views[i + 1 :]]
         count -= view.nbytes
     return []
-
-
-def _describe(kind, dtype, sequence, size, specs=()):
-    """A frame in words: "int64 tensor message number 5 of 64 bytes, shape (2, 4)"."""
-    name = KIND_NAMES.get(kind, f"unknown kind {kind}")
-    if kind == TENSOR:
-        name = f"{DTYPE_NAMES.get(dtype, f'dtype {dtype}')} {name}"
-    shapes = f", shape {' and '.join(str(tuple(shape)) for shape, _ in specs)}" if specs else ""
-    return f"{name} message number {sequence} of {size}{shapes}"
-
-
-def _last_words(sock):
-    """The text of an abort frame that waits behind unread frames in the input of a broken link, or None.
-
-    Called when sending failed: the peer may have said why before it closed.
-    """
-    try:
-        sock.settimeout(LAST_WORDS_SECONDS)
-        stream = sock.makefile("rb")
-        while len(header := stream.read(HEADER.size)) == HEADER.size:
-            magic, kind, _, _, size, _ = HEADER.unpack(header)
-            if magic != MAGIC:
-                return None
-            if kind == ABORT:
-                return stream.read(min(size, MAX_ABORT_BYTES))
-            while size and (chunk := stream.read(min(size, 1 << 20))):
-                size -= len(chunk)
-    except OSError:
-        pass
-    return None

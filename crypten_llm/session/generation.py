@@ -100,16 +100,18 @@ class Answer:
 
 
 @torch.inference_mode()
-def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | Step]:
+def run(party, plan: Plan, answer: Answer | None = None, cache=None) -> Iterator[Progress | Step]:
     """Follows ``plan`` on this party; at the client, which alone has an ``answer``, yields each of its tokens.
 
     Once started it must be read to its end, or the parties lose step: see ``Answer.abandoned``. The others wait while
     a reader does something with a token, so one who hides the length reads all before (``PrivateLlama.stream``).
 
+    cache: an empty one of the model's, for who wants to look at it; a new one by default.
+
     Reveals: to the client the logits of each generated token; to all the number of steps, unless ``hide_length``.
     """
     engine, model, meter = party.engine, party.model, party.engine.meter
-    cache = model.new_cache()
+    cache = model.new_cache() if cache is None else cache
     cache.follow(party.make_policy(plan.policy), plan.prompt_tokens)
     party.reveals.public(f"prompt length: {plan.prompt_tokens} tokens", "shapes and rounds depend on it")
     limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
@@ -133,7 +135,7 @@ def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | 
                 yield Step(index, answer.token_id, "", seconds, online.rounds, online.bytes_sent, reason)
         if not last and not plan.hide_length:
             with meter.phase("decode"), party.engine.meter.operation("whether the answer goes on", "stop or go"):
-                if party.agree(answer and (answer.finished or answer.abandoned)):
+                if agree(party, answer and (answer.finished or answer.abandoned)):
                     break
     counted = "upper bound of the answer's length" if plan.hide_length else "number of generated tokens"
     party.reveals.public(f"{counted}: {index + 1}", "each token is one decode step that all parties run")
@@ -149,6 +151,17 @@ def _prefill(party, plan, cache, answer):
             yield Progress(stop, plan.prompt_tokens)
     cache.end_prompt()
     return party.model.logits(last)
+
+
+def agree(party, flag: bool | None) -> bool:
+    """The client's public ``flag``, at every compute party; ``None`` at the others."""
+    if party.transport is None:
+        return flag
+    mine = {"stop": flag} if party.rank == party.client else None
+    message = party.transport.announce(party.client, party.peers, mine)
+    if not isinstance(message.get("stop"), bool):
+        raise party.transport.unexpected(party.client, "whether the answer goes on")
+    return message["stop"]
 
 
 def parse_policy(text: str, *assignments: str) -> eviction.Policy:

@@ -215,13 +215,13 @@ class LocalParties:
         """By rank, the party's own file of the tape; raises UsageError when one is missing or used."""
         if not self.protocol.tape:
             return {}
-        from crypten_llm.protocols.dealer import tape
+        from crypten_llm.protocols.dealer.tape import locate
 
         if os.path.isfile(self.protocol.tape):
             raise UsageError(
                 f"{self.protocol.tape} is one party's file, and a local run starts both; give --tape the folder"
             )
-        return {rank: str(tape.locate(self.protocol.tape, rank)) for rank in (OWNER, CLIENT)}
+        return {rank: str(locate(self.protocol.tape, rank)) for rank in (OWNER, CLIENT)}
 
     def environment(self, rank: int) -> dict[str, str]:
         """What torchrun would have set for ``rank``; the client hosts the store, as torchrun's agent would.

@@ -41,17 +41,20 @@ class Party:
         owner: int = OWNER,
         client: int = CLIENT,
         make_policy: Callable[[str], eviction.Policy] = generation.parse_policy,
+        make_model: Callable[..., Llama] = Llama,
     ):
         self.engine = engine
         self.transport = transport
         self.compute_parties = compute_parties
         self.owner, self.client = (owner, client) if transport else (0, 0)
         self.rank = transport.rank if transport else 0
+        # The other ranks that run this program: the compute parties, and a dealer that follows it.
+        self.peers = [rank for rank in range(compute_parties + engine.dealer_follows) if rank != self.rank]
         self.reveals = self.load_reveals = RevealLog()
         self.model: Llama | None = None
         self.tokens_digest: str | None = None  # of the owner's tokenizer, where its model has one
         self.requests = 0
-        self.make_policy = make_policy
+        self.make_policy, self.make_model = make_policy, make_model
 
     @property
     def is_client(self) -> bool:
@@ -61,17 +64,9 @@ class Party:
     def is_owner(self) -> bool:
         return self.rank == self.owner
 
-    @property
-    def peers(self) -> list[int]:
-        """The other ranks that run this program: the compute parties, and a dealer that follows it."""
-        return [rank for rank in range(self.compute_parties + self.engine.dealer_follows) if rank != self.rank]
-
-    def agree(self, flag: bool) -> bool:
+    def agree(self, flag: bool | None) -> bool:
         """The client's public ``flag``, at every compute party."""
-        message = self.from_client({"stop": flag} if self.is_client else None)
-        if not isinstance(message.get("stop"), bool):
-            raise self._unexpected(self.client, "whether the answer goes on")
-        return message["stop"]
+        return generation.agree(self, flag)
 
     def from_client(self, message: dict | None, timeout: float | None = None) -> dict:
         """The client's public message, at every compute party."""
@@ -84,20 +79,7 @@ class Party:
     def _broadcast(self, source: int, message, timeout):
         if self.transport is None:
             return message
-        if self.rank != source:
-            message = self.transport.recv_json(source, timeout=timeout)
-            if not isinstance(message, dict):
-                raise self._unexpected(source, "named facts")
-            return message
-        for peer in self.peers:
-            self.transport.send_json(peer, message)
-        return message
-
-    def _unexpected(self, source: int, due: str) -> PartyError:
-        return PartyError(
-            f"{self.transport.name(source)} sent something else than {due} during {self.engine.meter.where}: the "
-            "parties run different programs; start all of them with the same version and the same settings"
-        )
+        return self.transport.announce(source, self.peers, message, timeout)
 
     def start_request(self) -> None:
         """Counts from zero, and lists reveals from where the loaded model left them."""
@@ -140,7 +122,7 @@ class Party:
                 handles = {}
                 for name, shape in checkpoint.expected_shapes(config).items():
                     handles[name] = self.engine.parameter(weights.pop(name, None), shape)
-                self.model = Llama(self.engine, config, handles, scales)
+                self.model = self.make_model(self.engine, config, handles, scales)
         self.load_reveals = self.reveals
 
     def _open_model(self, folder, progress: bool) -> tuple[dict, dict]:
@@ -173,7 +155,7 @@ class Party:
         with _loading_bar(None, progress) as bar:
             while "config" not in (message := self.from_owner(None)):
                 if not message.keys() >= {"loaded", "total"}:
-                    raise self._unexpected(self.owner, "its model's configuration")
+                    raise self.transport.unexpected(self.owner, "its model's configuration")
                 bar.total = message["total"]
                 bar.update(message["loaded"] - bar.n)
         return message
@@ -212,7 +194,7 @@ class Party:
         """At the client: runs one request, yielding ``Progress`` and ``Step``; to be read to its end."""
         self.from_client({"verb": "generate", "plan": asdict(plan)})
         self.start_request()
-        yield from generation.run(self, plan, answer)
+        return generation.run(self, plan, answer)
 
     def request_bench(self, shape) -> dict:
         """At the client: times decode steps on random weights (see ``bench``)."""

@@ -6,6 +6,7 @@ Owns the arithmetic on the parties' counters and the cost table. It counts nothi
 from dataclasses import dataclass
 
 from crypten_llm.roles import CLIENT
+from crypten_llm.units import size
 
 PHASES = ("load", "prefill", "decode")
 ONLINE = ("prefill", "decode")
@@ -71,14 +72,6 @@ class Cost:
                 if rank == self._client:
                     entry["seconds"] = row["seconds"]
         return sorted(merged.values(), key=lambda row: PHASES.index(row["phase"]))
-
-
-def size(count: float) -> str:
-    """Bytes for people: 0, 12 KB, 3.4 MB (powers of 1,000, as networks count)."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def cost_table(cost: Cost) -> str:

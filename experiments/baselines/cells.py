@@ -26,8 +26,8 @@ from crypten_llm.session.settings import split
 from experiments.baselines.config import Config
 from experiments.baselines.policies import at_budget, has_budget
 from experiments.measure import agreement
-from experiments.measure.eviction_cost import measured_step
 from experiments.measure.eviction_counts import ATTENTION, NUMBER, count, fills
+from experiments.measure.eviction_time import measured_step
 from experiments.measure.quality import Evaluator, draw, means
 from experiments.tasks import find
 from experiments.tools.journal import Journal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from crypten_llm.session.report import size
+from crypten_llm.units import size
 from eviction import FULL, POLICIES
 from experiments.baselines.policies import PARTS
 from experiments.baselines.summary import Result, Summary

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import Answer, Plan
-from experiments.model.corpus import TASKS, Encoder, sample
+from experiments.model.corpus import Encoder, sample
+from experiments.model.drafts import TASKS
 from experiments.model.evaluate import print_table
 from experiments.tools.command import command
 from experiments.tools.provenance import sign

@@ -28,7 +28,7 @@ from crypten_llm.models.checkpoint import resolve_config
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import Plan
-from crypten_llm.session.report import size
+from crypten_llm.units import size
 from experiments.model.evaluate import print_table
 from experiments.tools.command import command
 from experiments.tools.provenance import sign

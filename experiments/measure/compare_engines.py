@@ -27,8 +27,8 @@ from tqdm import tqdm
 from crypten_llm.commands.deal import deal
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.report import size
 from crypten_llm.session.settings import split
+from crypten_llm.units import size
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
 

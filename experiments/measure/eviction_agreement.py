@@ -42,7 +42,8 @@ from crypten_llm.session.generation import DEFAULT_CHUNK, parse_policy
 from crypten_llm.session.party import Party
 from experiments.measure.eviction_cost import SHIPPED, markdown
 from experiments.measure.shared_prefill import Onlookers, prefill
-from experiments.model.corpus import TASKS, Encoder, sample
+from experiments.model.corpus import Encoder, sample
+from experiments.model.drafts import TASKS
 from experiments.tools.command import command
 from experiments.tools.processes import processes
 from experiments.tools.provenance import sign

@@ -25,7 +25,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 from tqdm import tqdm
 
@@ -34,9 +33,10 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Plan
-from crypten_llm.session.report import size
 from crypten_llm.session.settings import split
+from crypten_llm.units import size
 from experiments.measure.eviction_counts import ATTENTION, CHOICE, NUMBER, count, fills, layers
+from experiments.measure.eviction_time import measured_step, measured_table
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
 
@@ -226,22 +226,6 @@ def counted_tables(result: dict) -> dict[str, list[dict]]:
     return {heading: rows for heading, rows in tables.items() if rows}
 
 
-def measured_step(llama: PrivateLlama, shape: Shape) -> dict:
-    """Seconds, rounds and bytes of one of ``shape.steps`` decode steps that the parties run; the mean, as JSON."""
-    figures, cost = llama.bench(shape)
-    attention = [row for row in cost.table() if row["phase"] == "decode" and row["kind"] in ATTENTION]
-    sums = {what: sum(row[what] for row in attention) for what in ("seconds", "bytes_sent", "rounds")}
-    return {
-        "seconds": figures["seconds_per_step"],
-        "attention_seconds": sums["seconds"] / shape.steps,
-        "rounds": cost.rounds() // shape.steps,
-        "attention_rounds": sums["rounds"] // shape.steps,
-        "attention_online_bytes": 2 * sums["bytes_sent"] // shape.steps,
-        "online_bytes": sum(cost.bytes_sent()) // shape.steps,
-        "dealer_bytes": cost.dealer_bytes() // shape.steps,
-    }
-
-
 def measure(arguments, result: dict, save) -> None:
     """Fills ``result["runs"]``: seconds of a step, rounds and bytes, in pairs."""
     runs = result.setdefault("runs", {})
@@ -261,42 +245,6 @@ def measure(arguments, result: dict, save) -> None:
             runs[name] = {"engine": arguments.engine, "tokens": length, "policy": policy, **measured_step(llama, shape)}
             sign(result, "crypten")
             save()
-
-
-def measured_table(runs: dict) -> list[dict]:
-    """Medians by engine, length and policy; ratios to the full cache are the median over pairs of one repeat."""
-    groups: dict[tuple, dict] = {}
-    for name, run in runs.items():
-        groups.setdefault((run["engine"], run["tokens"], run["policy"]), {})[name.rpartition("/")[2]] = run
-    rows = []
-    for (engine, length, policy), found in groups.items():
-        full = groups.get((engine, length, FULL), {})
-        pairs = [(full[repeat], run) for repeat, run in found.items() if repeat in full]
-
-        def ratio(what, pairs=pairs):
-            return round(median(base[what] / run[what] for base, run in pairs), 2) if pairs else None
-
-        first = next(iter(found.values()))
-        rows.append(
-            {
-                "engine": engine,
-                "tokens": length,
-                "policy": policy,
-                "ms_a_step": round(1000 * median(run["seconds"] for run in found.values()), 1),
-                "times_faster": ratio("seconds"),
-                "attention_times_faster": ratio("attention_seconds"),
-                "repeats": len(found),
-                "rounds": first["rounds"],
-                "attention_rounds": first["attention_rounds"],
-                "attention_online_bytes": first["attention_online_bytes"],
-                "fewer_in_attention": ratio("attention_online_bytes"),
-                "online_bytes": first["online_bytes"],
-                "fewer_online": ratio("online_bytes"),
-                "dealer_bytes": first["dealer_bytes"],
-                "fewer_of_the_dealer": ratio("dealer_bytes"),
-            }
-        )
-    return rows
 
 
 def markdown(tables: dict[str, list[dict]]) -> str:
@@ -393,7 +341,7 @@ def main() -> None:
     result = json.loads(path.read_text("utf-8")) if path and path.exists() else {}
 
     def tables() -> str:
-        shown = {"One decode step, measured": measured_table(result["runs"])} if arguments.measure else None
+        shown = {"One decode step, measured": measured_table(result["runs"], FULL)} if arguments.measure else None
         return markdown(counted_tables(result) if shown is None else shown)
 
     def save() -> None:

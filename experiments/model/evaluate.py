@@ -25,7 +25,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crypten_llm.session.api import PrivateLlama
-from experiments.model.corpus import MAX_ANSWER_TOKENS, TASKS, Encoder, Sample, sample
+from experiments.model.corpus import MAX_ANSWER_TOKENS, Encoder, Sample, sample
+from experiments.model.drafts import TASKS
 from experiments.model.forward import Activations, logits
 from experiments.tools.command import command
 from experiments.tools.processes import processes

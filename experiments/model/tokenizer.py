@@ -9,8 +9,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from experiments.model.corpus import SPLITS, TASKS, Encoder, sample
+from experiments.model.corpus import Encoder, sample
+from experiments.model.drafts import TASKS
 from experiments.model.lexicon import POOLS
+from experiments.model.writer import SPLITS
 from experiments.tools.command import command
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

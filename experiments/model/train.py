@@ -13,11 +13,10 @@ import argparse
 import json
 import math
 import os
-import random
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,231 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from experiments.model import forward
-from experiments.model.corpus import ANSWER, PROSE, Encoder, training_batch
+from experiments.model.corpus import Encoder
 from experiments.model.evaluate import SHIPPED, draw_all, print_table, score
+from experiments.model.losses import head_losses, penalised_block
+from experiments.model.rows import training_batch
+from experiments.model.schedule import SMOKE, Limits, Settings, learning_rate, length_of
+from experiments.model.weights import new_model, save_model
 from experiments.tools.command import command
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where penalties begin. Each is well inside what the fixed-point engines need, since a penalty is no wall."""
-
-    head_norm: float = 10.0  # of q and k: a score is then at most 10 * 10 / sqrt(32) = 17.7
-    gate: float = 7.0
-    up: float = 8.0
-    v: float = 8.0
-    residual: float = 15.0
-    mean_square_low: float = 0.15
-    mean_square_high: float = 16.0
-    logit: float = 25.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the trained weights."""
-
-    hidden: int = 256
-    layers: int = 6
-    heads: int = 8
-    kv_heads: int = 4
-    ffn: int = 704
-    rope_theta: float = 1e6
-    positions: int = 4096
-    embedding_std: float = 0.5
-
-    steps: int = 16_000
-    max_minutes: float = math.inf
-    batch_tokens: int = 65_536
-    learning_rate: float = 2e-3
-    final_learning_rate: float = 2e-5
-    warmup: int = 200
-    decay_from: float = 0.6  # share of the run after which the rate falls, linearly
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
-    prose_weight: float = 0.03
-    # A question of two hops must be answered in one token, which is slow to be discovered. So a probe, dropped after
-    # training, reads the word between the hops out of the residual after this many layers.
-    bridge_after: int = 4
-    bridge_weight: float = 0.5
-    penalty: float = 0.1
-    z_loss: float = 1e-4
-    limits: Limits = Limits()
-    seed: int = 1
-
-    # (share of the run at which the stage ends, sequence lengths, their probabilities)
-    stages: tuple = (
-        (0.15, [256], [1.0]),
-        (0.30, [256, 512, 1024], [0.3, 0.4, 0.3]),
-        (0.60, [256, 1024, 2048], [0.1, 0.5, 0.4]),
-        (1.00, [256, 1024, 2048, 4096], [0.1, 0.2, 0.5, 0.2]),
-    )
-    mix: dict[str, float] = field(
-        default_factory=lambda: {
-            "two_hop": 0.30,
-            "one_hop": 0.15,
-            "key_value": 0.17,
-            "few_shot": 0.12,
-            "span_copy": 0.08,
-            "variables": 0.08,
-            "passkey": 0.05,
-            "stories": 0.05,
-        }
-    )
-
-    log_every: int = 50
-    evaluate_every: int = 1000
-    evaluate_samples: int = 64
-    evaluate_length: int = 1024
-    checkpoint_every: int = 1000
-    workers: int = 14
-
-
-SMOKE = Settings(
-    hidden=32,
-    layers=2,
-    bridge_after=1,
-    heads=4,
-    kv_heads=2,
-    ffn=64,
-    positions=256,
-    steps=60,
-    batch_tokens=2048,
-    warmup=10,
-    stages=((0.5, [64], [1.0]), (1.0, [128], [1.0])),
-    log_every=10,
-    evaluate_every=30,
-    evaluate_samples=4,
-    evaluate_length=128,
-    checkpoint_every=20,
-    workers=0,
-)
-
-
-def new_model(s: Settings, tokenizer) -> LlamaForCausalLM:
-    """A model with random weights.
-
-    The embedding is large and the last norm small, so that the residual stream starts with a mean square of
-    `embedding_std`² although embedding and output share one matrix.
-    """
-    torch.manual_seed(s.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=s.hidden,
-            num_hidden_layers=s.layers,
-            num_attention_heads=s.heads,
-            num_key_value_heads=s.kv_heads,
-            head_dim=s.hidden // s.heads,
-            intermediate_size=s.ffn,
-            max_position_embeddings=s.positions,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": s.rope_theta},
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    with torch.no_grad():
-        for layer in forward.layers(model):
-            for name, weight in layer._asdict().items():
-                if weight.ndim == 2:
-                    out = 1 / math.sqrt(2 * s.layers) if name in ("o", "down") else 1.0
-                    weight.normal_(std=out / math.sqrt(weight.shape[1]))
-        model.model.embed_tokens.weight.normal_(std=s.embedding_std)
-        model.model.norm.weight.fill_(1 / (s.embedding_std * math.sqrt(s.hidden)))
-    return model
-
-
-def save_model(model: LlamaForCausalLM, tokenizer, folder: Path) -> None:
-    """Writes config, float16 weights and tokenizer, readable by any release of transformers from 4.40 on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Parameters, not the state dict: the output matrix is the embedding and is stored once.
-    half = {name: value.detach().half() for name, value in model.named_parameters()}
-    model.save_pretrained(folder, state_dict=half)
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=False,
-    ).save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    # Older releases read these two names, newer ones `dtype` and `rope_parameters`.
-    config |= {"dtype": "float16", "torch_dtype": "float16", "rope_theta": config["rope_parameters"]["rope_theta"]}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    # The class name that older releases know too, and nothing about where the tokenizer was loaded from.
-    names = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    names = {name: value for name, value in names.items() if name not in ("backend", "is_local", "local_files_only")}
-    path.write_text(json.dumps(names, indent=2) + "\n")
-
-
-# --- loss -------------------------------------------------------------------------------------------------------
-
-
-def _over(x: torch.Tensor, limit: float) -> torch.Tensor:
-    """Squared excess of |x| over the limit, summed over features, mean over tokens."""
-    return F.relu(x.float().abs() - limit).square().sum() / (x.shape[0] * x.shape[-2])
-
-
-def residual_penalty(x: torch.Tensor, limits: Limits) -> torch.Tensor:
-    squares = x.float().square().mean(-1)
-    low = F.relu(1 - squares / limits.mean_square_low).square().mean()
-    return _over(x, limits.residual) + low + F.relu(squares - limits.mean_square_high).square().mean()
-
-
-def penalised_block(x, layer, cos, sin, eps: float, limits: Limits):
-    """One layer, and the penalty on what it computes (a scalar)."""
-    x, a = forward.block(x, layer, cos, sin, eps)
-    norms = sum(_over(t.float().norm(dim=-1).unsqueeze(-1), limits.head_norm) for t in (a.q, a.k))
-    return x, (
-        norms
-        + _over(a.v, limits.v)
-        + _over(a.gate, limits.gate)
-        + _over(a.up, limits.up)
-        + residual_penalty(a.attention_input, limits)
-        + residual_penalty(a.ffn_input, limits)
-    )
-
-
-def head_losses(x, norm, embedding, targets, kinds, eps: float, s: Settings):
-    """Weighted cross-entropy, its parts on answers and on prose, and the penalties on logits and last residual."""
-    logits = forward.head(x, norm, embedding, eps)
-    log_z = logits.logsumexp(-1)
-    loss = log_z - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    answer, prose = (kinds == ANSWER).float(), (kinds == PROSE).float()
-    weights = answer + s.prose_weight * prose
-    cross_entropy = (loss * weights).sum() / weights.sum()
-    penalty = F.relu(logits.abs().amax(-1) - s.limits.logit).square().mean() + residual_penalty(x, s.limits)
-    z = (log_z.square() * weights).sum() / weights.sum()
-    return (
-        cross_entropy + s.z_loss * z,
-        penalty,
-        (loss * answer).sum() / answer.sum().clamp_min(1),
-        (loss * prose).sum() / prose.sum().clamp_min(1),
-    )
-
-
-# --- schedule and data ------------------------------------------------------------------------------------------
-
-
-def learning_rate(s: Settings, step: int, progress: float) -> float:
-    """Linear warm-up, constant, linear decay over the last part of the run."""
-    warm = min(1.0, (step + 1) / s.warmup)
-    fall = min(1.0, max(0.0, (progress - s.decay_from) / (1 - s.decay_from)))
-    return warm * (s.learning_rate + fall * (s.final_learning_rate - s.learning_rate))
-
-
-def length_of(s: Settings, step: int, progress: float) -> int:
-    """Sequence length of a batch, drawn from the stage that `progress` lies in."""
-    _, lengths, chances = next((stage for stage in s.stages if progress < stage[0]), s.stages[-1])
-    return random.Random(f"{s.seed}/{step}/length").choices(lengths, chances)[0]
 
 
 class Batches(torch.utils.data.Dataset):
@@ -262,9 +46,6 @@ class Batches(torch.utils.data.Dataset):
         step, length = key
         rows = max(1, self.s.batch_tokens // length)
         return training_batch(self.s.seed, step, rows, length, self.s.mix, self.encode)
-
-
-# --- the run ----------------------------------------------------------------------------------------------------
 
 
 class Run:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.engines.wire.handles import OneHot, Weight
+from crypten_llm.links.frames import HEADER
 from crypten_llm.links.meter import Meter
-from crypten_llm.links.transport import HEADER, encode_json
+from crypten_llm.links.transport import encode_json
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.material import FRAME
 from crypten_llm.protocols.dealer.roles import PARTIES, Piece
@@ -55,8 +56,8 @@ class Links:
         """What the program will hear next; after that, that the answer goes on."""
         self._said.append(message)
 
-    def recv_json(self, source: int, timeout: float | None = None) -> dict:
-        """A public message of ``source`` to the other party and the dealer."""
+    def announce(self, source: int, peers: object, message: dict | None, timeout: float | None = None) -> dict:
+        """A public message of ``source`` to the other party and the dealer, which hears what was said (``say``)."""
         message = self._said.pop(0) if self._said else GO_ON
         size = HEADER.size + len(encode_json(message))
         self._count(source, messages=2, sent=2 * size)

@@ -1,7 +1,7 @@
 """Material on its way: what a live dealer makes goes to the parties while they compute.
 
-Owns the dealer's couriers and the party's end of them. The other way is a tape (``tape``). To whoever draws
-(``roles``), all of them have the same few methods; what is written and read are bytes, uint8 tensors.
+Owns the dealer's couriers, and what is asked of whoever gives or takes material: a live dealer's stream
+(``Transport.stream_from``), a tape (``tape``), whoever counts. What is written and read are bytes, uint8 tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from crypten_llm.kernels.ring import bytes_of
-from crypten_llm.roles import CLIENT, DEALER, OWNER
+from crypten_llm.roles import CLIENT, OWNER
 
 if TYPE_CHECKING:
     from crypten_llm.links.transport import Transport
@@ -132,29 +132,3 @@ class Sending:
     def end(self) -> None:
         for party in (CLIENT, OWNER):
             self._couriers[party].drain()
-
-
-class Receiving:
-    """At a party: material as it comes from the dealer."""
-
-    def __init__(self, transport: Transport):
-        self._transport = transport
-        self._left = memoryview(b"")
-
-    def begin(self, label: str) -> None:
-        pass
-
-    def read(self, count: int) -> torch.Tensor:
-        out, filled = torch.empty(count, dtype=torch.uint8), 0
-        target = bytes_of(out)
-        while filled < count:
-            if not self._left:
-                self._left = memoryview(self._transport.recv_stream(DEALER, FRAME, channel=CHANNEL))
-            take = min(count - filled, len(self._left))
-            target[filled : filled + take] = self._left[:take]
-            self._left = self._left[take:]
-            filled += take
-        return out
-
-    def end(self) -> None:
-        assert not self._left, "the dealer sent more than this section needs"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.material import CHANNEL, Receiving, Sending
+from crypten_llm.protocols.dealer.material import CHANNEL, FRAME, Sending
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key, fresh_key
 from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.roles import CLIENT, DEALER, OWNER
@@ -203,7 +203,8 @@ class Party(Runtime):
         self, transport: Transport, keys: list[bytes], material: Any = None, device: torch.device | str = "cpu"
     ) -> None:
         """material: where it comes from; a live dealer's when ``None``."""
-        super().__init__(transport, keys, material or Receiving(transport), device)
+        given = transport.stream_from(DEALER, FRAME, CHANNEL) if material is None else material
+        super().__init__(transport, keys, given, device)
         if material is None:
             self.begin("setup")
 

@@ -1,252 +1,44 @@
-"""Tapes: a dealer's material in files, made before the parties meet and used by them once.
+"""At a party: material from its file of a tape, which is used once.
 
-Owns the files and their life. A tape is a folder: ``owner.tape`` and ``client.tape``, each for that party alone, and
-``manifest.json``, which is public. A party's file holds MAGIC, the length of its header (8 bytes), the header (JSON:
-the manifest, and offset, size and CRC-32 of each section), the party's key, and the material in the order in which the
-program asks for it, every piece padded to whole words.
-
-A mask hides one value. So a party's file is *burned* before its first mask is drawn: on disk it becomes, at once and
-for good, a header that says so; the material lives on without a name for as long as the process reads it. Whatever
-ends that process, no second run finds the key. What this cannot see is a copy of the folder: never copy a tape back.
+Owns the life of that file. A mask hides one value. So a party's file is *burned* before its first mask is drawn: on
+disk it becomes, at once and for good, a header that says so; the material lives on without a name for as long as the
+process reads it. Whatever ends that process, no second run finds the key. What this cannot see is a copy of the folder:
+never copy a tape back.
 """
 
 import fcntl
-import hashlib
 import json
 import os
-import shutil
-import struct
 import time
 import weakref
 import zlib
-from functools import cache
 from pathlib import Path
 
 import torch
 
 import crypten_llm
-import eviction
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels.ring import bytes_of
+from crypten_llm.protocols.dealer.manifest import (
+    FORMAT,
+    LENGTH,
+    MAGIC,
+    NAMES,
+    before_key,
+    checksum,
+    command,
+    fingerprint,
+    padded,
+    program,
+    sync,
+)
 from crypten_llm.protocols.dealer.material import CHANNEL
-from crypten_llm.protocols.dealer.randomness import KEY_BYTES, fresh_key
-from crypten_llm.roles import CLIENT, OWNER, role_names
-from crypten_llm.session.report import size as for_people
+from crypten_llm.protocols.dealer.randomness import KEY_BYTES
+from crypten_llm.roles import CLIENT, OWNER
 
-FORMAT = 1
-PARTIES = (OWNER, CLIENT)
-NAMES = role_names(len(PARTIES))[: len(PARTIES)]
-MAGIC = b"crypten-llm tape"
-LENGTH = struct.Struct("<Q")
-WORD = 8
 MAX_HEADER = 64 << 20
 _PIECE = 4 << 20  # bytes at a time when a file is checked
-_PROGRAM = ("*.py", "*.json", "weights/*.safetensors")  # the last are of trained policies
 _UPPER_BOUNDS = ("max_new_tokens", "steps")  # a run may stop before the tape ends
-_NOT_IN_A_TAPE = ("hide_length",)  # changes nothing that is dealt
-_NOT_IN_A_FINGERPRINT = ("bos_token_id", "eos_token_id")  # as little; generation_config.json may change them
-
-
-def make_manifest(engine: dict, config: dict, verb: str, plan: dict, requests: int) -> dict:
-    """What a tape is for: public, and what must be alike on all sides.
-
-    engine: the engine's settings. config: the model's config.json. verb, plan: the request, as the client announces it.
-    """
-    return {
-        "format": FORMAT,
-        "version": crypten_llm.__version__,
-        "program": program(),
-        "engine": engine,
-        "config": fingerprint(config),
-        "verb": verb,
-        "plan": {name: value for name, value in plan.items() if name not in _NOT_IN_A_TAPE},
-        "requests": requests,
-        "id": fresh_key()[:8].hex(),
-    }
-
-
-@cache
-def program() -> str:
-    """Fingerprint of the code: material means something only to the program that it was dealt for, line by line."""
-    code = hashlib.sha256()
-    for package in (Path(crypten_llm.__file__).parent, Path(eviction.__file__).parent):
-        for path in sorted(path for kind in _PROGRAM for path in package.rglob(kind)):
-            code.update(f"{path.relative_to(package.parent)}\n".encode() + path.read_bytes())
-    return code.hexdigest()[:16]
-
-
-def fingerprint(config: dict) -> str:
-    """Of what decides in a model's public configuration what is dealt."""
-    architecture = {name: value for name, value in config.items() if name not in _NOT_IN_A_FINGERPRINT}
-    return _checksum(json.dumps(architecture, sort_keys=True).encode())
-
-
-def command(verb: str, plan: dict) -> str:
-    """The command that deals a tape for ``plan``."""
-    first = "--bench" if verb == "bench" else "--model MODEL"
-    options = [f"--{name.replace('_', '-')} {value}" for name, value in plan.items() if name not in _NOT_IN_A_TAPE]
-    return " ".join(["python -m crypten_llm deal", first, *options, "--out DIR"])
-
-
-def _padded(count: int) -> int:
-    return -(-count // WORD) * WORD
-
-
-# At the dealer.
-
-
-class _Written:
-    """What is written has no needs: it takes any program, at any pace."""
-
-    def expect(self, verb: str, facts: dict, request: int) -> None:
-        pass
-
-    def flush(self, party: int) -> None:
-        pass
-
-
-class Sizes(_Written):
-    """At a dealer that computes nothing (``counting``): how many bytes each section will take at each party."""
-
-    def __init__(self):
-        self.sections: dict[str, list[int]] = {}
-
-    def begin(self, label: str) -> None:
-        assert label not in self.sections, f"section {label!r} is begun twice: it would use its masks twice"
-        self._now = self.sections[label] = [0, 0]
-
-    def add(self, party: int, count: int) -> None:
-        self._now[party] += _padded(count)
-
-    def end(self) -> None:
-        pass
-
-    def total(self, party: int) -> int:
-        return sum(sizes[party] for sizes in self.sections.values())
-
-
-class Recording(_Written):
-    """At a dealer that runs alone: material goes to a folder that gets its name when it is complete.
-
-    Use as a context. Raises UsageError when the folder cannot be written; nothing is left behind then.
-    """
-
-    def __init__(self, out: Path, manifest: dict, sizes: Sizes, progress=lambda count: None):
-        """progress: called with the number of bytes of each piece."""
-        self.out, self.manifest, self.sizes, self.progress = Path(out), manifest, sizes, progress
-        self.keys = [fresh_key() for _ in PARTIES]
-        self._files: list = []
-
-    def __enter__(self):
-        try:
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                raise UsageError(f"{self.out} is there already; a tape is never overwritten: name a new folder (--out)")
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._partial = self.out.parent / f".{self.out.name}.{os.getpid()}.partial"
-            self._partial.mkdir(0o700)
-        except OSError as error:
-            raise self._cannot_write(error) from None
-        try:
-            for party in PARTIES:
-                self._start(party)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self
-
-    def _start(self, party: int) -> None:
-        sections = {label: [0, sizes[party], "0" * 8] for label, sizes in self.sizes.sections.items()}
-        key = _checksum(self.keys[party])
-        header = {**self.manifest, "party": NAMES[party], "burned": "", "key": key, "sections": sections}
-        offset = _padded(len(MAGIC) + LENGTH.size + len(_dump(header)) + 16 * len(sections) + KEY_BYTES)
-        for entry in sections.values():
-            entry[0] = offset
-            offset += entry[1]
-        file = open(self._partial / f"{NAMES[party]}.tape", "xb", buffering=1 << 20)  # closed by __exit__
-        os.fchmod(file.fileno(), 0o600)
-        self._files.append((file, header, [0, 0]))  # the last: bytes and CRC-32 of the section so far
-        os.posix_fallocate(file.fileno(), 0, offset)  # a full disk says so now
-        file.seek(min((entry[0] for entry in sections.values()), default=offset))
-
-    def begin(self, label: str) -> None:
-        self._label = label
-
-    def write(self, party: int, data: torch.Tensor) -> None:
-        file, _, state = self._files[party]
-        size = data.numel()
-        rest = bytes(_padded(size) - size)
-        for piece in (bytes_of(data), rest):
-            file.write(piece)
-            state[1] = zlib.crc32(piece, state[1])
-        state[0] += size + len(rest)
-        self.progress(size + len(rest))
-
-    def end(self) -> None:
-        for _, header, state in self._files:
-            entry = header["sections"][self._label]
-            assert state[0] == entry[1], f"section {self._label!r}: {state[0]} bytes were dealt, {entry[1]} announced"
-            entry[2] = f"{state[1]:08x}"
-            state[:] = [0, 0]
-
-    def __exit__(self, kind, error, trace):
-        try:
-            if error is None:
-                self._finish()
-        except OSError as failure:
-            error = failure
-            raise self._cannot_write(failure) from None
-        finally:
-            for file, *_ in self._files:
-                file.raw.close()  # what is still buffered goes with the folder
-            if self._partial.exists():
-                shutil.rmtree(self._partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise self._cannot_write(error) from None
-
-    def _finish(self) -> None:
-        for (file, header, _), key in zip(self._files, self.keys, strict=True):
-            file.flush()
-            text = _dump(header)
-            os.pwrite(file.fileno(), MAGIC + LENGTH.pack(len(text)) + text + key, 0)
-            os.fsync(file.fileno())
-        files = {f"{header['party']}.tape": _summary(header) for _, header, _ in self._files}
-        text = json.dumps({**self.manifest, "files": files}, indent=1)
-        (self._partial / "manifest.json").write_text(text + "\n")
-        os.rename(self._partial, self.out)
-        _sync(self.out.parent)
-
-    def _cannot_write(self, error: OSError) -> UsageError:
-        needed = for_people(sum(self.sizes.total(party) for party in PARTIES))
-        return UsageError(
-            f"cannot write a tape of {needed} to {self.out}: {error.strerror}; make room there or name another folder "
-            "(--out). Nothing was left behind"
-        )
-
-
-def _dump(header: dict) -> bytes:
-    return json.dumps(header, separators=(",", ":")).encode()
-
-
-def _checksum(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _summary(header: dict) -> dict:
-    """Size of the material, and a checksum of its sections' checksums."""
-    sections = header["sections"].values()
-    checksum = _checksum("".join(crc for _, _, crc in sections).encode())
-    return {"bytes": sum(size for _, size, _ in sections), "checksum": checksum}
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-# At a party.
 
 
 def locate(path: str | Path, party: int) -> Path:
@@ -330,7 +122,7 @@ class Tape:
             )
         self._verify()
         self.keys = [os.pread(self._fd, KEY_BYTES, end)]
-        if _checksum(self.keys[0]) != self.header["key"]:
+        if checksum(self.keys[0]) != self.header["key"]:
             raise _damaged(self.path)
         self._burned = False
         self._position = self._stop = 0
@@ -408,7 +200,7 @@ class Tape:
         os.posix_fadvise(self._fd, self._stop, size, os.POSIX_FADV_WILLNEED)  # the next one is probably alike
 
     def read(self, count: int) -> torch.Tensor:
-        out, size = torch.empty(_padded(count), dtype=torch.uint8), _padded(count)
+        out, size = torch.empty(padded(count), dtype=torch.uint8), padded(count)
         assert self._position + size <= self._stop, "the program needs more than this section of the tape holds"
         if size and os.preadv(self._fd, [bytes_of(out)], self._position) != size:
             raise _damaged(self.path)
@@ -422,14 +214,14 @@ class Tape:
     def _burn(self) -> None:
         """Replaces the file by one that holds neither key nor material; returns when the disk has it."""
         header = {**self.header, "burned": time.strftime("%Y-%m-%d at %H:%M:%S"), "key": "", "sections": {}}
-        text, ashes = _dump(header), self.path.with_suffix(".burning")
+        ashes = self.path.with_suffix(".burning")
         try:
             with open(ashes, "wb") as file:
-                file.write(MAGIC + LENGTH.pack(len(text)) + text)
+                file.write(before_key(header))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(ashes, self.path)
-            _sync(self.path.parent)
+            sync(self.path.parent)
         except OSError as error:
             raise UsageError(
                 f"cannot burn the tape {self.path}: {error.strerror}; its folder must be writable, as it is used once"

@@ -1,0 +1,137 @@
+"""What is said of a peer that is gone, silent or sent something else, and the last words of a party that stops.
+
+Owns the errors of a link and the abort frame, which one party writes (`say_goodbye`) and the others find behind what
+they had not read yet (`last_words`). Nothing here runs while all goes well.
+"""
+
+import socket
+import time
+
+from crypten_llm.errors import PartyError
+from crypten_llm.links.frames import (
+    ABORT,
+    BOUNDED,
+    DTYPE_NAMES,
+    HEADER,
+    KIND_NAMES,
+    MAGIC,
+    MAX_ABORT_BYTES,
+    MIXED,
+    TENSOR,
+)
+
+LAST_WORDS_SECONDS = 1.0  # how long to look for a peer's abort frame after its link broke
+SAME_PROGRAM = "the parties run different programs; start all of them with the same version and the same settings"
+
+
+# A peer that stops.
+
+
+def say_goodbye(link, message: str) -> None:
+    """Tell the peer at `link` why this party stops. Best effort, never raises for a link that is gone."""
+    text = message.encode()[:MAX_ABORT_BYTES]
+    try:
+        if not link.mid_frame:
+            link.sock.settimeout(LAST_WORDS_SECONDS)
+            link.sock.sendall(HEADER.pack(MAGIC, ABORT, MIXED, 0, len(text), 0) + text)
+        # Closing with unread input resets the connection, which could destroy what was just sent.
+        link.sock.shutdown(socket.SHUT_WR)
+        link.sock.setblocking(False)
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while link.sock.recv(1 << 20) and time.monotonic() < deadline:
+            pass
+    except OSError:
+        pass
+
+
+def gone(link, where: str) -> PartyError:
+    """The error for a broken link: the peer's own message when one is still in the input."""
+    text = last_words(link.sock)
+    if text is not None:
+        return stopped(link.name, text)
+    return PartyError(f"{link.name} closed the connection during {where}: its own output says why it stopped")
+
+
+def stopped(name: str, text) -> PartyError:
+    """The error for a peer that said so; text: the payload of its abort frame."""
+    # A peer's text goes to a terminal: one line, nothing that could steer it.
+    line = "".join(c if c.isprintable() else " " for c in bytes(text).decode(errors="replace")).strip()
+    return PartyError(f"{name} stopped: {line or 'no reason given'}")
+
+
+def last_words(sock) -> bytes | None:
+    """The text of an abort frame that waits behind unread frames in the input of a broken link, or None.
+
+    Called when sending failed: the peer may have said why before it closed.
+    """
+    try:
+        sock.settimeout(LAST_WORDS_SECONDS)
+        stream = sock.makefile("rb")
+        while len(header := stream.read(HEADER.size)) == HEADER.size:
+            magic, kind, _, _, size, _ = HEADER.unpack(header)
+            if magic != MAGIC:
+                return None
+            if kind == ABORT:
+                return stream.read(min(size, MAX_ABORT_BYTES))
+            while size and (chunk := stream.read(min(size, 1 << 20))):
+                size -= len(chunk)
+    except OSError:
+        pass
+    return None
+
+
+# A peer that is silent.
+
+
+def silent(names: list[str], took: bool, seconds: float, where: str) -> PartyError:
+    """The error for peers from which nothing came, or one that `took` nothing, for so long."""
+    return PartyError(
+        f"{' and '.join(names)} {'took' if took else 'sent'} nothing for {seconds:g} s during {where}: look at that "
+        "party's own output, and raise the timeout if it only needs longer"
+    )
+
+
+# A peer that sent something else.
+
+
+def another_frame(frame, header: tuple, where: str) -> PartyError:
+    """The error for a header (as unpacked) that is not of the `frame` that is due."""
+    magic, kind, dtype, sequence, size, _ = header
+    came = "bytes of another protocol"
+    if magic == MAGIC:
+        came = _describe(kind, dtype, sequence, f"{size} bytes")
+    most = f"{'at most ' if frame.kind in BOUNDED else ''}{frame.nbytes} bytes"
+    due = _describe(frame.kind, frame.dtype, frame.link.received & 0xFFFFFFFF, most, frame.specs)
+    return PartyError(f"{frame.link.name} sent {came} during {where}, expected {due}: {SAME_PROGRAM}")
+
+
+def _describe(kind, dtype, sequence, size, specs=()):
+    """A frame in words: "int64 tensor message number 5 of 64 bytes, shape (2, 4)"."""
+    name = KIND_NAMES.get(kind, f"unknown kind {kind}")
+    if kind == TENSOR:
+        name = f"{DTYPE_NAMES.get(dtype, f'dtype {dtype}')} {name}"
+    shapes = f", shape {' and '.join(str(tuple(shape)) for shape, _ in specs)}" if specs else ""
+    return f"{name} message number {sequence} of {size}{shapes}"
+
+
+def unexpected(name: str, due: str, where: str) -> PartyError:
+    """The error for a message that says something else than what is due, in words."""
+    return PartyError(f"{name} sent something else than {due} during {where}: {SAME_PROGRAM}")
+
+
+def not_json(name: str, where: str) -> PartyError:
+    return PartyError(f"{name} sent a message that is not JSON during {where}: start every party with the same version")
+
+
+def altered(name: str, reason: str, where: str) -> PartyError:
+    """The error for what TLS refuses."""
+    return PartyError(
+        f"what came from {name} during {where} is not as it was sent ({reason}): something between the two changes it; "
+        "look at that party's own output too"
+    )
+
+
+def emulated_by_one(name: str) -> PartyError:
+    return PartyError(
+        f"only one of this party and {name} emulates a network: give every party the same network setting"
+    )

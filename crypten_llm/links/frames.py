@@ -1,0 +1,29 @@
+"""The format of a frame: its header, its kinds, and the types that travel.
+
+A frame is a 24-byte header and a payload of raw little-endian elements, UTF-8 JSON or one line of text. The receiver
+knows what must come next and compares kind, dtype, sequence number and size before it allocates anything. No pickle is
+ever read. Owns the numbers that both ends of a link must agree on; `rendezvous.PROTOCOL_VERSION` changes with them.
+"""
+
+import struct
+import sys
+
+import torch
+
+HEADER = struct.Struct("<2sBBIQQ")  # magic, kind, dtype, sequence number, payload bytes, send time (emulation)
+MAGIC = b"cL"
+TENSOR, JSON, ABORT, STREAM = 1, 2, 3, 4
+KIND_NAMES = {TENSOR: "tensor", JSON: "JSON", ABORT: "abort", STREAM: "stream"}
+BOUNDED = (JSON, STREAM)  # of a length that the receiver knows only a bound of
+MIXED = 0  # dtype code of a frame that carries tensors of several dtypes, and of frames without tensors
+DTYPES = {
+    torch.int64: 1,
+    torch.int32: 2,
+    torch.int16: 3,
+    torch.uint8: 4,
+    torch.float32: 5,
+    torch.bool: 6,
+}
+DTYPE_NAMES = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPES.items()} | {MIXED: "mixed"}
+MAX_ABORT_BYTES = 4096
+assert sys.byteorder == "little", "frames carry raw little-endian elements"

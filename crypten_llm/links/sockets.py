@@ -1,0 +1,77 @@
+"""Sockets before anything is said over them: where to listen, how to connect, what a link's socket is set to.
+
+Owns addresses, ports and options of the system, and why it refused, in one line.
+"""
+
+import errno
+import ipaddress
+import socket
+
+from crypten_llm.errors import UsageError
+
+# Small frames leave at once; a machine that vanished is noticed within a minute even by a wait without end. Buffer
+# sizes are left to the kernel: fixing them turns its tuning to the link off, and gained nothing on loopback.
+TCP_OPTIONS = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+
+
+def address_towards(host, port):
+    """This machine's address on the interface that reaches `host`. Sends nothing: UDP connects by routing alone."""
+    try:
+        family, kind, proto, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.connect(target)
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise UsageError(f"MASTER_ADDR={host!r} cannot be reached ({reason_of(error)}): give another one") from None
+
+
+def listen(address, port_base, rank, world):
+    """A socket at which the other ranks reach this one, on port_base + rank or, without a base, any free port."""
+    port = 0 if port_base is None else port_base + rank
+    if not 0 <= port <= 65535:
+        raise UsageError(f"port base {port_base} is too large: rank {rank} would listen on port {port}, above 65535")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    for place in (address, ""):  # an address translated on the way (a container's host) is not ours to bind
+        try:
+            return socket.create_server((place, port), family=family, backlog=world + 16)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UsageError(
+                    f"port {port} (port base {port_base} + rank {rank}) is in use on this machine: choose another port "
+                    "base for every party"
+                ) from None
+            if place == "" or error.errno not in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
+                raise UsageError(
+                    f"cannot listen on {place or 'any address'}, port {port} ({reason_of(error)}): give this party's "
+                    "address as host"
+                ) from None
+    raise AssertionError("the loop returns or raises")
+
+
+def dial(host, port, seconds):
+    """A connection to a listener. Raises OSError, a timeout after so many seconds (0.1 at least) among them."""
+    return socket.create_connection((host, port), timeout=max(0.1, seconds))
+
+
+def set_up(sock):
+    """Makes a connected socket that of a link."""
+    sock.setblocking(False)
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in TCP_OPTIONS.items():
+            if hasattr(socket, option):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def is_local(sock):
+    """Whether the other end of a connected socket is on this machine."""
+    if sock.family == socket.AF_UNIX:
+        return True
+    here, there = sock.getsockname()[0], sock.getpeername()[0]
+    return here == there or ipaddress.ip_address(there).is_loopback
+
+
+def reason_of(error):
+    """One short line of an exception of the system or of torch."""
+    text = getattr(error, "strerror", None) or str(error)
+    return text.strip().splitlines()[0][:160] if text.strip() else type(error).__name__
