@@ -4,6 +4,11 @@ Owns the counters and the names of the phase and operation in progress. Only the
 (`Meter.count`); everything else only names what it is doing and reads. The meter is always on, so it does
 nothing but add: one count takes about a microsecond, entering and leaving an operation about two.
 
+Rounds: a transfer that waits for peers counts one round, however many peers take part: the transport's `exchange`,
+`all_exchange` and `all_exchange_many` one round for each participant, `recv` and `recv_json` one round for the
+receiver. `send` and `send_json` count a message and no round. Bytes are those of frames, headers included, counted
+when the transfer is complete; the rendezvous handshake and what TLS adds (22 bytes for 16 KiB) are not counted.
+
 Traffic is split in two channels: "online" is what the parties wait for when a prompt runs, "dealer" is
 correlated randomness, which a tape or a dealer that runs ahead takes off the critical path.
 """
@@ -19,6 +24,7 @@ from typing import Self
 
 CHANNELS = ("online", "dealer")
 Cell = tuple[str, str]  # (phase, kind): what a count goes to
+Cells = Mapping[Cell, Sequence[int]]  # bytes sent and received of each
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class Meter:
         sent: int,
         received: int,
         seconds: float,
-        cells: Mapping[Cell, Sequence[int]] | None = None,
+        cells: Cells | None = None,
     ) -> None:
         """Add one transfer to the operation in progress. For the transport, and a tape that stands for a link.
 
