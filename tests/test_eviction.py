@@ -154,7 +154,7 @@ def test_operations_are_declared(name):
         llama.engine = engine
         for block in llama.blocks:
             block.self_attn.engine = engine
-    everybody_has = {"add", "cat", "scores", "rotate", "rows", "softmax", "mix", "embed", "linear", "operation"}
+    everybody_has = {"add", "cat", "scores", "rotate", "rows", "softmax", "mix", "embed", "linear", "meter"}
     assert asked - everybody_has - {"is_private"} == set(policy.uses) - everybody_has
 
 

@@ -1,12 +1,9 @@
 """Parties meet over a real store on loopback; every way in which they may fail to has its message."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -102,18 +99,9 @@ def test_processes_meet_under_a_launchers_environment(port):
         print(party.exchange(1 - rank, torch.tensor([rank])).item())
         """
     )
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=os.environ | address | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    assert [process.communicate(timeout=30) for process in processes] == [("1\n", ""), ("0\n", "")]
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with Program("-c", program, RANK="0", **address) as zero, Program("-c", program, RANK="1", **address) as one:
+        assert [process.finish(timeout=30) for process in (zero, one)] == [(0, "1\n", ""), (0, "0\n", "")]
 
 
 def test_jobs_share_a_store(hosted):
@@ -206,13 +194,9 @@ def stopped():
         print(store.port, flush=True)
         input()
     """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    host = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], text=True, **pipes)
-    try:
-        yield int(host.stdout.readline()), lambda: host.send_signal(signal.SIGSTOP)
-    finally:
-        host.kill()  # also a process that is stopped
-        host.communicate()
+    with Program("-c", textwrap.dedent(program)) as host:  # which ends it also where it is stopped
+        port = int(host.process.stdout.readline())
+        yield port, lambda: host.process.send_signal(signal.SIGSTOP)
 
 
 STORE = (

@@ -4,6 +4,7 @@ Owns the prediction. Rounds and bytes are counted (see ``engines.wire.counted``)
 and cache; seconds come from a model of three terms, and are an estimate.
 """
 
+import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,6 +14,7 @@ from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import Network
 from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.llama import Llama
 from crypten_llm.protocols.opening import Secret
 from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation
@@ -80,6 +82,27 @@ class Prediction:
         return {"engine": "wire", "plan": plan, **found, "memory": self.memory, "table": self.cost.table()}
 
 
+class _AlikeLayers(Llama):
+    """Counts the second layer for all that are like it, which are skipped.
+
+    That is exact: a layer's messages depend on shapes alone. Its material may begin in a frame that the layer before
+    left unfinished, which is why the first layer, after the embedding, is not the model for the others.
+    """
+
+    def __init__(self, links: Links, *arguments):
+        self.links = links
+        super().__init__(*arguments)
+
+    def through(self, index, x, *rest):
+        if index > 1:
+            return x
+        self.links.times = len(self.blocks) - 1 if index == 1 else 1
+        try:
+            return super().through(index, x, *rest)
+        finally:
+            self.links.times = 1
+
+
 @torch.inference_mode()
 def predict(
     config: LlamaConfig, plan: generation.Plan, network: Network | None = None, machine: Machine = Machine()
@@ -96,21 +119,21 @@ def predict(
     check_policy(plan.policy)
     plan.check(config)
     links = Links()
-    party = Party(CostEngine(links), links, compute_parties=2)
+    acts = generation.parse_policy(plan.policy).acts
+    make_model = Llama if acts else functools.partial(_AlikeLayers, links)
+    party = Party(CostEngine(links), links, compute_parties=2, make_model=make_model)
     links.say({"config": config.to_dict(), "norm_scales": {}})
     party.load()
     counted = _entries(links, machine, network)
-    if not generation.parse_policy(plan.policy).acts:
-        _count_alike_layers_once(party.model, links)
-    caches = _keep_caches(party.model)
+    cache = party.model.new_cache()
     party.start_request()
-    for _ in generation.run(party, plan):
+    for _ in generation.run(party, plan, cache=cache):
         pass
     for entry, later in zip(counted, _entries(links, machine, network), strict=True):
         entry["table"] += later["table"]
     cost = Cost(counted, len(counted))
     dealing = {phase: machine.dealing(cost.rounds((phase,)), _work_of(links, phase)) for phase in ONLINE}
-    return Prediction(cost, _memory(party.model, caches[0]), plan.max_new_tokens - 1, dealing, plan)
+    return Prediction(cost, _memory(party.model, cache), plan.max_new_tokens - 1, dealing, plan)
 
 
 @torch.inference_mode()
@@ -137,33 +160,6 @@ def _entries(links: Links, machine: Machine, network: Network | None) -> list[di
 def _work_of(links: Links, phase: str) -> dict:
     works = [work for (where, _), work in links.work.items() if where == phase]
     return {what: sum(work[what] for work in works) for what in ("products", "material")}
-
-
-def _count_alike_layers_once(model, links: Links) -> None:
-    """All layers but the first two are skipped, and the second is counted for them.
-
-    That is exact: a layer's messages depend on shapes alone. Its material may begin in a frame that the layer before
-    left unfinished, which is why the first layer, after the embedding, is not the model for the others.
-    """
-    first, *alike = model.blocks
-    if len(alike) < 2:
-        return
-
-    def second(*arguments):
-        links.times = len(alike)
-        try:
-            return alike[0](*arguments)
-        finally:
-            links.times = 1
-
-    model.blocks = [first, second, *[lambda x, *_: x] * (len(alike) - 1)]
-
-
-def _keep_caches(model) -> list:
-    """The caches that ``model`` will make."""
-    caches, new_cache = [], model.new_cache
-    model.new_cache = lambda: caches.append(new_cache()) or caches[-1]
-    return caches
 
 
 def _memory(model, cache) -> dict[str, dict[str, int]]:

@@ -210,12 +210,9 @@ class LlamaConfig:
         """The JSON object that the model owner sends to the other parties; `from_dict` gives the config back."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         rope, eos = values.pop("rope"), values.pop("eos_token_ids")
-        return {
-            **values,
-            "rope_parameters": rope.to_dict(),
-            "eos_token_id": list(eos),
-            "sliding_window": None,  # whose absence means a window in some families
-        }
+        # The absence of a window means one in some families, and all of these read the field.
+        whole = {"sliding_window": None} if "sliding_window" in self.family.fields else {}
+        return {**values, "rope_parameters": rope.to_dict(), "eos_token_id": list(eos), **whole}
 
 
 def _family(model_type: Any) -> Family:

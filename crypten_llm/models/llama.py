@@ -226,12 +226,16 @@ class Llama(EngineModule):
         positions = cache.extend(rows)
         rotary = self.rotary(positions, max(seq_len, cache.length))
         mask = None
-        for layer, layer_cache in zip(self.blocks, cache.layers, strict=True):
+        for index, layer_cache in enumerate(cache.layers):
             length = len(layer_cache) + rows  # layers may keep different counts of rows
             if rows > 1 and (mask is None or mask.shape[1] != length):
                 mask = causal_mask(rows, length)
-            x = layer(x, rotary, layer_cache, mask)
+            x = self.through(index, x, rotary, layer_cache, mask)
         return x
+
+    def through(self, index: int, x, rotary, cache, mask):
+        """Hidden states [T, H] through the layer of that index."""
+        return self.blocks[index](x, rotary, cache, mask)
 
     def rotary(self, positions, length: int):
         """Public cosines and sines [T, head_dim] of ``positions`` [T] in a sequence of ``length`` tokens."""

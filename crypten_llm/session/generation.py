@@ -100,16 +100,18 @@ class Answer:
 
 
 @torch.inference_mode()
-def run(party, plan: Plan, answer: Answer | None = None) -> Iterator[Progress | Step]:
+def run(party, plan: Plan, answer: Answer | None = None, cache=None) -> Iterator[Progress | Step]:
     """Follows ``plan`` on this party; at the client, which alone has an ``answer``, yields each of its tokens.
 
     Once started it must be read to its end, or the parties lose step: see ``Answer.abandoned``. The others wait while
     a reader does something with a token, so one who hides the length reads all before (``PrivateLlama.stream``).
 
+    cache: an empty one of the model's, for who wants to look at it; a new one by default.
+
     Reveals: to the client the logits of each generated token; to all the number of steps, unless ``hide_length``.
     """
     engine, model, meter = party.engine, party.model, party.engine.meter
-    cache = model.new_cache()
+    cache = model.new_cache() if cache is None else cache
     cache.follow(party.make_policy(plan.policy), plan.prompt_tokens)
     party.reveals.public(f"prompt length: {plan.prompt_tokens} tokens", "shapes and rounds depend on it")
     limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"

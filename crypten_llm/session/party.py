@@ -41,6 +41,7 @@ class Party:
         owner: int = OWNER,
         client: int = CLIENT,
         make_policy: Callable[[str], eviction.Policy] = generation.parse_policy,
+        make_model: Callable[..., Llama] = Llama,
     ):
         self.engine = engine
         self.transport = transport
@@ -51,7 +52,7 @@ class Party:
         self.model: Llama | None = None
         self.tokens_digest: str | None = None  # of the owner's tokenizer, where its model has one
         self.requests = 0
-        self.make_policy = make_policy
+        self.make_policy, self.make_model = make_policy, make_model
 
     @property
     def is_client(self) -> bool:
@@ -140,7 +141,7 @@ class Party:
                 handles = {}
                 for name, shape in checkpoint.expected_shapes(config).items():
                     handles[name] = self.engine.parameter(weights.pop(name, None), shape)
-                self.model = Llama(self.engine, config, handles, scales)
+                self.model = self.make_model(self.engine, config, handles, scales)
         self.load_reveals = self.reveals
 
     def _open_model(self, folder, progress: bool) -> tuple[dict, dict]:
