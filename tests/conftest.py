@@ -1,13 +1,21 @@
-"""What holds for every test: one thread a process, and parties that start at once.
+"""What holds for every test: one thread a process, parties that start at once, and which tests stay together.
 
-Set before any test imports torch: workers and parties share the cores, and threads that wait for each other spin.
+Workers and parties share the cores, and threads that wait for each other spin.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 
+# Before any test imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a session on engine ``plain`` takes all cores
+
+# Files of which each test is work of its own for any worker; of the others all tests run in one, which share models.
+SPLIT = {"test_notebooks.py", "test_launch.py"}
+# What takes long comes first, so that no worker is left with it at the end.
+LONG = ("test_notebooks.py", "test_launch.py", "test_kernels.py", "test_experiments_baselines.py", "test_api.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,3 +26,32 @@ def parties_are_forked():
     from crypten_llm.session import launch
 
     launch.start_party = forked.party
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A session on engine ``plain`` takes all cores, and would leave the tests after it with as many threads."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        """``--dist loadfile``, but for the files of ``SPLIT``."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return nodeid if Path(path).name in SPLIT else path
+
+    return ByFile(config, log)

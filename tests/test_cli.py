@@ -221,7 +221,7 @@ def test_what_the_encoding_of_stdout_lacks_is_replaced(model):
     code = "import sys; from crypten_llm.commands.command_line import run; from argparse import Namespace; "
     code += "shown = Namespace(run=lambda _: print('an answer \U0001f642 caf\u00e9')); "
     code += "sys.exit(run(lambda: Namespace(parse_args=lambda _: shown)))"
-    with Program("-c", code, PYTHONIOENCODING="cp1252", PYTHONUTF8="0") as program:
+    with Program("-c", code, fresh=True, PYTHONIOENCODING="cp1252", PYTHONUTF8="0") as program:
         program.process.stdout.reconfigure(encoding="cp1252")
         code, out, err = program.finish()
     assert (code, out, err) == (0, "an answer ? caf\u00e9\n", "")

@@ -325,36 +325,51 @@ def test_only_report_writes_what_there_is(measured, tmp_path, capsys):
     assert "was made with seed = 0, and this run has 1" in capsys.readouterr().err
 
 
+SMALL = replace(
+    TINY,
+    policies=("full", "mpcache"),
+    tasks=("few_shot",),
+    budgets=(0.2,),
+    samples=2,
+    ablation=Ablation(rows=(), budgets=(), lengths=()),
+    crypten=CrypTen(policies=("full",), lengths=(96,), steps=1),
+)
+
+
 def test_a_small_grid_runs_as_a_script_and_survives_a_kill(tmp_path):
     """From another folder; killed without warning once it has cells, and started again."""
-    small = replace(
-        TINY,
-        policies=("full", "mpcache"),
-        tasks=("few_shot",),
-        budgets=(0.2,),
-        ablation=Ablation(rows=(), budgets=(), lengths=()),
-        crypten=CrypTen(policies=("full",), lengths=(96,), steps=1),
-        samples=2,
-    )
-    (tmp_path / "small.json").write_text(json.dumps(small.to_dict()), "utf-8")
-    command = [sys.executable, ROOT / "experiments" / "compare_baselines.py", "--config", "small.json"]
-    command += ["--workers", "1", "--out", tmp_path / "out"]
+    (tmp_path / "small.json").write_text(json.dumps(SMALL.to_dict()), "utf-8")
+    command = [sys.executable, ROOT / "experiments" / "compare_baselines.py", "--config", "small.json", "--out", "out"]
+    command += ["--workers", "1", "--only", "accuracy", "cost", "report"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as process:
         path = tmp_path / "out.jsonl"
-        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 3):
+        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 2):
             time.sleep(0.02)
+        assert process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
     kept = path.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert path.read_bytes().startswith(kept)
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    private = [row for row in rows if row["kind"] == "private"]
-    assert len(private) == 2 and all(row["equal"] for row in private)
-    assert {row["engine"] for row in rows if row["kind"] == "cost"} == {"wire", "crypten"}
+    assert [row["kind"] for row in rows].count("accuracy") == 1 and [row["kind"] for row in rows].count("cost") == 2
     assert sorted(path.name for path in tmp_path.glob("out*")) == [
         *(f"out-{name}.png" for name in sorted(PICTURES)),
         *("out.jsonl", "out.md"),
     ]
     assert "against_full" in done.stdout
+
+
+def test_parties_measure_and_answer(tmp_path, capsys):
+    """The stages that start real ones, on both engines; done again, they start none."""
+    (tmp_path / "small.json").write_text(json.dumps(SMALL.to_dict()), "utf-8")
+    command = ["--config", str(tmp_path / "small.json"), "--out", str(tmp_path / "out"), "--only", "crypten", "private"]
+    assert compare_baselines.main(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    private = [row for row in rows if row["kind"] == "private"]
+    assert len(private) == 2 and all(row["equal"] for row in private)
+    assert [row["engine"] for row in rows if row["kind"] == "cost"] == ["crypten"]
+    capsys.readouterr()
+    assert compare_baselines.main(command) == 0
+    assert "crypten: 0 new cells" in (again := capsys.readouterr().out) and "private: 0 new cells" in again

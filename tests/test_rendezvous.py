@@ -1,10 +1,7 @@
 """Parties meet over a real store on loopback; wrong starts and strangers have their messages."""
 
 import contextlib
-import os
 import socket
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -14,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from meetings import ROLES, assert_connected, meet
+from programs import Program
 from torch.distributed import TCPStore
 
 from crypten_llm.errors import PartyError, UsageError
@@ -66,18 +64,9 @@ def test_processes_meet_under_a_launchers_environment(port):
         print(party.exchange(1 - rank, torch.tensor([rank])).item())
         """
     )
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=os.environ | address | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    assert [process.communicate(timeout=30) for process in processes] == [("1\n", ""), ("0\n", "")]
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with Program("-c", program, RANK="0", **address) as zero, Program("-c", program, RANK="1", **address) as one:
+        assert [process.finish(timeout=30) for process in (zero, one)] == [(0, "1\n", ""), (0, "0\n", "")]
 
 
 def test_jobs_share_a_store(hosted):

@@ -3,8 +3,6 @@
 import re
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -101,13 +99,9 @@ def stopped():
         print(store.port, flush=True)
         input()
     """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    host = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], text=True, **pipes)
-    try:
-        yield int(host.stdout.readline()), lambda: host.send_signal(signal.SIGSTOP)
-    finally:
-        host.kill()  # also a process that is stopped
-        host.communicate()
+    with Program("-c", textwrap.dedent(program)) as host:  # which ends it also where it is stopped
+        port = int(host.process.stdout.readline())
+        yield port, lambda: host.process.send_signal(signal.SIGSTOP)
 
 
 STORE = (

@@ -50,16 +50,16 @@ def test_a_child_is_told_every_setting():
 
 @pytest.fixture
 def started(monkeypatch):
-    """Command lines of the processes that would have been started, by rank."""
+    """Arguments of the parties that would have been started, by rank."""
     commands = {}
 
     class Process:
         stderr = ()
 
-        def __init__(self, command, env, **_):
-            commands[int(env["RANK"])] = command
+        def __init__(self, arguments, environment):
+            commands[int(environment["RANK"])] = arguments
 
-    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr("crypten_llm.session.launch.start_party", Process)
     return commands
 
 
@@ -68,7 +68,7 @@ def test_local_parties_are_started_with_the_clients_settings(started):
     LocalParties(protocol, launch, "/models/secret")
     assert started.keys() == {0, 2, 3, 4}
     for rank, command in started.items():
-        assert command[:-1] == [sys.executable, "-m", "crypten_llm", "party", "--child"]
+        assert command[:-1] == ["party", "--child"]
         told = Child.from_json(command[-1])
         assert told.protocol == protocol
         assert told.launch == replace(launch, host="", progress=False), "of the client alone"
