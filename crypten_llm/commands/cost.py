@@ -1,6 +1,6 @@
 """What a request will cost on engine ``wire``, from a model's sizes alone: no weights, no parties, in seconds.
 
-Owns the prediction. Rounds and bytes are counted (see ``engines.cost_engine``) and exact; memory is that of weights
+Owns the prediction. Rounds and bytes are counted (see ``engines.wire.counted``) and exact; memory is that of weights
 and cache; seconds come from a model of three terms, and are an estimate.
 """
 

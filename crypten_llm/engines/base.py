@@ -3,7 +3,7 @@
 An engine decides what a *handle* is: a torch tensor (``plain``), an MPCTensor (``crypten``). Handles share
 torch's names for what costs nothing: ``shape``, ``reshape``, ``permute``, ``transpose``, indexing by public slices.
 Everything that computes on a secret is a method here, so that an engine can choose its protocol, and nothing
-in ``layers`` or ``model`` knows which engine runs.
+in ``models`` knows which engine runs.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class TrackedEngine(OpenedEngine):
         return made
 
     def _run(self, name: str, tracked: list[Tracked], given: list):
-        """The operation of ``wire`` alone. A handle whose ring was too small is rounded (``values.roomy``)."""
+        """The operation of ``wire`` alone. A handle whose ring was too small is rounded (``handles.roomy``)."""
         scales = [getattr(handle.secret, "scale", 0) for handle in tracked]
         operation, secrets = OPERATIONS[name], [_part(argument, "secret") for argument in given]
         out = operation.protocol(self, *secrets)

@@ -4,7 +4,7 @@ Owns ``below``. x = M - r modulo 2^l is negative where its top bit is set: msb(M
 being the low l - 1 bits. M' and r' are cut into four digits. The dealer shares, for each digit of r', the table of
 signs against every value of a digit of M', and the sum of signs times 8, 4, 2, 1 has the sign of the first digit that
 differs. That sum has 5 bits: it is opened, and a table of 32 entries turns it into the bit. Two steps, a round between
-them and some 100 bytes of the dealer's for 20 bits, where a comparison key (``normalize``) has no round and 700 bytes.
+them and some 100 bytes of the dealer's for 20 bits, where a comparison key (``smooth``) has no round and 700 bytes.
 
 A difference of two opened values needs no opening: its mask is the difference of the masks. Several thresholds share
 the digit tables.

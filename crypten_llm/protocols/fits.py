@@ -1,7 +1,7 @@
 """Fits of smooth functions by trigonometric sums, and what is stored of them.
 
 Owns the fits. A function is fitted on its domain alone: outside, the sum is bounded by its coefficients but otherwise
-meaningless, so a caller must guarantee the domain. Evaluating one on shares is ``fourier``.
+meaningless, so a caller must guarantee the domain. Evaluating one on shares is ``smooth.evaluate``.
 """
 
 import functools

@@ -129,7 +129,7 @@ class Wire:
 class Opening:
     """What to open: ``secret`` modulo 2^ring after which ``truncate`` bits are dropped; ``lifted`` or narrow.
 
-    function: keep M and r for ``fourier`` or a comparison; no wire is made, and |x| may fill the ring (a period).
+    function: keep M and r for ``smooth`` or a comparison; no wire is made, and |x| may fill the ring (a period).
 
     Reveals: x + r modulo 2^ring for a fresh mask r uniform modulo 2^ring: a uniform value, to both parties.
     Error: rounding by less than one unit of the new scale, unbiased; none without truncation.

@@ -191,7 +191,7 @@ class Party:
         self.load(folder, progress)
 
     def request_generate(self, plan: generation.Plan, answer: generation.Answer) -> Iterator:
-        """At the client: runs one request, yielding ``Progress`` and ``Step``; to be read to its end."""
+        """At the client: starts one request; its ``Progress`` and ``Step`` are to be read to their end."""
         self.from_client({"verb": "generate", "plan": asdict(plan)})
         self.start_request()
         return generation.run(self, plan, answer)
