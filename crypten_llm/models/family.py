@@ -131,7 +131,9 @@ class Family:
         """The norm whose output the product ``name`` takes, if one does; both without ".weight"."""
         if name == HEAD:
             return FINAL_NORM
-        prefix, inner = _IN_LAYER.fullmatch(name).groups()
+        found = _IN_LAYER.fullmatch(name)
+        assert found is not None, f"{name} is no product of a layer"
+        prefix, inner = found.groups()
         (norm,) = (part.after for part in self.layer if part.name == inner)
         return None if norm is None else prefix + norm
 

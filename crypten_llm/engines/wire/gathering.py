@@ -62,7 +62,7 @@ def gather_scores(engine: WireEngine, choice: Choice, scores: Secret) -> Protoco
 
 def _scattered(engine: TrackedEngine, out: Tracked, choice: Choice, weights: Tracked, count: int) -> torch.Tensor:
     """A unit of ``SCATTERED`` bits of each of the attended weights, whose sum is 1/4 or more when they are rounded."""
-    own = 0.0
+    own: float | torch.Tensor = 0.0
     if choice.picks is not None:
         own = 4 * unit(SCATTERED) * (1 + weights.shape[-1] * (weights.value + weights.error))
     return engine.twin.scatter_weights(valued(choice), weights.error + own, count)

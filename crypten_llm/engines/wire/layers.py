@@ -110,7 +110,7 @@ def _linear_of_norm(engine: WireEngine, x: Normed, weight: Weight, bias: Weight 
     return product
 
 
-def _normed(engine: TrackedEngine, out: Tracked, x: Tracked, weight: Tracked, eps: float, scale: float) -> torch.Tensor:
+def _normed(engine: TrackedEngine, out: Tracked, x: Tracked, weight: Tracked, eps: float, scale: float) -> float:
     """One unit of x, which also turns the norm; the root's fit. Before the norm's weight."""
     c, fit = engine.config, fits.stored("inverse root")
     rms = x.value.square().mean(-1).sqrt().clamp_min(unit(c.activation)).min().item()

@@ -64,6 +64,13 @@ def operation(bound: Callable | None = None, **domains: Domain) -> Callable[[Mad
     return enter
 
 
+def bound_of(name: str) -> Callable:
+    """What is declared of an operation's error."""
+    bound = OPERATIONS[name].bound
+    assert bound is not None, f"{name} declares its error elsewhere"
+    return bound
+
+
 def unit(bits: int) -> float:
     """The unit of a scale."""
     return 2.0**-bits

@@ -58,7 +58,7 @@ class _Courier:
     Where messages end depends on the program alone. The dealer waits for a party only when ``AHEAD`` bytes do.
     """
 
-    def __init__(self, transport: Transport, party: int):
+    def __init__(self, transport: Transport, party: int) -> None:
         self._transport, self._party = transport, party
         self._frame, self._filled = memoryview(bytearray(FRAME)), 0
         self._frames: queue.Queue[memoryview | None] = queue.Queue(AHEAD // FRAME)
@@ -117,7 +117,7 @@ class Sending:
     does not read waits for the other party, whose material up to that step has left the dealer (``flush``).
     """
 
-    def __init__(self, transport: Transport):
+    def __init__(self, transport: Transport) -> None:
         self._couriers = [_Courier(transport, party) for party in (OWNER, CLIENT)]
 
     def begin(self, label: str) -> None:
