@@ -3,6 +3,8 @@
 Owns the options of a run, which are made from the fields of its settings, and those of models, prompts and policies.
 """
 
+from __future__ import annotations
+
 import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any

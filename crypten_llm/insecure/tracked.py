@@ -213,7 +213,7 @@ def _following(name: str) -> Callable:
         return lambda self, x, argument: self.choose_alike(name, x, argument)
     signature = inspect.signature(OPERATIONS[name].protocol)
 
-    def run(self, *arguments: Any, **options: Any) -> Tracked:
+    def run(self: TrackedEngine, *arguments: Any, **options: Any) -> Tracked:
         return self.follow(name, *signature.bind(self, *arguments, **options).args[1:])
 
     return run

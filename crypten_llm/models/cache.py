@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine
     from eviction.operations import Choice, Handle, Operations
 
+    class Able(Engine, Operations):
+        """An engine that has what the policy in use asks for."""
+
 
 class LayerCache:
     """One layer's rows: ``keys`` and ``values`` [kv_heads, N, head_dim]; ``policy`` says which of them stay."""
@@ -33,8 +36,7 @@ class LayerCache:
         layer: Layer | None = None,
         policy: Policy = FULL,
     ) -> None:
-        self.engine = engine
-        self.ops = cast("Operations", engine)  # as a policy sees it, whose operations ``check_policy`` finds
+        self.engine = cast("Able", engine)  # ``check_policy`` makes sure of it
         self.layer = Layer(0, 1, 0, 0, 0, 0) if layer is None else layer
         self.layer.keys, self.layer.values = keys, values
         self.policy = policy
@@ -82,12 +84,12 @@ class LayerCache:
     def enter(self, query: Handle, key: Handle, value: Handle) -> tuple[Handle, Handle, Handle]:
         """The rotated query [heads, T, head_dim] and the rows [kv_heads, T, head_dim] as attention will use them."""
         if self.policy.acts:
-            return self.policy.enter(self.ops, self.layer, query, key, value)
+            return self.policy.enter(self.engine, self.layer, query, key, value)
         return query, key, value
 
     def leave(self, mixed: Handle) -> Handle:
         """The mixed values [kv_heads, group * T, head_dim] as the model goes on with them."""
-        return self.policy.leave(self.ops, self.layer, mixed) if self.policy.acts else mixed
+        return self.policy.leave(self.engine, self.layer, mixed) if self.policy.acts else mixed
 
     def choose(self, query: Handle, query_before: Handle) -> Choice | None:
         """What a decode step attends to; ``None`` for all rows.
@@ -96,7 +98,7 @@ class LayerCache:
         """
         if self.prefilled and self.policy.acts:
             with self.engine.meter.operation(f"{self.label} selection", "selection"):
-                return self.policy.choose(self.ops, self.layer, query, self._grouped(query_before))
+                return self.policy.choose(self.engine, self.layer, query, self._grouped(query_before))
         return None
 
     def show(self, rows: int, query_before: Handle, **handles: Handle) -> None:
@@ -115,7 +117,7 @@ class LayerCache:
 
     def _evict(self, hook: Callable, *shown: Handle) -> None:
         with self.engine.meter.operation(f"{self.label} eviction", "eviction"):
-            hook(self.ops, self.layer, *shown)
+            hook(self.engine, self.layer, *shown)
 
     def show_last(self, query: Handle) -> None:
         """As if the rows were a prompt's of which the policy sees the last query [kv_heads, group, head_dim] alone.
@@ -128,7 +130,7 @@ class LayerCache:
         scores = engine.scores(query, self.keys)
         weights = engine.softmax(scores)
         engine.mix(weights, self.values)
-        keys, values = self.ops.contents(self.keys), self.ops.contents(self.values)
+        keys, values = self.engine.contents(self.keys), self.engine.contents(self.values)
         made = {"key": keys, "value": values, "key_before": keys, "query_before": every}
         self.show(1, query=query, scores=scores, weights=weights, **made)
 
@@ -163,7 +165,7 @@ class KVCache:
             cache.engine.check_policy(policy)
             cache.policy, cache.layer.prompt_tokens = policy, prompt_tokens
             try:
-                policy.begin(cache.ops, cache.layer)
+                policy.begin(cache.engine, cache.layer)
             except PolicyError as error:
                 raise UsageError(str(error)) from None
 

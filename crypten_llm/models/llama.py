@@ -134,12 +134,12 @@ class Attention(EngineModule):
         choice = cache.choose(query, query_before)
         with engine.meter.operation(f"{self.label} scores", "scores"):
             scores = engine.scores(query, cache.keys)
-            gathered = scores if choice is None else cache.ops.gather_scores(choice, scores)
+            gathered = scores if choice is None else cache.engine.gather_scores(choice, scores)
         with engine.meter.operation(f"{self.label} softmax", "softmax"):
             weights = engine.softmax(gathered, None if mask is None else mask.repeat(group, 1))
         with engine.meter.operation(f"{self.label} values", "values"):
             if choice is not None:
-                weights = cache.ops.scatter_weights(choice, weights, len(cache))
+                weights = cache.engine.scatter_weights(choice, weights, len(cache))
             mixed = engine.mix(weights, cache.values)
             mixed = cache.leave(mixed).reshape(self.heads, rows, self.head_dim).permute(1, 0, 2)
             out = self.o_proj(mixed.reshape(rows, self.heads * self.head_dim))

@@ -5,6 +5,8 @@ any further compute party are started here, each with only what it may know: the
 gets the prompt. With torchrun (or RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand) nothing is started.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
@@ -67,7 +69,7 @@ def join(
     protocol: ProtocolConfig,
     launch: LaunchConfig,
     env: Mapping[str, str] = os.environ,
-    parties: "LocalParties | None" = None,
+    parties: LocalParties | None = None,
 ) -> Transport:
     """This process's transport in the run that ``env`` describes, once all parties have come and agree.
 

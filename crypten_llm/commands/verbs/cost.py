@@ -1,5 +1,7 @@
 """``cost``: what a request will cost, from sizes alone."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 from crypten_llm.commands import options as shared
