@@ -228,10 +228,10 @@ def _unpacked(data: Tensor, bits: int, count: int) -> np.ndarray:
 
 
 def hide(share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:
-    flat = _flat(share)
+    flat, masks = share.reshape(-1).numpy(), mask.reshape(-1).numpy()
     value = np.empty(flat.size, dtype=np.int64)
     packed = np.empty((flat.size * bits + 63) // 64, dtype=np.uint64)
-    _hide(flat, _flat(mask), np.int64(offset), bits, _keep(bits), value, packed)
+    _hide(flat, masks, np.int64(offset), bits, _keep(bits), value, packed)
     return torch.from_numpy(value), torch.from_numpy(packed.view(np.uint8)[: (flat.size * bits + 7) // 8])
 
 

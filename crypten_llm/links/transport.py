@@ -155,8 +155,9 @@ class Transport:
         """Send uint8 `data` and return `count` bytes of the peer's, both at once: one message each way where there is
         something to send, a round where there is something to receive. cells: see `Meter.count`.
         """
-        outgoing = [self._outgoing(peer, [data])] if data.numel() else []
-        frames = [self._incoming(peer, [((count,), torch.uint8)])] if count else []
+        link = self._link(peer)
+        outgoing = [self._frame(link, TENSOR, DTYPES[torch.uint8], [data.numpy().data])] if data.numel() else []
+        frames = [_Incoming(link, TENSOR, DTYPES[torch.uint8], count, [((count,), torch.uint8)])] if count else []
         if outgoing or frames:
             self._transfer(outgoing, frames, channel, cells=cells)
         return frames[0].payload[0] if frames else torch.empty(0, dtype=torch.uint8)
@@ -259,8 +260,7 @@ class Transport:
             if not (sending or receiving):
                 break
             now = time.perf_counter()
-            if progress:
-                progress_at = now
+            progress_at = now if progress else progress_at
             self._poll(sending, receiving, progress_at + timeout - now, timeout)
         sent = received = 0
         for out in outgoing:
@@ -359,7 +359,7 @@ class StreamReader:
     def read(self, count: int) -> Tensor:
         """The next `count` bytes, a uint8 tensor."""
         out, filled = torch.empty(count, dtype=torch.uint8), 0
-        target = _bytes_of(out)
+        target = out.numpy().data
         while filled < count:
             if not self._left:
                 frame = _Incoming(self._link, STREAM, MIXED, self._max_bytes)

@@ -227,11 +227,11 @@ class Party(Runtime):
         return value() if self.role == source else torch.zeros(tuple(shape), dtype=torch.int64, device=self.device)
 
     def exchange(self, pieces: list[Piece]) -> list[Tensor | None]:
-        hidden = [self._outgoing(piece) for piece in pieces]
+        hidden, other = [self._outgoing(piece) for piece in pieces], OWNER + CLIENT - self.role
         packed = [data for _, data in hidden if data is not None]
         message = packed[0] if len(packed) == 1 else torch.cat(packed or [_NOTHING])
-        due = [piece.sent_by(self.other) for piece in pieces]
-        theirs = self.transport.swap(self.other, message, sum(due), self._cells(pieces))
+        due = [piece.size if piece.sender is None else piece.sent_by(other) for piece in pieces]
+        theirs = self.transport.swap(other, message, sum(due), self._cells(pieces))
         results, start = [], 0
         for piece, (value, _), size in zip(pieces, hidden, due, strict=True):
             results.append(self._incoming(piece, value, theirs[start : start + size]))
