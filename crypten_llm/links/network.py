@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crypten_llm.errors import UsageError
-from crypten_llm.links.frames import HEADER
 from crypten_llm.links.sockets import is_local
 
 if TYPE_CHECKING:
@@ -53,6 +52,10 @@ class Network:
 
     def hold_back(self, frames: Sequence[_Incoming]) -> None:
         """Sleeps until this network would have delivered all these frames, which came over links of their own."""
+        from crypten_llm.links.frames import (
+            HEADER,
+        )  # imports torch, which settings that name a network need not wait for
+
         ready = 0
         for frame in frames:
             link, size = frame.link, HEADER.size + frame.size
