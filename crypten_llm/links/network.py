@@ -50,15 +50,11 @@ class Network:
                     "every party on one machine"
                 )
 
-    def hold_back(self, frames: Sequence[_Incoming]) -> None:
-        """Sleeps until this network would have delivered all these frames, which came over links of their own."""
-        from crypten_llm.links.frames import (
-            HEADER,
-        )  # imports torch, which settings that name a network need not wait for
-
+    def hold_back(self, frames: Sequence[_Incoming], header: int) -> None:
+        """Sleeps until this network would have delivered these frames, each of a link of its own; header: its bytes."""
         ready = 0
         for frame in frames:
-            link, size = frame.link, HEADER.size + frame.size
+            link, size = frame.link, header + frame.size
             link.line_free = max(link.line_free, frame.sent_at) + int(size * 8e3 / self.mbit)
             ready = max(ready, link.line_free + int(self.rtt_ms * 5e5))
         while (left := ready - time.monotonic_ns()) > 0:

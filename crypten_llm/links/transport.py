@@ -271,7 +271,7 @@ class Transport:
             frame.link.received += 1
             received += HEADER.size + frame.size
         if self.network and incoming:
-            self.network.hold_back(incoming)
+            self.network.hold_back(incoming, HEADER.size)
         seconds = time.perf_counter() - started
         self.meter.count(channel, 1 if incoming else 0, len(outgoing), sent, received, seconds, cells)
 
