@@ -8,12 +8,12 @@ from crypten_llm.commands import options as shared
 from crypten_llm.commands.command_line import Parser
 from crypten_llm.errors import UsageError
 
+if TYPE_CHECKING:
+    from crypten_llm.models.config import LlamaConfig
+
 HELP = "count what a request will cost on engine wire, from a model's sizes"
 
 _SIZES = ("hidden", "heads", "kv-heads", "ffn", "layers", "vocab")  # of a model that is only counted
-
-if TYPE_CHECKING:
-    from crypten_llm.models.config import LlamaConfig
 
 
 def options(parser: Parser) -> None:
