@@ -8,11 +8,13 @@ import importlib
 import logging
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
-def import_crypten():
+def import_crypten() -> Any:
     """CrypTen, importable on current torch and without any of its insecure defaults.
 
     CrypTen 0.4.1 asks for ``torch.onnx._internal.registration``, which torch 2.9 moved. Its default provider
@@ -37,7 +39,7 @@ def import_crypten():
     return crypten
 
 
-def install_communicator(communicator_class, instance):
+def install_communicator(communicator_class: Any, instance: Any) -> None:
     """Makes ``crypten.communicator.get()`` answer with ``instance``; ``None`` removes it."""
     import crypten.communicator as comm
 
@@ -45,7 +47,7 @@ def install_communicator(communicator_class, instance):
     comm.DistributedCommunicator = communicator_class
 
 
-def install_generators(ring_element, kbit_tensor, streams):
+def install_generators(ring_element: Callable, kbit_tensor: Callable, streams: dict) -> None:
     """Replaces CrypTen's random number functions wherever one of its modules imported them by name.
 
     Its own generator is MT19937 behind a 32-bit seed: a party that sees 624 outputs predicts the rest, and with
@@ -53,7 +55,8 @@ def install_generators(ring_element, kbit_tensor, streams):
     """
     import crypten
 
-    for name, module in list(sys.modules.items()):
+    modules: dict[str, Any] = dict(sys.modules)
+    for name, module in modules.items():
         if name.startswith("crypten.") and not name.startswith("crypten_llm"):
             if hasattr(module, "generate_random_ring_element"):
                 module.generate_random_ring_element = ring_element
@@ -63,14 +66,14 @@ def install_generators(ring_element, kbit_tensor, streams):
         crypten.generators[which] = {torch.device("cpu"): stream}
 
 
-def install_ttp_client(client):
+def install_ttp_client(client: Any) -> None:
     """Makes ``TTPClient.get()`` answer with ``client``; ``None`` removes it."""
     from crypten.mpc.provider.ttp_provider import TTPClient
 
     TTPClient._TTPClient__instance = client
 
 
-def install_provider(provider):
+def install_provider(provider: Any) -> None:
     """Has CrypTen's protocols take correlations from ``provider``; ``None`` brings the trusted third party back."""
     import crypten.mpc
     from crypten.mpc.provider import TrustedThirdParty

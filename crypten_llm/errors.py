@@ -8,6 +8,7 @@ that this one stops and why, but never in words that may quote what it alone kno
 import contextlib
 import difflib
 import os
+from collections.abc import Iterable, Iterator
 
 
 class CryptenLLMError(Exception):
@@ -46,7 +47,7 @@ def exit_code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, CryptenLLMError) else 1
 
 
-def did_you_mean(name: str, known) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "did you mean 'x'? " for the nearest known name, or nothing when none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"did you mean {near[0]!r}? " if near else ""
@@ -58,7 +59,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def unheard():
+def unheard() -> Iterator[None]:
     """Around work on what one party alone knows: an error there may quote a prompt or a path, and stays with it.
 
     The other parties are told that this one stopped. A PartyError passes, its words are public.
@@ -68,7 +69,7 @@ def unheard():
     except PartyError:
         raise
     except BaseException as error:
-        error.heard = False
+        vars(error)["heard"] = False
         raise
 
 

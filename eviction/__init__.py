@@ -6,7 +6,9 @@ plaintext tensors and on secret shares. Elsewhere a policy's name stands in conf
 """
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 from eviction.attention_gate import AttentionGate
 from eviction.full import Full
@@ -37,7 +39,7 @@ FULL = Full()  # what runs where no policy is asked for, and what all others are
 __all__ = ["FULL", "POLICIES", "Policy", "PolicyError", "UnknownPolicy", "parse", "policy"]
 
 
-def policy(name: str, **settings) -> Policy:
+def policy(name: str, **settings: Any) -> Policy:
     """A policy of the table; settings are Python values or text.
 
     Raises UnknownPolicy for a name that is not in the table, PolicyError for a setting that there is not or that does
@@ -71,6 +73,6 @@ def parse(text: str, *assignments: str) -> Policy:
     return policy(name, **settings)
 
 
-def _near(name: str, known) -> str:
+def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {near[0]!r}? " if near else ""

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from eviction import trained
+from eviction.operations import Handle, Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.rows import note_more, retain
 from eviction.settings import budget, tokens
@@ -39,10 +40,10 @@ class AttentionGate(Policy):
         *("top", "picks", "keep", "take"),
     )
 
-    def begin(self, ops, layer):
+    def begin(self, ops: Operations, layer: Layer) -> None:
         self._matrices(layer)
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         maps = self._matrices(layer)
         x = trained.features(ops, layer, seen)
         query, key, value = (self._one_head(ops.transform(x, part)) for part in maps[:3])
@@ -54,15 +55,15 @@ class AttentionGate(Policy):
         mixed = ops.mix(weights, layer.notes["gate values"]).reshape(count, key.shape[2])
         note_more(ops, layer, "gate", ops.sigmoid(ops.transform(mixed, maps[3]).permute(1, 0)), -1)
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         kept, gate = tokens(self.budget, layer.prompt_tokens), layer.notes.pop("gate")
         if kept < len(layer):
             retain(ops, layer, gate[..., :-1], 0, kept - 1, 1)
 
-    def _one_head(self, x):
+    def _one_head(self, x: Handle) -> Handle:
         return x.reshape(1, *x.shape)
 
-    def _matrices(self, layer):
+    def _matrices(self, layer: Layer) -> tuple[torch.Tensor, ...]:
         weights, width = trained.load(self.weights, self.name), trained.width(layer)
         query = trained.matrix(weights, "query", layer, width, None, self.name)
         size = query.shape[1]

@@ -1,10 +1,11 @@
 """Policy ``h2o``: the rows that drew most attention so far, and the recent ones."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from eviction.operations import Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.rows import add_mass, drop_lowest, retain, spread
 from eviction.settings import budget, tokens
@@ -36,24 +37,24 @@ class H2O(Policy):
     )
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"heavy": rows // 2, "recent": rows - rows // 2, **changed}  # as in the paper, half and half
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         mass = ops.mass(seen.weights, spread(layer, torch.ones(len(seen.positions))))
         add_mass(ops, layer, mass, limit=int(seen.positions[-1]) + 1)
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         heavy, recent = self._sizes(layer)
         if len(layer) > heavy + recent:
             older = layer.notes["mass"][..., : len(layer) - recent]
             retain(ops, layer, older, 0, heavy, recent, ("mass",))
 
-    def after_step(self, ops, layer, seen):
+    def after_step(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         self.watch(ops, layer, seen)
         heavy, recent = self._sizes(layer)
         if len(layer) > heavy + recent:
             drop_lowest(ops, layer, layer.notes["mass"][..., : len(layer) - recent], ("mass",))
 
-    def _sizes(self, layer):
+    def _sizes(self, layer: Layer) -> tuple[int, int]:
         return tokens(self.heavy, layer.prompt_tokens), tokens(self.recent, layer.prompt_tokens)

@@ -1,11 +1,11 @@
 """Policy ``infllm``: blocks of the distant past, found by their few most looked-at keys."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from eviction.operations import Choice
+from eviction.operations import Choice, Handle, Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.rows import add_mass, note_more
 from eviction.settings import fitting, whole
@@ -44,20 +44,20 @@ class InfLLM(Policy):
         *("gather_scores", "scatter_weights"),
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.representatives > self.block:
             raise self.refuse(f"representatives is {self.representatives}; a block has {self.block} rows, give fewer")
 
     @property
-    def period(self):
+    def period(self) -> int:
         return self.block
 
-    def fills(self, prompt_tokens):
+    def fills(self, prompt_tokens: int) -> bool:
         return (prompt_tokens + 1 - self.local - self.initial) % self.block == 0
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         """Of 6,272 rows read in the authors' configuration, 2 % are sinks, 33 % retrieved, the rest is the window.
 
         Their 16 blocks stay 16, as near as blocks of a power of two allow: few long ones would be represented by too
@@ -70,7 +70,7 @@ class InfLLM(Policy):
         sizes = {"block": block, "blocks": blocks, "representatives": min(cls.representatives, block)}
         return {**sizes, "initial": initial, "local": local, **changed}
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         """Scores that fall into the window after a key, added up. On shares that opens them, to make room for a sum."""
         rows = seen.weights.shape[-1]
         distance = seen.positions[:, None] - torch.arange(rows)
@@ -79,10 +79,10 @@ class InfLLM(Policy):
         sums = ops.total(ops.scale(seen.scores, per_query), 1)
         add_mass(ops, layer, sums, limit=SCORE * self.local, note="importance")
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         self._summarise(ops, layer)
 
-    def choose(self, ops, layer, query, query_before):
+    def choose(self, ops: Operations, layer: Layer, query: Handle, query_before: Handle) -> Choice | None:
         self._summarise(ops, layer)
         blocks = layer.notes.get("blocks", 0)
         if self.blocks >= blocks:
@@ -92,7 +92,7 @@ class InfLLM(Policy):
         public = torch.cat([rows[: self.initial], rows[self.initial + blocks * self.block :]])
         return Choice(public, ops.best(likeness, self.blocks), self.initial, self.block)
 
-    def _summarise(self, ops, layer) -> None:
+    def _summarise(self, ops: Operations, layer: Layer) -> None:
         """Representatives of the blocks that have left the window since the last call."""
         done = layer.notes.get("blocks", 0)
         blocks = max(0, (len(layer) - self.local - self.initial) // self.block)
@@ -107,5 +107,5 @@ class InfLLM(Policy):
         note_more(ops, layer, "keys", means, 1)
         layer.notes["blocks"] = blocks
 
-    def after_step(self, ops, layer, seen):
+    def after_step(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         self.watch(ops, layer, seen)

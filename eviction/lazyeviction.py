@@ -1,10 +1,11 @@
 """Policy ``lazyeviction``: rows that come back into attention after a while are not dropped in between."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from eviction.operations import Handle, Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.rows import retain, spread
 from eviction.settings import budget, fitting, number, tokens, whole
@@ -50,15 +51,15 @@ class LazyEviction(Policy):
     )
 
     @property
-    def period(self):
+    def period(self) -> int:
         """Each step has a row more than the one before, and the last one evicts them."""
         return self.window
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"budget": rows, "window": fitting(cls.window, rows / 4), **changed}
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         last = seen.positions == layer.prompt_tokens - 1
         if last.any():
             heads, rows = layer.kv_heads, seen.weights.shape[-1]
@@ -67,10 +68,10 @@ class LazyEviction(Policy):
             layer.notes["idle"] = ops.public(torch.full((heads, rows), 1 / self._span))
             self._note(ops, layer, ops.mass(seen.weights, spread(layer, last)), layer.prompt_tokens - 1)
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         self._shrink(ops, layer, layer.prompt_tokens - 1)
 
-    def after_step(self, ops, layer, seen):
+    def after_step(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         now, heads = int(seen.positions[-1]), layer.kv_heads
         for note, value in (("last", now), ("idle", 1)):
             new = ops.public(torch.full((heads, 1), value / self._span))
@@ -84,7 +85,7 @@ class LazyEviction(Policy):
         """Steps that count as 1 in notes: a power of two, so that times are exact on shares."""
         return 1 << (self.window - 1).bit_length()
 
-    def _note(self, ops, layer, mass, now: int) -> None:
+    def _note(self, ops: Operations, layer: Layer, mass: Handle, now: int) -> None:
         """Last active step and longest idle time, both in spans."""
         active, last, idle = ops.above(mass, self.alpha), layer.notes["last"], layer.notes["idle"]
         age = ops.choose(active, self._since(ops, last, now), _all(ops, last, 0.0))
@@ -92,11 +93,11 @@ class LazyEviction(Policy):
         both = ops.cat([x.reshape(*idle.shape, 1) for x in (idle, age)], -1)
         layer.notes["idle"] = ops.largest(ops.within(both, (now + 1) / self._span), -1)
 
-    def _since(self, ops, last, now: int):
+    def _since(self, ops: Operations, last: Handle, now: int) -> Handle:
         """Time since then, in spans."""
         return ops.add(_all(ops, last, now / self._span), ops.scale(last, -1))
 
-    def _shrink(self, ops, layer, now: int) -> None:
+    def _shrink(self, ops: Operations, layer: Layer, now: int) -> None:
         count = tokens(self.budget, layer.prompt_tokens)
         if len(layer) <= count:
             return
@@ -105,7 +106,7 @@ class LazyEviction(Policy):
         score = self._score(ops, layer, older, now) if count > recent else None
         retain(ops, layer, score, 0, count - recent, recent, ("last", "idle"))
 
-    def _score(self, ops, layer, rows: int, now: int):
+    def _score(self, ops: Operations, layer: Layer, rows: int, now: int) -> Handle:
         last, idle = layer.notes["last"][..., :rows], layer.notes["idle"][..., :rows]
         inverse = ops.reciprocal(idle, 1 / self._span, (now + 1) / self._span)
         overdue = ops.within(ops.multiply(self._since(ops, last, now), inverse), now + 1)
@@ -115,6 +116,6 @@ class LazyEviction(Policy):
         return ops.within(ops.add(score, ops.scale(overdue, -APART)), 4)
 
 
-def _all(ops, like, value: float):
+def _all(ops: Operations, like: Handle, value: float) -> Handle:
     """A public number in every place."""
     return ops.public(torch.full(tuple(like.shape), value))

@@ -1,9 +1,12 @@
 """Policy ``locret``: a small trained network says how much a token will matter, as soon as it has been read."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 from eviction import trained
+from eviction.operations import Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.rows import note_more, retain
 from eviction.settings import budget, fitting, tokens, whole
@@ -36,15 +39,15 @@ class Locret(Policy):
     uses: ClassVar[tuple[str, ...]] = (*("transform", "multiply", "sigmoid", "top", "picks", "keep", "take", "gather"),)
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"budget": rows, "recent": fitting(cls.recent, rows / 4), **changed}
 
-    def begin(self, ops, layer):
+    def begin(self, ops: Operations, layer: Layer) -> None:
         first, second = self._matrices(layer)
         if second.shape[0] != first.shape[1]:
             raise self.refuse(f"W1 gives {first.shape[1]} numbers and W2 takes {second.shape[0]}; train it again")
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         first, second = self._matrices(layer)
         hidden = ops.transform(trained.features(ops, layer, seen), first)
         score = ops.transform(ops.multiply(hidden, ops.sigmoid(hidden)), second).permute(1, 0)
@@ -52,7 +55,7 @@ class Locret(Policy):
         note_more(ops, layer, "score", score, -1)
         self._cut(ops, layer, self.recent if seen.positions[-1] < layer.prompt_tokens - 1 else 0)
 
-    def _cut(self, ops, layer, recent: int) -> None:
+    def _cut(self, ops: Operations, layer: Layer, recent: int) -> None:
         kept = tokens(self.budget, layer.prompt_tokens)
         if len(layer) <= kept:
             return
@@ -60,7 +63,7 @@ class Locret(Policy):
         score = layer.notes["score"][..., : len(layer) - recent]
         retain(ops, layer, score, 0, kept - recent, recent, ("score",))
 
-    def _matrices(self, layer):
+    def _matrices(self, layer: Layer) -> tuple[torch.Tensor, ...]:
         weights = trained.load(self.weights, self.name)
         first = trained.matrix(weights, "w1", layer, trained.width(layer), None, self.name)
         return first, trained.matrix(weights, "w2", layer, first.shape[1], layer.kv_heads, self.name)

@@ -1,11 +1,11 @@
 """Policy ``longcache``: tokens found by their content alone, before positions are put on, and their neighbours."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from eviction.operations import Choice
+from eviction.operations import Choice, Handle, Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.rows import note_more
 from eviction.settings import fitting, whole
@@ -47,19 +47,19 @@ class LongCache(Policy):
     )
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         """Each head may ask for one span; together they get half of the rows."""
         span, sinks = max(1, fitting(cls.span, rows / 2 / heads)), max(1, min(4, rows // 8))
         local = max(1, rows - sinks - heads * span - span // 2)
         return {"top": 1, "span": span, "sinks": sinks, "local": local, **changed}
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         note_more(ops, layer, "keys", ops.fixed(seen.key_before), 1)
 
-    def after_step(self, ops, layer, seen):
+    def after_step(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         self.watch(ops, layer, seen)
 
-    def choose(self, ops, layer, query, query_before):
+    def choose(self, ops: Operations, layer: Layer, query: Handle, query_before: Handle) -> Choice | None:
         spans = max(0, (len(layer) - self.local - self.sinks) // self.span)
         count = self.top * layer.heads
         if count >= spans:

@@ -1,10 +1,11 @@
 """Policy ``mikv``: nothing is dropped; rows that matter less are kept with fewer bits."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from eviction.operations import Handle, Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.rows import add_mass, spread, without
 from eviction.settings import budget, number, tokens, whole
@@ -50,14 +51,16 @@ class MiKV(Policy):
     )
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         """Rows that keep their precision; all others are read as well."""
         return {"important": rows, "recent": max(2, 2 * rows // 5), **changed}
 
-    def key_scale(self, layer):
+    def key_scale(self, layer: Layer) -> Handle | None:
         return layer.notes.get("key range")
 
-    def enter(self, ops, layer, query, key, value):
+    def enter(
+        self, ops: Operations, layer: Layer, query: Handle, key: Handle, value: Handle
+    ) -> tuple[Handle, Handle, Handle]:
         if "key range" not in layer.notes:
             return query, key, value
         ranges = layer.notes["key range"]
@@ -69,15 +72,15 @@ class MiKV(Policy):
         )
         return query, key, value
 
-    def leave(self, ops, layer, mixed):
+    def leave(self, ops: Operations, layer: Layer, mixed: Handle) -> Handle:
         ranges = layer.notes.get("value range")
         return mixed if ranges is None else ops.multiply(mixed, ranges)
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         mass = ops.mass(seen.weights, spread(layer, torch.ones(len(seen.positions))))
         add_mass(ops, layer, mass, limit=int(seen.positions[-1]) + 1)
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         important, recent = self._sizes(layer)
         if len(layer) <= important:
             return
@@ -101,7 +104,7 @@ class MiKV(Policy):
         layer.notes["mass"] = parts[0] if len(parts) == 1 else ops.cat(parts, -1)
         layer.notes["coarse"], layer.positions = rows - important, None
 
-    def after_step(self, ops, layer, seen):
+    def after_step(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         if "coarse" not in layer.notes:
             return
         important, recent = self._sizes(layer)
@@ -122,7 +125,7 @@ class MiKV(Policy):
         layer.notes["mass"] = without(ops, layer.notes["mass"], least)
         layer.notes["coarse"] = coarse + 1
 
-    def _balance(self, ops, layer) -> None:
+    def _balance(self, ops: Operations, layer: Layer) -> None:
         """Divides each coordinate of the rows by its largest magnitude."""
         for name in ("key", "value"):
             rows = ops.contents(getattr(layer, f"{name}s"))
@@ -132,7 +135,7 @@ class MiKV(Policy):
             layer.notes[f"{name} range"], layer.notes[f"{name} inverse"] = both, inverse
             setattr(layer, f"{name}s", ops.fixed(ops.within(ops.multiply(rows, inverse), 1), name == "value"))
 
-    def _sizes(self, layer):
+    def _sizes(self, layer: Layer) -> tuple[int, int]:
         recent = tokens(self.recent, layer.prompt_tokens)
         important = max(tokens(self.important, layer.prompt_tokens), recent + 1)
         return important, recent

@@ -6,11 +6,11 @@ per prompt, or on a handful of clusters.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from eviction.operations import Choice
+from eviction.operations import Choice, Handle, Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.quest import page_bound
 from eviction.rows import add_mass, over_heads, retain, spread
@@ -75,20 +75,20 @@ class MPCache(Policy):
         *("best", "gather", "transform", "gather_scores", "scatter_weights"),
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.coarse % self.fine:
             raise self.refuse(f"coarse is {self.coarse}; it must be a multiple of fine, which is {self.fine}")
 
     @property
-    def period(self):
+    def period(self) -> int:
         return self.coarse if self.second < 1 else 1
 
-    def fills(self, prompt_tokens):
+    def fills(self, prompt_tokens: int) -> bool:
         return (tokens(self.static, prompt_tokens) - self.fine) % self.coarse == 0
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         """It keeps half of the prompt, or the root of the budget where that is more, and chooses clusters among them.
 
         The first cluster and the newest one, half full on average, are always read, and count. With ``second`` of 1
@@ -104,7 +104,7 @@ class MPCache(Policy):
         second = min(1.0, round((count + 0.5) * found["fine"] / (found["static"] * prompt_tokens), 4))
         return {"second": second, **found}
 
-    def idle(self):
+    def idle(self) -> set[str]:
         found = {"window"} if self.static == 1 else set()
         if self.second == 1:
             found |= {"alpha", "first", "summary", "share", "share_from", "alone"}
@@ -116,13 +116,13 @@ class MPCache(Policy):
             found |= {"share_from", "alone"}
         return found
 
-    def begin(self, ops, layer):
+    def begin(self, ops: Operations, layer: Layer) -> None:
         if self.reference and ops.is_private:
             raise self.refuse("reference keeps a number of rows that depends on the data; run it on engine 'plain'")
 
     # Static eviction.
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         prompt = layer.prompt_tokens
         window = max(1, int(prompt * (self.long_window if prompt > LONG else self.window)))
         rows = seen.positions >= prompt - window
@@ -135,7 +135,7 @@ class MPCache(Policy):
         else:
             add_mass(ops, layer, ops.mass(seen.weights, spread(layer, rows)), limit=window)
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         if self.reference:
             self._evict_as_published(ops, layer)
         else:
@@ -145,37 +145,40 @@ class MPCache(Policy):
                 retain(ops, layer, mass[..., : len(layer) - last], 0, kept - last, last)
         self._summarise(ops, layer)
 
-    def kept(self, layer) -> int:
+    def kept(self, layer: Layer) -> int:
         """Rows of the prompt that outlive it."""
         return tokens(self.static, layer.prompt_tokens)
 
-    def _evict_as_published(self, ops, layer):
+    def _evict_as_published(self, ops: Operations, layer: Layer) -> None:
         queries = layer.notes.pop("queries") * math.sqrt(layer.head_dim)
         weights = (queries @ layer.keys[:, None].transpose(-1, -2)).softmax(-1)
         weights = weights.reshape(-1, *weights.shape[-2:]).mean(0)
         kept = (weights >= self.threshold).any(0).nonzero()[:, 0]
         layer.keys, layer.values = ops.take(layer.keys, kept), ops.take(layer.values, kept)
+        assert layer.positions is not None, "a prompt's rows are as they came"
         layer.positions = layer.positions[kept]
 
     # Dynamic selection.
 
-    def selects(self, layer) -> bool:
+    def selects(self, layer: Layer) -> bool:
         """Whether a query is compared with clusters at all; else every row is attended to."""
         return self.second < 1 and len(layer) >= self.least
 
-    def follows(self, layer) -> bool:
+    def follows(self, layer: Layer) -> bool:
         """Whether a layer attends to what the layer below chose; none does where each keeps other rows."""
         index, shares = layer.index - self.share_from, self.share and not self.reference
         return shares and index > 0 and index % 2 == 1 and layer.index < layer.layers - self.alone
 
-    def choose(self, ops, layer, query, query_before):
+    def choose(self, ops: Operations, layer: Layer, query: Handle, query_before: Handle) -> Choice | None:
         self._summarise(ops, layer)
-        if self.follows(layer) and len(layer.before) == len(layer):
-            return layer.before.notes["choice"]
+        if self.follows(layer):
+            assert layer.before is not None, "the first layer follows none"
+            if len(layer.before) == len(layer):
+                return layer.before.notes["choice"]
         layer.notes["choice"] = choice = self._select(ops, layer, query)
         return choice
 
-    def _select(self, ops, layer, query):
+    def _select(self, ops: Operations, layer: Layer, query: Handle) -> Choice | None:
         if not self.selects(layer):
             return None
         closed, parts = layer.notes.get("closed", 0), self.coarse // self.fine
@@ -198,13 +201,13 @@ class MPCache(Policy):
         public = torch.cat([rows[: self.fine], rows[self.fine + closed * self.coarse :]])
         return Choice(public, picks, self.fine, self.fine)
 
-    def _likeness(self, ops, layer, query, level: str):
+    def _likeness(self, ops: Operations, layer: Layer, query: Handle, level: str) -> Handle:
         """[G, C], added over the heads of a group."""
         if self.summary == "bound":
             return ops.total(page_bound(ops, query, layer.notes[level], layer.notes[f"{level} low"]), 1)
         return ops.total(ops.scores(query, layer.notes[level]), 1)
 
-    def _parts(self, ops, chosen):
+    def _parts(self, ops: Operations, chosen: Handle) -> Handle:
         """One-hot coarse clusters [G, k, C] as their fine ones [G, k * parts, C * parts], in order."""
         (heads, count, closed), parts = chosen.shape, self.coarse // self.fine
         wide = []
@@ -214,7 +217,7 @@ class MPCache(Policy):
             wide.append(ops.transform(chosen, matrix).reshape(heads, count, 1, closed * parts))
         return ops.cat(wide, 2).reshape(heads, count * parts, closed * parts)
 
-    def _summarise(self, ops, layer) -> None:
+    def _summarise(self, ops: Operations, layer: Layer) -> None:
         """Keys of the coarse clusters that are full and not the newest, and of their fine ones, once each."""
         if not self.selects(layer):
             return
@@ -240,7 +243,7 @@ class MPCache(Policy):
             summary = ops.fixed(summary)
             layer.notes[name] = ops.cat([layer.notes[name], summary], 1) if done else summary
 
-    def _summaries(self, ops, level: str, high, least) -> dict:
+    def _summaries(self, ops: Operations, level: str, high: Handle, least: Handle) -> dict:
         """What stands for clusters with these largest and negated least values."""
         if self.summary == "bound":
             return {level: high, f"{level} low": ops.scale(least, -1)}

@@ -1,11 +1,11 @@
 """Policy ``mpcache_spread``: MPCache's clusters, found by their keys' spread too, in the layers that look far back."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from eviction.operations import Choice
+from eviction.operations import Choice, Handle, Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.quest import page_ends
 from eviction.rows import note_more, take
@@ -52,17 +52,17 @@ class MPCacheSpread(Policy):
     )
 
     @property
-    def period(self):
+    def period(self) -> int:
         return self.block
 
-    def fills(self, prompt_tokens):
+    def fills(self, prompt_tokens: int) -> bool:
         return prompt_tokens % self.block == 0
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"budget": rows, "block": fitting(cls.block, rows / 8), **changed}
 
-    def searching(self, layer) -> range:
+    def searching(self, layer: Layer) -> range:
         """The layers that keep all rows and choose among them."""
         layers = layer.layers
         if 2 * tokens(self.budget, layer.prompt_tokens) < self.ends:
@@ -70,29 +70,29 @@ class MPCacheSpread(Policy):
         first = min(int(self.lower * layers), layers - 1)
         return range(first, max(first + 1, layers - int(self.upper * layers)))
 
-    def rows(self, layer) -> tuple[int, int]:
+    def rows(self, layer: Layer) -> tuple[int, int]:
         """Rows that a layer of ends attends to, and one that searches."""
         mean, searching = tokens(self.budget, layer.prompt_tokens), len(self.searching(layer))
         ends = min(mean, max(self.ends, mean // 2))
         return ends, ends + (mean - ends) * layer.layers // searching
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         if layer.index in self.searching(layer):
             self._summarise(ops, layer)
         else:
             self._keep_ends(ops, layer)
 
-    def after_step(self, ops, layer, seen):
+    def after_step(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         if layer.index not in self.searching(layer):
             self._keep_ends(ops, layer)
 
-    def _keep_ends(self, ops, layer) -> None:
+    def _keep_ends(self, ops: Operations, layer: Layer) -> None:
         ends, _ = self.rows(layer)
         if len(layer) > ends:
             index, first = torch.arange(len(layer)), min(FIRST, ends // 3)
             take(ops, layer, torch.cat([index[:first], index[first - ends :]]))
 
-    def choose(self, ops, layer, query, query_before):
+    def choose(self, ops: Operations, layer: Layer, query: Handle, query_before: Handle) -> Choice | None:
         if layer.index not in self.searching(layer):
             return None
         self._summarise(ops, layer)
@@ -104,7 +104,7 @@ class MPCacheSpread(Policy):
         public = torch.cat([rows[: self.block], rows[(blocks + 1) * self.block :]])
         return Choice(public, ops.best(self._likeness(ops, layer, query), count), self.block, self.block)
 
-    def _likeness(self, ops, layer, query):
+    def _likeness(self, ops: Operations, layer: Layer, query: Handle) -> Handle:
         """[G or 1, C], added over the heads that choose together."""
         likeness = ops.scores(query, layer.notes["middle"])
         if self.width:
@@ -112,7 +112,7 @@ class MPCacheSpread(Policy):
         likeness = ops.total(likeness, 1)
         return likeness if self.per_head else ops.total(likeness, 0).reshape(1, -1)
 
-    def _summarise(self, ops, layer) -> None:
+    def _summarise(self, ops: Operations, layer: Layer) -> None:
         """Boxes of the blocks that are full, not the first and not the newest, once each."""
         done, blocks = layer.notes.get("blocks", 0), (len(layer) - 1) // self.block - 1
         if blocks <= done:

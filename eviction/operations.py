@@ -10,9 +10,11 @@ A tensor that all kv heads share has G = 1.
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+Handle = Any  # which of its kinds of handle an operation takes is between the engine and itself
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Choice:
     """
 
     rows: torch.Tensor
-    picks: object = None
+    picks: Handle = None
     first: int = 0
     size: int = 1
 
@@ -49,10 +51,10 @@ class Layer:
     heads: int
     kv_heads: int
     head_dim: int
-    keys: object = None
-    values: object = None
+    keys: Handle = None
+    values: Handle = None
     positions: torch.Tensor | None = None
-    notes: dict = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     before: "Layer | None" = None
 
     @property
@@ -75,13 +77,13 @@ class Seen:
     """
 
     positions: torch.Tensor
-    query: object
-    key: object
-    value: object
-    query_before: object
-    key_before: object
-    scores: object
-    weights: object
+    query: Handle
+    key: Handle
+    value: Handle
+    query_before: Handle
+    key_before: Handle
+    scores: Handle
+    weights: Handle
 
 
 class Operations(Protocol):
@@ -93,104 +95,104 @@ class Operations(Protocol):
 
     # Local: linear with public coefficients.
 
-    def add(self, x, y):
+    def add(self, x: Handle, y: Handle) -> Handle:
         """x + y, of the same shape."""
 
-    def public(self, value: torch.Tensor):
+    def public(self, value: torch.Tensor) -> Handle:
         """A public float tensor as a handle."""
 
-    def cat(self, handles: list, dim: int):
+    def cat(self, handles: list, dim: int) -> Handle:
         """Joined along a dimension. Rows (of the cache, of ``take``, ``keep``, ``fixed``) join along 1."""
 
-    def scale(self, x, factor):
+    def scale(self, x: Handle, factor: float | torch.Tensor) -> Handle:
         """x * factor for a public number or a public float tensor that broadcasts to x."""
 
-    def total(self, x, dim: int):
+    def total(self, x: Handle, dim: int) -> Handle:
         """The sum over one dimension, which goes."""
 
-    def transform(self, x, matrix: torch.Tensor):
+    def transform(self, x: Handle, matrix: torch.Tensor) -> Handle:
         """x @ matrix for a public float matrix [N, K]: [..., N] to [..., K] (pooling, means of clusters). A matrix of
         integers is exact: it takes 0/1 bits to bits, one-hot rows to one-hot rows."""
 
-    def within(self, x, limit: float):
+    def within(self, x: Handle, limit: float) -> Handle:
         """x, of which the policy knows that |x| <= limit: shares are compared the finer the smaller that is."""
 
     # Attention.
 
-    def scores(self, query, keys):
+    def scores(self, query: Handle, keys: Handle) -> Handle:
         """[G, M, D] by rows [G, N, D] to [G, M, N]; keys may be the cache's rows, or rows made by ``fixed``. A query
         (the same object) is opened once, however often it is scored."""
 
-    def mass(self, weights, queries: torch.Tensor):
+    def mass(self, weights: Handle, queries: torch.Tensor) -> Handle:
         """Attention that each row drew: sum over m of queries[m] * w[g, m, n] for softmax weights w whose rows sum
         to one; queries: public float [M]. [G, M, N] to [G, N]. To be called after ``mix`` has used the weights."""
 
-    def gather_scores(self, choice: Choice, scores):
+    def gather_scores(self, choice: Choice, scores: Handle) -> Handle:
         """[G, M, N] to [G, M, choice.count]: what ``choice`` attends to."""
 
-    def scatter_weights(self, choice: Choice, weights, count: int):
+    def scatter_weights(self, choice: Choice, weights: Handle, count: int) -> Handle:
         """Its inverse for softmax weights: [G, M, choice.count] to [G, M, count], zero at rows not chosen."""
 
-    def softmax(self, scores, mask=None):
+    def softmax(self, scores: Handle, mask: torch.Tensor | None = None) -> Handle:
         """Softmax weights of [G, M, N]; mask: public bool [M, N], true where a row may be seen."""
 
-    def mix(self, weights, rows):
+    def mix(self, weights: Handle, rows: Handle) -> Handle:
         """Softmax weights [G, M, N] by rows [G, N, D] to [G, M, D]."""
 
     # Rows of the cache.
 
-    def contents(self, rows):
+    def contents(self, rows: Handle) -> Handle:
         """Cached rows [G, N, D] as a handle to compute with; local."""
 
-    def fixed(self, x, values: bool = False):
+    def fixed(self, x: Handle, values: bool = False) -> Handle:
         """A handle [G, N, D] as rows that many products will use: its one opening joins the next message. values: they
         take the place of the cache's values, to which new rows will be joined."""
 
-    def take(self, rows, index: torch.Tensor):
+    def take(self, rows: Handle, index: torch.Tensor) -> Handle:
         """Rows at public indices int64 [K], the same for all kv heads; local."""
 
-    def keep(self, rows, picks):
+    def keep(self, rows: Handle, picks: Handle) -> Handle:
         """Rows [G, N, D] by one-hot [G or 1, K, N] to rows [G, K, D]."""
 
-    def drop(self, rows, hot):
+    def drop(self, rows: Handle, hot: Handle) -> Handle:
         """Rows [G, N, D] without the one that hot [G or 1, N] marks, the others in order: [G, N - 1, D]."""
 
     # Comparisons. x is compared at the engine's precision for scores; ties go to the lower index.
 
-    def top(self, x, count: int):
+    def top(self, x: Handle, count: int) -> Handle:
         """1 at the ``count`` largest of the last dimension, 0 elsewhere: [..., N] to [..., N]."""
 
-    def best(self, x, count: int):
+    def best(self, x: Handle, count: int) -> Handle:
         """One-hot rows of the ``count`` largest: ``picks`` of ``top`` in an order that nobody may rely on. One round
         less on shares; enough for a ``Choice``, whose order does not change what is attended to."""
 
-    def picks(self, bits, count: int):
+    def picks(self, bits: Handle, count: int) -> Handle:
         """One-hot rows [..., count, N] of 0/1 bits [..., N] with exactly ``count`` ones, in order of position."""
 
-    def gather(self, picks, x):
+    def gather(self, picks: Handle, x: Handle) -> Handle:
         """picks [..., K, N] times x [..., N, C]: rows of x; also composes picks with picks (the result is picks again).
         Rows of 0/1 bits with several ones give sums of rows of x."""
 
-    def largest(self, x, dim: int):
+    def largest(self, x: Handle, dim: int) -> Handle:
         """The maximum over one dimension, which goes (minima are maxima of the negated)."""
 
-    def above(self, x, threshold: float):
+    def above(self, x: Handle, threshold: float) -> Handle:
         """1 where x > threshold, 0 elsewhere."""
 
     # Arithmetic on two secrets, and functions.
 
-    def multiply(self, x, y):
+    def multiply(self, x: Handle, y: Handle) -> Handle:
         """Element-wise with broadcasting."""
 
-    def choose(self, bits, x, y):
+    def choose(self, bits: Handle, x: Handle, y: Handle) -> Handle:
         """x where bits is 1, y where it is 0; with broadcasting."""
 
-    def coarse(self, rows, bits: int):
+    def coarse(self, rows: Handle, bits: int) -> Handle:
         """Rows [G, N, D] of numbers in [-1, 1], each rounded to one of 2^bits - 1 levels, 1 / (2^(bits - 1) - 1) apart,
         0 and both ends among them, and held in as little memory as that needs; beyond the ends it saturates."""
 
-    def sigmoid(self, x):
+    def sigmoid(self, x: Handle) -> Handle:
         """1 / (1 + exp(-x)) for |x| <= 12."""
 
-    def reciprocal(self, x, low: float, high: float):
+    def reciprocal(self, x: Handle, low: float, high: float) -> Handle:
         """1 / x for x in [low, high], 0 < low, both public."""

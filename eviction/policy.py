@@ -7,9 +7,9 @@ it asks the policy. A policy is a frozen dataclass and keeps no state; what it m
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from eviction.operations import Choice, Layer, Operations, Seen
+from eviction.operations import Choice, Handle, Layer, Operations, Seen
 from eviction.settings import PolicyError, written
 
 
@@ -44,7 +44,7 @@ class Policy:
     held: ClassVar[Mapping[str, object]] = {}
     style: ClassVar[tuple[str, str, str] | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
             try:
@@ -83,7 +83,7 @@ class Policy:
         return False
 
     @classmethod
-    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed) -> dict:
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict:
         """Settings with which a decode step reads ``rows`` rows, in each layer and for each of ``heads`` query heads.
 
         Where a policy rounds to pages or clusters that holds on average over steps, where it treats layers unlike on
@@ -101,7 +101,7 @@ class Policy:
         """Names of settings that have no effect beside the others."""
         return set()
 
-    def key_scale(self, layer: Layer):
+    def key_scale(self, layer: Layer) -> Handle | None:
         """What the cache's rows are to be multiplied by to give the model's keys, as a handle that broadcasts to them.
 
         Attention's queries have been multiplied by it already. ``None`` where the rows are the keys.
@@ -113,18 +113,20 @@ class Policy:
     def begin(self, ops: Operations, layer: Layer) -> None:
         """Before the first token."""
 
-    def enter(self, ops: Operations, layer: Layer, query, key, value):
+    def enter(
+        self, ops: Operations, layer: Layer, query: Handle, key: Handle, value: Handle
+    ) -> tuple[Handle, Handle, Handle]:
         """The rotated query [heads, T, D] and the rows [G, T, D] that join the cache, as attention will use them."""
         return query, key, value
 
-    def choose(self, ops: Operations, layer: Layer, query, query_before) -> Choice | None:
+    def choose(self, ops: Operations, layer: Layer, query: Handle, query_before: Handle) -> Choice | None:
         """At a decode step, when the new row has joined: what it attends to; ``None`` for all rows.
 
         query: rotated, [G, group, D]. query_before: the same before the rotary embedding.
         """
         return None
 
-    def leave(self, ops: Operations, layer: Layer, mixed):
+    def leave(self, ops: Operations, layer: Layer, mixed: Handle) -> Handle:
         """The mixed values [G, M, D] as the model goes on with them."""
         return mixed
 

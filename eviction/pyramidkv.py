@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from eviction.operations import Layer
 from eviction.settings import budget, tokens, whole
 from eviction.snapkv import SnapKV
 
@@ -29,7 +30,7 @@ class PyramidKV(SnapKV):
     arxiv: ClassVar[str] = "2406.02069"
     style: ClassVar[tuple[str, str, str]] = ("#009E73", "d", "--")
 
-    def kept(self, layer):
+    def kept(self, layer: Layer) -> int:
         average, prompt, window = tokens(self.budget, layer.prompt_tokens), layer.prompt_tokens, self.window
         if layer.layers == 1 or average >= prompt:
             return min(average, prompt)

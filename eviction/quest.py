@@ -1,17 +1,17 @@
 """Policy ``quest``: at each step, the pages of the cache whose best possible score is highest."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from eviction.operations import Choice
+from eviction.operations import Choice, Handle, Layer, Operations
 from eviction.policy import Policy
 from eviction.rows import note_more
 from eviction.settings import budget, fitting, tokens, whole
 
 
-def page_bound(ops, query, high, low):
+def page_bound(ops: Operations, query: Handle, high: Handle, low: Handle) -> Handle:
     """The most that q·k can be for a key between ``low`` and ``high``: relu(q)·high + (q - relu(q))·low.
 
     query [G, M, D], high and low rows [G, C, D]; returns [G, M, C]. Cost: a comparison per coordinate of the query.
@@ -21,7 +21,7 @@ def page_bound(ops, query, high, low):
     return ops.add(ops.scores(positive, high), ops.scores(negative, low))
 
 
-def page_ends(ops, layer, pages: range, page: int):
+def page_ends(ops: Operations, layer: Layer, pages: range, page: int) -> tuple[Handle, Handle]:
     """Of each coordinate of the keys in these pages of ``page`` rows, the largest and the least: [G, C, D] each."""
     keys = ops.contents(ops.take(layer.keys, torch.arange(pages.start * page, pages.stop * page)))
     keys = keys.reshape(layer.kv_heads, len(pages), page, layer.head_dim)
@@ -56,20 +56,20 @@ class Quest(Policy):
     )
 
     @property
-    def period(self):
+    def period(self) -> int:
         return self.page
 
-    def fills(self, prompt_tokens):
+    def fills(self, prompt_tokens: int) -> bool:
         return prompt_tokens % self.page == 0
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"budget": rows, "page": fitting(cls.page, rows / 4), **changed}
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         self._summarise(ops, layer, len(layer))
 
-    def choose(self, ops, layer, query, query_before):
+    def choose(self, ops: Operations, layer: Layer, query: Handle, query_before: Handle) -> Choice | None:
         if layer.index < self.dense:
             return None
         self._summarise(ops, layer, len(layer))
@@ -81,7 +81,7 @@ class Quest(Policy):
         newest = torch.arange(pages * self.page, len(layer))
         return Choice(newest, ops.best(bounds, count), 0, self.page)
 
-    def _summarise(self, ops, layer, rows: int) -> None:
+    def _summarise(self, ops: Operations, layer: Layer, rows: int) -> None:
         """Bounds of the pages that are full and not the newest, once each."""
         done, pages = layer.notes.get("pages", 0), (rows - 1) // self.page
         if layer.index < self.dense or pages <= done:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 
+from eviction.operations import Layer, Operations
 from eviction.policy import Policy
 from eviction.rows import take
 from eviction.settings import budget, tokens, whole
@@ -28,7 +29,7 @@ class Random(Policy):
     style: ClassVar[tuple[str, str, str]] = ("#999999", "x", "--")
     uses: ClassVar[tuple[str, ...]] = ("take",)
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         rows, count = len(layer), tokens(self.budget, layer.prompt_tokens)
         if count >= rows:
             return

@@ -3,9 +3,11 @@
 Owns the index arithmetic that several policies share. Rows stay sorted by position; sinks and recent rows are public.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from eviction.operations import Layer, Operations
+from eviction.operations import Handle, Layer, Operations
 
 
 def spread(layer: Layer, rows: torch.Tensor) -> torch.Tensor:
@@ -13,7 +15,7 @@ def spread(layer: Layer, rows: torch.Tensor) -> torch.Tensor:
     return rows.float().repeat(layer.group) / layer.group
 
 
-def add_mass(ops: Operations, layer: Layer, mass, limit: float, note: str = "mass") -> None:
+def add_mass(ops: Operations, layer: Layer, mass: Handle, limit: float, note: str = "mass") -> None:
     """Adds [G, N] to what is noted of the same rows; rows that are new begin with what they have.
 
     limit: no sum is larger in magnitude; of attention, as many as there were queries.
@@ -26,19 +28,21 @@ def add_mass(ops: Operations, layer: Layer, mass, limit: float, note: str = "mas
     layer.notes[note] = ops.within(mass, limit)
 
 
-def note_more(ops: Operations, layer: Layer, note: str, more, dim: int) -> None:
+def note_more(ops: Operations, layer: Layer, note: str, more: Handle, dim: int) -> None:
     """Notes ``more`` behind what is noted already, along a dimension."""
     before = layer.notes.get(note)
     layer.notes[note] = more if before is None else ops.cat([before, more], dim)
 
 
-def over_heads(ops: Operations, x):
+def over_heads(ops: Operations, x: Handle) -> Handle:
     """The mean over kv heads: [G, N] to [1, N]."""
     heads, rows = x.shape
     return x if heads == 1 else ops.scale(ops.total(x, 0).reshape(1, rows), 1 / heads)
 
 
-def retain(ops: Operations, layer: Layer, scores, first: int, count: int, last: int, notes: tuple[str, ...] = ()):
+def retain(
+    ops: Operations, layer: Layer, scores: Handle, first: int, count: int, last: int, notes: tuple[str, ...] = ()
+) -> None:
     """Keeps the ``first`` and ``last`` rows and the ``count`` best of those between, whose scores are [G or 1, n].
 
     notes: names of notes [G, N] that are kept alike.
@@ -48,7 +52,7 @@ def retain(ops: Operations, layer: Layer, scores, first: int, count: int, last: 
     if count:
         picks = ops.picks(ops.top(scores, count), count)
 
-    def kept(handle, middle):
+    def kept(handle: Callable[[slice], Handle], middle: Callable[[Handle], Handle]) -> list[Handle]:
         parts = [handle(edges[0])] if first else []
         parts += [middle(handle(edges[1]))] if count else []
         parts += [handle(edges[2])] if last else []
@@ -57,11 +61,19 @@ def retain(ops: Operations, layer: Layer, scores, first: int, count: int, last: 
     index = torch.arange(rows)
     for name in ("keys", "values"):
         stored = getattr(layer, name)
-        parts = kept(lambda edge, stored=stored: ops.take(stored, index[edge]), lambda part: ops.keep(part, picks))
+
+        def taken(edge: slice, stored: Handle = stored) -> Handle:
+            return ops.take(stored, index[edge])
+
+        parts = kept(taken, lambda part: ops.keep(part, picks))
         setattr(layer, name, _join(ops, parts, 1))
     for name in notes:
         note = layer.notes[name]
-        parts = kept(lambda edge, note=note: note[..., edge], lambda part: _gathered(ops, picks, part))
+
+        def cut(edge: slice, note: Handle = note) -> Handle:
+            return note[..., edge]
+
+        parts = kept(cut, lambda part: _gathered(ops, picks, part))
         layer.notes[name] = _join(ops, parts, -1)
     layer.positions = None
 
@@ -73,7 +85,7 @@ def take(ops: Operations, layer: Layer, index: torch.Tensor) -> None:
         layer.positions = layer.positions[index]
 
 
-def drop_lowest(ops: Operations, layer: Layer, scores, notes: tuple[str, ...] = ()) -> None:
+def drop_lowest(ops: Operations, layer: Layer, scores: Handle, notes: tuple[str, ...] = ()) -> None:
     """Drops the row of the lowest score among the first rows, those that scores [G or 1, n] are of."""
     rows, candidates = len(layer), scores.shape[-1]
     hot = ops.top(ops.scale(scores, -1), 1)
@@ -88,7 +100,7 @@ def drop_lowest(ops: Operations, layer: Layer, scores, notes: tuple[str, ...] = 
     layer.positions = None
 
 
-def without(ops: Operations, note, hot):
+def without(ops: Operations, note: Handle, hot: Handle) -> Handle:
     """[G, N] without the number that hot [G, n], n <= N, marks: from there on each takes the next one's place."""
     candidates, rows = hot.shape[-1], note.shape[-1]
     parts = []
@@ -99,10 +111,10 @@ def without(ops: Operations, note, hot):
     return _join(ops, parts, -1)
 
 
-def _gathered(ops, picks, note):
+def _gathered(ops: Operations, picks: Handle, note: Handle) -> Handle:
     heads, rows = note.shape
     return ops.gather(picks, note.reshape(heads, rows, 1)).reshape(heads, picks.shape[-2])
 
 
-def _join(ops, parts, dim):
+def _join(ops: Operations, parts: list[Handle], dim: int) -> Handle:
     return parts[0] if len(parts) == 1 else ops.cat(parts, dim)

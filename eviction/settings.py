@@ -6,6 +6,7 @@ as text from the command line, and is refused with the policy's and the setting'
 
 from collections.abc import Callable
 from dataclasses import field
+from typing import Any
 
 
 class PolicyError(ValueError):
@@ -16,7 +17,7 @@ class UnknownPolicy(PolicyError):
     """No policy of that name; the message lists those there are."""
 
 
-def setting(default, read: Callable, what: str, kind: str, **facts):
+def setting(default: Any, read: Callable, what: str, kind: str, **facts: Any) -> Any:
     """A dataclass field with a default; ``read`` takes a value or text and raises ValueError when it does not fit.
 
     kind: share, whole, number, word or text; with facts, such as bounds, from which a search takes values to try.
@@ -24,10 +25,10 @@ def setting(default, read: Callable, what: str, kind: str, **facts):
     return field(default=default, metadata={"read": read, "what": what, "kind": kind, **facts})
 
 
-def budget(default, zero: bool = False):
+def budget(default: float, zero: bool = False) -> float:
     """Rows to keep: a whole number above 1 counts tokens, a number in (0, 1] is a share of the prompt."""
 
-    def read(value):
+    def read(value: Any) -> float:
         number = _number(value)
         if number > 1:
             return _whole(value)
@@ -39,10 +40,10 @@ def budget(default, zero: bool = False):
     return setting(default, read, what, "share")
 
 
-def whole(default: int, low: int, high: int | None = None):
+def whole(default: int, low: int, high: int | None = None) -> int:
     """A whole number from ``low`` on, up to ``high``."""
 
-    def read(value):
+    def read(value: Any) -> int:
         number = _whole(value)
         if number < low or (high is not None and number > high):
             raise ValueError
@@ -52,10 +53,10 @@ def whole(default: int, low: int, high: int | None = None):
     return setting(default, read, what, "whole", low=low, high=high)
 
 
-def share(default: float):
+def share(default: float) -> float:
     """A number in (0, 1]."""
 
-    def read(value):
+    def read(value: Any) -> float:
         number = _number(value)
         if not 0 < number <= 1:
             raise ValueError
@@ -64,10 +65,10 @@ def share(default: float):
     return setting(default, read, "a number above 0, at most 1", "share")
 
 
-def number(default: float, low: float, high: float):
+def number(default: float, low: float, high: float) -> float:
     """A number in [low, high]."""
 
-    def read(value):
+    def read(value: Any) -> float:
         found = _number(value)
         if not low <= found <= high:
             raise ValueError
@@ -76,10 +77,10 @@ def number(default: float, low: float, high: float):
     return setting(default, read, f"a number from {low:g} to {high:g}", "number", low=low, high=high)
 
 
-def one_of(default: str, *options: str):
+def one_of(default: str, *options: str) -> str:
     """One of some words."""
 
-    def read(value):
+    def read(value: Any) -> str:
         if value not in options:
             raise ValueError
         return value
@@ -87,10 +88,10 @@ def one_of(default: str, *options: str):
     return setting(default, read, " or ".join(options), "word", options=options)
 
 
-def switch(default: bool):
+def switch(default: bool) -> bool:
     """true or false."""
 
-    def read(value):
+    def read(value: Any) -> bool:
         found = {"true": True, "false": False}.get(str(value).lower())
         if found is None:
             raise ValueError
@@ -99,10 +100,10 @@ def switch(default: bool):
     return setting(default, read, "true or false", "word", options=(False, True))
 
 
-def text(default: str):
+def text(default: str) -> str:
     """Any text without comma, equals sign or bracket, such as a file's name."""
 
-    def read(value):
+    def read(value: Any) -> str:
         if not isinstance(value, str) or any(mark in value for mark in ",=()"):
             raise ValueError
         return value
@@ -127,20 +128,20 @@ def fitting(size: int, most: float) -> int:
     return size
 
 
-def written(value) -> str:
+def written(value: object) -> str:
     """A value as ``--set`` takes it."""
     return (
         str(value).lower() if isinstance(value, bool) else f"{value:.12g}" if isinstance(value, float) else str(value)
     )
 
 
-def _number(value) -> float:
+def _number(value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError
     return float(value)
 
 
-def _whole(value) -> int:
+def _whole(value: Any) -> int:
     number = _number(value)
     if number != int(number):
         raise ValueError

@@ -1,10 +1,11 @@
 """Policy ``snapkv``: what the end of the prompt looks at is what the answer will need."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from eviction.operations import Handle, Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.rows import add_mass, retain, spread
 from eviction.settings import budget, fitting, tokens, whole
@@ -34,25 +35,25 @@ class SnapKV(Policy):
     style: ClassVar[tuple[str, str, str]] = ("#009E73", "D", "-")
     uses: ClassVar[tuple[str, ...]] = ("mass", "within", "public", "top", "picks", "keep", "take")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.kernel % 2 == 0:
             raise self.refuse(f"kernel is {self.kernel}; it must be odd, to have a middle")
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"budget": rows, "window": fitting(cls.window, rows / 2), **changed}
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         rows = seen.positions >= layer.prompt_tokens - self.window
         if rows.any():
             add_mass(ops, layer, ops.mass(seen.weights, spread(layer, rows)), limit=self.window)
 
-    def kept(self, layer) -> int:
+    def kept(self, layer: Layer) -> int:
         """Rows that a layer keeps of the prompt."""
         return tokens(self.budget, layer.prompt_tokens)
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         kept, mass = self.kept(layer), layer.notes.pop("mass")
         if kept >= len(layer):
             return
@@ -60,7 +61,7 @@ class SnapKV(Policy):
         older = mass[..., : len(layer) - window]
         retain(ops, layer, self._pooled(ops, older), 0, kept - window, window)
 
-    def _pooled(self, ops, x):
+    def _pooled(self, ops: Operations, x: Handle) -> Handle:
         """Sums over the kernel, beyond the ends zero: in the order of the averages, without their division."""
         rows, half = x.shape[-1], self.kernel // 2
         if half == 0:

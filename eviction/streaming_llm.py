@@ -1,10 +1,11 @@
 """Policy ``streaming_llm``: the first rows, which take the attention that nothing else wants, and the last ones."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from eviction.operations import Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.rows import take
 from eviction.settings import budget, tokens, whole
@@ -33,14 +34,14 @@ class StreamingLLM(Policy):
     uses: ClassVar[tuple[str, ...]] = ("take",)
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"start": cls.start, "recent": rows - cls.start, **changed}
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         recent = tokens(self.recent, layer.prompt_tokens)
         if len(layer) > self.start + recent:
             index = torch.arange(len(layer))
             take(ops, layer, torch.cat([index[: self.start], index[-recent:]]))
 
-    def after_step(self, ops, layer, seen):
+    def after_step(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         self.evict(ops, layer)

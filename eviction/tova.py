@@ -1,10 +1,11 @@
 """Policy ``tova``: at each step the row that the last query looked at least goes."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from eviction.operations import Layer, Operations, Seen
 from eviction.policy import Policy
 from eviction.rows import drop_lowest, over_heads, retain, spread
 from eviction.settings import budget, tokens
@@ -32,20 +33,20 @@ class TOVA(Policy):
     uses: ClassVar[tuple[str, ...]] = ("mass", "total", "scale", "top", "picks", "keep", "take", "drop")
 
     @classmethod
-    def at_budget(cls, rows, prompt_tokens, heads, **changed):
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"size": rows, **changed}
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         last = seen.positions == layer.prompt_tokens - 1
         if last.any():
             layer.notes["mass"] = over_heads(ops, ops.mass(seen.weights, spread(layer, last)))
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         size, mass = tokens(self.size, layer.prompt_tokens), layer.notes.pop("mass")
         if len(layer) > size:
             retain(ops, layer, mass, 0, size, 0)
 
-    def after_step(self, ops, layer, seen):
+    def after_step(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         if len(layer) > tokens(self.size, layer.prompt_tokens):
             mass = over_heads(ops, ops.mass(seen.weights, spread(layer, torch.ones(1))))
             drop_lowest(ops, layer, mass)

@@ -7,22 +7,24 @@ linear maps with public coefficients. They were trained on a model, and tell abo
 import hashlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from eviction.operations import Layer, Operations, Seen
+from eviction.operations import Handle, Layer, Operations, Seen
 from eviction.settings import PolicyError, setting, text
 
 FOLDER = Path(__file__).parent / "weights"
 
 
-def weights(default: str = "shipped"):
+def weights(default: str = "shipped") -> str:
     """A setting: the name of weights that come with the project, or a file. Each party reads its own, so the policy's
     text, which they compare, holds a digest of the file: PATH#DIGEST.
     """
-    plain = text(default).metadata["read"]
+    kind: Any = text(default)
+    plain = kind.metadata["read"]
 
-    def read(value):
+    def read(value: str) -> str:
         path, _, digest = (value, "", "") if Path(plain(value)).is_file() else value.rpartition("#")
         if not Path(path).is_file():
             return value
@@ -34,7 +36,7 @@ def weights(default: str = "shipped"):
     return setting(default, read, f"{default}, or a file that is alike at all parties", "text")
 
 
-def features(ops: Operations, layer: Layer, seen: Seen):
+def features(ops: Operations, layer: Layer, seen: Seen) -> Handle:
     """[T, (heads + 2 * kv_heads) * head_dim]: a token's queries and keys before the rotary embedding, and values."""
     heads, kv_heads, dim, rows = layer.heads, layer.kv_heads, layer.head_dim, seen.key_before.shape[1]
     query = seen.query_before.reshape(heads, rows, dim)

@@ -321,8 +321,8 @@ def test_list(capsys):
     assert [line.split("`")[1] for line in lines[2:]] == list(eviction.POLICIES)
     assert len({line.count("|") for line in lines}) == 1
     assert "`alpha=0.6`" in next(line for line in lines if "`mpcache`" in line)
-    readme = Path(__file__).parents[1] / "README.md"
-    assert "\n".join(lines) in readme.read_text("utf-8"), "README.md: paste what `python -m eviction list` prints"
+    page = Path(__file__).parents[1] / "docs" / "policies.md"
+    assert "\n".join(lines) in page.read_text("utf-8"), "docs/policies.md: paste what `python -m eviction list` prints"
 
 
 def test_trace(folder, tmp_path, capsys):

@@ -10,9 +10,9 @@ PACKAGES = ("crypten_llm", "experiments", "notebooks")
 MODULES = {kind.__module__ for kind in eviction.POLICIES.values()}
 
 DEFAULTS = {  # of a command, a request or a measurement, and the one policy that each may name
-    "crypten_llm/commands/cli.py": "full",
+    "crypten_llm/commands/options.py": "full",
     "crypten_llm/commands/debug_compare.py": "full",
-    "crypten_llm/session/api.py": "full",
+    "crypten_llm/session/request.py": "full",
     "crypten_llm/session/bench.py": "full",
     "crypten_llm/session/generation.py": "full",
     "experiments/measure/agreement.py": "full",
@@ -25,6 +25,7 @@ LISTS = {  # which say what is compared, measured or trained
     "experiments/measure/eviction_cost.py",
     "experiments/measure/quality.py",
     "experiments/model/train_policies.py",
+    "experiments/tools/decode_files.py",
 }
 
 

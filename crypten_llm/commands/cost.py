@@ -1,16 +1,19 @@
 """What a request will cost on engine ``wire``, from a model's sizes alone: no weights, no parties, in seconds.
 
-Owns the prediction. Rounds and bytes are counted (see ``engines.cost_engine``) and exact; memory is that of weights
+Owns the prediction. Rounds and bytes are counted (see ``engines.wire.counted``) and exact; memory is that of weights
 and cache; seconds come from a model of three terms, and are an estimate.
 """
 
+from __future__ import annotations
+
 import functools
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crypten_llm.engines.wire.attention import Rows
 from crypten_llm.engines.wire.counted import CostEngine, Links
+from crypten_llm.engines.wire.handles import Rows
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import Network
 from crypten_llm.models.config import LlamaConfig
@@ -21,6 +24,11 @@ from crypten_llm.session import bench, generation
 from crypten_llm.session.api import check_policy
 from crypten_llm.session.party import Party
 from crypten_llm.session.report import ONLINE, Cost
+
+if TYPE_CHECKING:
+    from crypten_llm.models.cache import KVCache
+    from eviction.operations import Handle
+
 
 WORD = 8
 
@@ -89,11 +97,11 @@ class _AlikeLayers(Llama):
     left unfinished, which is why the first layer, after the embedding, is not the model for the others.
     """
 
-    def __init__(self, links: Links, *arguments):
+    def __init__(self, links: Links, *arguments: Any) -> None:
         self.links = links
         super().__init__(*arguments)
 
-    def through(self, index, x, *rest):
+    def through(self, index: int, x: Handle, *rest: Any) -> Handle:
         if index > 1:
             return x
         self.links.times = len(self.blocks) - 1 if index == 1 else 1
@@ -121,7 +129,8 @@ def predict(
     links = Links()
     acts = generation.parse_policy(plan.policy).acts
     make_model = Llama if acts else functools.partial(_AlikeLayers, links)
-    party = Party(CostEngine(links), links, compute_parties=2, make_model=make_model)
+    there: Any = links  # stands for a transport
+    party = Party(CostEngine(links), there, compute_parties=2, make_model=make_model)
     links.say({"config": config.to_dict(), "norm_scales": {}})
     party.load()
     counted = _entries(links, machine, network)
@@ -140,7 +149,8 @@ def predict(
 def count_bench(shape: bench.Shape) -> Cost:
     """What ``bench`` of this shape counts, in all its steps."""
     links = Links()
-    bench.run(Party(CostEngine(links), links, compute_parties=2), shape)
+    there: Any = links  # stands for a transport
+    bench.run(Party(CostEngine(links), there, compute_parties=2), shape)
     entries = _entries(links, Machine(), None)
     return Cost(entries, len(entries))
 
@@ -162,7 +172,7 @@ def _work_of(links: Links, phase: str) -> dict:
     return {what: sum(work[what] for work in works) for what in ("products", "material")}
 
 
-def _memory(model, cache) -> dict[str, dict[str, int]]:
+def _memory(model: Llama, cache: KVCache) -> dict[str, dict[str, int]]:
     """Bytes by role. A weight is 32-bit integers and floats at the owner, a word elsewhere; a cached number is two
     words at a party, what was opened and the part of its mask, and one at the dealer; so are the rows that a policy
     keeps beside the cache, such as those that stand for its blocks. A share that it keeps is one word. Room to grow is

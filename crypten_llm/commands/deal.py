@@ -4,10 +4,13 @@ Owns no protocol. The dealer runs the program that it runs beside the parties (`
 from them are public facts, which are read out here. It needs a model's config.json and nothing else of it.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -28,20 +31,23 @@ from crypten_llm.session.generation import Plan
 from crypten_llm.session.party import Party
 from crypten_llm.units import size
 
+if TYPE_CHECKING:
+    from crypten_llm.protocols.dealer.roles import Piece, Runtime
+
 
 class _Absent:
     """Links to parties that are not there: what they would say is known, and nothing is sent to them."""
 
     rank = DEALER
 
-    def __init__(self, script: Iterator[dict]):
+    def __init__(self, script: Iterator[dict]) -> None:
         self.meter = Meter()
         self._script = script
 
-    def announce(self, source, peers, message, timeout=None):
+    def announce(self, source: int, peers: Any, message: dict | None, timeout: float | None = None) -> dict:
         return next(self._script)
 
-    def passed(self, pieces):
+    def passed(self, pieces: list[Piece]) -> None:
         pass
 
 
@@ -61,7 +67,14 @@ def _bench(shape: Shape, requests: int) -> Iterator[dict]:
     yield {"verb": "close"}
 
 
-def deal(work: Plan | Shape, out, config: LlamaConfig | None = None, requests: int = 1, say=print, progress=False):
+def deal(
+    work: Plan | Shape,
+    out: str | Path,
+    config: LlamaConfig | None = None,
+    requests: int = 1,
+    say: Callable[[str], object] = print,
+    progress: bool = False,
+) -> dict:
     """Writes the tape for ``requests`` times ``work`` to the new folder ``out``; returns its manifest.
 
     config: of the model, for a ``Plan``. say: called with each line about the run.
@@ -69,17 +82,19 @@ def deal(work: Plan | Shape, out, config: LlamaConfig | None = None, requests: i
     Raises UsageError for a request that no model can run, and when ``out`` cannot be written.
     """
     check_policy(work.policy)
-    verb, config = ("generate", config) if isinstance(work, Plan) else ("bench", work.config())
+    verb = "generate" if isinstance(work, Plan) else "bench"
+    model = config if isinstance(work, Plan) else work.config()
+    assert model is not None, "a plan comes with its model's configuration"
     counts = {"requests": requests} | {name: getattr(work, name, 1) for name in ("max_new_tokens", "chunk")}
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"{name} is {count}; it must be 1 or more")
-    if verb == "generate":
-        work.check(config)
+    if isinstance(work, Plan):
+        work.check(model)
 
-    def run(material, role):
-        script = _generation(config, work, requests) if verb == "generate" else _bench(work, requests)
-        links = _Absent(script)
+    def run(material: Any, role: Callable[[Any, Any], Runtime]) -> None:
+        script = _generation(model, work, requests) if isinstance(work, Plan) else _bench(work, requests)
+        links: Any = _Absent(script)  # stands for a transport
         with torch.inference_mode():
             Party(WireEngine(links, engine, material, role(links, material)), links, 2).serve()
 
@@ -88,7 +103,7 @@ def deal(work: Plan | Shape, out, config: LlamaConfig | None = None, requests: i
     total = [sizes.total(party) for party in (OWNER, CLIENT)]
     say(f"tape for {requests} x {verb}: {size(total[OWNER])} for the owner, {size(total[CLIENT])} for the client")
     started = perf_counter()
-    manifest = make_manifest(asdict(engine), config.to_dict(), verb, asdict(work), requests)
+    manifest = make_manifest(asdict(engine), model.to_dict(), verb, asdict(work), requests)
     bar = tqdm(desc="dealing", total=sum(total), unit="B", unit_scale=True, disable=not progress, leave=False)
     with bar, Recording(Path(out), manifest, sizes, bar.update) as recording:
         run(recording, roles.make)

@@ -4,7 +4,11 @@ INSECURE by purpose: everything is opened. Owner, client and dealer are threads 
 be asked of parties on other machines.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +26,12 @@ from crypten_llm.roles import CLIENT, role_names
 from crypten_llm.session import generation
 from crypten_llm.session.generation import Answer, Plan
 from crypten_llm.session.party import Party
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from crypten_llm.engines.base import Engine
+    from crypten_llm.links.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,11 @@ class Comparison:
 
 
 def compare(
-    folder, prompt_ids: list[int], steps: int = 2, chunk: int = generation.DEFAULT_CHUNK, policy: str = "full"
+    folder: str | Path,
+    prompt_ids: list[int],
+    steps: int = 2,
+    chunk: int = generation.DEFAULT_CHUNK,
+    policy: str = "full",
 ) -> Comparison:
     """Runs ``steps`` tokens of both engines on the model in ``folder``; both go on with the best token of ``plain``.
 
@@ -83,7 +97,8 @@ def compare(
     """
     plan = _check(folder, prompt_ids, steps, chunk, policy)
     expected = _plain_logits(folder, prompt_ids, plan)
-    weights, logits = [], []
+    weights: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
 
     def follow(found: torch.Tensor) -> int:
         logits.append(found)
@@ -97,7 +112,9 @@ def compare(
     return Comparison(engine.findings, errors, equal, engine.shown.as_list())
 
 
-def audit(folder, prompt_ids: list[int], steps: int = 2, chunk: int = generation.DEFAULT_CHUNK) -> dict[str, dict]:
+def audit(
+    folder: str | Path, prompt_ids: list[int], steps: int = 2, chunk: int = generation.DEFAULT_CHUNK
+) -> dict[str, dict]:
     """Runs ``steps`` tokens of engine ``wire`` as it is, with masks that may never hide two things (``wire.audit``).
 
     Returns by role what was drawn and checked: streams, stream_bytes, masks, words, messages.
@@ -105,7 +122,7 @@ def audit(folder, prompt_ids: list[int], steps: int = 2, chunk: int = generation
     """
     plan = _check(folder, prompt_ids, steps, chunk)
 
-    def audited(transport):
+    def audited(transport: Transport) -> WireEngine:
         return WireEngine(transport, runtime=wire_audit.audit(transport))
 
     answer = Answer(prompt_ids, lambda logits: int(logits.argmax()))
@@ -113,7 +130,7 @@ def audit(folder, prompt_ids: list[int], steps: int = 2, chunk: int = generation
     return {name: engine.runtime.audit.to_dict() for name, engine in zip(role_names(2), engines, strict=True)}
 
 
-def _check(folder, prompt_ids: list[int], steps: int, chunk: int, policy: str = "full") -> Plan:
+def _check(folder: str | Path, prompt_ids: list[int], steps: int, chunk: int, policy: str = "full") -> Plan:
     config = LlamaConfig.from_folder(folder)
     plan = Plan(len(prompt_ids), steps, chunk, policy=policy).check(config)
     for token in prompt_ids:
@@ -122,10 +139,10 @@ def _check(folder, prompt_ids: list[int], steps: int, chunk: int, policy: str = 
     return plan
 
 
-def _run(make_engine, folder, plan: Plan, answer: Answer) -> list:
+def _run(make_engine: Callable[[Transport], Engine], folder: str | Path, plan: Plan, answer: Answer) -> list:
     """The engines of all three roles after one request, which follows ``plan`` to its end."""
 
-    def play(transport):
+    def play(transport: Transport) -> Engine:
         party = Party(make_engine(transport), transport, compute_parties=2)
         if not party.is_client:
             party.serve(folder)
@@ -140,9 +157,10 @@ def _run(make_engine, folder, plan: Plan, answer: Answer) -> list:
 
 
 @torch.inference_mode()
-def _plain_logits(folder, prompt_ids: list[int], plan: Plan) -> list[torch.Tensor]:
+def _plain_logits(folder: str | Path, prompt_ids: list[int], plan: Plan) -> list[torch.Tensor]:
     """The logits of each token of the greedy answer."""
-    config, logits = LlamaConfig.from_folder(folder), []
+    config = LlamaConfig.from_folder(folder)
+    logits: list[torch.Tensor] = []
     handles = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
     party = Party(PlainEngine())
     party.model = Llama(party.engine, config, {name: value.float() for name, value in handles.items()})

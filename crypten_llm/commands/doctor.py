@@ -12,6 +12,7 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from crypten_llm.errors import how_to_install
 
@@ -69,7 +70,7 @@ def run(timeout: float) -> bool:
     return passed
 
 
-def _packages():
+def _packages() -> Any:
     found, missing = [f"Python {platform.python_version()} on {platform.machine()}"], []
     for name in PACKAGES:
         try:
@@ -82,14 +83,14 @@ def _packages():
     return ", ".join(found)
 
 
-def _crypten():
+def _crypten() -> Any:
     from crypten_llm.compat import import_crypten
 
     crypten = import_crypten()
     return f"{crypten.__version__}, provider {crypten.cfg.mpc.provider}, randomness replaced by AES-256-CTR"
 
 
-def _machine():
+def _machine() -> Any:
     from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, cores
 
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -99,7 +100,7 @@ def _machine():
     return f"{cores()} cores, {total / 2**30:.0f} GiB; three local parties use {threads} thread(s) each"
 
 
-def _randomness():
+def _randomness() -> Any:
     from crypten_llm.protocols.dealer.randomness import Stream, fresh_key
 
     stream, started = Stream(fresh_key()), time.perf_counter()
@@ -107,7 +108,7 @@ def _randomness():
     return f"{32 / 1024 / (time.perf_counter() - started):.1f} GiB/s"
 
 
-def _shipped():
+def _shipped() -> Any:
     from crypten_llm.models.checkpoint import SHIPPED, expected_shapes
     from crypten_llm.models.config import LlamaConfig
 
@@ -133,12 +134,12 @@ def write_tiny(folder: Path) -> Path:
     return folder
 
 
-def _inference(engine, timeout):
+def _inference(engine: str, timeout: float) -> Any:
     from crypten_llm.session.api import PrivateLlama
 
     with tempfile.TemporaryDirectory() as name:
         folder = str(write_tiny(Path(name)))
-        request = {"input_ids": list(range(12)), "max_new_tokens": 3}
+        request: dict[str, Any] = {"input_ids": list(range(12)), "max_new_tokens": 3}
         with PrivateLlama.from_pretrained(folder, engine="plain") as llama:
             expected = llama.generate(**request).token_ids
         with PrivateLlama.from_pretrained(folder, engine=engine, timeout=timeout) as llama:

@@ -3,12 +3,18 @@
 Owns the options of a run, which are made from the fields of its settings, and those of models, prompts and policies.
 """
 
+from __future__ import annotations
+
 import sys
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from crypten_llm.commands.command_line import Parser, read_text, whole_numbers
 from crypten_llm.errors import UsageError
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig
+
+if TYPE_CHECKING:
+    from crypten_llm.session.bench import Shape
 
 
 def add_settings(parser: Parser) -> None:
@@ -23,13 +29,13 @@ def add_settings(parser: Parser) -> None:
             group.add_argument(option, type=setting.type, metavar=setting.metadata["metavar"], **given)
 
 
-def settings(arguments) -> dict:
+def settings(arguments: Any) -> dict:
     """Keyword arguments of ``settings.split`` from what was parsed."""
     given = {setting.name: getattr(arguments, setting.name) for setting in _settings_with_options()}
     return given | {"progress": sys.stderr.isatty()}
 
 
-def _settings_with_options():
+def _settings_with_options() -> Any:
     return [setting for kind in (ProtocolConfig, LaunchConfig) for setting in fields(kind) if setting.metadata]
 
 
@@ -45,7 +51,7 @@ def add_model_and_prompt(parser: Parser) -> None:
     parser.add_chunk()
 
 
-def prompt(arguments) -> dict:
+def prompt(arguments: Any) -> dict:
     """The client's prompt as arguments of ``Request``."""
     if arguments.prompt_file is not None:
         return {"prompt": _prompt_text(arguments.prompt_file)}
@@ -70,7 +76,7 @@ def add_policy(parser: Parser) -> None:
     parser.add_policy_settings()
 
 
-def policy(arguments) -> str:
+def policy(arguments: Any) -> str:
     """The policy and its settings as the text that parties agree on."""
     from crypten_llm.session.generation import parse_policy
 
@@ -83,7 +89,7 @@ def add_bench_sizes(parser: Parser) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
 
 
-def bench_shape(arguments):
+def bench_shape(arguments: Any) -> Shape:
     """The ``bench.Shape`` that the sizes and the policy describe."""
     from crypten_llm.session.bench import Shape
 
@@ -91,7 +97,7 @@ def bench_shape(arguments):
     return Shape(**{name: getattr(arguments, name) for name in names}, policy=policy(arguments))
 
 
-def asks(arguments) -> bool:
+def asks(arguments: Any) -> bool:
     """Whether this process is the client. In a torchrun job the others run the same command, and serve here."""
     from crypten_llm.session.launch import is_client
     from crypten_llm.session.settings import split
@@ -104,7 +110,7 @@ def asks(arguments) -> bool:
     return False
 
 
-def serve(arguments) -> None:
+def serve(arguments: Any) -> None:
     """Any party but the client, until it closes."""
     from crypten_llm.session.api import PrivateLlama
 

@@ -1,9 +1,18 @@
 """Draws a trace: positions by layer, kept and attended to, and the attention that they recover."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def save(trace, path) -> None:
+    from crypten_llm.commands.trace import Trace
+
+
+def save(trace: Trace, path: str | Path) -> None:
     """Writes the drawing of a ``Trace`` to ``path``; its ending says which format.
 
     Raises ModuleNotFoundError without matplotlib.
@@ -11,7 +20,7 @@ def save(trace, path) -> None:
     draw(trace).savefig(path, dpi=120)
 
 
-def draw(trace):
+def draw(trace: Trace) -> Any:
     """A ``Trace`` as a matplotlib ``Figure``.
 
     Left: a row per layer and kv head, a column per position; grey was dropped, light is kept after the prompt, dark is

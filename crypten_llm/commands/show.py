@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def show_generation(request: Request, model: str, tokenizer: str | None, as_json: bool, **settings) -> Result:
+def show_generation(request: Request, model: str, tokenizer: str | None, as_json: bool, **settings: Any) -> Result:
     """Loads, streams the answer, prints what it cost and what it revealed; settings as for ``from_pretrained``."""
     protocol, launched = split(settings)
     say(_who(protocol))
@@ -64,7 +64,7 @@ def _who(protocol: ProtocolConfig) -> str:
 
 
 @contextmanager
-def _closed(events):
+def _closed(events: Any) -> Any:
     """Closed here, whatever ends its reading. Ctrl-C ends the other parties too, and is what is reported then."""
     try:
         yield events
@@ -105,7 +105,7 @@ def _stream(llama: PrivateLlama, request: Request, progress: bool, show_text: bo
     )
 
 
-def show_bench(shape: Shape, as_json: bool, **settings) -> None:
+def show_bench(shape: Shape, as_json: bool, **settings: Any) -> None:
     """Times ``shape`` and prints the figures; settings as for ``from_pretrained``."""
     protocol, launched = split(settings)
     shape.config()  # refuses impossible sizes before any process starts

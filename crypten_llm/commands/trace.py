@@ -4,8 +4,11 @@ INSECURE by purpose on engine ``wire``: every choice is opened; owner, client an
 Owns the run and its figures.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
@@ -18,6 +21,13 @@ from crypten_llm.session import generation
 from crypten_llm.session.generation import Answer, Plan, Step
 from crypten_llm.session.party import Party
 from crypten_llm.session.reveal import RevealLog
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from crypten_llm.links.transport import Transport
+    from eviction import Policy
+
 
 ENGINES = ("plain", "wire")
 
@@ -55,14 +65,14 @@ class Trace:
 
 
 def trace(
-    folder,
-    policy,
+    folder: str | Path,
+    policy: Policy,
     prompt_ids: list[int],
     steps: int,
     engine: str = "plain",
     chunk: int = 128,
     follow: Iterable[int] = (),
-    opened: Callable = OpenedEngine,
+    opened: Callable[[Transport], OpenedEngine] = OpenedEngine,
 ) -> Trace:
     """Runs the prompt and ``steps`` decode steps with ``policy`` on the model in ``folder``; decoding is greedy.
 
@@ -85,7 +95,7 @@ def trace(
     answer = Answer(list(prompt_ids), lambda logits: int(next(given, logits.argmax())))
     if engine == "plain":
         recorder = Recorder(policy, lambda handle: handle)
-        party = Party(PlainEngine(), make_policy=lambda text: recorder)
+        party = Party(PlainEngine(), make_policy=lambda text: cast("Policy", recorder))
         party.load(folder)
         tokens, shown = _token_ids(generation.run(party, plan, answer)), RevealLog()
     else:
@@ -96,14 +106,14 @@ def trace(
     return Trace(str(policy), engine, len(prompt_ids), tokens, layers, shown.as_list())
 
 
-def _token_ids(events) -> list[int]:
+def _token_ids(events: Any) -> list[int]:
     return [event.token_id for event in events if isinstance(event, Step)]
 
 
-def _play(engine, folder, policy, plan, answer):
+def _play(engine: OpenedEngine, folder: str | Path, policy: Policy, plan: Plan, answer: Answer) -> Any:
     """At each role; the client returns its recorder, the answer and what was shown."""
     recorder = Recorder(policy, engine.see)
-    party = Party(engine, engine.transport, compute_parties=2, make_policy=lambda text: recorder)
+    party = Party(engine, engine.transport, compute_parties=2, make_policy=lambda text: cast("Policy", recorder))
     if not party.is_client:
         return party.serve(folder)
     party.request_load()

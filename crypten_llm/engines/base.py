@@ -3,14 +3,32 @@
 An engine decides what a *handle* is: a torch tensor (``plain``), an MPCTensor (``crypten``). Handles share
 torch's names for what costs nothing: ``shape``, ``reshape``, ``permute``, ``transpose``, indexing by public slices.
 Everything that computes on a secret is a method here, so that an engine can choose its protocol, and nothing
-in ``layers`` or ``model`` knows which engine runs.
+in ``models`` knows which engine runs.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from crypten_llm.errors import UsageError
 from crypten_llm.links.meter import Meter
+from eviction.operations import Handle
+
+Method = TypeVar("Method")
+
+if TYPE_CHECKING:
+    from crypten_llm.models.config import LlamaConfig
+    from eviction import Policy
+
+    # A checker cannot see the operations that an engine takes from a table; Python asks for each when one is made.
+    def required(method: Method) -> Method: ...
+else:
+    required = abstractmethod
 
 
 class Engine(ABC):
@@ -20,103 +38,108 @@ class Engine(ABC):
     is_private: bool  # whether handles are secrets
     layer_error: float  # declared: of a layer's output on random inputs and weights of unit size (``bench``)
     dealer_follows: bool = False  # whether the dealer runs the same program, ahead of the parties' need
-    dealer = None  # or the engine's link to a dealer that answers requests
-    meter: Meter
+    dealer: Any = None  # or the engine's link to a dealer that answers requests
     rank: int
 
-    @abstractmethod
-    def parameter(self, value, shape):
+    if TYPE_CHECKING:
+
+        @property
+        def meter(self) -> Meter:
+            """Counters of this party."""
+
+    @required
+    def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Handle:
         """A weight that the owner holds: ``value`` is its float tensor at the owner and ``None`` elsewhere."""
 
-    def prepare(self, weight, norm=None) -> None:  # noqa: B027  (few engines want to know)
+    def prepare(self, weight: Handle, norm: Handle = None) -> None:
         """Announces, while the model is loaded, that ``linear`` will meet ``weight``, or ``embed`` if it is a table.
 
         norm: weight of the norm whose output it will multiply, ``None`` for other inputs.
         """
 
-    def expect(self, verb: str, facts: dict, request: int) -> None:  # noqa: B027  (most engines run anything)
+    def expect(self, verb: str, facts: dict, request: int) -> None:
         """Announces what comes next; an engine that was prepared for something else raises UsageError.
 
         verb: "model" (``facts`` is its configuration), or that of a request (``facts`` is its plan, ``request`` its
         number).
         """
 
-    def calibrate(self, config, weights: dict) -> dict[str, float]:
+    def calibrate(self, config: LlamaConfig, weights: dict) -> dict[str, float]:
         """At the owner, before its float ``weights`` are shared: public scales for its norms, by weight name.
 
         Raises UsageError when the model leaves the domain of the engine's functions.
         """
         return {}
 
-    @abstractmethod
-    def secret(self, value, shape, source: int):
+    @required
+    def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Handle:
         """A float tensor that party ``source`` holds, ``None`` elsewhere; |x| < 256 on fixed-point engines."""
 
-    @abstractmethod
-    def tokens(self, ids, count: int, vocab_size: int):
+    @required
+    def tokens(self, ids: torch.Tensor | None, count: int, vocab_size: int) -> Handle:
         """One-hot rows [count, V] of the client's token ids; ``ids`` is ``None`` on every other party."""
 
-    @abstractmethod
-    def embed(self, one_hot, weight):
+    @required
+    def embed(self, one_hot: Handle, weight: Handle) -> Handle:
         """[T, V] one-hot rows and [V, H] weight to [T, H]."""
 
-    @abstractmethod
-    def linear(self, x, weight, bias=None):
+    @required
+    def linear(self, x: Handle, weight: Handle, bias: Handle = None) -> Handle:
         """[T, in] by [out, in] to [T, out]."""
 
-    def rows(self, x, values: bool = False):
+    def rows(self, x: Handle, values: bool = False) -> Handle:
         """Keys, or values, [kv_heads, T, head_dim] as the cache keeps them."""
         return x
 
-    def scores(self, query, keys):
+    def scores(self, query: Handle, keys: Handle) -> Handle:
         """[kv_heads, M, head_dim] by cached [kv_heads, N, head_dim] to [kv_heads, M, N]."""
         return self.matmul(query, keys.transpose(1, 2))
 
-    def mix(self, weights, values):
+    def mix(self, weights: Handle, values: Handle) -> Handle:
         """Softmax weights [kv_heads, M, N] by cached [kv_heads, N, head_dim] to [kv_heads, M, head_dim]."""
         return self.matmul(weights, values)
 
-    @abstractmethod
-    def matmul(self, x, y):
+    @required
+    def matmul(self, x: Handle, y: Handle) -> Handle:
         """Batched matrix product of two secrets."""
 
-    @abstractmethod
-    def rms_norm(self, x, weight, eps: float, scale: float):
+    @required
+    def rms_norm(self, x: Handle, weight: Handle, eps: float, scale: float) -> Handle:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
         ``scale`` is a public power of four that brings mean(x^2) near 1; the result does not depend on it but for
         the error of the approximation.
         """
 
-    @abstractmethod
-    def rotate(self, x, cos, sin):
+    @required
+    def rotate(self, x: Handle, cos: torch.Tensor, sin: torch.Tensor) -> Handle:
         """Rotary embedding with public tables: x * cos + rotate_half(x) * sin; x [heads, T, head_dim]."""
 
-    @abstractmethod
-    def softmax(self, scores, mask=None):
+    @required
+    def softmax(self, scores: Handle, mask: torch.Tensor | None = None) -> Handle:
         """Row-wise softmax of [..., N]; ``mask`` is a public bool [..., N], true where a key may be seen."""
 
-    @abstractmethod
-    def swiglu(self, gate, up):
+    @required
+    def swiglu(self, gate: Handle, up: Handle) -> Handle:
         """silu(gate) * up, element-wise."""
 
-    @abstractmethod
-    def add(self, x, y):
+    @required
+    def add(self, x: Handle, y: Handle) -> Handle:
         """x + y, element-wise; local on every engine."""
 
-    def residual(self, x, y):
+    def residual(self, x: Handle, y: Handle) -> Handle:
         """x + y for a hidden state x and what a layer adds to it."""
         return self.add(x, y)
 
-    @abstractmethod
-    def cat(self, handles, dim: int):
+    @required
+    def cat(self, handles: list[Handle], dim: int) -> Handle:
         """Handles joined along a dimension; local on every engine."""
 
-    @abstractmethod
-    def open_to(self, x, rank: int):
+    @required
+    def open_to(self, x: Handle, rank: int) -> torch.Tensor | None:
         """The float value of ``x`` at party ``rank`` and ``None`` elsewhere. Only ``reveal`` may call this."""
 
-    def check_policy(self, policy) -> None:
+    def check_policy(self, policy: Policy) -> None:
         """Raises UsageError unless this engine has the operations of an eviction policy (``eviction.operations``)."""
         missing = [name for name in policy.uses if not hasattr(self, name)]
         if missing:
@@ -125,6 +148,6 @@ class Engine(ABC):
                 "engine (--engine) or another policy (--policy)"
             )
 
-    def section(self, label: str):
+    def section(self, label: str) -> AbstractContextManager[None]:
         """Context around a stretch of the program whose randomness starts afresh: a prefill, a decode step."""
         return nullcontext()

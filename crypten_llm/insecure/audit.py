@@ -12,8 +12,12 @@ It sees masks and messages, not what is computed between: that the mask drawn is
 of ``opening`` to show.
 """
 
+from __future__ import annotations
+
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +26,11 @@ from crypten_llm.kernels import ring
 from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key
 from crypten_llm.roles import DEALER
+
+if TYPE_CHECKING:
+    from crypten_llm.links.transport import Transport
+    from crypten_llm.protocols.dealer.roles import Parts, Piece, Runtime
+
 
 TELLING = 96  # bits of a mask from which equal words are no coincidence
 
@@ -76,7 +85,7 @@ class Audit:
         return {"streams": len(self.read), "stream_bytes": read, **counts}
 
 
-def _rows(mask: torch.Tensor, bits: int):
+def _rows(mask: torch.Tensor, bits: int) -> Iterator[memoryview]:
     """Bytes of each row that is long enough to tell, or of the whole mask."""
     width = mask.shape[-1] if mask.dim() else 1
     rows = mask.reshape(-1, width) if width * bits >= TELLING and mask.numel() else mask.reshape(1, -1)
@@ -87,11 +96,11 @@ def _rows(mask: torch.Tensor, bits: int):
 class _Watched(Stream):
     """A stream that notes how far its key has been read, and refuses to read there again."""
 
-    def __init__(self, key: bytes, label: str, read: dict[bytes, int]):
+    def __init__(self, key: bytes, label: str, read: dict[bytes, int]) -> None:
         super().__init__(key)
         self._key, self._label, self._read = key, label, read
 
-    def words(self, count):
+    def words(self, count: int) -> torch.Tensor:
         done = self._read.get(self._key, 0)
         if self.position < done:
             raise MaskReused(
@@ -102,31 +111,31 @@ class _Watched(Stream):
         return super().words(count)
 
 
-def audited(runtime_class):
+def audited(runtime_class: type[Runtime]) -> type[Any]:
     """``runtime_class`` that refuses to reuse a mask; it computes and sends the same. ``audit`` holds what it saw."""
 
-    class Audited(runtime_class):
-        def __init__(self, *arguments, **options):
+    class Audited(runtime_class):  # type: ignore[valid-type, misc]  # a checker wants classes that it can see
+        def __init__(self, *arguments: Any, **options: Any) -> None:
             self.audit = Audit()
             super().__init__(*arguments, **options)
 
-        def _stream(self, key, label):
+        def _stream(self, key: bytes, label: str) -> Stream:
             return _Watched(derive_key(key, label), label, self.audit.read)
 
-        def mask(self, shape, bits=64):
+        def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
             mask = super().mask(shape, bits)
             if not mask.held.is_meta:
                 self.audit.draw(mask.held, bits, self._where())
             return mask
 
-        def mask_of(self, party, shape):
+        def mask_of(self, party: int, shape: Sequence[int]) -> torch.Tensor | None:
             mask = super().mask_of(party, shape)
             if mask is not None and not mask.is_meta:
                 self.audit.draw(mask, 64, self._where())
                 self.audit.pending.pop()  # it hides what is sent to one party, not an opening
             return mask
 
-        def exchange(self, pieces):
+        def exchange(self, pieces: list[Piece]) -> list[torch.Tensor | None]:
             opened = [piece.size for piece in pieces if piece.sender is None]
             if opened and self.role != DEALER:
                 self.audit.send(sum(opened), self._where())
@@ -138,6 +147,6 @@ def audited(runtime_class):
     return Audited
 
 
-def audit(transport):
+def audit(transport: Transport) -> Any:
     """An audited runtime over ``transport``, for a live dealer's run."""
     return audited(roles.ROLES[transport.rank])(transport, roles.agree_on_keys(transport))

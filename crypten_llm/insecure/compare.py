@@ -7,13 +7,23 @@ as the shares stand for them, and its output are shown through ``reveal``, and `
 have been. So an error is an operation's own, whatever went wrong before it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from crypten_llm.engines.wire.handles import Normed, OneHot
 from crypten_llm.engines.wire.layers import linear_bound, linear_of_norm_bound
-from crypten_llm.engines.wire.operations import OPERATIONS
+from crypten_llm.engines.wire.operations import bound_of
 from crypten_llm.insecure.finding import worst
 from crypten_llm.insecure.tracked import Tracked, TrackedEngine
+
+if TYPE_CHECKING:
+    from crypten_llm.links.transport import Transport
+    from crypten_llm.models.config import LlamaConfig
+    from eviction.operations import Handle
 
 
 class CompareEngine(TrackedEngine):
@@ -23,102 +33,104 @@ class CompareEngine(TrackedEngine):
     shown_what = "inputs and outputs of every operation"
     shown_why = "debug-compare: nothing is private"
 
-    def __init__(self, transport, weights: list):
+    def __init__(self, transport: Transport, weights: list) -> None:
         """weights: an empty list that the three roles share; the owner's values are put there for the client."""
         super().__init__(transport)
         self._weights = weights
         self._indices: dict[int, int] = {}
 
-    def _plain_weight(self, weight) -> torch.Tensor:
+    def _plain_weight(self, weight: Handle) -> torch.Tensor:
         """At the client. The owner put it there before it sent the client its first matrix."""
         return self._weights[self._indices[id(weight)]].double()
 
-    def calibrate(self, config, weights):
+    def calibrate(self, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> dict[str, float]:
         return {}  # a model outside wire's domain is not refused: it is found where it leaves it
 
-    def parameter(self, value, shape):
+    def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Handle:
         weight = super().parameter(value, shape)
         self._indices[id(weight)] = len(self._indices)
         if value is not None:
             self._weights.append(value)
         return weight
 
-    def _exact(self, handle) -> Tracked:
+    def _exact(self, handle: Handle) -> Tracked:
         """A handle with what its shares stand for now."""
         seen = self.see(handle)
         return Tracked(handle, seen, None if seen is None else torch.zeros_like(seen))
 
-    def _held(self, name: str, *arguments):
+    def _held(self, name: str, *arguments: Any) -> Handle:
         """An operation on handles, held on its own: the model goes on with the shares."""
         given = [self._exact(self.settled(a)) if hasattr(a, "shape") and not _is_public(a) else a for a in arguments]
         out = self._run(name, [], [a.secret if isinstance(a, Tracked) else a for a in given])
         made = self._exact(out)
         if self.is_shown:
             twin = getattr(self.twin, name)(*(a.value if isinstance(a, Tracked) else _doubled(a) for a in given))
-            bound = OPERATIONS[name].bound(self, Tracked(out, twin, made.error), *given)
+            bound = bound_of(name)(self, Tracked(out, twin, made.error), *given)
             left = self._outside(name, given, made)
             self.findings.append(worst(self.meter.where, name, made.value, twin, bound, left))
         return out
 
     # Operations.
 
-    def rotate(self, x, cos, sin):
+    def rotate(self, x: Handle, cos: torch.Tensor, sin: torch.Tensor) -> Handle:
         return self._held("rotate", x, cos, sin)
 
-    def swiglu(self, gate, up):
+    def swiglu(self, gate: Handle, up: Handle) -> Handle:
         return self._held("swiglu", gate, up)
 
-    def residual(self, x, y):
+    def residual(self, x: Handle, y: Handle) -> Handle:
         return self._held("residual", x, y)
 
-    def embed(self, one_hot: OneHot, weight):
+    def embed(self, one_hot: OneHot, weight: Handle) -> Handle:
         out = super().embed(one_hot, weight)
         seen = self.see(out)
         if self.is_shown:
             expected = self._plain_weight(weight)[one_hot.ids]
             self.findings.append(
-                worst(self.meter.where, "embed", seen, expected, OPERATIONS["embed"].bound(self, None, one_hot, weight))
+                worst(self.meter.where, "embed", seen, expected, bound_of("embed")(self, None, one_hot, weight))
             )
         return out
 
-    def rms_norm(self, x, weight, eps, scale):
+    def rms_norm(self, x: Handle, weight: Handle, eps: float, scale: float) -> Handle:
         before = self._exact(self.settled(x))
         out = super().rms_norm(before.secret, weight, eps, scale)
         row, root = self.see(out.unit), self.see(out.root)
         if self.is_shown:
-            expected = self.twin.rms_norm(before.value, 1.0, eps, scale)
+            assert row is not None and root is not None, "the client sees both"
+            expected = self.twin.rms_norm(before.value, torch.ones(()), eps, scale)
             made, given = Tracked(out, expected), (before, weight, eps, scale)
-            bound = OPERATIONS["rms_norm"].bound(self, made, *given)
+            bound = bound_of("rms_norm")(self, made, *given)
             left = self._outside("rms_norm", list(given), made)
             seen = row * root * x.shape[-1] ** 0.5
             self.findings.append(worst(self.meter.where, "rms_norm", seen, expected, bound, left))
         return out
 
-    def linear(self, x, weight, bias=None):
+    def linear(self, x: Handle, weight: Handle, bias: Handle = None) -> Handle:
         x = x.secret if isinstance(x, Tracked) else x
-        of_norm = isinstance(x, Normed)
-        inputs = (self.see(x.unit), self.see(x.root)) if of_norm else (self.see(x),)
+        inputs = (self.see(x.unit), self.see(x.root)) if isinstance(x, Normed) else (self.see(x), None)
         out = super().linear(x, weight, bias)
         seen = self.see(out)
         if not self.is_shown:
             return out
         matrix = self._plain_weight(weight)
         added = 0 if bias is None else self._plain_weight(bias)
-        if of_norm:
-            row, root = inputs
+        row, root = inputs
+        assert row is not None, "the client sees every input"
+        if isinstance(x, Normed):
+            assert root is not None, "the client sees every input"
             folded = matrix * self._plain_weight(x.gamma) * x.size**0.5
             bound = linear_of_norm_bound(self.config, row, root, folded, whole=x.whole is not None)
             name, expected = "linear of a norm", root * (row @ folded.T) + added
         else:
-            bound = linear_bound(self.config, inputs[0], matrix)
-            name, expected = "linear", inputs[0] @ matrix.T + added
+            bound = linear_bound(self.config, row, matrix)
+            name, expected = "linear", row @ matrix.T + added
         self.findings.append(worst(self.meter.where, name, seen, expected, bound))
         return out
 
 
-def _is_public(argument) -> bool:
+def _is_public(argument: Any) -> bool:
     return isinstance(argument, torch.Tensor)
 
 
-def _doubled(argument):
+def _doubled(argument: Any) -> Any:
     return argument.double() if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument

@@ -1,11 +1,18 @@
 """What holding an operation of ``wire`` against ``plain`` found."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from crypten_llm.engines.wire.engine import domains
+
+if TYPE_CHECKING:
+    from crypten_llm.engines.wire.numbers import WireConfig
+
 
 FLOAT = 2.0**-40  # of shown values, which are the doubles nearest to them
 
@@ -36,8 +43,16 @@ class Finding:
         return {**asdict(self), "holds": self.holds}
 
 
-def worst(where: str, operation: str, seen, expected, bound, outside: str = "") -> Finding:
+def worst(
+    where: str,
+    operation: str,
+    seen: torch.Tensor | None,
+    expected: torch.Tensor,
+    bound: float | torch.Tensor,
+    outside: str = "",
+) -> Finding:
     """The element that uses most of its bound; bound: one for all, or one for each."""
+    assert seen is not None, "whoever holds a value against another was shown it"
     errors = (seen - expected).abs().flatten()
     bounds_each = torch.as_tensor(bound, dtype=errors.dtype).expand(expected.shape).flatten()
     bounds_each = bounds_each + FLOAT * (1 + expected.abs().max())
@@ -45,7 +60,7 @@ def worst(where: str, operation: str, seen, expected, bound, outside: str = "") 
     return Finding(where, operation, errors[index].item(), bounds_each[index].item(), outside)
 
 
-def outside(config, operation: str, seen: torch.Tensor) -> str:
+def outside(config: WireConfig, operation: str, seen: torch.Tensor) -> str:
     """What has left the domain of ``operation``, a key of ``domains``, or nothing.
 
     seen: what is limited there: of rms_norm sum x^2 + eps H, of softmax the scores without those masked, of its rows

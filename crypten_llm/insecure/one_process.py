@@ -5,13 +5,15 @@ Owns the threads and the sockets between them. Nothing is private here: one proc
 
 import socket
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from crypten_llm.errors import PartyError, public_words
 from crypten_llm.links.transport import Transport
 from crypten_llm.roles import role_names
 
 
-def run_roles(job, timeout: float = 300.0) -> list:
+def run_roles(job: Callable[[Transport], Any], timeout: float = 300.0) -> list:
     """``job(transport)`` in each of the three roles; returns their results by rank.
 
     A role that raises closes its links, so that the others stop; its error is raised here.

@@ -4,10 +4,17 @@ Owns the reading of secrets for debugging. It needs values, so on an engine that
 makes one must say how a handle is opened (see ``trace``), and tell the user.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from eviction import Policy
+    from eviction.operations import Choice, Handle, Layer, Operations, Seen
 
 
 @dataclass
@@ -34,42 +41,42 @@ class Recorder:
 
     acts = True
 
-    def __init__(self, policy, see: Callable, keep_seen: bool = False):
+    def __init__(self, policy: Policy, see: Callable, keep_seen: bool = False) -> None:
         self.policy = policy
         self.see = see
         self.keep_seen = keep_seen
         self.layers: dict[int, LayerRecord] = {}
-        self._choices: dict[int, object] = {}
+        self._choices: dict[int, Choice | None] = {}
         self._scale: torch.Tensor | None = None  # the policy's ``key_scale``, as last seen
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)
 
-    def begin(self, ops, layer):
+    def begin(self, ops: Operations, layer: Layer) -> None:
         self.layers[layer.index] = LayerRecord()
         self.policy.begin(ops, layer)
 
-    def choose(self, ops, layer, query, query_before):
+    def choose(self, ops: Operations, layer: Layer, query: Handle, query_before: Handle) -> Choice | None:
         choice = self.policy.choose(ops, layer, query, query_before)
         self._choices[layer.index] = choice
         return choice
 
-    def watch(self, ops, layer, seen):
+    def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         self._join(layer, seen)
         self.policy.watch(ops, layer, seen)
         self._find_rows(layer)
 
-    def evict(self, ops, layer):
+    def evict(self, ops: Operations, layer: Layer) -> None:
         self.policy.evict(ops, layer)
         self._find_rows(layer, note=True)
 
-    def after_step(self, ops, layer, seen):
+    def after_step(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         self._join(layer, seen)
         self._note_attention(layer, seen)
         self.policy.after_step(ops, layer, seen)
         self._find_rows(layer, note=True)
 
-    def _join(self, layer, seen) -> None:
+    def _join(self, layer: Layer, seen: Seen) -> None:
         """New rows have joined the cache and nothing has been dropped yet."""
         record, key = self.layers[layer.index], self._as_made(layer, self.see(seen.key))
         if self.keep_seen:
@@ -80,7 +87,7 @@ class Recorder:
         new = seen.positions.expand(len(key), -1)
         record.rows = new if record.rows is None else torch.cat([record.rows, new], 1)
 
-    def _note_attention(self, layer, seen) -> None:
+    def _note_attention(self, layer: Layer, seen: Seen) -> None:
         choice, record = self._choices.pop(layer.index, None), self.layers[layer.index]
         picks = None if choice is None or choice.picks is None else self.see(choice.picks)
         query = self.see(seen.query)
@@ -88,6 +95,7 @@ class Recorder:
             return
         if self._scale is not None:
             query = query / self._scale
+        assert record.rows is not None, "the new row has joined"
         attended = (
             record.rows if choice is None else record.rows.gather(1, chosen_rows(choice, picks, len(record.rows)))
         )
@@ -95,23 +103,24 @@ class Recorder:
         record.attended.append(attended)
         record.mass.append(weights.gather(1, attended).sum(1).mean().item())
 
-    def _find_rows(self, layer, note: bool = False) -> None:
+    def _find_rows(self, layer: Layer, note: bool = False) -> None:
         """Which position each row of the cache came from: its nearest key, since coarse rows and shares are rounded."""
         record, rows = self.layers[layer.index], self._as_made(layer, self.see(layer.keys))
         if rows is None:
             return
+        assert record.keys is not None, "what is in the cache was made"
         record.rows = torch.cdist(rows.double(), record.keys.double()).argmin(-1)
         if note:
             record.kept.append(record.rows)
 
-    def _as_made(self, layer, keys):
+    def _as_made(self, layer: Layer, keys: torch.Tensor | None) -> torch.Tensor | None:
         """Keys as the model made them, where a policy has others in the cache."""
         scale = self.policy.key_scale(layer)
         self._scale = None if scale is None else self.see(scale)
-        return keys if keys is None or scale is None else keys * self._scale
+        return keys if keys is None or self._scale is None else keys * self._scale
 
 
-def chosen_rows(choice, picks, heads: int) -> torch.Tensor:
+def chosen_rows(choice: Choice, picks: torch.Tensor | None, heads: int) -> torch.Tensor:
     """Row indices [G, S] that a choice attends to, sorted; picks: its one-hot rows as numbers."""
     rows = choice.rows.expand(heads, -1)
     if picks is not None:

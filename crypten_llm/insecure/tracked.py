@@ -9,22 +9,29 @@ After a choice both go on with that of ``wire``; and each layer's queries, keys 
 they are.
 """
 
+from __future__ import annotations
+
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire import choosing
-from crypten_llm.engines.wire.attention import Rows
-from crypten_llm.engines.wire.handles import Reshaped, Scaled, Weights
+from crypten_llm.engines.wire.handles import Reshaped, Rows, Scaled, Weights
 from crypten_llm.engines.wire.keeping import dropped
-from crypten_llm.engines.wire.operations import OPERATIONS
+from crypten_llm.engines.wire.operations import OPERATIONS, bound_of
 from crypten_llm.insecure.finding import FLOAT, Finding, outside, worst
 from crypten_llm.insecure.opened import OpenedEngine
 from crypten_llm.protocols.opening import Secret
 from eviction.operations import Choice
+
+if TYPE_CHECKING:
+    from eviction.operations import Handle
+
 
 HANDLES = (Secret, Scaled, Reshaped)
 LAYERS = ("embed", "linear", "rms_norm", "rotate", "swiglu", "residual")  # of the model, which goes on with the shares
@@ -37,28 +44,30 @@ class Tracked:
 
     __slots__ = ("secret", "value", "error", "unheld")
 
-    def __init__(self, secret, value=None, error=None, unheld: str = ""):
+    def __init__(self, secret: Handle, value: Any = None, error: Any = None, unheld: str = "") -> None:
         """unheld: the operation that made it, while nobody has looked how close to ``plain`` it came."""
-        self.secret, self.value, self.error, self.unheld = secret, value, error, unheld
+        self.secret, self.unheld = secret, unheld
+        self.value: torch.Tensor = value
+        self.error: torch.Tensor = error
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         return self.secret.shape
 
-    def _view(self, change) -> "Tracked":
+    def _view(self, change: Callable[[Any], Any]) -> Tracked:
         value, error = (None if part is None else change(part) for part in (self.value, self.error))
         return Tracked(change(self.secret), value, error)
 
-    def reshape(self, *shape):
+    def reshape(self, *shape: int) -> Tracked:
         return self._view(lambda part: part.reshape(*shape))
 
-    def permute(self, *order):
+    def permute(self, *order: int) -> Tracked:
         return self._view(lambda part: part.permute(*order))
 
-    def transpose(self, first, second):
+    def transpose(self, first: int, second: int) -> Tracked:
         return self._view(lambda part: part.transpose(first, second))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Tracked:
         return self._view(lambda part: part[index])
 
 
@@ -85,7 +94,7 @@ class TrackedEngine(OpenedEngine):
 
     name = "wire, held against plain"
 
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.findings: list[Finding] = []
         self.chosen: list[Chosen] = []
@@ -93,13 +102,13 @@ class TrackedEngine(OpenedEngine):
 
     # How an operation runs.
 
-    def see(self, x):
+    def see(self, x: Handle) -> torch.Tensor | None:
         seen = super().see(x.secret if isinstance(x, Tracked) else x)
         if seen is not None and isinstance(x, Tracked) and isinstance(x.secret, Weights):
             seen = seen / seen.sum(-1, keepdim=True)
         return seen
 
-    def follow(self, name: str, *arguments) -> Tracked:
+    def follow(self, name: str, *arguments: Any) -> Tracked:
         """The operation ``name`` of ``wire``, and beside it of ``plain`` with its error."""
         given = [self.given(argument) for argument in arguments]
         tracked = [handle for argument in given for handle in _handles(argument)]
@@ -108,12 +117,12 @@ class TrackedEngine(OpenedEngine):
             self._hold(handle)
         if self.is_shown:
             made.value = getattr(self.twin, name)(*(_doubled(_part(argument, "value")) for argument in given))
-            made.error = OPERATIONS[name].bound(self, made, *given)
+            made.error = bound_of(name)(self, made, *given)
         self._hold(made, self._outside(name, given, made))
         return made
 
-    def _run(self, name: str, tracked: list[Tracked], given: list):
-        """The operation of ``wire`` alone. A handle whose ring was too small is rounded (``values.roomy``)."""
+    def _run(self, name: str, tracked: list[Tracked], given: list) -> Handle:
+        """The operation of ``wire`` alone. A handle whose ring was too small is rounded (``handles.roomy``)."""
         scales = [getattr(handle.secret, "scale", 0) for handle in tracked]
         operation, secrets = OPERATIONS[name], [_part(argument, "secret") for argument in given]
         out = operation.protocol(self, *secrets)
@@ -123,7 +132,7 @@ class TrackedEngine(OpenedEngine):
                 handle.error = handle.error + 2.0**-handle.secret.scale
         return out
 
-    def given(self, argument):
+    def given(self, argument: Any) -> Any:
         """What came from outside the policy is exact: both engines go on from what ``wire`` has."""
         if isinstance(argument, list):
             return [self.given(part) for part in argument]
@@ -158,7 +167,7 @@ class TrackedEngine(OpenedEngine):
 
     # Choices: both go on with that of ``wire``.
 
-    def choose_alike(self, name: str, x, argument) -> Tracked:
+    def choose_alike(self, name: str, x: Handle, argument: Any) -> Tracked:
         """``top``, ``best`` or ``above``."""
         x = self.given(x)
         unit = dropped(self.rounds.run(choosing.comparison(self, x.secret, name)))
@@ -172,7 +181,9 @@ class TrackedEngine(OpenedEngine):
             self._note_choice(name, int(taken.sum()), int((taken * others).sum()), gap, declared, 2 * unit)
         return made
 
-    def _note_choice(self, name: str, taken: int, agreed: int, gap, declared, units: float) -> None:
+    def _note_choice(
+        self, name: str, taken: int, agreed: int, gap: torch.Tensor, declared: torch.Tensor, units: float
+    ) -> None:
         """gap: by how much ``plain`` prefers what it took to what ``wire`` took, one for each index that differs;
         declared: the error of both. units: two of the comparison's: an opened value is less than one off.
         """
@@ -184,25 +195,25 @@ class TrackedEngine(OpenedEngine):
 
     # The model's part of attention goes on with the shares.
 
-    def linear(self, x, weight, bias=None):
+    def linear(self, x: Handle, weight: Handle, bias: Handle = None) -> Handle:
         return super().linear(x.secret if isinstance(x, Tracked) else x, weight, bias)
 
-    def rows(self, x, values=False):
+    def rows(self, x: Handle, values: bool = False) -> Handle:
         """New rows of the model are what the policy finds; they are followed from here on."""
         return self.follow("rows", x, values)
 
-    def cat(self, handles, dim):
+    def cat(self, handles: Handle, dim: int) -> Handle:
         if any(isinstance(handle, Tracked) for handle in handles):
             return self.follow("cat", handles, dim)
         return super().cat(handles, dim)
 
 
-def _following(name: str):
+def _following(name: str) -> Callable:
     if name in CHOICES:
         return lambda self, x, argument: self.choose_alike(name, x, argument)
     signature = inspect.signature(OPERATIONS[name].protocol)
 
-    def run(self, *arguments, **options):
+    def run(self: TrackedEngine, *arguments: Any, **options: Any) -> Tracked:
         return self.follow(name, *signature.bind(self, *arguments, **options).args[1:])
 
     return run
@@ -213,7 +224,7 @@ for _name in OPERATIONS:
         setattr(TrackedEngine, _name, _following(_name))
 
 
-def _handles(argument) -> list[Tracked]:
+def _handles(argument: Any) -> list[Tracked]:
     if isinstance(argument, Choice):
         argument = argument.picks
     if isinstance(argument, list):
@@ -221,7 +232,7 @@ def _handles(argument) -> list[Tracked]:
     return [argument] if isinstance(argument, Tracked) else []
 
 
-def _part(argument, name: str):
+def _part(argument: Any, name: str) -> Any:
     """An argument with ``secret`` or ``value`` in the place of what is tracked."""
     if isinstance(argument, Choice):
         return argument if argument.picks is None else replace(argument, picks=getattr(argument.picks, name))
@@ -230,12 +241,12 @@ def _part(argument, name: str):
     return getattr(argument, name) if isinstance(argument, Tracked) else argument
 
 
-def _doubled(argument):
+def _doubled(argument: Any) -> Any:
     is_float = isinstance(argument, torch.Tensor) and argument.is_floating_point()
     return argument.double() if is_float else argument
 
 
-def _places(x: Tracked, taken, others):
+def _places(x: Tracked, taken: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """For each index that plain alone took: by how much its value is above that of an index which wire alone took, and
     the declared error of the two; of those indices, the one that is furthest beyond that error."""
     gaps, errors = [], []
@@ -247,10 +258,10 @@ def _places(x: Tracked, taken, others):
             furthest = (apart - sums).argmax()
             gaps.append(apart[furthest])
             errors.append(sums[furthest])
-    return (torch.stack(found) if found else torch.zeros(0) for found in (gaps, errors))
+    return tuple(torch.stack(found) if found else torch.zeros(0) for found in (gaps, errors))
 
 
-def _past(x: Tracked, taken, others, threshold: float):
+def _past(x: Tracked, taken: torch.Tensor, others: torch.Tensor, threshold: float) -> tuple[torch.Tensor, ...]:
     """For each index that only one of both took: how far its value is from the threshold, and its declared error."""
     differs = taken != others
     return (x.value[differs] - threshold).abs(), x.error[differs]

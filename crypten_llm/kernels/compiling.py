@@ -4,17 +4,24 @@ Owns Numba's options. The products here are of 64-bit integers, which have a vec
 avoids vectors that wide unless it is told not to, and is told so before anything is compiled.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import numba
 from llvmlite import binding
+
+Loop = TypeVar("Loop", bound=Callable)
 
 
 def _prefer_wide_vectors() -> None:
     """Asks for 512-bit vectors where the processor multiplies 64-bit integers in them; a user's choice stays."""
     features = binding.get_host_cpu_features()
-    if features.get("avx512dq") and not (numba.config.CPU_NAME or numba.config.CPU_FEATURES):
-        numba.config.CPU_NAME = binding.get_host_cpu_name()
-        numba.config.CPU_FEATURES = features.flatten() + ",-prefer-256-bit"
+    settings = vars(numba.config)  # made when Numba is imported
+    if features.get("avx512dq") and not (settings["CPU_NAME"] or settings["CPU_FEATURES"]):
+        settings["CPU_NAME"] = binding.get_host_cpu_name()
+        settings["CPU_FEATURES"] = features.flatten() + ",-prefer-256-bit"
 
 
 _prefer_wide_vectors()
-compiled = numba.njit(nogil=True, cache=True, boundscheck=False)  # the decorator of every compiled loop
+# The decorator of every compiled loop, which is called with what its Python says.
+compiled: Callable[[Loop], Loop] = cast(Any, numba.njit(nogil=True, cache=True, boundscheck=False))

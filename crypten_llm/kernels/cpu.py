@@ -5,10 +5,12 @@ beside torch's and the memory's bandwidth. Tables and comparison keys are in ``k
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor
 
 from crypten_llm.kernels import dcf, ring, tables
 from crypten_llm.kernels.compiling import compiled
@@ -17,7 +19,7 @@ _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
 
 
 @compiled
-def _rows_by_rows(x, w, out):
+def _rows_by_rows(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
     """out[m, j] = sum_k x[m, k] w[j, k], two rows of x by four of w at a time: eight sums for six loads."""
     rows, columns, depth = x.shape[0], w.shape[0], x.shape[1]
     even, full = rows - rows % 2, columns - columns % 4
@@ -59,7 +61,7 @@ def _rows_by_rows(x, w, out):
 
 
 @compiled
-def _rows_by_columns(x, w, out):
+def _rows_by_columns(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
     """out[m, :] = sum_k x[m, k] w[k, :], four k a pass over a row of ``out`` that stays in cache."""
     depth, columns = w.shape
     full = depth - depth % 4
@@ -78,17 +80,19 @@ def _rows_by_columns(x, w, out):
                 row[j] += factor * np.int64(w0[j])
 
 
-def matmul_nt(x, w):
+def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
     return _batched(_rows_by_rows, x, w, w.shape[-2])
 
 
-def matmul_nn(x, w):
+def matmul_nn(x: Tensor, w: Tensor) -> Tensor:
     if x.shape[-2] >= _WORTH_TURNING:
         return _batched(_rows_by_rows, x, w.transpose(-2, -1), w.shape[-1])
     return _batched(_rows_by_columns, x, w, w.shape[-1])
 
 
-def _batched(kernel, x, w, columns):
+def _batched(
+    kernel: Callable[[np.ndarray, np.ndarray, np.ndarray], None], x: Tensor, w: Tensor, columns: int
+) -> Tensor:
     batch, (rows, depth) = x.shape[:-2], x.shape[-2:]
     assert batch == w.shape[:-2], f"batches {tuple(x.shape)} and {tuple(w.shape)} differ"
     out = np.empty((*batch, rows, columns), dtype=np.int64)
@@ -111,13 +115,13 @@ _ZEROS = bytes(_CHUNK)
 class KeyStream:
     """AES-256 in counter mode under ``key``, 32 bytes. Its counter only moves forward."""
 
-    def __init__(self, key: bytes):
+    def __init__(self, key: bytes) -> None:
         self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
-    def fill(self, count: int) -> torch.Tensor:
+    def fill(self, count: int) -> Tensor:
         """The next ``count`` bytes, in memory of their own: uint8."""
         buffer = np.empty(count + 15, dtype=np.uint8)  # update_into wants room for one block more
-        view = memoryview(buffer)
+        view = buffer.data
         for start in range(0, count, _CHUNK):
             size = min(_CHUNK, count - start)
             self._encryptor.update_into(memoryview(_ZEROS)[:size], view[start : start + size + 15])
@@ -128,7 +132,7 @@ class KeyStream:
 
 
 @compiled
-def _pack(words, bits, keep, out):
+def _pack(words: np.ndarray, bits: int, keep: np.uint64, out: np.ndarray) -> None:
     """out: uint64, room for all. Bits are gathered in one word and written when it is full."""
     gathered, filled, place = np.uint64(0), 0, 0
     for i in range(words.shape[0]):
@@ -145,7 +149,7 @@ def _pack(words, bits, keep, out):
 
 
 @compiled
-def _unpack(data, bits, keep, out):
+def _unpack(data: np.ndarray, bits: int, keep: np.uint64, out: np.ndarray) -> None:
     """data: uint64, with a word more than is needed behind it."""
     place, used = 0, 0
     for i in range(out.shape[0]):
@@ -160,7 +164,9 @@ def _unpack(data, bits, keep, out):
 
 
 @compiled
-def _hide(share, mask, offset, bits, keep, value, out):
+def _hide(
+    share: np.ndarray, mask: np.ndarray, offset: np.int64, bits: int, keep: np.int64, value: np.ndarray, out: np.ndarray
+) -> None:
     """value, and the same as ``_pack`` writes it."""
     gathered, filled, place = np.uint64(0), 0, 0
     for i in range(share.shape[0]):
@@ -178,13 +184,15 @@ def _hide(share, mask, offset, bits, keep, value, out):
 
 
 @compiled
-def _show(value, keep, out):
+def _show(value: np.ndarray, keep: np.int64, out: np.ndarray) -> None:
     for i in range(value.shape[0]):
         out[i] = (value[i] + out[i]) & keep
 
 
 @compiled
-def _cut(opened, count, offset, bits, shown, unwrapped):
+def _cut(
+    opened: np.ndarray, count: np.int64, offset: np.int64, bits: np.int64, shown: np.ndarray, unwrapped: np.ndarray
+) -> None:
     low = np.int64((1 << (64 - count)) - 1) if count else np.int64(-1)
     for i in range(opened.shape[0]):
         word = opened[i]
@@ -193,7 +201,7 @@ def _cut(opened, count, offset, bits, shown, unwrapped):
             unwrapped[i] = (1 - ((word >> (bits - 1)) & 1)) << (bits - count)
 
 
-def pack(words, bits):
+def pack(words: Tensor, bits: int) -> Tensor:
     flat = _flat(words)
     if bits == 64:
         return torch.from_numpy(flat.copy().view(np.uint8))  # a strided view has no bytes of its own
@@ -202,13 +210,13 @@ def pack(words, bits):
     return torch.from_numpy(out.view(np.uint8)[: (flat.size * bits + 7) // 8])
 
 
-def unpack(data, bits, shape):
+def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     if bits == 64 and data.storage_offset() % 8 == 0:
         return data.view(torch.int64).view(shape)
     return torch.from_numpy(_unpacked(data, bits, math.prod(shape)).reshape(shape))
 
 
-def _unpacked(data, bits, count):
+def _unpacked(data: Tensor, bits: int, count: int) -> np.ndarray:
     raw = data.numpy()
     if bits == 64:
         return raw.copy().view(np.int64)
@@ -219,7 +227,7 @@ def _unpacked(data, bits, count):
     return out
 
 
-def hide(share, mask, offset, bits):
+def hide(share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:
     flat = _flat(share)
     value = np.empty(flat.size, dtype=np.int64)
     packed = np.empty((flat.size * bits + 63) // 64, dtype=np.uint64)
@@ -227,13 +235,13 @@ def hide(share, mask, offset, bits):
     return torch.from_numpy(value), torch.from_numpy(packed.view(np.uint8)[: (flat.size * bits + 7) // 8])
 
 
-def show(value, packed, bits, shape):
+def show(value: Tensor, packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     out = _unpacked(packed, bits, value.numel())
     _show(value.numpy(), _keep(bits), out)
     return torch.from_numpy(out.reshape(shape))
 
 
-def cut(opened, count, offset, bits, lifted):
+def cut(opened: Tensor, count: int, offset: int, bits: int, lifted: bool) -> tuple[Tensor, Tensor | None]:
     flat, shape = _flat(opened), tuple(opened.shape)
     shown = np.empty(flat.size, dtype=np.int64)
     unwrapped = np.empty(flat.size if lifted else 0, dtype=np.int64)
@@ -241,11 +249,11 @@ def cut(opened, count, offset, bits, lifted):
     return torch.from_numpy(shown.reshape(shape)), torch.from_numpy(unwrapped.reshape(shape)) if lifted else None
 
 
-def _flat(words):
+def _flat(words: Tensor) -> np.ndarray:
     return words.reshape(-1).numpy()
 
 
-def _keep(bits):
+def _keep(bits: int) -> np.int64:
     return np.int64(-1 if bits == 64 else (1 << bits) - 1)
 
 
@@ -253,7 +261,7 @@ def _keep(bits):
 
 
 @compiled
-def _cos_sin(m, shift):
+def _cos_sin(m: np.int64 | np.uint64, shift: int) -> tuple[np.float64, np.float64]:
     """cos and sin of m 2^shift / 2^64 turns, to about an ulp.
 
     Additions and multiplications alone, which IEEE 754 fixes to the last bit: two parties whose machines have other
@@ -278,7 +286,7 @@ def _cos_sin(m, shift):
 
 
 @compiled
-def _waves(r, shift, scale, out):
+def _waves(r: np.ndarray, shift: int, scale: float, out: np.ndarray) -> None:
     modes = out.shape[0] // 2
     for i in range(r.shape[0]):
         c1, s1 = _cos_sin(r[i], shift)
@@ -290,7 +298,9 @@ def _waves(r, shift, scale, out):
 
 
 @compiled
-def _combine(m, shift, scale, cosine, sine, shares, out):
+def _combine(
+    m: np.ndarray, shift: int, scale: float, cosine: np.ndarray, sine: np.ndarray, shares: np.ndarray, out: np.ndarray
+) -> None:
     modes = cosine.shape[0]
     for i in range(m.shape[0]):
         c1, s1 = _cos_sin(m[i], shift)
@@ -304,7 +314,7 @@ def _combine(m, shift, scale, cosine, sine, shares, out):
 
 
 @compiled
-def _turned(cosine, sine, m):
+def _turned(cosine: np.ndarray, sine: np.ndarray, m: np.uint64) -> tuple[np.ndarray, np.ndarray]:
     c1, s1 = _cos_sin(m, 0)
     c, s = c1, s1
     a, b = np.empty_like(cosine), np.empty_like(sine)
@@ -315,21 +325,23 @@ def _turned(cosine, sine, m):
     return a, b
 
 
-def waves(mask, shift, scale, modes):
+def waves(mask: Tensor, shift: int, scale: float, modes: int) -> Tensor:
     flat = _flat(mask)
     out = np.empty((2 * modes, flat.size), dtype=np.int64)
     _waves(flat, shift, scale, out)
     return torch.from_numpy(out)
 
 
-def combine(opened, shift, scale, cosine, sine, shares, constant):
+def combine(
+    opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor, shares: Tensor, constant: int
+) -> Tensor:
     flat = _flat(opened)
     out = np.full(flat.size, constant % 2**64, dtype=np.uint64).view(np.int64)  # the sum fits, its terms need not
     _combine(flat, shift, scale, cosine.numpy(), sine.numpy(), shares.numpy(), out)
     return torch.from_numpy(out)
 
 
-def turned(cosine, sine, turns):
+def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
     a, b = _turned(cosine.numpy(), sine.numpy(), np.uint64(turns))
     return torch.from_numpy(a), torch.from_numpy(b)
 
@@ -337,23 +349,24 @@ def turned(cosine, sine, turns):
 # Comparison keys, and tables.
 
 
-def compare_keys(alpha, beta, seed0, seed1, bits):
+def compare_keys(alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, bits: int) -> list[Tensor]:
     parts = [torch.empty(shape, dtype=dtype) for shape, dtype in ring.key_sizes(bits, alpha.shape[0])]
     seeds, values, flags = parts
-    inputs = [_unsigned(words) for words in (alpha, beta, seed0, seed1)]
-    dcf.generate(*inputs, bits, _unsigned(seeds), _unsigned(values), flags.numpy())
+    first, second = _unsigned(seed0), _unsigned(seed1)
+    made = _unsigned(seeds), _unsigned(values), flags.numpy()
+    dcf.generate(_unsigned(alpha), _unsigned(beta), first, second, bits, *made)
     return parts
 
 
-def compare(seed, common, party, points):
+def compare(seed: Tensor, common: list[Tensor], party: int, points: Tensor) -> Tensor:
     seeds, values, flags = common
     out = torch.zeros((*points.shape, dcf.WORDS), dtype=torch.int64)
-    inputs = [_unsigned(words) for words in (seed, seeds, values)]
-    dcf.evaluate(*inputs, flags.numpy(), party, _unsigned(points), _unsigned(out))
+    corrections = _unsigned(seeds), _unsigned(values), flags.numpy()
+    dcf.evaluate(_unsigned(seed), *corrections, party, _unsigned(points), _unsigned(out))
     return out
 
 
-def _unsigned(words):
+def _unsigned(words: Tensor) -> np.ndarray:
     return words.contiguous().numpy().view(np.uint64)
 
 

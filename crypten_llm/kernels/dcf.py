@@ -23,7 +23,7 @@ QUARTERS = (
 
 
 @compiled
-def _quarter(x, a, b, c, d, lanes):
+def _quarter(x: np.ndarray, a: int, b: int, c: int, d: int, lanes: int) -> None:
     for i in range(lanes):
         x[a, i] += x[b, i]
         t = x[d, i] ^ x[a, i]
@@ -40,7 +40,7 @@ def _quarter(x, a, b, c, d, lanes):
 
 
 @compiled
-def chacha_blocks(key, x, lanes):
+def chacha_blocks(key: np.ndarray, x: np.ndarray, lanes: int) -> None:
     """x[:, i] = the ChaCha20 block (counter and nonce 0) under the 256-bit key key[:, i] twice; uint32 [4, L], [16, L].
 
     A 128-bit seed fills both halves of the key, with the constant that Bernstein gives for 128-bit keys.
@@ -68,12 +68,12 @@ def chacha_blocks(key, x, lanes):
 
 
 @compiled
-def _word(x, row, lane):
+def _word(x: np.ndarray, row: int | np.int64, lane: int) -> np.uint64:
     return np.uint64(x[row, lane]) | (np.uint64(x[row + 1, lane]) << np.uint64(32))
 
 
 @compiled
-def _set_key(key, lane, low, high):
+def _set_key(key: np.ndarray, lane: int, low: np.uint64, high: np.uint64) -> None:
     key[0, lane] = np.uint32(low & np.uint64(0xFFFFFFFF))
     key[1, lane] = np.uint32(low >> np.uint64(32))
     key[2, lane] = np.uint32(high & np.uint64(0xFFFFFFFF))
@@ -85,7 +85,16 @@ def _set_key(key, lane, low, high):
 
 
 @compiled
-def generate(alpha, beta, seeds0, seeds1, bits, cw_seeds, cw_values, cw_flags):
+def generate(
+    alpha: np.ndarray,
+    beta: np.ndarray,
+    seeds0: np.ndarray,
+    seeds1: np.ndarray,
+    bits: int,
+    cw_seeds: np.ndarray,
+    cw_values: np.ndarray,
+    cw_flags: np.ndarray,
+) -> None:
     one, zero = np.uint64(1), np.uint64(0)
     key, x = np.empty((4, 2), np.uint32), np.empty((16, 2), np.uint32)
     s, t = np.empty((2, 2), np.uint64), np.empty(2, np.uint64)
@@ -132,7 +141,15 @@ def generate(alpha, beta, seeds0, seeds1, bits, cw_seeds, cw_values, cw_flags):
 
 
 @compiled
-def evaluate(seeds, cw_seeds, cw_values, cw_flags, party, points, out):
+def evaluate(
+    seeds: np.ndarray,
+    cw_seeds: np.ndarray,
+    cw_values: np.ndarray,
+    cw_flags: np.ndarray,
+    party: int,
+    points: np.ndarray,
+    out: np.ndarray,
+) -> None:
     one = np.uint64(1)
     bits, count, lanes_each = cw_seeds.shape[0], points.shape[0], points.shape[1]
     total = count * lanes_each

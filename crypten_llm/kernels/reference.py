@@ -6,7 +6,7 @@ down each time: ``% 2**bits``.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -29,7 +29,7 @@ def _signed(value: int, bits: int = 64) -> int:
     return value - 2**bits if value >> (bits - 1) else value
 
 
-def _words(values: Iterable[int], shape) -> Tensor:
+def _words(values: Iterable[int], shape: Iterable[int]) -> Tensor:
     """Integers modulo 2^64 as words of ``shape``."""
     return torch.tensor([_signed(value) for value in values], dtype=torch.int64).reshape(tuple(shape))
 
@@ -51,7 +51,7 @@ def _write(words: Tensor, index: tuple[int, ...], value: int) -> None:
 class KeyStream:
     """AES-256 in counter mode, enciphered from the first byte each time."""
 
-    def __init__(self, key: bytes):
+    def __init__(self, key: bytes) -> None:
         self._key, self._used = key, 0
 
     def fill(self, count: int) -> Tensor:
@@ -94,7 +94,7 @@ def pack(words: Tensor, bits: int) -> Tensor:
     return torch.tensor(list(number.to_bytes((words.numel() * bits + 7) // 8, "little")), dtype=torch.uint8)
 
 
-def unpack(data: Tensor, bits: int, shape: tuple) -> Tensor:
+def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     number = int.from_bytes(bytes(data.tolist()), "little")
     return _words((number >> place * bits & 2**bits - 1 for place in range(math.prod(shape))), shape)
 
@@ -105,7 +105,7 @@ def hide(share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, T
     return words, pack(words, bits)
 
 
-def show(value: Tensor, packed: Tensor, bits: int, shape: tuple) -> Tensor:
+def show(value: Tensor, packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     theirs = _integers(unpack(packed, bits, (value.numel(),)))
     return _words(((mine + other) % 2**bits for mine, other in zip(_integers(value), theirs, strict=True)), shape)
 
@@ -201,13 +201,13 @@ def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
 def turn_table(table: Tensor, places: Tensor, words: Tensor) -> Tensor:
     entries, moved = table.tolist(), places.tolist()
     for i, v in _places(words):
-        _write(words, (i, v), entries[(v - moved[i]) % len(entries)] - words[i, v].item())
+        _write(words, (i, v), entries[(v - moved[i]) % len(entries)] - int(words[i, v]))
     return words
 
 
 def read_table(words: Tensor, opened: Tensor, steps: Tensor) -> Tensor:
     size, places, moves = words.shape[1], opened.tolist(), steps.tolist()
-    found = [words[i, (place - step) % size].item() for i, place in enumerate(places) for step in moves]
+    found = [int(words[i, (place - step) % size]) for i, place in enumerate(places) for step in moves]
     return _words(found, (len(places), len(moves)))
 
 
@@ -231,7 +231,7 @@ def turn_signs(masks: Tensor, digit_bits: int, words: Tensor) -> Tensor:
     digits = [_digits(mask, digit_bits) for mask in _integers(masks)]
     for i, v in _places(words):
         made, place = 0, 0
-        for j, field in enumerate(_fields(words[i, v].item())):
+        for j, field in enumerate(_fields(int(words[i, v]))):
             sign = (v > digits[i][j]) - (v < digits[i][j])
             made += (sign - field) % 2 ** (SIGNS - j) << place
             place += SIGNS - j
@@ -244,38 +244,40 @@ def read_signs(words: Tensor, points: Tensor, digit_bits: int) -> Tensor:
     for i, row in enumerate(points.tolist()):
         for point in row:
             places = _digits(point % 2**64, digit_bits)
-            totals.append(sum(_fields(words[i, place].item())[j] << j for j, place in enumerate(places)))
+            totals.append(sum(_fields(int(words[i, place]))[j] << j for j, place in enumerate(places)))
     return _words(totals, points.shape)
 
 
 def turn_bits(masks: Tensor, tops: Tensor, words: Tensor) -> Tensor:
     bits = (words.shape[2] - 1).bit_length()
     for i, t, v in _places(words):
-        below = _signed(v - masks[i, t].item(), bits) < 0
-        _write(words, (i, t, v), (below ^ tops.flatten()[i].item()) - words[i, t, v].item())
+        below = _signed(v - int(masks[i, t]), bits) < 0
+        _write(words, (i, t, v), (below ^ int(tops.flatten()[i])) - int(words[i, t, v]))
     return words
 
 
 def read_bits(words: Tensor, opened: Tensor, flips: Tensor, one: int) -> Tensor:
     found = []
     for i, t in _places(opened):
-        bit = words[i, t, opened[i, t].item()].item()
-        found.append(one - bit if flips[i, t].item() else bit)
+        bit = int(words[i, t, int(opened[i, t])])
+        found.append(one - bit if int(flips[i, t]) else bit)
     return _words(found, opened.shape)
 
 
 # Comparison keys: a binary tree of seeds, whose node has a seed of 128 bits, of which the lowest is zero, and a control
 # bit. At a node off the path to alpha the parties' seeds and bits are equal, so their values cancel.
 
+Pair = tuple[int, ...]  # two words: a seed, or a value
 
-def _block(seed: tuple[int, int]) -> list[int]:
+
+def _block(seed: Pair) -> list[int]:
     """The 8 words of 64 bits of a ChaCha20 block under the seed twice, counter and nonce 0 (RFC 8439, section 2.3)."""
     key = [half >> 32 * i & 2**32 - 1 for half in seed for i in (0, 1)]
     start = [int.from_bytes(b"expand 16-byte k"[i : i + 4], "little") for i in range(0, 16, 4)]
     start = [*start, *key, *key, 0, 0, 0, 0]
     x = start.copy()
 
-    def quarter(a, b, c, d):
+    def quarter(a: int, b: int, c: int, d: int) -> None:
         for first, second, third, turn in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
             x[first] = (x[first] + x[second]) % 2**32
             mixed = x[third] ^ x[first]
@@ -290,12 +292,12 @@ def _block(seed: tuple[int, int]) -> list[int]:
     return [low + (high << 32) for low, high in zip(words[::2], words[1::2], strict=True)]
 
 
-def _split(first: int, second: int) -> tuple[tuple[int, int], int]:
+def _split(first: int, second: int) -> tuple[Pair, int]:
     """A seed and its control bit."""
     return (first - first % 2, second), first % 2
 
 
-def _children(seed: tuple[int, int]) -> list[tuple[tuple[int, int], int, tuple[int, int]]]:
+def _children(seed: Pair) -> list[tuple[Pair, int, Pair]]:
     """(seed, control bit, value) of the left child and of the right one. A leaf's value is what would be its left
     child's.
     """
@@ -304,8 +306,9 @@ def _children(seed: tuple[int, int]) -> list[tuple[tuple[int, int], int, tuple[i
 
 
 def compare_keys(alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, bits: int) -> list[Tensor]:
-    inputs = (rows.reshape(-1, 2).tolist() for rows in (beta, seed0, seed1))
-    keys = [_key(*numbers, bits) for numbers in zip(_integers(alpha), *inputs, strict=True)]
+    payloads, first, second = (rows.reshape(-1, 2).tolist() for rows in (beta, seed0, seed1))
+    numbers = zip(_integers(alpha), payloads, first, second, strict=True)
+    keys = [_key(limit, payload, one, other, bits) for limit, payload, one, other in numbers]
     count, levels = len(keys), range(bits)
     seeds = [word for level in levels for key in keys for word in key[level][0]]
     values = [word for level in range(bits + 1) for key in keys for word in key[level][1]]
@@ -357,7 +360,7 @@ def compare(seed: Tensor, common: list[Tensor], party: int, points: Tensor) -> T
     return _words(results, (*points.shape, 2))
 
 
-def _descend(seed, control: int, point: int, level: int, n: int, corrections) -> tuple[int, int]:
+def _descend(seed: Pair, control: int, point: int, level: int, n: int, corrections: list) -> tuple[int, int]:
     """The sum of what a node and all below it on the way to ``point`` add, before the party's sign."""
     seeds, values, flags = corrections
     children, value = _children(seed), values[level][n]

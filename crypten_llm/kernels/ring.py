@@ -8,7 +8,7 @@ on different ones multiply their shares by what comes out. Tests hold each again
 (``TABLE_WORDS``). No function changes its arguments, but for those that say so.
 """
 
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -45,7 +45,7 @@ class Kernels(Protocol):
     def pack(self, words: Tensor, bits: int) -> Tensor:
         """The low ``bits`` of each word, one behind the other: uint8 [ceil(N bits / 8)]."""
 
-    def unpack(self, data: Tensor, bits: int, shape: tuple) -> Tensor:
+    def unpack(self, data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
         """The inverse of ``pack``: words of ``shape`` modulo 2^bits, non-negative below 64 bits; these may be the
         memory of ``data``.
         """
@@ -53,7 +53,7 @@ class Kernels(Protocol):
     def hide(self, share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:
         """share + mask + offset modulo 2^bits, as words [N] and packed."""
 
-    def show(self, value: Tensor, packed: Tensor, bits: int, shape: tuple) -> Tensor:
+    def show(self, value: Tensor, packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
         """What ``hide`` gave here, words [N], plus what it packed at the other party, modulo 2^bits."""
 
     def cut(self, opened: Tensor, count: int, offset: int, bits: int, lifted: bool) -> tuple[Tensor, Tensor | None]:
@@ -135,7 +135,7 @@ def packed_size(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-def broadcast(*shapes) -> tuple[int, ...]:
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
     """The shape of an element-wise result. torch's own function imports sympy on first use."""
     result = [1] * max(map(len, shapes))
     for shape in shapes:
@@ -147,7 +147,7 @@ def broadcast(*shapes) -> tuple[int, ...]:
     return tuple(result)
 
 
-def key_sizes(bits: int, count: int) -> list[tuple[tuple, torch.dtype]]:
+def key_sizes(bits: int, count: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what both parties' keys for ``count`` comparisons have in common, in the order they travel:
     correction words of the seeds, of the values, and the left control bit and twice the right one.
     """
@@ -160,10 +160,10 @@ def key_sizes(bits: int, count: int) -> list[tuple[tuple, torch.dtype]]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on a processor as writable bytes, no copy."""
-    return memoryview(tensor.numpy()).cast("B") if tensor.numel() else memoryview(b"")
+    return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(b"")
 
 
-def on(device: torch.device | str) -> ModuleType:
+def on(device: torch.device | str) -> Kernels:
     """The kernels of a device."""
     kind = torch.device(device).type
     if kind != "cpu":

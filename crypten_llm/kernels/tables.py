@@ -2,13 +2,14 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from crypten_llm.kernels.compiling import compiled
 from crypten_llm.kernels.ring import DIGITS, SIGNS
 
 
 @compiled
-def _turn(table, places, words):
+def _turn(table: np.ndarray, places: np.ndarray, words: np.ndarray) -> None:
     low = words.shape[1] - 1
     for i in range(words.shape[0]):
         for v in range(words.shape[1]):
@@ -16,19 +17,19 @@ def _turn(table, places, words):
 
 
 @compiled
-def _read(words, opened, steps, out):
+def _read(words: np.ndarray, opened: np.ndarray, steps: np.ndarray, out: np.ndarray) -> None:
     low = words.shape[1] - 1
     for i in range(words.shape[0]):
         for k in range(steps.shape[0]):
             out[i, k] = np.int64(words[i, (opened[i] - steps[k]) & low])
 
 
-def turn_table(table, places, words):
+def turn_table(table: Tensor, places: Tensor, words: Tensor) -> Tensor:
     _turn(table.numpy(), _flat(places), words.numpy())
     return words
 
 
-def read_table(words, opened, steps):
+def read_table(words: Tensor, opened: Tensor, steps: Tensor) -> Tensor:
     out = np.empty((words.shape[0], steps.numel()), dtype=np.int64)
     _read(words.numpy(), _flat(opened), steps.numpy(), out)
     return torch.from_numpy(out)
@@ -43,7 +44,7 @@ _PLACES = np.concatenate([[0], np.cumsum(_WIDTHS)[:-1]])
 
 
 @compiled
-def _turn_signs(masks, digit_bits, widths, places, words):
+def _turn_signs(masks: np.ndarray, digit_bits: int, widths: np.ndarray, places: np.ndarray, words: np.ndarray) -> None:
     low = words.shape[1] - 1
     for i in range(words.shape[0]):
         for v in range(words.shape[1]):
@@ -56,7 +57,9 @@ def _turn_signs(masks, digit_bits, widths, places, words):
 
 
 @compiled
-def _read_signs(words, points, digit_bits, widths, places, out):
+def _read_signs(
+    words: np.ndarray, points: np.ndarray, digit_bits: int, widths: np.ndarray, places: np.ndarray, out: np.ndarray
+) -> None:
     low = words.shape[1] - 1
     for i in range(words.shape[0]):
         for t in range(points.shape[1]):
@@ -68,7 +71,7 @@ def _read_signs(words, points, digit_bits, widths, places, out):
 
 
 @compiled
-def _turn_bits(masks, tops, words):
+def _turn_bits(masks: np.ndarray, tops: np.ndarray, words: np.ndarray) -> None:
     size = words.shape[2]
     for i in range(words.shape[0]):
         for t in range(words.shape[1]):
@@ -78,34 +81,34 @@ def _turn_bits(masks, tops, words):
 
 
 @compiled
-def _read_bits(words, opened, flips, one, out):
+def _read_bits(words: np.ndarray, opened: np.ndarray, flips: np.ndarray, one: np.int64, out: np.ndarray) -> None:
     for i in range(words.shape[0]):
         for t in range(words.shape[1]):
             bit = np.int64(words[i, t, opened[i, t]])
             out[i, t] = one - bit if flips[i, t] else bit
 
 
-def turn_signs(masks, digit_bits, words):
+def turn_signs(masks: Tensor, digit_bits: int, words: Tensor) -> Tensor:
     _turn_signs(_flat(masks), digit_bits, _WIDTHS, _PLACES, words.numpy())
     return words
 
 
-def read_signs(words, points, digit_bits):
+def read_signs(words: Tensor, points: Tensor, digit_bits: int) -> Tensor:
     out = np.empty(tuple(points.shape), dtype=np.int64)
     _read_signs(words.numpy(), points.numpy(), digit_bits, _WIDTHS, _PLACES, out)
     return torch.from_numpy(out)
 
 
-def turn_bits(masks, tops, words):
+def turn_bits(masks: Tensor, tops: Tensor, words: Tensor) -> Tensor:
     _turn_bits(masks.numpy(), _flat(tops), words.numpy())
     return words
 
 
-def read_bits(words, opened, flips, one):
+def read_bits(words: Tensor, opened: Tensor, flips: Tensor, one: int) -> Tensor:
     out = np.empty(tuple(opened.shape), dtype=np.int64)
     _read_bits(words.numpy(), opened.numpy(), flips.numpy(), np.int64(one), out)
     return torch.from_numpy(out)
 
 
-def _flat(words):
+def _flat(words: Tensor) -> np.ndarray:
     return words.reshape(-1).numpy()

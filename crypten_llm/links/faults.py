@@ -4,8 +4,11 @@ Owns the errors of a link and the abort frame, which one party writes (`say_good
 they had not read yet (`last_words`). Nothing here runs while all goes well.
 """
 
+from __future__ import annotations
+
 import socket
 import time
+from typing import TYPE_CHECKING
 
 from crypten_llm.errors import PartyError
 from crypten_llm.links.frames import (
@@ -20,6 +23,10 @@ from crypten_llm.links.frames import (
     TENSOR,
 )
 
+if TYPE_CHECKING:
+    from crypten_llm.links.transport import Specs, _Incoming, _Link
+
+
 LAST_WORDS_SECONDS = 1.0  # how long to look for a peer's abort frame after its link broke
 SAME_PROGRAM = "the parties run different programs; start all of them with the same version and the same settings"
 
@@ -27,7 +34,7 @@ SAME_PROGRAM = "the parties run different programs; start all of them with the s
 # A peer that stops.
 
 
-def say_goodbye(link, message: str) -> None:
+def say_goodbye(link: _Link, message: str) -> None:
     """Tell the peer at `link` why this party stops. Best effort, never raises for a link that is gone."""
     text = message.encode()[:MAX_ABORT_BYTES]
     try:
@@ -44,7 +51,7 @@ def say_goodbye(link, message: str) -> None:
         pass
 
 
-def gone(link, where: str) -> PartyError:
+def gone(link: _Link, where: str) -> PartyError:
     """The error for a broken link: the peer's own message when one is still in the input."""
     text = last_words(link.sock)
     if text is not None:
@@ -52,14 +59,14 @@ def gone(link, where: str) -> PartyError:
     return PartyError(f"{link.name} closed the connection during {where}: its own output says why it stopped")
 
 
-def stopped(name: str, text) -> PartyError:
+def stopped(name: str, text: bytes | bytearray) -> PartyError:
     """The error for a peer that said so; text: the payload of its abort frame."""
     # A peer's text goes to a terminal: one line, nothing that could steer it.
     line = "".join(c if c.isprintable() else " " for c in bytes(text).decode(errors="replace")).strip()
     return PartyError(f"{name} stopped: {line or 'no reason given'}")
 
 
-def last_words(sock) -> bytes | None:
+def last_words(sock: socket.socket) -> bytes | None:
     """The text of an abort frame that waits behind unread frames in the input of a broken link, or None.
 
     Called when sending failed: the peer may have said why before it closed.
@@ -94,7 +101,7 @@ def silent(names: list[str], took: bool, seconds: float, where: str) -> PartyErr
 # A peer that sent something else.
 
 
-def another_frame(frame, header: tuple, where: str) -> PartyError:
+def another_frame(frame: _Incoming, header: tuple, where: str) -> PartyError:
     """The error for a header (as unpacked) that is not of the `frame` that is due."""
     magic, kind, dtype, sequence, size, _ = header
     came = "bytes of another protocol"
@@ -105,7 +112,7 @@ def another_frame(frame, header: tuple, where: str) -> PartyError:
     return PartyError(f"{frame.link.name} sent {came} during {where}, expected {due}: {SAME_PROGRAM}")
 
 
-def _describe(kind, dtype, sequence, size, specs=()):
+def _describe(kind: int, dtype: int, sequence: int, size: str, specs: Specs = ()) -> str:
     """A frame in words: "int64 tensor message number 5 of 64 bytes, shape (2, 4)"."""
     name = KIND_NAMES.get(kind, f"unknown kind {kind}")
     if kind == TENSOR:

@@ -3,13 +3,19 @@
 Owns the names of networks, the time that messages are on their way, and waiting for it.
 """
 
+from __future__ import annotations
+
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from crypten_llm.errors import UsageError
-from crypten_llm.links.frames import HEADER
 from crypten_llm.links.sockets import is_local
+
+if TYPE_CHECKING:
+    from crypten_llm.links.transport import _Incoming, _Link
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Network:
     rtt_ms: float
     mbit: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (0 <= self.rtt_ms < math.inf and 0 < self.mbit < math.inf):
             raise UsageError(
                 f"network of {self.rtt_ms} ms and {self.mbit} Mbit/s is impossible: give a round trip time of 0 ms or "
@@ -35,7 +41,7 @@ class Network:
         """How long rounds and the bytes that one party sends in them are on their way."""
         return rounds * self.rtt_ms / 2e3 + sent * 8e-6 / self.mbit
 
-    def check(self, links):
+    def check(self, links: Iterable[_Link]) -> None:
         """Raises UsageError for a link to another machine, whose clock is another."""
         for link in links:
             if not is_local(link.sock):
@@ -44,11 +50,11 @@ class Network:
                     "every party on one machine"
                 )
 
-    def hold_back(self, frames):
-        """Sleeps until this network would have delivered all these frames, which came over links of their own."""
+    def hold_back(self, frames: Sequence[_Incoming], header: int) -> None:
+        """Sleeps until this network would have delivered these frames, each of a link of its own; header: its bytes."""
         ready = 0
         for frame in frames:
-            link, size = frame.link, HEADER.size + frame.size
+            link, size = frame.link, header + frame.size
             link.line_free = max(link.line_free, frame.sent_at) + int(size * 8e3 / self.mbit)
             ready = max(ready, link.line_free + int(self.rtt_ms * 5e5))
         while (left := ready - time.monotonic_ns()) > 0:
@@ -61,18 +67,18 @@ NETWORKS = {  # the settings usual in the field's papers, which range over 1-3 G
 }
 
 
-def parse_network(text):
+def parse_network(text: str) -> Network:
     """The `Network` that "lan", "wan" or "<round trip>ms,<Mbit/s>" (such as "20ms,100") names.
 
     Raises UsageError for anything else.
     """
     if text in NETWORKS:
         return NETWORKS[text]
-    rtt, comma, mbit = text.replace(" ", "").partition(",")
+    trip, comma, width = text.replace(" ", "").partition(",")
     try:
-        if not (comma and rtt.endswith("ms")):
+        if not (comma and trip.endswith("ms")):
             raise ValueError
-        rtt_ms, mbit = float(rtt.removesuffix("ms")), float(mbit)
+        rtt_ms, mbit = float(trip.removesuffix("ms")), float(width)
     except ValueError:
         raise UsageError(
             f"network {text!r} is not known: give {', '.join(NETWORKS)} or '<round trip>ms,<Mbit/s>' such as '20ms,100'"

@@ -10,19 +10,30 @@ away. This keeps out accidents and whoever cannot reach the store; it is no subs
 each side shows its role's key as well. The store itself is never under TLS: it holds addresses and tokens alone.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hmac
 import json
 import os
 import secrets
+import socket
 import struct
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.links import sockets
+from crypten_llm.links.meter import Meter
 from crypten_llm.links.sockets import reason_of
 from crypten_llm.links.store import Store, Wait
 from crypten_llm.links.transport import Transport
+
+if TYPE_CHECKING:
+    from crypten_llm.links.network import Network
+    from crypten_llm.links.tls import Links
+
 
 PROTOCOL_VERSION = 2  # of the handshake and the frames: change it when either changes
 HELLO = struct.Struct("<8sHHH16s")  # magic, version, rank, world size, the token of the party addressed
@@ -32,7 +43,7 @@ HELLO_SECONDS = 2.0  # a stray connection that says nothing holds the others up 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def read_environment(env=os.environ):
+def read_environment(env: Mapping[str, str] = os.environ) -> tuple[int, int, str, int]:
     """(rank, world, store host, store port) from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
     Raises UsageError for a variable that is missing or is not a number in range.
@@ -59,22 +70,22 @@ def read_environment(env=os.environ):
 
 
 def connect(
-    rank,
-    world,
-    roles,
-    store_host,
-    store_port,
-    timeout=60.0,
-    host=None,
-    is_master=None,
+    rank: int,
+    world: int,
+    roles: Sequence[str],
+    store_host: str,
+    store_port: int,
+    timeout: float = 60.0,
+    host: str | None = None,
+    is_master: bool | None = None,
     *,
-    port_base=None,
-    job=None,
-    links=None,
-    meter=None,
-    network=None,
-    while_waiting=None,
-):
+    port_base: int | None = None,
+    job: str | None = None,
+    links: Links | None = None,
+    meter: Meter | None = None,
+    network: Network | None = None,
+    while_waiting: Callable[[], object] | None = None,
+) -> Transport:
     """The `Transport` of this party, connected to all others. Returns once every party has all its links.
 
     roles: one name per rank. timeout: seconds to wait for the others, and afterwards the transport's timeout.
@@ -105,8 +116,8 @@ def connect(
         _agree(store, rank, world, roles, links)
         _claim_rank(store, names, rank, mine)
         directory = _read_directory(store, names, rank, wait)
-        connected = {}
-        opened.callback(lambda: [sock.close() for sock in connected.values()])
+        connected: dict[int, socket.socket] = {}
+        opened.callback(_close, connected)
         for peer in range(rank):
             connected[peer] = _dial(names, peer, directory[peer], rank, world, token, wait, links)
         while len(connected) < world - 1:
@@ -118,9 +129,9 @@ def connect(
         return transport
 
 
-def _agree(store, rank, world, roles, links):
+def _agree(store: Store, rank: int, world: int, roles: Sequence[str], links: Links | None) -> None:
     """Hold the first party's idea of the job against this one's; a disagreement stops everyone."""
-    mine = {"world size": world, "roles": list(roles), "protocol version": PROTOCOL_VERSION}
+    mine: dict[str, Any] = {"world size": world, "roles": list(roles), "protocol version": PROTOCOL_VERSION}
     mine["links"] = "TLS (--tls)" if links else "plain TCP"
     first = json.loads(store.put_first("job", json.dumps(mine)))
     for fact, value in mine.items():
@@ -133,7 +144,7 @@ def _agree(store, rank, world, roles, links):
             raise UsageError(text)
 
 
-def _claim_rank(store, names, rank, mine):
+def _claim_rank(store: Store, names: list[str], rank: int, mine: dict) -> None:
     if store.add(f"claim/{rank}") > 1:
         raise UsageError(
             f"{names[rank]} was already started by another process: give each process its own RANK, and a job that "
@@ -142,9 +153,9 @@ def _claim_rank(store, names, rank, mine):
     store.put(f"address/{rank}", json.dumps(mine))
 
 
-def _read_directory(store, names, rank, wait):
+def _read_directory(store: Store, names: list[str], rank: int, wait: Wait) -> dict[int, dict]:
     """{peer: where it listens and its token}, waiting until all have come."""
-    directory = {}
+    directory: dict[int, dict] = {}
     while True:
         for peer in set(range(len(names))) - {rank} - set(directory):
             text = store.get(f"address/{peer}")
@@ -165,7 +176,9 @@ def _read_directory(store, names, rank, wait):
             ) from None
 
 
-def _dial(names, peer, entry, rank, world, token, wait, links):
+def _dial(
+    names: list[str], peer: int, entry: dict, rank: int, world: int, token: bytes, wait: Wait, links: Links | None
+) -> socket.socket:
     """Connect to a lower rank that listens at `entry` and greet each other."""
     name, place = names[peer], f"{entry['host']}:{entry['port']}"
     try:
@@ -194,7 +207,17 @@ def _dial(names, peer, entry, rank, world, token, wait, links):
     )
 
 
-def _answer(listener, names, rank, world, token, directory, connected, wait, links):
+def _answer(
+    listener: socket.socket,
+    names: list[str],
+    rank: int,
+    world: int,
+    token: bytes,
+    directory: dict[int, dict],
+    connected: Mapping[int, socket.socket],
+    wait: Wait,
+    links: Links | None,
+) -> tuple[int, socket.socket]:
     """Accept the next higher rank; connections that do not show our token, or the rank's key, are dropped without a
     word.
     """
@@ -227,7 +250,12 @@ def _answer(listener, names, rank, world, token, directory, connected, wait, lin
         sock.close()
 
 
-def _barrier(connected, names, wait):
+def _close(connected: Mapping[int, socket.socket]) -> None:
+    for sock in connected.values():
+        sock.close()
+
+
+def _barrier(connected: Mapping[int, socket.socket], names: list[str], wait: Wait) -> None:
     """Wait until every party has all its links: then nobody needs the store any more."""
     for peer, sock in connected.items():
         with _blames(names[peer], wait):
@@ -238,7 +266,7 @@ def _barrier(connected, names, wait):
 
 
 @contextlib.contextmanager
-def _blames(name, wait):
+def _blames(name: str, wait: Wait) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -248,5 +276,5 @@ def _blames(name, wait):
         ) from None
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     return " ".join(value) if isinstance(value, list) else value

@@ -14,7 +14,7 @@ from crypten_llm.errors import UsageError
 TCP_OPTIONS = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
-def address_towards(host, port):
+def address_towards(host: str, port: int) -> str:
     """This machine's address on the interface that reaches `host`. Sends nothing: UDP connects by routing alone."""
     try:
         family, kind, proto, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
@@ -25,7 +25,7 @@ def address_towards(host, port):
         raise UsageError(f"MASTER_ADDR={host!r} cannot be reached ({reason_of(error)}): give another one") from None
 
 
-def listen(address, port_base, rank, world):
+def listen(address: str, port_base: int | None, rank: int, world: int) -> socket.socket:
     """A socket at which the other ranks reach this one, on port_base + rank or, without a base, any free port."""
     port = 0 if port_base is None else port_base + rank
     if not 0 <= port <= 65535:
@@ -48,12 +48,12 @@ def listen(address, port_base, rank, world):
     raise AssertionError("the loop returns or raises")
 
 
-def dial(host, port, seconds):
+def dial(host: str, port: int, seconds: float) -> socket.socket:
     """A connection to a listener. Raises OSError, a timeout after so many seconds (0.1 at least) among them."""
     return socket.create_connection((host, port), timeout=max(0.1, seconds))
 
 
-def set_up(sock):
+def set_up(sock: socket.socket) -> None:
     """Makes a connected socket that of a link."""
     sock.setblocking(False)
     if sock.family != socket.AF_UNIX:
@@ -63,7 +63,7 @@ def set_up(sock):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def is_local(sock):
+def is_local(sock: socket.socket) -> bool:
     """Whether the other end of a connected socket is on this machine."""
     if sock.family == socket.AF_UNIX:
         return True
@@ -71,7 +71,7 @@ def is_local(sock):
     return here == there or ipaddress.ip_address(there).is_loopback
 
 
-def reason_of(error):
+def reason_of(error: BaseException) -> str:
     """One short line of an exception of the system or of torch."""
     text = getattr(error, "strerror", None) or str(error)
     return text.strip().splitlines()[0][:160] if text.strip() else type(error).__name__

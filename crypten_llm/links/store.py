@@ -8,7 +8,9 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 from torch.distributed import TCPStore
 
@@ -16,6 +18,7 @@ from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.links.sockets import dial, reason_of
 
 POLL_SECONDS = 0.02
+Result = TypeVar("Result")
 LATE_SECONDS = 1.0  # for what is asked of the store at the very end: an answer is on its way
 
 
@@ -25,15 +28,15 @@ class Wait:
     timeout: seconds from now. look: called at every turn; what it raises ends the wait.
     """
 
-    def __init__(self, timeout, look=None):
+    def __init__(self, timeout: float, look: Callable[[], object] | None = None) -> None:
         self.timeout, self._deadline, self._look = timeout, time.monotonic() + timeout, look
 
     @property
-    def left(self):
+    def left(self) -> float:
         """Seconds; negative when the time is over."""
         return self._deadline - time.monotonic()
 
-    def turn(self):
+    def turn(self) -> float:
         """Seconds until the next turn. Raises TimeoutError when the time is over."""
         if self._look is not None:
             self._look()
@@ -42,36 +45,37 @@ class Wait:
             raise TimeoutError("timed out")
         return min(left, POLL_SECONDS)
 
-    def on(self, sock, step, *args):
+    def on(self, sock: socket.socket, step: Callable[..., Result], *args: Any) -> Result:
         """`step(*args)`, which waits for `sock` and can be tried again after a timeout."""
         while True:
             sock.settimeout(self.turn())
             with contextlib.suppress(TimeoutError):
                 return step(*args)
 
-    def in_thread(self, job):
+    def in_thread(self, job: Callable[[], Result]) -> Result:
         """`job()`, in a thread that is left to itself when the time is over: for what neither timeout nor Ctrl-C ends.
 
         One that starts late still has LATE_SECONDS.
         """
-        wait, done = Wait(max(self.left, LATE_SECONDS), self._look), []
+        wait = Wait(max(self.left, LATE_SECONDS), self._look)
+        done: list[Result] = []
+        failed: list[Exception] = []
 
-        def work():
+        def work() -> None:
             try:
-                done.append((job(), None))
+                done.append(job())
             except Exception as error:
-                done.append((None, error))
+                failed.append(error)
 
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
-        while not done:
+        while not (done or failed):
             worker.join(wait.turn())
-        ((result, error),) = done
-        if error is not None:
-            raise error
-        return result
+        if failed:
+            raise failed[0]
+        return done[0]
 
-    def read_exactly(self, sock, count):
+    def read_exactly(self, sock: socket.socket, count: int) -> bytes:
         """`count` bytes of `sock`; OSError when they do not come in time."""
         data = b""
         while len(data) < count:
@@ -89,13 +93,13 @@ class Store:
     answers, and keys are polled. Its other operations wait for ever on a host that hangs; so each is made in a thread.
     """
 
-    def __init__(self, host, port, is_master, master_name, wait, prefix):
+    def __init__(self, host: str, port: int, is_master: bool, master_name: str, wait: Wait, prefix: str) -> None:
         self.place, self.prefix, self._wait = f"{host}:{port}", prefix, wait
         if not is_master:
             self._await_port(host, port, master_name)
         self._store = self._open(host, port, is_master, master_name)
 
-    def _open(self, host, port, is_master, master_name):
+    def _open(self, host: str, port: int, is_master: bool, master_name: str) -> TCPStore:
         """The TCPStore. Making it waits for ever on a port where something else answers."""
         seconds = timedelta(seconds=max(LATE_SECONDS, self._wait.left))
         try:
@@ -115,7 +119,7 @@ class Store:
             f"what listens at {self.place} is no rendezvous store ({reason}): check MASTER_ADDR and MASTER_PORT"
         )
 
-    def _await_port(self, host, port, master_name):
+    def _await_port(self, host: str, port: int, master_name: str) -> None:
         while True:
             try:
                 self._wait.in_thread(lambda: dial(host, port, self._wait.left)).close()
@@ -132,7 +136,7 @@ class Store:
                     ) from None
             time.sleep(POLL_SECONDS)
 
-    def _call(self, method, key, *args):
+    def _call(self, method: str, key: str, *args: Any) -> Any:
         name = self.prefix + key
         try:
             return self._wait.in_thread(
@@ -149,17 +153,17 @@ class Store:
                 "hosts it stopped, start all parties again"
             ) from None
 
-    def put(self, key, value):
+    def put(self, key: str, value: str) -> None:
         self._call("set", key, value)
 
-    def put_first(self, key, value):
+    def put_first(self, key: str, value: object) -> str:
         """Set `key` unless it is set; the value it has then."""
         return self._call("compare_set", key, "", value).decode()
 
-    def add(self, key):
+    def add(self, key: str) -> int:
         """Count up `key`; its value then."""
         return self._call("add", key, 1)
 
-    def get(self, key):
+    def get(self, key: str) -> str | None:
         """The value of `key`, or None while it is not set."""
         return self._call("get", key).decode() if self._call("check", key) else None

@@ -11,6 +11,7 @@ TLS 1.3 alone: AES-GCM or ChaCha20, fresh keys for each connection, from the int
 import hashlib
 import os
 import re
+import socket
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -60,10 +61,10 @@ def make_key(folder: str | Path, role: str) -> Made:
                 raise UsageError(
                     f"{file} exists; give another folder (--out), or remove it first if no party uses that key any more"
                 )
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secret)
-        with open(public, "xb") as file:
-            file.write(certificate.public_bytes(serialization.Encoding.PEM))
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as sealed:
+            sealed.write(secret)
+        with open(public, "xb") as shown:
+            shown.write(certificate.public_bytes(serialization.Encoding.PEM))
     except OSError as error:
         raise UsageError(f"cannot write {error.filename} ({error.strerror}); give another folder (--out)") from None
     digest = hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
@@ -77,14 +78,14 @@ class Links:
     Raises UsageError for a file that is missing, or is no key or certificate.
     """
 
-    def __init__(self, folder: str | Path, roles: list[str], rank: int):
+    def __init__(self, folder: str | Path, roles: list[str], rank: int) -> None:
         self._roles, self._folder = roles, Path(folder)
         self._certificates = [self._read(role) for role in roles]
         self._dialling, self._answering = (
             self._context(purpose, roles[rank]) for purpose in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)
         )
 
-    def secure(self, sock, peer: int | None = None):
+    def secure(self, sock: socket.socket, peer: int | None = None) -> ssl.SSLSocket:
         """The socket under TLS, handshake done; the socket's timeout bounds it.
 
         peer: the rank that was dialled, whose certificate must be shown; ``None`` at the side that answers, which asks
@@ -94,16 +95,17 @@ class Links:
             sock.getpeername()  # raises for a connection that has ended already: wrap_socket would leave it open
             if peer is None:
                 return self._answering.wrap_socket(sock, server_side=True)
-            sock = self._dialling.wrap_socket(sock)
-            if not self.is_of(sock, peer):
+            sock = secured = self._dialling.wrap_socket(sock)
+            if not self.is_of(secured, peer):
                 raise ConnectionResetError("it shows another party's certificate")
-            return sock
+            return secured
         except OSError:
             sock.close()
             raise
 
-    def is_of(self, secured, peer: int) -> bool:
+    def is_of(self, secured: socket.socket, peer: int) -> bool:
         """Whether the other side of a connection holds the key of ``peer``."""
+        assert isinstance(secured, ssl.SSLSocket), "the connection is under TLS"
         return secured.getpeercert(binary_form=True) == self._certificates[peer]
 
     def _read(self, role: str) -> bytes:

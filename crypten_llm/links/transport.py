@@ -6,44 +6,46 @@ is that of `frames`; `faults` says what went wrong. It knows nothing of shares, 
 **Links are plain TCP unless the sockets came under TLS (see `tls`).** What travels is masked, but whoever reads both
 links of a party, or alters one, breaks the protocol: between hosts, use TLS, a trusted network or a tunnel.
 
-Rounds: a transfer that waits for peers counts one round, however many peers take part: `exchange`,
-`all_exchange` and `all_exchange_many` one round for each participant, `recv` and `recv_json` one round for the
-receiver. `send` and `send_json` count a message and no round. Bytes are those of frames, headers included, counted
-when the transfer is complete; the rendezvous handshake and what TLS adds (22 bytes for 16 KiB) are not counted.
-
 Not for two threads on the same direction of the same link; different links are independent.
 """
 
 import json
 import math
 import select
+import socket
 import ssl
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from crypten_llm.errors import PartyError
 from crypten_llm.links import faults
 from crypten_llm.links.frames import ABORT, BOUNDED, DTYPES, HEADER, JSON, MAGIC, MAX_ABORT_BYTES, MIXED, STREAM, TENSOR
-from crypten_llm.links.meter import Meter
+from crypten_llm.links.meter import Cells, Meter
 from crypten_llm.links.sockets import set_up
 
 MAX_BUFFERS = 512  # of one system call; Linux allows 1024
 TLS_RECORD = 16384  # bytes at most; smaller buffers are joined to one
+Specs = Sequence[tuple[Sequence[int], torch.dtype]]  # shapes and dtypes of tensors that must come
+Sockets = Mapping[int, socket.socket]  # by the rank at their other end
 WAITS = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 
 
 class _Link:
     """One connected socket and what is known of its two directions."""
 
-    def __init__(self, rank, name, sock):
+    def __init__(self, rank: int, name: str, sock: socket.socket) -> None:
         self.rank, self.name, self.sock, self.fd = rank, name, sock, sock.fileno()
         self.sent = self.received = 0  # frames, the sequence numbers
         self.mid_frame = False  # a frame is half sent: nothing else may follow on this link
         self.line_free = 0  # emulation: when the incoming line has passed on all earlier frames, in ns
         set_up(sock)
 
-    def send(self, views):
+    def send(self, views: list[memoryview]) -> int:
         """Bytes of these that the kernel took; raises one of ``WAITS`` where it takes none now."""
         if not isinstance(self.sock, ssl.SSLSocket):
             return self.sock.sendmsg(views[:MAX_BUFFERS])
@@ -53,7 +55,7 @@ class _Link:
             count += 1
         return self.sock.send(b"".join(views[:count]) if count > 1 else views[0])
 
-    def receive_into(self, views):
+    def receive_into(self, views: list[memoryview]) -> int:
         """Bytes read into the first of these; 0 at the end, raises one of ``WAITS`` where there are none yet."""
         if len(views) == 1 or isinstance(self.sock, ssl.SSLSocket):
             return self.sock.recv_into(views[0])
@@ -65,7 +67,7 @@ class _Outgoing:
     """A frame on its way out."""
 
     link: _Link
-    views: list  # what is still to be sent
+    views: list[memoryview]  # what is still to be sent
     size: int  # bytes on the socket
     broken: bool = False  # the link takes no more; the reason may still be in its input
 
@@ -78,14 +80,14 @@ class _Incoming:
     kind: int
     dtype: int
     nbytes: int  # exact for tensors, the most accepted for JSON and streams
-    specs: list | tuple = ()  # of tensors: (shape, dtype)
-    header: bytearray | None = field(default_factory=lambda: bytearray(HEADER.size))  # None once it was checked
-    views: list = field(init=False)  # what is still to be filled
+    specs: Specs = ()  # of tensors: (shape, dtype)
+    header: Any = field(default_factory=lambda: bytearray(HEADER.size))  # None once it was checked
+    views: list[memoryview] = field(init=False)  # what is still to be filled
     size: int = 0  # payload bytes that the header announced
     sent_at: int = 0  # send time that it announced
-    payload: list | bytearray | None = None  # tensors or text, made when the header was found right
+    payload: Any = None  # tensors or text, made when the header was found right
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.views = [memoryview(self.header)]
 
 
@@ -101,7 +103,7 @@ class Transport:
     sends something else than what is due. After that the links are of no use: `abort`, or `close`.
     """
 
-    def __init__(self, rank, roles, sockets, *, timeout=60.0, meter=None, network=None):
+    def __init__(self, rank: int, roles: Sequence[str], sockets: Sockets, *, timeout=60.0, meter=None, network=None):
         assert set(sockets) == set(range(len(roles))) - {rank}, f"rank {rank} of {roles} with links to {set(sockets)}"
         self.rank, self.world, self.roles = rank, len(roles), tuple(roles)
         self.timeout, self.network = timeout, network
@@ -110,35 +112,36 @@ class Transport:
         if network:
             network.check(self._links.values())
 
-    def name(self, rank):
+    def name(self, rank: int) -> str:
         """How messages call a party: "rank 1 (client)"."""
         return f"rank {rank} ({self.roles[rank]})"
 
     # Tensors. Whatever their device and strides, they travel as contiguous CPU memory.
 
-    def send(self, dst, tensor, channel="online"):
+    def send(self, dst: int, tensor: Tensor, channel: str = "online") -> None:
         """Send a tensor of any shape; returns when the kernel has taken all of it.
-
         Two parties that `send` to each other more than the socket buffers hold wait for each other: `exchange`.
         """
         self._transfer([self._outgoing(dst, [tensor])], [], channel)
 
-    def recv(self, src, shape, dtype, channel="online"):
+    def recv(self, src: int, shape: Sequence[int], dtype: torch.dtype, channel: str = "online") -> Tensor:
         """The tensor that `src` sends next, on the CPU. It must have this dtype and number of elements."""
         frame = self._incoming(src, [(shape, dtype)])
         self._transfer([], [frame], channel)
         return frame.payload[0]
 
-    def exchange(self, peer, tensor, channel="online"):
+    def exchange(self, peer: int, tensor: Tensor, channel: str = "online") -> Tensor:
         """Send `tensor` and return the peer's of the same shape and dtype, both at once, at any size."""
         return self.all_exchange([peer], tensor, channel)[peer]
 
-    def all_exchange(self, peers, tensor, channel="online"):
+    def all_exchange(self, peers: Iterable[int], tensor: Tensor, channel: str = "online") -> dict[int, Tensor]:
         """Send `tensor` to all `peers` and return {peer: its tensor} of the same shape and dtype: one round."""
         received = self.all_exchange_many(peers, [tensor], channel)
         return {peer: tensors[0] for peer, tensors in received.items()}
 
-    def all_exchange_many(self, peers, tensors, channel="online"):
+    def all_exchange_many(
+        self, peers: Iterable[int], tensors: list[Tensor], channel: str = "online"
+    ) -> dict[int, list]:
         """`all_exchange` of several tensors in one message to each peer: one round. Returns {peer: list}."""
         specs = [(tensor.shape, tensor.dtype) for tensor in tensors]
         frames = [self._incoming(peer, specs) for peer in peers]
@@ -148,7 +151,7 @@ class Transport:
             for frame in frames
         }
 
-    def swap(self, peer, data, count, cells=None, channel="online"):
+    def swap(self, peer: int, data: Tensor, count: int, cells: Cells | None = None, channel: str = "online") -> Tensor:
         """Send uint8 `data` and return `count` bytes of the peer's, both at once: one message each way where there is
         something to send, a round where there is something to receive. cells: see `Meter.count`.
         """
@@ -160,13 +163,12 @@ class Transport:
 
     # The control plane: public facts only.
 
-    def send_json(self, dst, obj, channel="online"):
+    def send_json(self, dst: int, obj: object, channel: str = "online") -> None:
         """Send a JSON-able object. Public facts only: nothing that depends on a secret may be in it."""
         self._transfer([self._frame(self._link(dst), JSON, MIXED, [memoryview(encode_json(obj))])], [], channel)
 
-    def recv_json(self, src, max_bytes=16 << 20, channel="online", timeout=None):
+    def recv_json(self, src: int, max_bytes=16 << 20, channel: str = "online", timeout: float | None = None) -> Any:
         """The object that `src` sends next, refused above `max_bytes`.
-
         timeout: seconds instead of the transport's, for a wait on a person; `math.inf` waits for ever.
         """
         frame = _Incoming(self._link(src), JSON, MIXED, max_bytes)
@@ -176,7 +178,7 @@ class Transport:
         except (ValueError, RecursionError):
             raise faults.not_json(frame.link.name, self.meter.where) from None
 
-    def announce(self, source, peers, message, timeout=None):
+    def announce(self, source: int, peers: Iterable[int], message: Any, timeout: float | None = None) -> dict:
         """A public message of `source`, a dict, at it and its `peers`, who all call this. timeout: of `recv_json`."""
         if self.rank == source:
             for peer in peers:
@@ -187,23 +189,21 @@ class Transport:
             raise self.unexpected(source, "named facts")
         return message
 
-    def unexpected(self, source, due):
+    def unexpected(self, source: int, due: str) -> PartyError:
         """The error for a message of `source` that says something else than what is `due`, in words."""
         return faults.unexpected(self.name(source), due, self.meter.where)
 
     # Streams: bytes whose boundaries mean nothing, cut into messages as it suits the sender.
 
-    def send_stream(self, dst, data, channel="online"):
+    def send_stream(self, dst: int, data: Tensor, channel: str = "online") -> None:
         """Send a uint8 tensor as the next piece of a stream."""
         self._transfer([self._frame(self._link(dst), STREAM, MIXED, [_bytes_of(data)])], [], channel)
 
-    def stream_from(self, src, max_bytes, channel="online"):
+    def stream_from(self, src: int, max_bytes: int, channel: str = "online") -> "StreamReader":
         """What reads the stream that `src` sends in pieces of at most `max_bytes`."""
         return StreamReader(self, self._link(src), max_bytes, channel)
 
-    # The end.
-
-    def abort(self, message):
+    def abort(self, message: str) -> None:
         """Tell every peer why this party stops, then close. Best effort, never raises for a link that is gone.
 
         The peers show `message` to their users: it must hold nothing secret.
@@ -212,7 +212,7 @@ class Transport:
             faults.say_goodbye(link, message)
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         """Close all links; what was sent before still arrives. Closing twice is harmless."""
         for link in self._links.values():
             link.sock.close()
@@ -220,25 +220,25 @@ class Transport:
 
     # How a transfer works.
 
-    def _link(self, peer):
+    def _link(self, peer: int) -> _Link:
         assert peer in self._links, f"rank {self.rank} has no open link to rank {peer}"
         return self._links[peer]
 
-    def _outgoing(self, dst, tensors):
+    def _outgoing(self, dst: int, tensors: list[Tensor]) -> _Outgoing:
         views = [_bytes_of(tensor.detach().cpu().contiguous()) for tensor in tensors]
         return self._frame(self._link(dst), TENSOR, _dtype_code([tensor.dtype for tensor in tensors]), views)
 
-    def _frame(self, link, kind, dtype, views):
+    def _frame(self, link: _Link, kind: int, dtype: int, views: list[memoryview]) -> _Outgoing:
         size = sum([view.nbytes for view in views])
         sent_at = time.monotonic_ns() if self.network else 0
         header = HEADER.pack(MAGIC, kind, dtype, link.sent & 0xFFFFFFFF, size, sent_at)
         return _Outgoing(link, [memoryview(header), *views], HEADER.size + size)
 
-    def _incoming(self, src, specs):
+    def _incoming(self, src: int, specs: Specs) -> _Incoming:
         size = sum([math.prod(shape) * dtype.itemsize for shape, dtype in specs])
         return _Incoming(self._link(src), TENSOR, _dtype_code([dtype for _, dtype in specs]), size, specs)
 
-    def _transfer(self, outgoing, incoming, channel, timeout=None, cells=None):
+    def _transfer(self, outgoing, incoming, channel: str, timeout: float | None = None, cells: Cells | None = None):
         """Send and receive all these frames at once, each link as fast as it goes, and count them."""
         started = progress_at = time.perf_counter()
         timeout = self.timeout if timeout is None else timeout
@@ -271,11 +271,11 @@ class Transport:
             frame.link.received += 1
             received += HEADER.size + frame.size
         if self.network and incoming:
-            self.network.hold_back(incoming)
+            self.network.hold_back(incoming, HEADER.size)
         seconds = time.perf_counter() - started
         self.meter.count(channel, 1 if incoming else 0, len(outgoing), sent, received, seconds, cells)
 
-    def _push(self, out):
+    def _push(self, out: _Outgoing) -> bool:
         """Send what the kernel takes now; True when that was something."""
         progress = False
         while out.views:
@@ -290,7 +290,7 @@ class Transport:
             progress = True
         return progress
 
-    def _pull(self, frame):
+    def _pull(self, frame: _Incoming) -> bool:
         """Read what has arrived; True when that was something."""
         progress = False
         while frame.views:
@@ -312,7 +312,7 @@ class Transport:
             progress = True
         return progress
 
-    def _open(self, frame):
+    def _open(self, frame: _Incoming) -> None:
         """Check a complete header against what is due, and only then make room for the payload."""
         header, frame.header = HEADER.unpack(frame.header), None
         magic, kind, dtype, sequence, frame.size, frame.sent_at = header
@@ -331,7 +331,7 @@ class Transport:
             frame.payload = bytearray(frame.size)
             frame.views = [memoryview(frame.payload)] if frame.size else []
 
-    def _poll(self, sending, receiving, seconds, timeout):
+    def _poll(self, sending: list[_Outgoing], receiving: list[_Incoming], seconds: float, timeout: float) -> None:
         """Wait until a link can go on; PartyError when none can for `seconds`."""
         events = dict.fromkeys((frame.link.fd for frame in receiving), select.POLLIN)
         for out in sending:
@@ -349,14 +349,14 @@ class Transport:
 class StreamReader:
     """A stream as its reader wants it: any number of bytes at a time, in sections that end where a message does."""
 
-    def __init__(self, transport, link, max_bytes, channel):
+    def __init__(self, transport: Transport, link: _Link, max_bytes: int, channel: str) -> None:
         self._transport, self._link, self._max_bytes, self._channel = transport, link, max_bytes, channel
         self._left = memoryview(b"")  # of the last message
 
-    def begin(self, label):
+    def begin(self, label: str) -> None:
         """The next section, whatever its label: it is what comes next."""
 
-    def read(self, count):
+    def read(self, count: int) -> Tensor:
         """The next `count` bytes, a uint8 tensor."""
         out, filled = torch.empty(count, dtype=torch.uint8), 0
         target = _bytes_of(out)
@@ -371,27 +371,27 @@ class StreamReader:
             filled += take
         return out
 
-    def end(self):
+    def end(self) -> None:
         assert not self._left, f"{self._link.name} sent more than this section needs"
 
 
-def encode_json(obj) -> bytes:
+def encode_json(obj: object) -> bytes:
     """The payload of a JSON frame."""
     return json.dumps(obj, separators=(",", ":")).encode()
 
 
-def _dtype_code(dtypes):
-    codes = {DTYPES.get(dtype) for dtype in dtypes}
-    assert None not in codes, f"{dtypes} do not travel: convert to one of {', '.join(map(str, DTYPES))}"
+def _dtype_code(dtypes: list[torch.dtype]) -> int:
+    codes = {DTYPES.get(dtype, MIXED) for dtype in dtypes}
+    assert MIXED not in codes, f"{dtypes} do not travel: convert to one of {', '.join(map(str, DTYPES))}"
     return codes.pop() if len(codes) == 1 else MIXED
 
 
-def _bytes_of(tensor):
+def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes, no copy."""
-    return memoryview(tensor.numpy()).cast("B") if tensor.numel() else memoryview(b"")
+    return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(b"")
 
 
-def _after(views, count):
+def _after(views: list[memoryview], count: int) -> list[memoryview]:
     """What is left of `views` when their first `count` bytes are done; views without bytes go at once."""
     for i, view in enumerate(views):
         if count < view.nbytes:

@@ -5,7 +5,11 @@ position (which RoPE used when the key was made) is apart from its index, so tha
 the others.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -13,23 +17,37 @@ from crypten_llm.errors import UsageError
 from eviction import FULL, Policy, PolicyError
 from eviction.operations import Layer, Seen
 
+if TYPE_CHECKING:
+    from crypten_llm.engines.base import Engine
+    from eviction.operations import Choice, Handle, Operations
+
+    class Able(Engine, Operations):
+        """An engine that has what the policy in use asks for."""
+
 
 class LayerCache:
     """One layer's rows: ``keys`` and ``values`` [kv_heads, N, head_dim]; ``policy`` says which of them stay."""
 
-    def __init__(self, engine, keys=None, values=None, layer: Layer | None = None, policy: Policy = FULL):
-        self.engine = engine
+    def __init__(
+        self,
+        engine: Engine,
+        keys: Handle = None,
+        values: Handle = None,
+        layer: Layer | None = None,
+        policy: Policy = FULL,
+    ) -> None:
+        self.engine = cast("Able", engine)  # ``check_policy`` makes sure of it
         self.layer = Layer(0, 1, 0, 0, 0, 0) if layer is None else layer
         self.layer.keys, self.layer.values = keys, values
         self.policy = policy
         self.prefilled = False
         self._seen = 0
 
-    def copy(self, before: Layer | None = None) -> "LayerCache":
+    def copy(self, before: Layer | None = None) -> LayerCache:
         """The same rows and notes, to go on with apart; ``before``: the copy of the layer below."""
         return self.handed_to(self.policy, self.layer.notes, before)
 
-    def handed_to(self, policy: Policy, notes: dict, before: Layer | None = None) -> "LayerCache":
+    def handed_to(self, policy: Policy, notes: dict, before: Layer | None = None) -> LayerCache:
         """A copy that another policy goes on with; notes: what it has noted of these rows."""
         layer = replace(self.layer, notes=dict(notes), before=before)
         other = LayerCache(self.engine, self.keys, self.values, layer, policy)
@@ -37,21 +55,21 @@ class LayerCache:
         return other
 
     @property
-    def keys(self):
+    def keys(self) -> Handle:
         return self.layer.keys
 
     @property
-    def values(self):
+    def values(self) -> Handle:
         return self.layer.values
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 0 if self.layer.keys is None else self.layer.keys.shape[1]
 
     @property
     def label(self) -> str:
         return f"layer {self.layer.index}"
 
-    def append(self, keys, values):
+    def append(self, keys: Handle, values: Handle) -> None:
         """Adds rows [kv_heads, T, head_dim] at the end."""
         layer, positions = self.layer, torch.arange(self._seen, self._seen + keys.shape[1])
         if layer.keys is None:
@@ -63,17 +81,17 @@ class LayerCache:
                 layer.positions = torch.cat([layer.positions, positions])
         self._seen += len(positions)
 
-    def enter(self, query, key, value):
+    def enter(self, query: Handle, key: Handle, value: Handle) -> tuple[Handle, Handle, Handle]:
         """The rotated query [heads, T, head_dim] and the rows [kv_heads, T, head_dim] as attention will use them."""
         if self.policy.acts:
             return self.policy.enter(self.engine, self.layer, query, key, value)
         return query, key, value
 
-    def leave(self, mixed):
+    def leave(self, mixed: Handle) -> Handle:
         """The mixed values [kv_heads, group * T, head_dim] as the model goes on with them."""
         return self.policy.leave(self.engine, self.layer, mixed) if self.policy.acts else mixed
 
-    def choose(self, query, query_before):
+    def choose(self, query: Handle, query_before: Handle) -> Choice | None:
         """What a decode step attends to; ``None`` for all rows.
 
         query: [kv_heads, group, head_dim]. query_before: [heads, 1, head_dim], before the rotary embedding.
@@ -83,7 +101,7 @@ class LayerCache:
                 return self.policy.choose(self.engine, self.layer, query, self._grouped(query_before))
         return None
 
-    def show(self, rows: int, query_before, **handles) -> None:
+    def show(self, rows: int, query_before: Handle, **handles: Handle) -> None:
         """Shows the policy a pass of ``rows`` new rows.
 
         query_before: [heads, T, head_dim], before the rotary embedding. handles: the rest of ``Seen``.
@@ -93,15 +111,15 @@ class LayerCache:
             seen = Seen(positions=positions, query_before=self._grouped(query_before), **handles)
             self._evict(self.policy.after_step if self.prefilled else self.policy.watch, seen)
 
-    def _grouped(self, query):
+    def _grouped(self, query: Handle) -> Handle:
         """[heads, T, head_dim] to [kv_heads, group * T, head_dim]."""
         return query.reshape(self.layer.kv_heads, -1, self.layer.head_dim)
 
-    def _evict(self, hook, *shown) -> None:
+    def _evict(self, hook: Callable, *shown: Handle) -> None:
         with self.engine.meter.operation(f"{self.label} eviction", "eviction"):
             hook(self.engine, self.layer, *shown)
 
-    def show_last(self, query) -> None:
+    def show_last(self, query: Handle) -> None:
         """As if the rows were a prompt's of which the policy sees the last query [kv_heads, group, head_dim] alone.
 
         Before the rotary embedding it is every row's query.
@@ -112,7 +130,7 @@ class LayerCache:
         scores = engine.scores(query, self.keys)
         weights = engine.softmax(scores)
         engine.mix(weights, self.values)
-        keys, values = engine.contents(self.keys), engine.contents(self.values)
+        keys, values = self.engine.contents(self.keys), self.engine.contents(self.values)
         made = {"key": keys, "value": values, "key_before": keys, "query_before": every}
         self.show(1, query=query, scores=scores, weights=weights, **made)
 
@@ -131,7 +149,7 @@ class KVCache:
     length: int = 0
 
     @classmethod
-    def empty(cls, engine, layers: int, heads: int = 0, kv_heads: int = 0, head_dim: int = 0):
+    def empty(cls, engine: Engine, layers: int, heads: int = 0, kv_heads: int = 0, head_dim: int = 0) -> KVCache:
         """A cache that keeps everything; a policy needs the sizes."""
         caches = [LayerCache(engine, layer=Layer(i, layers, 0, heads, kv_heads, head_dim)) for i in range(layers)]
         for below, cache in zip(caches, caches[1:], strict=False):

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +43,7 @@ def resolve_config(name_or_path: str | Path, offline: bool = False) -> Path:
     return _resolve(name_or_path, offline, ("config.json",))
 
 
-def load_tokenizer(name_or_path: str | Path, offline: bool = False):
+def load_tokenizer(name_or_path: str | Path, offline: bool = False) -> Any:
     """The tokenizer (see ``tokenizer.load``) of a model named as for `resolve_model`, without downloading its weights.
 
     Raises UsageError when there is no tokenizer or it does not load.

@@ -72,7 +72,7 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = ()
     model_type: str = "llama"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _family(self.model_type)
         for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
             integer(name, getattr(self, name))
@@ -114,6 +114,7 @@ class LlamaConfig:
         rope, given = self.rope, self.max_position_embeddings
         if rope.type not in ("linear", "dynamic"):
             return given
+        assert rope.factor is not None, "RopeConfig asks for it"
         return max(given, int((rope.original_max_position_embeddings or given) * rope.factor))
 
     @classmethod

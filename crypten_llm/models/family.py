@@ -8,9 +8,9 @@ attention's scale, 1/sqrt(head_dim), is folded when weights are loaded. It impor
 A model family, in four steps:
 
 1. An entry of ``FAMILIES``. Its ``layer`` lists a ``Part`` for each weight below "model.layers.N.", named as in the
-   checkpoint. The parts that ``layers`` knows are computed where they are listed and left out where they are not: norms
+   checkpoint. The parts that ``llama`` knows are computed where they are listed and left out where they are not: norms
    on heads are "self_attn.q_norm" and "self_attn.k_norm", both or none. A part of another kind takes a module in
-   ``layers``, which finds its weight as they do (``Parameters.find``). ``after`` names the norm before a product; an
+   ``llama``, which finds its weight as they do (``Parameters.find``). ``after`` names the norm before a product; an
    engine may fold that norm's weight into the product's.
 2. Its ``defaults`` are transformers' for absent fields; its ``fields`` are those that change what this family computes
    and that ``config.LlamaConfig`` or ``window`` reads. Any other set field is refused, unless the config knows it as
@@ -131,7 +131,9 @@ class Family:
         """The norm whose output the product ``name`` takes, if one does; both without ".weight"."""
         if name == HEAD:
             return FINAL_NORM
-        prefix, inner = _IN_LAYER.fullmatch(name).groups()
+        found = _IN_LAYER.fullmatch(name)
+        assert found is not None, f"{name} is no product of a layer"
+        prefix, inner = found.groups()
         (norm,) = (part.after for part in self.layer if part.name == inner)
         return None if norm is None else prefix + norm
 

@@ -5,6 +5,10 @@ and nothing about where numbers live. Parameter names are Hugging Face's; which 
 output a product takes, the family says.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from crypten_llm.compat import import_crypten
@@ -13,27 +17,37 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.family import Family
 from crypten_llm.models.rope import rope_frequencies, unchanged_up_to
 
-Module = import_crypten().nn.Module
+if TYPE_CHECKING:
+    from crypten_llm.engines.base import Engine
+    from crypten_llm.models.cache import LayerCache
+    from eviction.operations import Handle
+
+
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, see ``rotary_tables``
+if TYPE_CHECKING:
+    Module = Any  # CrypTen has no types
+else:
+    Module = import_crypten().nn.Module
 
 
 class Parameters:
     """Hands each layer its weights by Hugging Face name: ``parameters.within("mlp").get("up_proj.weight")``."""
 
-    def __init__(self, handles: dict, family: Family, prefix: str = ""):
+    def __init__(self, handles: dict, family: Family, prefix: str = "") -> None:
         self.handles = handles
         self.family = family
         self.prefix = prefix
 
-    def within(self, name: str) -> "Parameters":
+    def within(self, name: str) -> Parameters:
         return Parameters(self.handles, self.family, f"{self.prefix}{name}.")
 
-    def get(self, name: str):
+    def get(self, name: str) -> Handle:
         return self.handles[self.prefix + name]
 
-    def find(self, name: str):
+    def find(self, name: str) -> Handle:
         return self.handles.get(self.prefix + name)
 
-    def norm_before(self):
+    def norm_before(self) -> Handle:
         """The weight of the norm whose output this product takes, ``None`` for other inputs."""
         norm = self.family.norm_before(self.prefix.removesuffix("."))
         return None if norm is None else self.handles[f"{norm}.weight"]
@@ -44,12 +58,12 @@ class EngineModule(Module):
 
     SUPPORTS_PLAINTEXT_INPUTS = True
 
-    def __init__(self, engine):
+    def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.engine = engine
         self.encrypted = engine.is_private  # CrypTen refuses secrets in a module that does not say so
 
-    def adopt(self, name: str, handle):
+    def adopt(self, name: str, handle: Handle) -> None:
         """Registers a weight, so that CrypTen's own module tools (named_parameters, state_dict) see it."""
         if handle is None:
             setattr(self, name, None)
@@ -58,13 +72,13 @@ class EngineModule(Module):
 
 
 class Linear(EngineModule):
-    def __init__(self, engine, parameters: Parameters):
+    def __init__(self, engine: Engine, parameters: Parameters) -> None:
         super().__init__(engine)
         self.adopt("weight", parameters.get("weight"))
         self.adopt("bias", parameters.find("bias"))
         engine.prepare(parameters.get("weight"), parameters.norm_before())
 
-    def forward(self, x):
+    def forward(self, x: Handle) -> Handle:
         return self.engine.linear(x, self.weight, self.bias)
 
 
@@ -74,20 +88,22 @@ class RMSNorm(EngineModule):
     ``scales``: a public power of four by the name of a norm's weight, 1 where there is none.
     """
 
-    def __init__(self, engine, parameters: Parameters, eps: float, scales: dict):
+    def __init__(self, engine: Engine, parameters: Parameters, eps: float, scales: dict) -> None:
         super().__init__(engine)
         self.adopt("weight", parameters.get("weight"))
         self.eps = eps
         self.scale = scales.get(f"{parameters.prefix}weight", 1.0)
 
-    def forward(self, x):
+    def forward(self, x: Handle) -> Handle:
         return self.engine.rms_norm(x, self.weight, self.eps, self.scale)
 
 
 class Attention(EngineModule):
     """Grouped-query attention. Query heads of one kv head share a matrix product: [kv_heads, group * T, head_dim]."""
 
-    def __init__(self, engine, config, parameters: Parameters, label: str, norm_scales: dict):
+    def __init__(
+        self, engine: Engine, config: LlamaConfig, parameters: Parameters, label: str, norm_scales: dict
+    ) -> None:
         super().__init__(engine)
         self.label = label
         self.heads = config.num_attention_heads
@@ -101,7 +117,7 @@ class Attention(EngineModule):
                 norm = RMSNorm(engine, parameters.within(name), config.rms_norm_eps, norm_scales)
                 self.register_module(name, norm)
 
-    def forward(self, x, rotary, cache, mask):
+    def forward(self, x: Handle, rotary: Rotary, cache: LayerCache, mask: torch.Tensor | None) -> Handle:
         engine, rows, group = self.engine, x.shape[0], self.heads // self.kv_heads
         with engine.meter.operation(f"{self.label} query, key, value", "qkv"):
             query = self._split(self.q_proj(x), self.heads)
@@ -118,12 +134,12 @@ class Attention(EngineModule):
         choice = cache.choose(query, query_before)
         with engine.meter.operation(f"{self.label} scores", "scores"):
             scores = engine.scores(query, cache.keys)
-            gathered = scores if choice is None else engine.gather_scores(choice, scores)
+            gathered = scores if choice is None else cache.engine.gather_scores(choice, scores)
         with engine.meter.operation(f"{self.label} softmax", "softmax"):
             weights = engine.softmax(gathered, None if mask is None else mask.repeat(group, 1))
         with engine.meter.operation(f"{self.label} values", "values"):
             if choice is not None:
-                weights = engine.scatter_weights(choice, weights, len(cache))
+                weights = cache.engine.scatter_weights(choice, weights, len(cache))
             mixed = engine.mix(weights, cache.values)
             mixed = cache.leave(mixed).reshape(self.heads, rows, self.head_dim).permute(1, 0, 2)
             out = self.o_proj(mixed.reshape(rows, self.heads * self.head_dim))
@@ -131,22 +147,24 @@ class Attention(EngineModule):
         cache.show(rows, **rotated, query_before=query_before, key_before=key_before)
         return out
 
-    def _split(self, x, heads):
+    def _split(self, x: Handle, heads: int) -> Handle:
         return x.reshape(x.shape[0], heads, self.head_dim).permute(1, 0, 2)
 
 
 class MLP(EngineModule):
-    def __init__(self, engine, parameters: Parameters):
+    def __init__(self, engine: Engine, parameters: Parameters) -> None:
         super().__init__(engine)
         for name in ("gate_proj", "up_proj", "down_proj"):
             self.register_module(name, Linear(engine, parameters.within(name)))
 
-    def forward(self, x):
+    def forward(self, x: Handle) -> Handle:
         return self.down_proj(self.engine.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(EngineModule):
-    def __init__(self, engine, config, parameters: Parameters, index: int, norm_scales: dict):
+    def __init__(
+        self, engine: Engine, config: LlamaConfig, parameters: Parameters, index: int, norm_scales: dict
+    ) -> None:
         super().__init__(engine)
         self.label = f"layer {index}"
         for name in ("input_layernorm", "post_attention_layernorm"):
@@ -156,7 +174,7 @@ class DecoderLayer(EngineModule):
         self.register_module("self_attn", attention)
         self.register_module("mlp", MLP(engine, parameters.within("mlp")))
 
-    def forward(self, x, rotary, cache, mask):
+    def forward(self, x: Handle, rotary: Rotary, cache: LayerCache, mask: torch.Tensor | None) -> Handle:
         with self.engine.meter.operation(f"{self.label} input norm", "norm"):
             normed = self.input_layernorm(x)
         x = self.engine.residual(x, self.self_attn(normed, rotary, cache, mask))
@@ -166,7 +184,7 @@ class DecoderLayer(EngineModule):
             return self.engine.residual(x, self.mlp(normed))
 
 
-def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> Rotary:
     """Cosines and sines for ``engine.rotate``; both are public.
 
     Shapes: frequencies [head_dim / 2] in radians per position (see ``rope``), positions [T], integers from 0; returns
@@ -180,7 +198,7 @@ def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> tuple[t
 class Llama(EngineModule):
     """A decoder-only Llama. ``norm_scales`` gives RMSNorms, by weight name, a power of four (see ``calibration``)."""
 
-    def __init__(self, engine, config: LlamaConfig, handles: dict, norm_scales: dict | None = None):
+    def __init__(self, engine: Engine, config: LlamaConfig, handles: dict, norm_scales: dict | None = None) -> None:
         super().__init__(engine)
         scales = norm_scales or {}
         parameters = Parameters(handles, config.family)
@@ -190,7 +208,7 @@ class Llama(EngineModule):
         self.frequencies, self.frequencies_hold = rope_frequencies(config), unchanged_up_to(config)
         self.adopt("embed_tokens", table)
         engine.prepare(table)
-        self.blocks = []
+        self.blocks: list[DecoderLayer] = []
         for i in range(config.num_hidden_layers):
             layer = DecoderLayer(engine, config, body.within(f"layers.{i}"), i, scales)
             self.register_module(f"layers.{i}", layer)
@@ -206,7 +224,7 @@ class Llama(EngineModule):
         sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         return KVCache.empty(self.engine, config.num_hidden_layers, *sizes)
 
-    def forward(self, one_hot, cache: KVCache, last_only: bool = True, seq_len: int = 0):
+    def forward(self, one_hot: Handle, cache: KVCache, last_only: bool = True, seq_len: int = 0) -> Handle:
         """Logits [T, V], or [1, V] of the last row, for one-hot rows [T, V]; their keys and values join the cache.
 
         ``seq_len`` is the length of the whole prompt when these rows are a chunk of it (dynamic RoPE depends on it).
@@ -214,13 +232,13 @@ class Llama(EngineModule):
         x = self.extend(one_hot, cache, seq_len)
         return self.logits(x[-1:] if last_only else x)
 
-    def extend(self, one_hot, cache: KVCache, seq_len: int = 0):
+    def extend(self, one_hot: Handle, cache: KVCache, seq_len: int = 0) -> Handle:
         """Hidden states [T, H] for one-hot rows [T, V]; their keys and values join the cache."""
         with self.engine.meter.operation("embedding", "embedding"):
             x = self.engine.embed(one_hot, self.embed_tokens)
         return self.decode_rows(x, cache, seq_len)
 
-    def decode_rows(self, x, cache: KVCache, seq_len: int = 0):
+    def decode_rows(self, x: Handle, cache: KVCache, seq_len: int = 0) -> Handle:
         """Hidden states [T, H] through every layer; their keys and values join the cache."""
         rows = x.shape[0]
         positions = cache.extend(rows)
@@ -233,18 +251,18 @@ class Llama(EngineModule):
             x = self.through(index, x, rotary, layer_cache, mask)
         return x
 
-    def through(self, index: int, x, rotary, cache, mask):
+    def through(self, index: int, x: Handle, rotary: Rotary, cache: LayerCache, mask: torch.Tensor | None) -> Handle:
         """Hidden states [T, H] through the layer of that index."""
         return self.blocks[index](x, rotary, cache, mask)
 
-    def rotary(self, positions, length: int):
+    def rotary(self, positions: torch.Tensor, length: int) -> Rotary:
         """Public cosines and sines [T, head_dim] of ``positions`` [T] in a sequence of ``length`` tokens."""
         frequencies = self.frequencies
         if length > self.frequencies_hold:
             frequencies = rope_frequencies(self.config, length)
         return rotary_tables(frequencies, positions)
 
-    def logits(self, x):
+    def logits(self, x: Handle) -> Handle:
         with self.engine.meter.operation("final norm", "norm"):
             x = self.norm(x)
         with self.engine.meter.operation("logits", "logits"):

@@ -33,10 +33,12 @@ def rope_frequencies(config: LlamaConfig, length: int = 0) -> torch.Tensor:
     rope, dim = config.rope, config.head_dim
     base: float | torch.Tensor = rope.theta
     if length > unchanged_up_to(config):
+        assert rope.factor is not None, "RopeConfig asks for it"
         stretch = (rope.factor * torch.tensor(length) / config.max_position_embeddings) - (rope.factor - 1)
         base = base * stretch ** (dim / (dim - 2))
     frequencies = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if rope.type == "linear":
+        assert rope.factor is not None, "RopeConfig asks for it"
         return frequencies / rope.factor
     if rope.type == "llama3":
         return _llama3(config, frequencies)
@@ -47,6 +49,7 @@ def _llama3(config: LlamaConfig, frequencies: torch.Tensor) -> torch.Tensor:
     """Keep the short wavelengths, divide the long ones by `factor`, blend in between. [head_dim / 2] to the same."""
     rope = config.rope
     context, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+    assert rope.factor is not None and context is not None and low is not None and high is not None, "RopeConfig asks"
     wavelengths = 2 * math.pi / frequencies
     smooth = (context / wavelengths - low) / (high - low)
     blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies

@@ -36,7 +36,7 @@ class RopeConfig:
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         number("rope_theta", self.theta)
         if self.type not in ROPE_TYPES:
             raise UsageError(f"rope type is {self.type!r}; supported are {', '.join(ROPE_TYPES)}")
@@ -46,9 +46,9 @@ class RopeConfig:
         if self.type == "llama3" or original is not None:
             integer(f"original_max_position_embeddings of rope type {self.type}", original)
         if self.type == "llama3":
-            number("low_freq_factor of rope type llama3", self.low_freq_factor)
-            number("high_freq_factor of rope type llama3", self.high_freq_factor)
-            if self.high_freq_factor <= self.low_freq_factor:
+            low = number("low_freq_factor of rope type llama3", self.low_freq_factor)
+            high = number("high_freq_factor of rope type llama3", self.high_freq_factor)
+            if high <= low:
                 raise UsageError(
                     f"high_freq_factor is {self.high_freq_factor!r}; it must be larger than "
                     f"low_freq_factor {self.low_freq_factor!r}"

@@ -14,6 +14,7 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from crypten_llm.errors import UsageError, first_line
 
@@ -42,7 +43,7 @@ class Tokenizer:
     loaded then (``full``).
     """
 
-    def __init__(self, folder: Path, names: dict[str, str]):
+    def __init__(self, folder: Path, names: dict[str, str]) -> None:
         """names: of ``bos_token`` and its like, their text. Raises what the library raises for a broken file."""
         from tokenizers import Tokenizer as Backend
 
@@ -52,7 +53,14 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
 
-    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False, verbose=True, **others) -> dict:
+    def __call__(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        return_offsets_mapping: bool = False,
+        verbose: bool = True,
+        **others: Any,
+    ) -> dict:
         """``input_ids`` of ``text``, and ``offset_mapping``, [first, end) in characters, when asked for."""
         if not isinstance(text, str) or others:
             asked = {"add_special_tokens": add_special_tokens, "verbose": verbose, **others}
@@ -63,7 +71,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def decode(self, ids, skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """Text of ids, a list or a tensor [T] of them."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         return self._backend.decode([ids] if isinstance(ids, int) else ids, skip_special_tokens=skip_special_tokens)
@@ -78,11 +86,11 @@ class Tokenizer:
         return True
 
     @cached_property
-    def full(self):
+    def full(self) -> Any:
         """transformers' tokenizer of the same folder."""
         return _of_transformers(self.folder)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_names" not in self.__dict__:
             raise AttributeError(name)
         if name in _NAMED:
@@ -92,7 +100,7 @@ class Tokenizer:
         return getattr(self.full, name)
 
 
-def load(folder: Path):
+def load(folder: Path) -> Any:
     """The tokenizer of a folder: a ``Tokenizer`` where that gives what transformers gives, or else transformers' own.
 
     transformers is used for a folder
@@ -121,7 +129,7 @@ def load(folder: Path):
         ) from error
 
 
-def _of_transformers(folder: Path):
+def _of_transformers(folder: Path) -> Any:
     if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         _check_package(folder / "tokenizer.model")
     from transformers import AutoTokenizer  # takes seconds to import
@@ -169,7 +177,7 @@ def _added(content: dict) -> list[dict]:
     return content.get("added_tokens") or []
 
 
-def _text(token) -> str | None:
+def _text(token: Any) -> Any:
     """The text of a special token, which is written as a string or with its flags."""
     return token.get("content") if isinstance(token, dict) else token
 
@@ -179,7 +187,7 @@ def _json(path: Path) -> dict:
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt. Where the tokenizer adds a first token, a prompt that begins with its text has it once."""
     ids = list(tokenizer(prompt)["input_ids"])
     bos = tokenizer.bos_token
@@ -189,7 +197,7 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return ids[1:] if tokenizer("")["input_ids"][:1] == first and ids[:2] == first * 2 else ids
 
 
-def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
+def encode_chat(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Token ids of a conversation as the tokenizer's chat template writes it, up to where the answer begins.
 
     Raises UsageError when there is no template, or it refuses the messages.
@@ -203,7 +211,7 @@ def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes the special tokens
 
 
-def has_chat_template(tokenizer) -> bool:
+def has_chat_template(tokenizer: Any) -> bool:
     """Whether it says how a conversation is written for its model."""
     if not isinstance(tokenizer, Tokenizer):
         return bool(tokenizer.chat_template)
@@ -230,6 +238,6 @@ def digest(folder: Path) -> str | None:
     return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()
 
 
-def digest_of(tokenizer) -> str | None:
+def digest_of(tokenizer: Any) -> str | None:
     """``digest`` of the folder that a tokenizer was loaded from."""
     return digest(tokenizer.folder if isinstance(tokenizer, Tokenizer) else Path(tokenizer.name_or_path))

@@ -4,7 +4,7 @@ Owns ``below``. x = M - r modulo 2^l is negative where its top bit is set: msb(M
 being the low l - 1 bits. M' and r' are cut into four digits. The dealer shares, for each digit of r', the table of
 signs against every value of a digit of M', and the sum of signs times 8, 4, 2, 1 has the sign of the first digit that
 differs. That sum has 5 bits: it is opened, and a table of 32 entries turns it into the bit. Two steps, a round between
-them and some 100 bytes of the dealer's for 20 bits, where a comparison key (``normalize``) has no round and 700 bytes.
+them and some 100 bytes of the dealer's for 20 bits, where a comparison key (``smooth``) has no round and 700 bytes.
 
 A difference of two opened values needs no opening: its mask is the difference of the masks. Several thresholds share
 the digit tables.
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.kernels.ring import DIGITS, SIGNS, broadcast
-from crypten_llm.protocols.dealer.roles import Parts
+from crypten_llm.protocols.dealer.roles import Parts, Runtime
 from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, shares_of
 
 BLOCK = 1 << 14  # comparisons at a time
 SIGN_WORD = 16  # bits of a word that holds the signs of all digits
 
 
-def below(runtime, wire: Wire, thresholds: Sequence[int], width: int) -> Protocol:
+def below(runtime: Runtime, wire: Wire, thresholds: Sequence[int], width: int) -> Protocol[Secret]:
     """1{x < t} for an opened x [...] and public integers t: [..., thresholds], shares of ``width`` bits.
 
     wire: x as a narrow wire modulo 2^l; |x - t| < 2^(l - 1) is the caller's word.
@@ -46,24 +46,24 @@ def below(runtime, wire: Wire, thresholds: Sequence[int], width: int) -> Protoco
         points, tops = ring.low_bits(moved, low), (moved >> low) & 1
     signs = []
     for part in runtime.blocks(mask.numel(), BLOCK):
-        words = runtime.deal_table(
-            (part.stop - part.start, 1 << digit_bits),
-            SIGN_WORD,
-            lambda words, part=part: kernels.turn_signs(ring.low_bits(mask[part], low), digit_bits, words),
-        )
-        if points is not None:
+
+        def signed(words: Tensor, part: slice = part) -> Tensor:
+            return kernels.turn_signs(ring.low_bits(mask[part], low), digit_bits, words)
+
+        words = runtime.deal_table((part.stop - part.start, 1 << digit_bits), SIGN_WORD, signed)
+        if points is not None and words is not None:
             signs.append(kernels.read_signs(words, points[part], digit_bits))
     total = Secret(runtime.share(shape, lambda: torch.cat(signs).view(shape)), 0, SIGNS, DIGITS)
     (opened,) = yield [Opening(total, ring=SIGNS, function=True)]
     bits, raw = [], None if opened.raw is None else opened.raw.reshape(-1, many)
     for part in runtime.blocks(mask.numel(), BLOCK):
 
-        def turned(words, part=part):
+        def turned(words: Tensor, part: slice = part) -> Tensor:
             masks = opened.mask.held.reshape(-1, many)[part]
             return kernels.turn_bits(masks, (mask[part] >> low) & 1, words)
 
         words = runtime.deal_table((part.stop - part.start, many, 1 << SIGNS), width, turned)
-        if raw is not None:
+        if raw is not None and tops is not None and words is not None:
             bits.append(kernels.read_bits(words, raw[part], tops[part], runtime.plus(0, 1)))
     return Secret(runtime.share(shape, lambda: torch.cat(bits).view(shape)), 0, width, 1)
 
@@ -71,7 +71,7 @@ def below(runtime, wire: Wire, thresholds: Sequence[int], width: int) -> Protoco
 def difference(x: Wire, y: Wire) -> Wire:
     """x - y as a narrow wire, for narrow wires of one ring, with broadcasting; local."""
     assert (x.width, x.scale) == (y.width, y.scale), "differences are of wires of one ring"
-    public = None if x.public is None else x.public - y.public
+    public = None if x.public is None or y.public is None else x.public - y.public
     return Wire(public, [(-1, Parts(x.first - y.first))], x.scale, x.width, max(x.bits, y.bits) + 1)
 
 
@@ -80,7 +80,7 @@ def bit_opening(bits: Secret) -> Opening:
     return Opening(bits, ring=1, function=True)
 
 
-def times_bits(runtime, bit: Wire, x: Wire) -> Secret:
+def times_bits(runtime: Runtime, bit: Wire, x: Wire) -> Secret:
     """b x for a bit opened modulo 2 (``bit_opening``) and a narrow wire x, with broadcasting; local.
 
     With b = B xor s: b x = B x + (1 - 2 B) s x, and the dealer shares s and s r. The result is valid where x is,
@@ -89,11 +89,13 @@ def times_bits(runtime, bit: Wire, x: Wire) -> Secret:
     Error: none. Cost: dealer the bits of x's ring a bit, and an element of the result.
     """
     assert len(x.masks) == 1, "bits multiply narrow wires"
+    assert bit.mask is not None, "the bit is a whole opening"
     shape, mask, flipped = broadcast(bit.shape, x.shape), x.first, bit.mask.held
     flip = runtime.deal(bit.shape, lambda: flipped, x.width).held
     masked = runtime.deal(shape, lambda: flipped * mask, x.width).held
 
     def share() -> Tensor:
+        assert bit.raw is not None and x.public is not None, "parties have opened both"
         return bit.raw * shares_of(runtime, x) + (1 - 2 * bit.raw) * (x.public * flip - masked)
 
     return Secret(runtime.share(shape, share), x.scale, x.width, x.bits)

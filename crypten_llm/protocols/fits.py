@@ -1,7 +1,7 @@
 """Fits of smooth functions by trigonometric sums, and what is stored of them.
 
 Owns the fits. A function is fitted on its domain alone: outside, the sum is bounded by its coefficients but otherwise
-meaningless, so a caller must guarantee the domain. Evaluating one on shares is ``fourier``.
+meaningless, so a caller must guarantee the domain. Evaluating one on shares is ``smooth.evaluate``.
 """
 
 import functools
@@ -52,7 +52,14 @@ def _angles(x: Tensor, period: int, modes: int) -> Tensor:
 
 
 def fit(
-    name: str, function, low: float, high: float, period: int, modes: int, even: bool = False, noise: float = 2.0**-26
+    name: str,
+    function: Callable[[Tensor], Tensor],
+    low: float,
+    high: float,
+    period: int,
+    modes: int,
+    even: bool = False,
+    noise: float = 2.0**-26,
 ) -> Fit:
     """The trigonometric sum with the least error including quantisation noise, over a range of ridge penalties.
 

@@ -11,12 +11,13 @@ import math
 import torch
 from torch import Tensor
 
+from crypten_llm.protocols.dealer.roles import Runtime
 from crypten_llm.protocols.opening import Secret, Wire
 
 BLOCK = 1 << 20  # words of tables at a time
 
 
-def read(runtime, wire: Wire, table: Tensor, width: int) -> Secret:
+def read(runtime: Runtime, wire: Wire, table: Tensor, width: int) -> Secret:
     """T[v] for v opened modulo its ring of m bits (``Opening(function=True)``): shares of ``width`` bits; local.
 
     table: public int64 [2^m]. width: 8, 16, 32 or 64. Error: none. Cost: dealer 2^m words of that width an element.
@@ -26,7 +27,7 @@ def read(runtime, wire: Wire, table: Tensor, width: int) -> Secret:
     return Secret(share[..., 0], 0, width, int(table.abs().max()).bit_length())
 
 
-def one_hot(runtime, wire: Wire, values: Tensor) -> Secret:
+def one_hot(runtime: Runtime, wire: Wire, values: Tensor) -> Secret:
     """1{v == values[k]} for v as in ``read``: [...] to [..., K], valid modulo 2^64; local.
 
     values: public int64 [K]. Error: none. Cost: dealer 2^m words of 8 bytes an element, however many values.
@@ -36,25 +37,26 @@ def one_hot(runtime, wire: Wire, values: Tensor) -> Secret:
     return Secret(_shares(runtime, wire, table, values, 64), 0, 64, 1)
 
 
-def _shares(runtime, wire: Wire, table: Tensor, steps: Tensor, width: int) -> Tensor:
+def _shares(runtime: Runtime, wire: Wire, table: Tensor, steps: Tensor, width: int) -> Tensor:
     """Shares of T[v - steps[k]]: [..., K]."""
     kernels, size = runtime.kernels, len(table)
+    assert wire.mask is not None, "tables are read at whole openings"
     mask = wire.mask.held.reshape(-1)
     raw = None if wire.raw is None else wire.raw.reshape(-1)
     blocks = []
     for part in runtime.blocks(mask.numel(), max(1, BLOCK // size)):
-        words = runtime.deal_table(
-            (part.stop - part.start, size),
-            width,
-            lambda words, part=part: kernels.turn_table(table, mask[part], words),
-        )
-        if raw is not None:
+
+        def turned(words: Tensor, part: slice = part) -> Tensor:
+            return kernels.turn_table(table, mask[part], words)
+
+        words = runtime.deal_table((part.stop - part.start, size), width, turned)
+        if raw is not None and words is not None:
             blocks.append(kernels.read_table(words, raw[part], steps))
     shape = (*wire.shape, len(steps))
     return runtime.share(shape, lambda: torch.cat(blocks).view(shape))
 
 
-def public(runtime, value: Tensor, scale: int = 0, bits: int = 1) -> Secret:
+def public(runtime: Runtime, value: Tensor, scale: int = 0, bits: int = 1) -> Secret:
     """Public integers as a ``Secret``; local."""
     return Secret(runtime.public(value), scale, 64, bits)
 

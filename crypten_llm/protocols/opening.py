@@ -18,16 +18,19 @@ each way, and takes each to its next request. So what does not depend on each ot
 it: the new rows of a cache with the next layer's scores, and one sequence's openings with another's.
 """
 
+from __future__ import annotations
+
 import itertools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from crypten_llm.kernels import ring
+from crypten_llm.links.meter import Cell, Meter, Scope
 from crypten_llm.protocols.dealer.roles import Parts, Piece, Runtime
 
 
@@ -44,7 +47,7 @@ class Secret:
 
     __slots__ = ("share", "scale", "width", "bits", "opened")
 
-    def __init__(self, share: Tensor, scale: int, width: int, bits: int):
+    def __init__(self, share: Tensor, scale: int, width: int, bits: int) -> None:
         self.share, self.scale, self.width, self.bits = share, scale, width, bits
         self.opened: Wire | None = None
 
@@ -52,33 +55,33 @@ class Secret:
     def shape(self) -> torch.Size:
         return self.share.shape
 
-    def like(self, share: Tensor) -> "Secret":
+    def like(self, share: Tensor) -> Self:
         """Other shares of the same scale, width and bits."""
         return type(self)(share, self.scale, self.width, self.bits)
 
-    def reshape(self, *shape):
+    def reshape(self, *shape: int) -> Self:
         return self.like(self.share.reshape(*shape))
 
-    def permute(self, *order):
+    def permute(self, *order: int) -> Self:
         return self.like(self.share.permute(*order))
 
-    def transpose(self, first, second):
+    def transpose(self, first: int, second: int) -> Self:
         return self.like(self.share.transpose(first, second))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Self:
         return self.like(self.share[index])
 
-    def __neg__(self):
+    def __neg__(self) -> Self:
         return self.like(-self.share)
 
-    def at_scale(self, scale: int) -> "Secret":
+    def at_scale(self, scale: int) -> Self:
         """The same values with more fractional bits; what was valid modulo 2^w now is modulo that much more."""
         more = scale - self.scale
         if not more:
             return self
         return type(self)(self.share << more, scale, min(64, self.width + more), self.bits)
 
-    def become(self, other: "Secret") -> None:
+    def become(self, other: Secret) -> None:
         """Takes over ``other``'s shares of the same value."""
         self.share, self.scale, self.width, self.bits = other.share, other.scale, other.width, other.bits
         self.opened = None
@@ -109,13 +112,13 @@ class Wire:
         """What this role holds of the first mask, whose coefficient is -1."""
         return self.masks[0][1].held
 
-    def reshape(self, *shape):
+    def reshape(self, *shape: int) -> Wire:
         return self.map(lambda t: t.reshape(*shape))
 
-    def transpose(self, first, second):
+    def transpose(self, first: int, second: int) -> Wire:
         return self.map(lambda t: t.transpose(first, second))
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Wire":
+    def map(self, change: Callable[[Tensor], Tensor]) -> Wire:
         """The wire with ``change``, which must be linear, applied to each of its tensors; it is no whole opening."""
         masks = [(change(c) if isinstance(c, Tensor) else c, mask.map(change)) for c, mask in self.masks]
         public = None if self.public is None else change(self.public)
@@ -126,7 +129,7 @@ class Wire:
 class Opening:
     """What to open: ``secret`` modulo 2^ring after which ``truncate`` bits are dropped; ``lifted`` or narrow.
 
-    function: keep M and r for ``fourier`` or a comparison; no wire is made, and |x| may fill the ring (a period).
+    function: keep M and r for ``smooth`` or a comparison; no wire is made, and |x| may fill the ring (a period).
 
     Reveals: x + r modulo 2^ring for a fresh mask r uniform modulo 2^ring: a uniform value, to both parties.
     Error: rounding by less than one unit of the new scale, unbiased; none without truncation.
@@ -170,7 +173,7 @@ class Opening:
                 f"but the opening has {size}"
             )
 
-    def prepare(self, runtime, cell) -> tuple[Piece, Callable[[Tensor | None], Wire]]:
+    def prepare(self, runtime: Runtime, cell: Cell) -> tuple[Piece, Callable[[Tensor | None], Wire]]:
         """What travels, and what makes a wire of the sum."""
         self.check()
         size, shape = self.size, self.secret.shape
@@ -179,7 +182,7 @@ class Opening:
         piece = Piece(tuple(shape), size, cell, self.secret.share, mask.held, offset)
         return piece, lambda public: self._wire(runtime, mask, public)
 
-    def _wire(self, runtime, mask: Parts, public: Tensor | None) -> Wire:
+    def _wire(self, runtime: Runtime, mask: Parts, public: Tensor | None) -> Wire:
         secret, size, cut, shape = self.secret, self.size, self.truncate, mask.shape
         if self.function:
             return Wire(None, [(-1, mask)], secret.scale, size, secret.bits, raw=public, mask=mask)
@@ -208,12 +211,14 @@ class Message:
     bits: int
     words: Tensor | None
 
-    def prepare(self, runtime, cell) -> tuple[Piece, Callable[[Tensor | None], Tensor | None]]:
+    def prepare(self, runtime: Runtime, cell: Cell) -> tuple[Piece, Callable[[Tensor | None], Tensor | None]]:
         return Piece(self.shape, self.bits, cell, self.words, sender=self.sender), lambda words: words
 
 
 Request = Opening | Message
-Protocol = Generator[list[Request], list[Any], Any]  # yields what it wants opened and is sent the wires
+Result = TypeVar("Result")
+Protocol = Generator[list[Request], list[Any], Result]  # yields what it wants opened and is sent the wires
+Finish = Iterator[tuple[Callable[[Tensor | None], Any], Tensor | None]]  # for each request what makes its wire, of what
 
 
 def masked(x: Wire) -> Tensor:
@@ -224,7 +229,7 @@ def masked(x: Wire) -> Tensor:
     return total
 
 
-def as_secret(runtime, wire: Wire) -> Secret:
+def as_secret(runtime: Runtime, wire: Wire) -> Secret:
     """The shares that a wire stands for; local. Of a lifted wire, valid modulo 2^64."""
     return Secret(shares_of(runtime, wire), wire.scale, wire.width, wire.bits)
 
@@ -232,10 +237,11 @@ def as_secret(runtime, wire: Wire) -> Secret:
 def plain(opened: Wire) -> Wire:
     """What was opened whole for a function, as the narrow wire modulo its own ring that it also is; local."""
     mask = opened.mask
+    assert mask is not None, "this is a view, of which the whole opening is not known"
     return Wire(opened.raw, [(-1, mask)], opened.scale, opened.width, opened.bits, opened.raw, mask)
 
 
-def shares_of(runtime, x: Wire) -> Tensor:
+def shares_of(runtime: Runtime, x: Wire) -> Tensor:
     """Additive shares behind a wire, valid modulo its ring; local."""
 
     def share() -> Tensor:
@@ -248,14 +254,13 @@ def shares_of(runtime, x: Wire) -> Tensor:
 def joined(wires: list[Wire], dim: int) -> Wire:
     """Narrow wires of one scale, one behind the other."""
     first = wires[0]
-    public = None if first.public is None else torch.cat([wire.public for wire in wires], dim)
+    publics: list[Any] = [wire.public for wire in wires]
+    public = None if first.public is None else torch.cat(publics, dim)
     parts = [wire.masks[0][1] for wire in wires]
-    client = None if parts[0].client is None else torch.cat([part.client for part in parts], dim)
+    clients: list[Any] = [part.client for part in parts]
+    client = None if parts[0].client is None else torch.cat(clients, dim)
     mask = Parts(torch.cat([part.held for part in parts], dim), client)
     return Wire(public, [(-1, mask)], first.scale, min(wire.width for wire in wires), first.bits)
-
-
-Result = TypeVar("Result")
 
 
 class Running:
@@ -263,16 +268,17 @@ class Running:
 
     __slots__ = ("protocol", "scope", "requests", "is_done", "result")
 
-    def __init__(self, protocol: Protocol, scope):
+    def __init__(self, protocol: Protocol[Any], scope: Scope) -> None:
         self.protocol, self.scope = protocol, scope
         self.requests: list[Request] = []
-        self.is_done, self.result = False, None
+        self.is_done = False
+        self.result: Any = None
 
 
 class Rounds:
     """One role's protocols under way, over its runtime."""
 
-    def __init__(self, runtime: Runtime):
+    def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self._running: list[Running] = []
         self._strands: dict[greenlet, Running | None] = {}  # programs side by side, and what each waits for
@@ -283,10 +289,10 @@ class Rounds:
         return bool(self._strands)
 
     @property
-    def _meter(self):
+    def _meter(self) -> Meter:
         return self.runtime.transport.meter
 
-    def start(self, protocol: Protocol) -> Running:
+    def start(self, protocol: Protocol[Any]) -> Running:
         """Takes a protocol to its first request, which joins the next round."""
         running = Running(protocol, self._meter.scope)
         self._advance(running, None)
@@ -305,7 +311,7 @@ class Rounds:
                 self._round()
         return running.result
 
-    def run(self, protocol: Protocol) -> Any:
+    def run(self, protocol: Protocol[Result]) -> Result:
         """``start`` and ``finish``."""
         return self.finish(self.start(protocol))
 
@@ -365,7 +371,7 @@ class Rounds:
             if not item.is_done:
                 self._running.append(item)
 
-    def _advance(self, item: Running, finish) -> None:
+    def _advance(self, item: Running, finish: Finish | None) -> None:
         """finish: gives for each request what makes its wire, and of what; ``None`` at the start."""
         meter = self._meter
         if item.scope is meter.scope:
@@ -374,7 +380,7 @@ class Rounds:
             with meter.within(item.scope):
                 self._resume(item, finish)
 
-    def _resume(self, item: Running, finish) -> None:
+    def _resume(self, item: Running, finish: Finish | None) -> None:
         try:
             if finish is None:
                 item.requests = next(item.protocol)
@@ -385,5 +391,5 @@ class Rounds:
             item.is_done, item.result, item.requests = True, end.value, []
 
 
-def _opened(openings: list[Request]) -> Protocol:
+def _opened(openings: list[Request]) -> Protocol[list[Wire]]:
     return (yield openings)

@@ -4,13 +4,17 @@ Owns the arithmetic of public parts, shared masks and dealt products of masks. W
 x y = X Y - X [b] - [a] Y + [a b]; the dealer knows a b, and deals it modulo the ring of the result.
 """
 
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crypten_llm.kernels.ring import broadcast
-from crypten_llm.protocols.dealer.roles import Parts
+from crypten_llm.protocols.dealer.roles import Parts, Runtime
 from crypten_llm.protocols.opening import Message, Overflow, Protocol, Secret, Wire, masked
 from crypten_llm.roles import CLIENT, OWNER
 
@@ -21,7 +25,7 @@ def check(bits: int, scale: int, width: int, what: str) -> None:
         raise Overflow(f"{what}: |x| < 2^{bits} at scale 2^{scale} does not fit a share valid modulo 2^{width}")
 
 
-def multiply(runtime, x: Wire, y: Wire, scale: int | None = None, bits: int | None = None) -> Secret:
+def multiply(runtime: Runtime, x: Wire, y: Wire, scale: int | None = None, bits: int | None = None) -> Secret:
     """x * y element-wise with broadcasting; local.
 
     Shapes: any two that broadcast. scale, bits: of the result, where the caller knows better than the sum of the
@@ -37,12 +41,13 @@ def multiply(runtime, x: Wire, y: Wire, scale: int | None = None, bits: int | No
     bits, width = x.bits + y.bits if bits is None else bits, min(x.width, y.width)
     check(bits, scale, width, "product")
     pairs = [
-        (one, other, runtime.deal(shape, lambda left=left, right=right: left.held * right.held, width))
+        (one, other, runtime.deal(shape, functools.partial(operator.mul, left.held, right.held), width))
         for one, left in x.masks
         for other, right in y.masks
     ]
 
     def share() -> Tensor:  # X share(y) + masked(x) Y + the products of masks
+        assert x.public is not None and y.public is not None, "parties have opened both"
         left = masked(x)
         total = x.public * runtime.plus(masked(y), y.public)
         total.addcmul_(left, y.public)
@@ -53,7 +58,7 @@ def multiply(runtime, x: Wire, y: Wire, scale: int | None = None, bits: int | No
     return Secret(runtime.share(shape, share), scale, width, bits)
 
 
-def _add_times(total: Tensor, one, other, pair: Tensor) -> None:
+def _add_times(total: Tensor, one: Any, other: Any, pair: Tensor) -> None:
     """total += one * other * pair, where a coefficient may be the number -1."""
     tensors = [coefficient for coefficient in (one, other) if isinstance(coefficient, Tensor)]
     if not tensors:
@@ -64,7 +69,7 @@ def _add_times(total: Tensor, one, other, pair: Tensor) -> None:
         total.addcmul_(tensors[0] * tensors[1], pair)
 
 
-def square(runtime, x: Wire) -> Secret:
+def square(runtime: Runtime, x: Wire) -> Secret:
     """x^2 element-wise; local.
 
     Error: none. Cost: dealer the bits of x's ring an element, twice as many when lifted.
@@ -77,7 +82,7 @@ def square(runtime, x: Wire) -> Secret:
     return Secret(total, 2 * x.scale, x.width, 2 * x.bits)
 
 
-def sum_of_squares(runtime, x: Wire, bits: int) -> Secret:
+def sum_of_squares(runtime: Runtime, x: Wire, bits: int) -> Secret:
     """Sum of x^2 over the last dimension, kept as 1; local.
 
     bits: the sum is below 2^bits by the caller's word, which is not checked against the number of terms.
@@ -92,7 +97,7 @@ def sum_of_squares(runtime, x: Wire, bits: int) -> Secret:
     return Secret(total, 2 * x.scale, x.width, bits)
 
 
-def _square_without_first(runtime, x: Wire):
+def _square_without_first(runtime: Runtime, x: Wire) -> Callable[[], Tensor]:
     """Gives x^2 but for the square of the first mask, of coefficient -1; a second mask is a bit, its own square."""
     pair = None
     if len(x.masks) == 2:
@@ -100,9 +105,11 @@ def _square_without_first(runtime, x: Wire):
         pair = runtime.deal(x.shape, lambda: first * second, x.width)
 
     def share() -> Tensor:
-        total = runtime.plus(torch.zeros_like(x.public), lambda: x.public * x.public)
+        public = x.public
+        assert public is not None, "parties have opened it"
+        total = runtime.plus(torch.zeros_like(public), lambda: public * public)
         for coefficient, mask in x.masks:
-            total += 2 * x.public * (coefficient * mask.held)
+            total += 2 * public * (coefficient * mask.held)
         if pair is not None:
             coefficient, bit = x.masks[1]
             total += coefficient * coefficient * bit.held - 2 * coefficient * pair.held
@@ -130,24 +137,24 @@ class Operand:
         return self.own.shape
 
 
-def fold(runtime, wire: Wire) -> Operand:
+def fold(runtime: Runtime, wire: Wire) -> Operand:
     """``wire``, which must be narrow, as an ``Operand``; local."""
     assert len(wire.masks) == 1, "matrix products take narrow wires"
     return Operand(wire.public, _turned(runtime, wire.public, wire.first), wire.scale, wire.width, wire.bits)
 
 
-def unfold(runtime, operand: Operand) -> Wire:
+def unfold(runtime: Runtime, operand: Operand) -> Wire:
     """The wire that ``fold`` made an operand of; local."""
     mask = Parts(_turned(runtime, operand.public, operand.own))
     return Wire(operand.public, [(-1, mask)], operand.scale, operand.width, operand.bits)
 
 
-def _turned(runtime, public: Tensor | None, own: Tensor) -> Tensor:
+def _turned(runtime: Runtime, public: Tensor | None, own: Tensor) -> Tensor:
     """A party's share of x from its part of the mask, or its part from its share; the dealer's mask as it is."""
     return own if public is None else runtime.plus(-own, public)
 
 
-def matmul(runtime, x: Wire, y: Wire | Operand, transposed: bool, bits: int) -> Secret:
+def matmul(runtime: Runtime, x: Wire, y: Wire | Operand, transposed: bool, bits: int) -> Secret:
     """x @ y, or x @ y.T when ``transposed``, of two narrow wires; local.
 
     Shapes: [..., M, K] by [..., K, N] or [..., N, K], the same batch, to [..., M, N]. bits: as in ``sum_of_squares``.
@@ -161,9 +168,12 @@ def matmul(runtime, x: Wire, y: Wire | Operand, transposed: bool, bits: int) -> 
     product = runtime.kernels.matmul_nt if transposed else runtime.kernels.matmul_nn
     shape = (*x.shape[:-1], right.shape[-2] if transposed else right.shape[-1])
     dealt = runtime.deal(shape, lambda: product(x.first, right.own), width)
-    # The owner: X (Y - b0) - a0 Y + c0; the client: -X b1 - a1 Y + c1.
-    total = runtime.share(shape, lambda: product(x.public, right.own) - product(x.first, right.public) + dealt.held)
-    return Secret(total, scale, width, bits)
+
+    def share() -> Tensor:  # the owner: X (Y - b0) - a0 Y + c0; the client: -X b1 - a1 Y + c1
+        assert x.public is not None and right.public is not None, "parties have opened both"
+        return product(x.public, right.own) - product(x.first, right.public) + dealt.held
+
+    return Secret(runtime.share(shape, share), scale, width, bits)
 
 
 class OwnedMatrix:
@@ -175,12 +185,14 @@ class OwnedMatrix:
     plain: at the owner, int32. hidden: W - R at the client. mask: R at the dealer.
     """
 
-    def __init__(self, shape, scale: int):
+    def __init__(self, shape: Sequence[int], scale: int) -> None:
         self.shape, self.scale = torch.Size(shape), scale
-        self.plain = self.hidden = self.mask = None
+        self.plain: Tensor | None = None
+        self.hidden: Tensor | None = None
+        self.mask: Tensor | None = None
 
 
-def own(runtime, value, shape, scale: int) -> Protocol:
+def own(runtime: Runtime, value: Tensor | None, shape: Sequence[int], scale: int) -> Protocol[OwnedMatrix]:
     """An ``OwnedMatrix``. value: float [out, in] at the owner, ``None`` elsewhere.
 
     Cost: the owner sends the client 8 bytes an element, once.
@@ -193,13 +205,14 @@ def own(runtime, value, shape, scale: int) -> Protocol:
         scaled = (value.double() * 2**scale).round()
         if not scaled.abs().max() < 2**31:  # nor NaN
             raise Overflow(f"a weight of {value.abs().max():.3g} does not fit 32 bits at scale 2^{scale}")
+        assert mask is not None, "the owner draws the mask of its weights"
         words, made.plain = scaled.long() - mask, scaled.to(torch.int32)
     (made.hidden,) = yield [Message(OWNER, tuple(shape), 64, words)]
     made.mask = runtime.known_to_dealer(mask)
     return made
 
 
-def linear(runtime, x: Wire, matrix: OwnedMatrix, bits: int) -> Secret:
+def linear(runtime: Runtime, x: Wire, matrix: OwnedMatrix, bits: int) -> Secret:
     """x @ W.T for a narrow wire [T, in] and the owner's W [out, in]; local.
 
     The owner computes (X - a0) W, the client -a1 (W - R), and the dealer shares a1 R, masked afresh for every product.
@@ -212,16 +225,25 @@ def linear(runtime, x: Wire, matrix: OwnedMatrix, bits: int) -> Secret:
     scale, product = x.scale + matrix.scale, runtime.kernels.matmul_nt
     check(bits, scale, x.width, "linear layer")
     shape = (*x.shape[:-1], matrix.shape[0])
-    dealt = runtime.deal(shape, lambda: product(x.masks[0][1].client, matrix.mask), x.width).held
-    total = runtime.share(
-        shape,
-        owner=lambda: product(x.public - x.first, matrix.plain) - dealt,
-        client=lambda: -product(x.first, matrix.hidden) - dealt,
-    )
-    return Secret(total, scale, x.width, bits)
+
+    def masks() -> Tensor:
+        part = x.masks[0][1].client
+        assert part is not None and matrix.mask is not None, "the dealer knows both masks"
+        return product(part, matrix.mask)
+
+    def owner() -> Tensor:
+        assert x.public is not None and matrix.plain is not None, "the owner has the weights"
+        return product(x.public - x.first, matrix.plain) - dealt
+
+    def client() -> Tensor:
+        assert matrix.hidden is not None, "the client was sent the hidden weights"
+        return -product(x.first, matrix.hidden) - dealt
+
+    dealt = runtime.deal(shape, masks, x.width).held
+    return Secret(runtime.share(shape, owner, client), scale, x.width, bits)
 
 
-def lookup(runtime, ids, count: int, matrix: OwnedMatrix, bits: int) -> Protocol:
+def lookup(runtime: Runtime, ids: Tensor | None, count: int, matrix: OwnedMatrix, bits: int) -> Protocol[Secret]:
     """Rows of the owner's [V, H] for token ids that only the client holds; ids is ``None`` elsewhere.
 
     Reveals: one-hot rows plus a uniform mask, to the owner.
@@ -233,6 +255,7 @@ def lookup(runtime, ids, count: int, matrix: OwnedMatrix, bits: int) -> Protocol
     mask = runtime.mask_of(CLIENT, (count, vocabulary))
     hot = None
     if ids is not None:
+        assert mask is not None, "the client draws the mask of its tokens"
         assert len(ids) == count, f"{len(ids)} token ids, {count} announced"
         for token in ids.tolist():
             if not 0 <= token < vocabulary:
@@ -240,17 +263,25 @@ def lookup(runtime, ids, count: int, matrix: OwnedMatrix, bits: int) -> Protocol
         hot = mask.clone()
         hot[torch.arange(count), ids] += 1
     (seen,) = yield [Message(CLIENT, (count, vocabulary), width, hot)]
+
+    def masks() -> Tensor:
+        assert mask is not None and matrix.mask is not None, "the dealer knows both masks"
+        return product(mask, matrix.mask)
+
+    def owner() -> Tensor:
+        assert matrix.plain is not None, "the owner has the table"
+        return product(seen, matrix.plain) - dealt
+
+    def client() -> Tensor:
+        assert mask is not None and matrix.hidden is not None, "the client was sent the hidden table"
+        return -product(mask, matrix.hidden) - dealt
+
     shape = (count, hidden)
-    dealt = runtime.deal(shape, lambda: product(mask, matrix.mask), width).held
-    total = runtime.share(
-        shape,
-        owner=lambda: product(seen, matrix.plain) - dealt,
-        client=lambda: -product(mask, matrix.hidden) - dealt,
-    )
-    return Secret(total, matrix.scale, width, bits)
+    dealt = runtime.deal(shape, masks, width).held
+    return Secret(runtime.share(shape, owner, client), matrix.scale, width, bits)
 
 
-def times_owned(runtime, x: Wire, vector: OwnedMatrix, bits: int) -> Secret:
+def times_owned(runtime: Runtime, x: Wire, vector: OwnedMatrix, bits: int) -> Secret:
     """x * v along the last dimension for a narrow wire [..., H] and the owner's v [H]; local.
 
     As ``linear``, element by element. Error: none. Cost: dealer the bits of x's ring an element.
@@ -259,10 +290,19 @@ def times_owned(runtime, x: Wire, vector: OwnedMatrix, bits: int) -> Secret:
     assert len(x.masks) == 1, "products with the owner's weights take narrow wires"
     scale = x.scale + vector.scale
     check(bits, scale, x.width, "product with a weight")
-    dealt = runtime.deal(x.shape, lambda: x.masks[0][1].client * vector.mask, x.width).held
-    total = runtime.share(
-        x.shape,
-        owner=lambda: (x.public - x.first) * vector.plain - dealt,
-        client=lambda: -x.first * vector.hidden - dealt,
-    )
-    return Secret(total, scale, x.width, bits)
+
+    def masks() -> Tensor:
+        part = x.masks[0][1].client
+        assert part is not None and vector.mask is not None, "the dealer knows both masks"
+        return part * vector.mask
+
+    def owner() -> Tensor:
+        assert x.public is not None and vector.plain is not None, "the owner has the weights"
+        return (x.public - x.first) * vector.plain - dealt
+
+    def client() -> Tensor:
+        assert vector.hidden is not None, "the client was sent the hidden weights"
+        return -x.first * vector.hidden - dealt
+
+    dealt = runtime.deal(x.shape, masks, x.width).held
+    return Secret(runtime.share(x.shape, owner, client), scale, x.width, bits)

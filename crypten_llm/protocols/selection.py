@@ -5,11 +5,14 @@ exactly as it was opened, from -2^(l - 2) to 2^(l - 2) - 1; equal values go to t
 follow from shapes and counts.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from crypten_llm.protocols import lookup, products
 from crypten_llm.protocols.comparison import below, bit_opening, difference, times_bits
-from crypten_llm.protocols.dealer.roles import Parts
+from crypten_llm.protocols.dealer.roles import Parts, Runtime
 from crypten_llm.protocols.opening import Opening, Protocol, Secret, Wire, plain, shares_of
 
 BIT = 32  # width of selected bits
@@ -17,7 +20,7 @@ BLOCK = 8  # candidates that a tournament for the first compares with each other
 STEP = 3  # bits of the threshold that one iteration of the search finds
 
 
-def top(runtime, x: Wire, count: int, pairs_up_to: int) -> Protocol:
+def top(runtime: Runtime, x: Wire, count: int, pairs_up_to: int) -> Protocol[Secret]:
     """1 at the ``count`` largest of the last dimension, 0 elsewhere: [..., N] to [..., N], valid modulo 2^32.
 
     0 <= count <= N. All pairs are compared for up to ``pairs_up_to`` candidates; beyond, a tournament finds the first
@@ -35,7 +38,7 @@ def top(runtime, x: Wire, count: int, pairs_up_to: int) -> Protocol:
     return (yield from (by_pairs if n <= pairs_up_to else by_search)(runtime, x, count))
 
 
-def by_pairs(runtime, x: Wire, count: int) -> Protocol:
+def by_pairs(runtime: Runtime, x: Wire, count: int) -> Protocol[Secret]:
     """``top`` by all comparisons: a value's rank is the number of those before it.
 
     Cost: 2 rounds; for each of the N (N - 1) / 2 pairs that of ``below`` with words of 1 byte (2 for N > 256); for each
@@ -45,7 +48,7 @@ def by_pairs(runtime, x: Wire, count: int) -> Protocol:
     return lookup.read(runtime, rank, (torch.arange(1 << rank.width) < count).long(), BIT)
 
 
-def best(runtime, x: Wire, count: int) -> Protocol:
+def best(runtime: Runtime, x: Wire, count: int) -> Protocol[Secret]:
     """One-hot rows of the ``count`` largest of the last dimension, the largest first: [..., N] to [..., count, N].
 
     As ``top`` by pairs and ``picks`` after it, without the round of the latter.
@@ -57,14 +60,14 @@ def best(runtime, x: Wire, count: int) -> Protocol:
     return lookup.one_hot(runtime, rank, torch.arange(count)).transpose(-1, -2)
 
 
-def _ranks(runtime, x: Wire) -> Protocol:
+def _ranks(runtime: Runtime, x: Wire) -> Protocol[Wire]:
     """The number of values before each, opened modulo 2^ceil(log2 N)."""
     n = x.shape[-1]
     first, second = torch.triu_indices(n, n, 1)
     pairs = difference(_columns(x, first), _columns(x, second))
     later = yield from below(runtime, pairs, [0], 8 if n <= 256 else 16)  # 1 where the second is larger
 
-    def before():
+    def before() -> Tensor:
         bit = later.share[..., 0]
         found = bit.new_zeros(x.shape)
         return found.index_add_(-1, first, bit).index_add_(-1, second, runtime.plus(-bit, 1))
@@ -74,33 +77,32 @@ def _ranks(runtime, x: Wire) -> Protocol:
     return opened
 
 
-def by_tournament(runtime, x: Wire) -> Protocol:
+def by_tournament(runtime: Runtime, x: Wire) -> Protocol[Secret]:
     """``top`` for count 1: blocks of 8 by pairs, then the largest of each block, and so on.
 
     Cost: for L = ceil(log8 N) levels 4 L rounds for 2 levels and more (L - 2 of them to compose); about 4 comparisons
     of ``by_pairs`` a value, and what composing takes: for each level but the last, l bits a value and 2 l a block each
     way, l a value and l a block of the dealer's.
     """
-    n, levels = x.shape[-1], []
+    n = x.shape[-1]
+    levels: list[tuple[int, Wire]] = []  # all but the last
     while n > 1:
         blocks = -(-n // BLOCK) if n > 2 * BLOCK else 1
         x = _padded(x, blocks * BLOCK - n if blocks > 1 else 0)
         grouped = x.reshape(*x.shape[:-1], blocks, -1)
         hot = yield from by_pairs(runtime, grouped, 1)
-        levels.append((n, hot))
         if blocks == 1:
             break
         (hot_wire,) = yield [Opening(hot, ring=x.width, function=True)]
         hot_wire = plain(hot_wire)
-        levels[-1] = (n, hot_wire)
+        levels.append((n, hot_wire))
         column = grouped.reshape(*grouped.shape, 1)
         row = hot_wire.reshape(*hot_wire.shape[:-1], 1, -1)
         best = products.matmul(runtime, row, column, transposed=False, bits=x.bits)
         (opened,) = yield [Opening(best.reshape(*x.shape[:-1], blocks), ring=x.width, function=True)]
         x, n = plain(opened), blocks
-    chosen = levels.pop()[1].reshape(*x.shape[:-1], -1)[..., :n]
-    while levels:
-        n, hot_wire = levels.pop()
+    chosen = hot.reshape(*x.shape[:-1], -1)[..., :n]
+    for n, hot_wire in reversed(levels):
         (above,) = yield [Opening(chosen, ring=hot_wire.width, function=True)]
         above = plain(above)
         both = products.multiply(runtime, above.reshape(*above.shape, 1), hot_wire, bits=1)
@@ -108,7 +110,7 @@ def by_tournament(runtime, x: Wire) -> Protocol:
     return chosen
 
 
-def by_search(runtime, x: Wire, count: int) -> Protocol:
+def by_search(runtime: Runtime, x: Wire, count: int) -> Protocol[Secret]:
     """``top`` by finding the value of rank ``count``, ``STEP`` bits an iteration; ties by counting.
 
     tau is the largest t for which ``count`` values are t or more: an iteration counts the values below 7 candidates,
@@ -145,7 +147,7 @@ def by_search(runtime, x: Wire, count: int) -> Protocol:
     return (yield from below(runtime, opened, [1], BIT))[..., 0]
 
 
-def picks(runtime, bits: Secret, count: int) -> Protocol:
+def picks(runtime: Runtime, bits: Secret, count: int) -> Protocol[Secret]:
     """One-hot rows [..., count, N] of 0/1 bits [..., N] with exactly ``count`` ones, in order of position.
 
     Value i goes to row d = number of ones before it if its bit is 1: 2 d + bit is opened, and a turned unit vector says
@@ -165,7 +167,7 @@ def picks(runtime, bits: Secret, count: int) -> Protocol:
     return lookup.one_hot(runtime, opened, 2 * torch.arange(count) + 1).transpose(-1, -2)
 
 
-def largest(runtime, x: Wire) -> Protocol:
+def largest(runtime: Runtime, x: Wire) -> Protocol[Secret]:
     """The maximum over the last dimension: [..., N] to [...], at the wire's scale, valid modulo its ring.
 
     A tournament of pairs; the larger of a pair is y + 1{y < x} (x - y), so a level opens its values, the signs and the
@@ -197,14 +199,14 @@ def largest(runtime, x: Wire) -> Protocol:
     return secret[..., 0]
 
 
-def _opened(tau: Secret, like: Wire) -> Protocol:
+def _opened(tau: Secret, like: Wire) -> Protocol[Wire]:
     (opened,) = yield [Opening(tau, ring=like.width, function=True)]
     opened = plain(opened)
     opened.scale = like.scale
     return opened
 
 
-def _columns(x: Wire, index) -> Wire:
+def _columns(x: Wire, index: Any) -> Wire:
     return x.map(lambda t: t[..., index])
 
 

@@ -4,13 +4,16 @@ Owns the client's side of a run: it starts or joins the parties, turns text into
 gathers the cost. The process that calls it is the client; under torchrun it is whichever party its rank says.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import fields, replace
 from statistics import median
 from time import perf_counter
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -28,9 +31,17 @@ from crypten_llm.session.request import Detokenizer, Request, Result, check_ids,
 from crypten_llm.session.sampling import Sampler
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, check_names, split
 
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from crypten_llm.links.transport import Transport
+    from crypten_llm.models.config import LlamaConfig
+
+
 ENDED_SESSION = "this session has ended, by close() or an error; open another with PrivateLlama.from_pretrained()"
 BUSY = "another stream of this session is still being read; read it to its end or close it"
 UNLEAVABLE = (None, None)
+Events = Generator[Progress | Step, None, None]
 
 
 class PrivateLlama:
@@ -40,15 +51,19 @@ class PrivateLlama:
     A process can be a party of one private session at a time.
     """
 
-    def __init__(self, protocol: ProtocolConfig, launched: LaunchConfig, model_folder: str = ""):
+    def __init__(self, protocol: ProtocolConfig, launched: LaunchConfig, model_folder: str = "") -> None:
         """Parties that have met but share no model yet. ``model_folder``: what a local owner will open."""
         self.protocol, self.launch = protocol, launched
         self.load_seconds = 0.0
-        self._children = self._joined = self._transport = self._tokenizer = self._tokenizer_source = None
+        self._children: launch.LocalParties | None = None
+        self._joined: Transport | None = None
+        self._transport: Transport | None = None
+        self._tokenizer: Any = None
+        self._tokenizer_source: str | None = None
         self._no_tokenizer = False
         self._compared: str | None = None
         # What runs now: an answer and its events, or two times None for what cannot be left early.
-        self._running: tuple[Answer | None, Iterator[Progress | Step] | None] | None = None
+        self._running: tuple[Answer | None, Events | None] | None = None
         self._claiming = threading.Lock()  # of several threads that ask at once, one finds the parties free
         if not protocol.is_private:
             torch.set_num_threads(launched.thread_count(1))
@@ -59,7 +74,7 @@ class PrivateLlama:
                 f"this process is rank {rank}; the client is rank {CLIENT}. Call PrivateLlama.serve() here"
             )
         launch.check_free()
-        environment = os.environ
+        environment: Mapping[str, str] = os.environ
         if not launch.is_distributed():
             self._children = launch.LocalParties(protocol, launched, model_folder)
             environment = self._children.environment(CLIENT)
@@ -69,8 +84,8 @@ class PrivateLlama:
 
     @classmethod
     def from_pretrained(
-        cls, model: str = "shipped", *, tokenizer: str | None = None, first: Request | None = None, **settings
-    ) -> "PrivateLlama":
+        cls, model: str = "shipped", *, tokenizer: str | None = None, first: Request | None = None, **settings: Any
+    ) -> PrivateLlama:
         """Starts (or joins, under torchrun) the other parties and has the owner share its model.
 
         model: "shipped", a folder, or a hub id; the owner's process alone opens the weights. tokenizer: the
@@ -94,7 +109,7 @@ class PrivateLlama:
         return llama
 
     @staticmethod
-    def serve(model: str | None = "shipped", **settings) -> None:
+    def serve(model: str | None = "shipped", **settings: Any) -> None:
         """Under torchrun, any rank but the client's: follows the client until it closes. The owner opens ``model``."""
         protocol, launched = split(settings)
         is_owner = launch.own_rank(protocol) == OWNER
@@ -102,17 +117,18 @@ class PrivateLlama:
         launch.serve(protocol, launched, folder)
 
     @property
-    def config(self):
+    def config(self) -> LlamaConfig:
         """The shared model's public ``LlamaConfig``."""
         return self.party.model.config
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         """The client's tokenizer, loaded when first asked for.
 
         Raises UsageError when there is none, or when its ids stand for other tokens than those of the owner's model.
         """
         if self._tokenizer is None:
+            assert self._tokenizer_source is not None, "from_pretrained says where it is"
             self._tokenizer = checkpoint.load_tokenizer(self._tokenizer_source, self.launch.offline)
         self._compare_tokens()
         return self._tokenizer
@@ -124,6 +140,7 @@ class PrivateLlama:
         Looked for once in a session: a hub may have to be asked. Raises UsageError for another model's tokenizer.
         """
         if self._tokenizer is None and not self._no_tokenizer:
+            assert self._tokenizer_source is not None, "from_pretrained says where it is"
             try:
                 self._tokenizer = checkpoint.load_tokenizer(self._tokenizer_source, self.launch.offline)
             except UsageError:
@@ -152,7 +169,7 @@ class PrivateLlama:
     def _ids_of(self, request: Request) -> list[int]:
         return request.ids(lambda: self.tokenizer)
 
-    def stream(self, prompt: str | None = None, **arguments) -> Iterator[Progress | Step]:
+    def stream(self, prompt: str | None = None, **arguments: Any) -> Generator[Progress | Step, None, Result]:
         """Yields ``Progress`` while the prompt is prefilled and then a ``Step`` per token; ``result`` follows.
 
         arguments: fields of ``Request``. The other parties wait while the reader does something with a token, and see
@@ -167,7 +184,7 @@ class PrivateLlama:
         check_names("argument", arguments, [field.name for field in fields(Request)])
         return self._stream(Request(prompt, **arguments))
 
-    def _stream(self, request: Request) -> Iterator[Progress | Step]:
+    def _stream(self, request: Request) -> Generator[Progress | Step, None, Result]:
         self._check_free()
         ids = check_ids(self._ids_of(request), self.config.vocab_size)
         plan = request.plan(len(ids)).check(self.config)
@@ -187,6 +204,8 @@ class PrivateLlama:
                     yield event
             if answer.abandoned:
                 raise UsageError(ENDED_SESSION)
+            reason = steps[-1].finish_reason
+            assert reason is not None, "the last token ends the answer"
             decode = [step.seconds for step in steps[1:]]
             self.result = result = Result(
                 text=text.text,
@@ -194,7 +213,7 @@ class PrivateLlama:
                 prompt_tokens=len(ids),
                 engine=self.protocol.engine,
                 policy=plan.policy,
-                finish_reason=steps[-1].finish_reason,
+                finish_reason=reason,
                 seconds={
                     "load": self.load_seconds,
                     "prefill": steps[0].seconds,
@@ -212,7 +231,7 @@ class PrivateLlama:
                 self._running = None
         return result
 
-    def _events(self, plan: Plan, answer: Answer, ranks: list[dict]) -> Iterator[Progress | Step]:
+    def _events(self, plan: Plan, answer: Answer, ranks: list[dict]) -> Events:
         """Runs one request to its end, putting every rank's counters into ``ranks``.
 
         With ``hide_length`` nothing is left to be sent when the first ``Step`` is yielded.
@@ -231,6 +250,7 @@ class PrivateLlama:
         if self._running is None or self._running == UNLEAVABLE:
             return
         (answer, events), self._running = self._running, None
+        assert answer is not None and events is not None, "what can be left early is an answer and its events"
         answer.abandoned = True
         if self._transport is None:
             events.close()
@@ -246,13 +266,13 @@ class PrivateLlama:
         if self._running is not None:
             raise UsageError(BUSY)
 
-    def _claim(self, *running) -> None:
-        """Makes ``running`` what the parties do now. Raises UsageError, and leaves it be, when they do something."""
+    def _claim(self, answer: Answer | None, events: Events | None) -> None:
+        """Makes this what the parties do now. Raises UsageError, and leaves it be, when they do something."""
         with self._claiming:
             self._check_free()
-            self._running = running
+            self._running = answer, events
 
-    def generate(self, prompt: str | None = None, **arguments) -> Result:
+    def generate(self, prompt: str | None = None, **arguments: Any) -> Result:
         """The whole answer; arguments as for ``stream``."""
         with contextlib.closing(self.stream(prompt, **arguments)) as events:
             while True:
@@ -285,17 +305,19 @@ class PrivateLlama:
         finally:
             self._stop_children()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
         else:  # of the caller's own code, or a mistake in a request: nothing that was written for the other parties
             self._abort(error, public_words(error) if isinstance(error, KeyboardInterrupt) else ENDED)
 
     @contextlib.contextmanager
-    def _guarded(self):
+    def _guarded(self) -> Iterator[None]:
         """Ends all parties when the block raises, and raises what went wrong first."""
         try:
             with unheard():

@@ -5,10 +5,14 @@ seed), so that the result can be held against ``plain``; they are shared and com
 An eviction policy finds the cache as after a prompt of that length of which it has seen the last query alone.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +25,13 @@ from crypten_llm.models.llama import DecoderLayer, Parameters, prepare, rotary_t
 from crypten_llm.models.rope import rope_frequencies
 from crypten_llm.roles import OWNER
 from crypten_llm.session.generation import parse_policy
+
+if TYPE_CHECKING:
+    from crypten_llm.engines.base import Engine
+    from crypten_llm.models.cache import LayerCache
+    from crypten_llm.session.party import Party
+    from eviction.operations import Handle
+
 
 WARM_UP = 1
 FIRST_QUERY = 2_000_000
@@ -50,7 +61,7 @@ class Shape:
 
 
 @torch.inference_mode()
-def run(party, shape: Shape, grows: bool = False) -> dict | None:
+def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
     """Times ``shape`` on this party's engine; at the client returns what the command prints.
 
     grows: whether rows stay in the cache; else every step finds it as the first one did.
@@ -79,7 +90,8 @@ def run(party, shape: Shape, grows: bool = False) -> dict | None:
             value = party.reveals.open_to_client(
                 engine, out, party.client, "output of a random layer", "to measure the error"
             )
-        if party.is_client:
+        if reference is not None:
+            assert value is not None, "the client sees the output"
             expected = _decode(*reference, config, x, grows)
             errors.append((value - expected).abs().max().item())
     if not party.is_client:
@@ -94,11 +106,11 @@ def run(party, shape: Shape, grows: bool = False) -> dict | None:
     return {"seconds_per_step": median(seconds[WARM_UP:]), "max_abs_err": error, "steps": shape.steps}
 
 
-def _build(engine, config, shape):
+def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> tuple[list[DecoderLayer], list[LayerCache]]:
     """Decoder layers and (keys, values) of each layer's cache, all held by the owner."""
     is_owner = engine.rank == OWNER
 
-    def rows(seed, size, values=False):
+    def rows(seed: int, size: tuple[int, ...], values: bool = False) -> Handle:
         return engine.rows(engine.secret(_random(seed, size) if is_owner else None, size, OWNER), values)
 
     handles = {}
@@ -108,10 +120,10 @@ def _build(engine, config, shape):
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     body = Parameters(handles, config.family).within("model")
     layers = [DecoderLayer(engine, config, body.within(f"layers.{i}"), i, {}) for i in range(config.num_hidden_layers)]
-    size = (config.num_key_value_heads, shape.kv_len, config.head_dim)
+    cached = (config.num_key_value_heads, shape.kv_len, config.head_dim)
     cache = KVCache.empty(engine, len(layers), heads, kv_heads, dim)
     for i, layer in enumerate(cache.layers):
-        layer.layer.keys, layer.layer.values = rows(-1 - 2 * i, size), rows(-2 - 2 * i, size, values=True)
+        layer.layer.keys, layer.layer.values = rows(-1 - 2 * i, cached), rows(-2 - 2 * i, cached, values=True)
     cache.follow(parse_policy(shape.policy), shape.kv_len)
     for i, layer in enumerate(cache.layers):
         if layer.policy.acts:
@@ -121,7 +133,9 @@ def _build(engine, config, shape):
     return layers, cache.layers
 
 
-def _decode(layers, caches, config, x, grows: bool):
+def _decode(
+    layers: list[DecoderLayer], caches: list[LayerCache], config: LlamaConfig, x: Handle, grows: bool
+) -> Handle:
     """One token through all layers; unless the cache grows, it is left as it was."""
     newest = torch.tensor([config.max_position_embeddings - 1])
     rotary = rotary_tables(rope_frequencies(config), newest)
@@ -132,7 +146,7 @@ def _decode(layers, caches, config, x, grows: bool):
     return x
 
 
-def _random(seed: int, size) -> torch.Tensor:
+def _random(seed: int, size: Iterable[int]) -> torch.Tensor:
     return torch.randn(tuple(size), generator=torch.Generator().manual_seed(seed % 2**32))
 
 

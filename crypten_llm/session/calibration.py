@@ -7,13 +7,21 @@ one power of four per RMSNorm, about the size of the hidden states there; engine
 a model that leaves its domain.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.models.llama import Llama
+
+if TYPE_CHECKING:
+    from crypten_llm.models.config import LlamaConfig
+    from eviction.operations import Handle
+
 
 ROWS = 128
 TARGET = 2.7  # the middle of [0.043, 173] on a logarithmic scale
@@ -34,7 +42,7 @@ class Ranges:
 class _Recorder(PlainEngine):
     """The plain engine, noting ranges as it goes."""
 
-    def __init__(self, growth: float):
+    def __init__(self, growth: float) -> None:
         """growth: how many times longer than what is run a row of scores may become."""
         super().__init__()
         self.growth = growth
@@ -45,13 +53,13 @@ class _Recorder(PlainEngine):
         low, high = self.limited.get(operation, (math.inf, -math.inf))
         self.limited[operation] = min(low, seen.min().item()), max(high, seen.max().item())
 
-    def rms_norm(self, x, weight, eps, scale):
+    def rms_norm(self, x: Handle, weight: Handle, eps: float, scale: float) -> Handle:
         mean_square = x.square().mean(-1)
         self.mean_square[id(weight)] = (mean_square.min().item(), mean_square.max().item())
         self._note("rms_norm", (mean_square + eps) * x.shape[-1])
         return super().rms_norm(x, weight, eps, scale)
 
-    def softmax(self, scores, mask=None):
+    def softmax(self, scores: Handle, mask: torch.Tensor | None = None) -> Handle:
         """Rows as they are, and longer: with the largest score once and as many more of all others as it is longer."""
         visible = scores if mask is None else scores.masked_fill(~mask, -math.inf)
         largest = visible.amax(-1, keepdim=True)
@@ -61,18 +69,18 @@ class _Recorder(PlainEngine):
             self._note("softmax row", largest + (growth * others).log1p())
         return super().softmax(scores, mask)
 
-    def mix(self, weights, values):
+    def mix(self, weights: Handle, values: Handle) -> Handle:
         mixed = super().mix(weights, values)
         self._note("mix", mixed)
         return mixed
 
-    def swiglu(self, gate, up):
+    def swiglu(self, gate: Handle, up: Handle) -> Handle:
         self._note("swiglu", gate)
         return super().swiglu(gate, up)
 
 
 @torch.no_grad()
-def measure(config, weights: dict[str, torch.Tensor]) -> Ranges:
+def measure(config: LlamaConfig, weights: dict[str, torch.Tensor]) -> Ranges:
     """Ranges of the model whose ``weights`` (float, by name, prepared by ``model.prepare``) are given.
 
     Random tokens stand for a prompt, drawn with a fixed seed; they are no secret, and other text may reach further.

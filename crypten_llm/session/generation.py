@@ -4,14 +4,24 @@ Owns the order of events, which is public and the same for every prompt of one l
 together; the client alone has token ids, samples, and decides to stop.
 """
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 
 import eviction
 from crypten_llm.errors import UsageError
+
+if TYPE_CHECKING:
+    from crypten_llm.models.cache import KVCache
+    from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.party import Party
+    from eviction.operations import Handle
+
 
 DEFAULT_CHUNK = 128
 
@@ -34,10 +44,10 @@ class Plan:
     hide_length: bool = False
     policy: str = "full"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "policy", str(parse_policy(self.policy)))
 
-    def check(self, config) -> "Plan":
+    def check(self, config: LlamaConfig) -> Plan:
         """Itself, if the model ``config`` can run it; raises UsageError otherwise."""
         if self.prompt_tokens < 1:
             raise UsageError("the prompt is empty; give at least one token")
@@ -100,7 +110,9 @@ class Answer:
 
 
 @torch.inference_mode()
-def run(party, plan: Plan, answer: Answer | None = None, cache=None) -> Iterator[Progress | Step]:
+def run(
+    party: Party, plan: Plan, answer: Answer | None = None, cache: KVCache | None = None
+) -> Generator[Progress | Step, None, None]:
     """Follows ``plan`` on this party; at the client, which alone has an ``answer``, yields each of its tokens.
 
     Once started it must be read to its end, or the parties lose step: see ``Answer.abandoned``. The others wait while
@@ -123,9 +135,10 @@ def run(party, plan: Plan, answer: Answer | None = None, cache=None) -> Iterator
             if index == 0:
                 logits = yield from _prefill(party, plan, cache, answer)
             else:
-                logits = model(_tokens(party, answer and [answer.token_id], 1), cache)
+                logits = model(_tokens(party, None if answer is None else [answer.token_id], 1), cache)
             value = _open(party, logits)
         if answer is not None:
+            assert value is not None, "the client sees the logits"
             ended = answer.finished
             answer.take(value[0])
             online = meter.snapshot().online
@@ -135,17 +148,17 @@ def run(party, plan: Plan, answer: Answer | None = None, cache=None) -> Iterator
                 yield Step(index, answer.token_id, "", seconds, online.rounds, online.bytes_sent, reason)
         if not last and not plan.hide_length:
             with meter.phase("decode"), party.engine.meter.operation("whether the answer goes on", "stop or go"):
-                if agree(party, answer and (answer.finished or answer.abandoned)):
+                if agree(party, None if answer is None else answer.finished or answer.abandoned):
                     break
     counted = "upper bound of the answer's length" if plan.hide_length else "number of generated tokens"
     party.reveals.public(f"{counted}: {index + 1}", "each token is one decode step that all parties run")
 
 
-def _prefill(party, plan, cache, answer):
+def _prefill(party: Party, plan: Plan, cache: KVCache, answer: Answer | None) -> Generator[Progress, None, Handle]:
     """Brings the prompt into ``cache`` chunk by chunk, yielding ``Progress``; returns the last row's logits."""
     for start in range(0, plan.prompt_tokens, plan.chunk):
         stop = min(start + plan.chunk, plan.prompt_tokens)
-        rows = _tokens(party, answer and answer.prompt_ids[start:stop], stop - start)
+        rows = _tokens(party, None if answer is None else answer.prompt_ids[start:stop], stop - start)
         last = party.model.extend(rows, cache, seq_len=plan.prompt_tokens)[-1:]
         if answer is not None:
             yield Progress(stop, plan.prompt_tokens)
@@ -153,9 +166,10 @@ def _prefill(party, plan, cache, answer):
     return party.model.logits(last)
 
 
-def agree(party, flag: bool | None) -> bool:
+def agree(party: Party, flag: bool | None) -> bool:
     """The client's public ``flag``, at every compute party; ``None`` at the others."""
     if party.transport is None:
+        assert flag is not None, "one process is the client too"
         return flag
     mine = {"stop": flag} if party.rank == party.client else None
     message = party.transport.announce(party.client, party.peers, mine)
@@ -175,11 +189,11 @@ def parse_policy(text: str, *assignments: str) -> eviction.Policy:
         raise UsageError(str(error)) from None
 
 
-def _tokens(party, ids, count: int):
+def _tokens(party: Party, ids: list[int] | None, count: int) -> Handle:
     return party.engine.tokens(None if ids is None else torch.tensor(ids), count, party.model.config.vocab_size)
 
 
-def _open(party, logits):
+def _open(party: Party, logits: Handle) -> torch.Tensor | None:
     with party.engine.meter.operation("reveal of the logits to the client", "reveal"):
         why = "the client samples its own answer"
         return party.reveals.open_to_client(party.engine, logits, party.client, "logits of each generated token", why)

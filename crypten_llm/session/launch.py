@@ -5,6 +5,8 @@ any further compute party are started here, each with only what it may know: the
 gets the prompt. With torchrun (or RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand) nothing is started.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
@@ -14,8 +16,10 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,17 +31,20 @@ from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session.party import Party
 from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
 
+if TYPE_CHECKING:
+    from crypten_llm.links.tls import Links
+
 PACKAGE_HOME = str(Path(__file__).parents[2])
 GRACE_SECONDS = 10.0  # for the other processes to end by themselves, once the links are closed
 FAILED_GRACE_SECONDS = 2.0  # the same after an error: nothing is lost then
 
 
-def is_distributed(env=os.environ) -> bool:
+def is_distributed(env: Mapping[str, str] = os.environ) -> bool:
     """Whether somebody else (torchrun) started the parties."""
     return any(env.get(name) for name in ("RANK", "WORLD_SIZE"))
 
 
-def own_rank(protocol: ProtocolConfig, env=os.environ) -> int:
+def own_rank(protocol: ProtocolConfig, env: Mapping[str, str] = os.environ) -> int:
     """This process's rank in the run that ``env`` describes; raises UsageError when its size does not fit."""
     rank, world, _, _ = rendezvous.read_environment(env)
     if world != protocol.world:
@@ -49,7 +56,7 @@ def own_rank(protocol: ProtocolConfig, env=os.environ) -> int:
     return rank
 
 
-def is_client(protocol: ProtocolConfig, env=os.environ) -> bool:
+def is_client(protocol: ProtocolConfig, env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process asks. On engine ``plain`` it is the only one with something to do, in a job of any size."""
     if not is_distributed(env):
         return True
@@ -59,7 +66,10 @@ def is_client(protocol: ProtocolConfig, env=os.environ) -> bool:
 
 
 def join(
-    protocol: ProtocolConfig, launch: LaunchConfig, env=os.environ, parties: "LocalParties | None" = None
+    protocol: ProtocolConfig,
+    launch: LaunchConfig,
+    env: Mapping[str, str] = os.environ,
+    parties: LocalParties | None = None,
 ) -> Transport:
     """This process's transport in the run that ``env`` describes, once all parties have come and agree.
 
@@ -88,16 +98,16 @@ def join(
     return transport
 
 
-def _links(launch: LaunchConfig, protocol: ProtocolConfig, rank: int):
+def _links(launch: LaunchConfig, protocol: ProtocolConfig, rank: int) -> Links | None:
     """This party's keys and certificates; None on plain TCP, which needs no X.509."""
     if not launch.tls:
         return None
-    from crypten_llm.links.tls import Links
+    from crypten_llm.links import tls
 
-    return Links(launch.tls, protocol.roles, rank)
+    return tls.Links(launch.tls, protocol.roles, rank)
 
 
-def _bridge():
+def _bridge() -> Any:
     """The module that keeps CrypTen's state; None in a process where nothing has needed it yet."""
     return sys.modules.get("crypten_llm.engines.crypten.bridge")
 
@@ -129,11 +139,11 @@ def make_party(transport: Transport, protocol: ProtocolConfig) -> Party:
         return Party(WireEngine(transport, config, tape), transport, protocol.compute_parties)
     from crypten_llm.engines.crypten.engine import CryptenConfig, CryptenEngine
 
-    config = CryptenConfig(precision_bits=protocol.precision_bits)
-    return Party(CryptenEngine(transport, protocol.compute_parties, config), transport, protocol.compute_parties)
+    settings = CryptenConfig(precision_bits=protocol.precision_bits)
+    return Party(CryptenEngine(transport, protocol.compute_parties, settings), transport, protocol.compute_parties)
 
 
-def serve(protocol: ProtocolConfig, launch: LaunchConfig, model_folder=None) -> None:
+def serve(protocol: ProtocolConfig, launch: LaunchConfig, model_folder: str | Path | None = None) -> None:
     """Any party but the client: follows the client until it closes."""
     transport = join(protocol, launch)
     with guarded(transport):
@@ -150,7 +160,7 @@ def serve(protocol: ProtocolConfig, launch: LaunchConfig, model_folder=None) -> 
 
 
 @contextlib.contextmanager
-def guarded(transport: Transport):
+def guarded(transport: Transport) -> Any:
     """Tells the other parties why this one stops, when the block raises."""
     try:
         yield
@@ -194,7 +204,7 @@ def start_party(arguments: list[str], environment: dict[str, str]) -> subprocess
 class LocalParties:
     """The other parties of a local run, as child processes of the client."""
 
-    def __init__(self, protocol: ProtocolConfig, launch: LaunchConfig, model_folder: str = ""):
+    def __init__(self, protocol: ProtocolConfig, launch: LaunchConfig, model_folder: str = "") -> None:
         self.protocol, self.launch = protocol, launch
         self.names = protocol.roles
         self.processes: dict[int, subprocess.Popen] = {}
@@ -246,7 +256,7 @@ class LocalParties:
         self._readers[rank] = threading.Thread(target=self._read, args=(rank, process.stderr), daemon=True)
         self._readers[rank].start()
 
-    def _read(self, rank: int, stream) -> None:
+    def _read(self, rank: int, stream: Any) -> None:
         for line in stream:
             self._printed[rank].append(line.rstrip())
             if self.launch.verbose:
@@ -314,8 +324,9 @@ class LocalParties:
         for reader in self._readers.values():
             reader.join(timeout=1)
         for process in self.processes.values():
-            process.stdin.close()
-            process.stderr.close()
+            for pipe in (process.stdin, process.stderr):
+                assert pipe is not None, "both ends were opened with the process"
+                pipe.close()
 
 
 def _free_port() -> int:

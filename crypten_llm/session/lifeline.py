@@ -16,7 +16,7 @@ def end_with_parent() -> None:
     The client holds the other end of standard input and never writes; the pipe closes with it.
     """
 
-    def wait():
+    def wait() -> None:
         os.read(sys.stdin.fileno(), 1)
         os._exit(PartyError.exit_code)
 

@@ -5,11 +5,14 @@ requests until it closes. Who opens what is decided here and nowhere else: the o
 weights, the client's alone sees the prompt, the dealer sees shapes.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -23,6 +26,13 @@ from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import bench, generation
 from crypten_llm.session.reveal import RevealLog
 
+if TYPE_CHECKING:
+    from crypten_llm.engines.base import Engine
+    from crypten_llm.links.transport import Transport
+    from crypten_llm.session.bench import Shape
+    from crypten_llm.session.request import Plan
+
+
 HEARTBEAT_SECONDS = 1.0  # between the owner's signs of life while it reads its weights
 
 
@@ -33,16 +43,18 @@ class Party:
     from its text; one that watches another, such as a ``Recorder``, can take its place.
     """
 
+    model: Llama  # once it has been loaded
+
     def __init__(
         self,
-        engine,
-        transport=None,
+        engine: Engine,
+        transport: Transport | None = None,
         compute_parties: int = 1,
         owner: int = OWNER,
         client: int = CLIENT,
         make_policy: Callable[[str], eviction.Policy] = generation.parse_policy,
         make_model: Callable[..., Llama] = Llama,
-    ):
+    ) -> None:
         self.engine = engine
         self.transport = transport
         self.compute_parties = compute_parties
@@ -51,7 +63,6 @@ class Party:
         # The other ranks that run this program: the compute parties, and a dealer that follows it.
         self.peers = [rank for rank in range(compute_parties + engine.dealer_follows) if rank != self.rank]
         self.reveals = self.load_reveals = RevealLog()
-        self.model: Llama | None = None
         self.tokens_digest: str | None = None  # of the owner's tokenizer, where its model has one
         self.requests = 0
         self.make_policy, self.make_model = make_policy, make_model
@@ -76,7 +87,7 @@ class Party:
         """The owner's public message, at every compute party."""
         return self._broadcast(self.owner, message, timeout)
 
-    def _broadcast(self, source: int, message, timeout):
+    def _broadcast(self, source: int, message: dict | None, timeout: float | None) -> Any:
         if self.transport is None:
             return message
         return self.transport.announce(source, self.peers, message, timeout)
@@ -90,15 +101,16 @@ class Party:
     def fresh_meter(self) -> None:
         """Counts from zero again."""
         if self.transport is None:
-            self.engine.meter = Meter()
+            engine: Any = self.engine  # its own meter, as one process plays every party
+            engine.meter = Meter()
         else:
             self.transport.meter = Meter()
 
-    def expect(self, verb: str, plan) -> None:
+    def expect(self, verb: str, plan: Plan | Shape) -> None:
         """Raises UsageError when the engine was prepared for another request; nothing has happened then."""
         self.engine.expect(verb, asdict(plan), self.requests + 1)
 
-    def load(self, folder=None, progress: bool = False) -> None:
+    def load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """Shares the model. Only the owner's ``folder`` is opened; the others learn the configuration from it.
 
         Raises UsageError for a folder that cannot be used.
@@ -125,7 +137,7 @@ class Party:
                 self.model = self.make_model(self.engine, config, handles, scales)
         self.load_reveals = self.reveals
 
-    def _open_model(self, folder, progress: bool) -> tuple[dict, dict]:
+    def _open_model(self, folder: str | Path | None, progress: bool) -> tuple[dict, dict]:
         """At the owner: the public announcement, which the others get, and the weights, which stay."""
         if not folder:
             raise UsageError("the owner was started without a model; give it --model")
@@ -137,7 +149,7 @@ class Party:
         announced = {"config": config.to_dict(), "norm_scales": scales, "tokens": tokens}
         return self.from_owner(announced), weights
 
-    def _read_weights(self, folder, config, progress: bool) -> dict:
+    def _read_weights(self, folder: str | Path, config: LlamaConfig, progress: bool) -> dict:
         """By name, as ``prepare`` makes them; the others hear how far it is."""
         total = len(checkpoint.expected_shapes(config))
         weights, told = {}, perf_counter()
@@ -155,12 +167,13 @@ class Party:
         with _loading_bar(None, progress) as bar:
             while "config" not in (message := self.from_owner(None)):
                 if not message.keys() >= {"loaded", "total"}:
+                    assert self.transport is not None, "the owner is another process"
                     raise self.transport.unexpected(self.owner, "its model's configuration")
                 bar.total = message["total"]
                 bar.update(message["loaded"] - bar.n)
         return message
 
-    def serve(self, folder=None, progress: bool = False) -> None:
+    def serve(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """Follows the client's requests until it closes; for every compute party but the client.
 
         folder: where the owner finds the model; others need none.
@@ -179,27 +192,32 @@ class Party:
                 case "bench":
                     bench.run(self, bench.Shape(**request["shape"]))
                 case "statistics":
+                    assert self.transport is not None, "the client is another process"
                     self.transport.send_json(self.client, self.statistics())
                 case verb:
                     raise PartyError(
                         f"rank {self.client} (client) asked for {verb!r}, which this version does not know"
                     )
 
-    def request_load(self, folder=None, progress: bool = False) -> None:
+    def request_load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """At the client: has the model shared; ``folder`` is opened on engine ``plain`` alone."""
         self.from_client({"verb": "load"})
         self.load(folder, progress)
 
-    def request_generate(self, plan: generation.Plan, answer: generation.Answer) -> Iterator:
-        """At the client: runs one request, yielding ``Progress`` and ``Step``; to be read to its end."""
+    def request_generate(
+        self, plan: generation.Plan, answer: generation.Answer
+    ) -> Generator[generation.Progress | generation.Step, None, None]:
+        """At the client: starts one request; its ``Progress`` and ``Step`` are to be read to their end."""
         self.from_client({"verb": "generate", "plan": asdict(plan)})
         self.start_request()
         return generation.run(self, plan, answer)
 
-    def request_bench(self, shape) -> dict:
+    def request_bench(self, shape: Shape) -> dict:
         """At the client: times decode steps on random weights (see ``bench``)."""
         self.from_client({"verb": "bench", "shape": asdict(shape)})
-        return bench.run(self, shape)
+        figures = bench.run(self, shape)
+        assert figures is not None, "the client sees them"
+        return figures
 
     def collect_statistics(self) -> list[dict]:
         """At the client, after a request: every rank's counters; the dealer's last, if one takes part."""

@@ -19,28 +19,28 @@ class Cost:
     ranks: list[dict]
     compute_parties: int
 
-    def _rows(self, rank: int, phases=PHASES) -> list[dict]:
+    def _rows(self, rank: int, phases: tuple[str, ...] = PHASES) -> list[dict]:
         return [row for row in self.ranks[rank]["table"] if row["phase"] in phases]
 
-    def _sums(self, keys: tuple[str, ...], phases) -> list[int]:
+    def _sums(self, keys: tuple[str, ...], phases: tuple[str, ...]) -> list[int]:
         """By compute party, the sum of these counters."""
         return [
             sum(row[key] for row in self._rows(rank, phases) for key in keys) for rank in range(self.compute_parties)
         ]
 
-    def rounds(self, phases=ONLINE) -> int:
+    def rounds(self, phases: tuple[str, ...] = ONLINE) -> int:
         """Online rounds that the parties wait for one after another: the most of any compute party."""
         return max(self._sums(("rounds",), phases))
 
-    def bytes_sent(self, phases=ONLINE) -> list[int]:
+    def bytes_sent(self, phases: tuple[str, ...] = ONLINE) -> list[int]:
         """Online bytes by rank of the compute parties, headers included."""
         return self._sums(("bytes_sent",), phases)
 
-    def dealer_bytes(self, phases=ONLINE) -> int:
+    def dealer_bytes(self, phases: tuple[str, ...] = ONLINE) -> int:
         """Bytes on the links to the dealer, both ways, as the compute parties count them: it knows no phases."""
         return sum(self._sums(("dealer_bytes_sent", "dealer_bytes_received"), phases))
 
-    def dealer_rounds(self, phases=ONLINE) -> int:
+    def dealer_rounds(self, phases: tuple[str, ...] = ONLINE) -> int:
         """Round trips to the dealer, each of which the parties wait for on this engine."""
         return max(self._sums(("dealer_rounds",), phases))
 

@@ -6,6 +6,7 @@ Owns what can be refused without a model.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import encode_chat, encode_prompt
@@ -41,7 +42,7 @@ class Request:
     chat: bool = False
     messages: list[dict] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if sum(given is not None for given in (self.prompt, self.input_ids, self.messages)) != 1:
             raise UsageError(
                 "give either a prompt, input_ids or messages (in a command --prompt, --prompt-file or --prompt-ids)"
@@ -66,7 +67,7 @@ class Request:
         check_policy(self.policy)
         self.sampling()
 
-    def ids(self, tokenizer) -> list[int]:
+    def ids(self, tokenizer: Any) -> list[int]:
         """Token ids of what is asked; ``tokenizer()`` gives the client's, where one is needed."""
         if self.messages is not None or self.chat:
             return encode_chat(tokenizer(), self.messages or [{"role": "user", "content": self.prompt}])
@@ -107,7 +108,7 @@ class Result:
 class Detokenizer:
     """Text of a growing list of tokens, holding back bytes of a character that is not complete yet."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
         self.text = ""
@@ -129,7 +130,7 @@ def check_policy(name: str) -> None:
     parse_policy(name)
 
 
-def one_row(ids) -> list[int]:
+def one_row(ids: Any) -> list[int]:
     """Ids as a list; tensors and a batch of one are taken as transformers takes them."""
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     if not any(isinstance(row, list) for row in ids):
@@ -146,7 +147,7 @@ def check_ids(ids: list[int], vocab_size: int) -> list[int]:
     return ids
 
 
-def _check_messages(messages) -> None:
+def _check_messages(messages: Any) -> None:
     """Raises UsageError for what is no conversation."""
     if not isinstance(messages, list | tuple) or not messages:
         raise UsageError(f"messages is {messages!r}; give a list of {{'role': ..., 'content': ...}}")

@@ -5,7 +5,16 @@ Owns every opening of an unmasked value: who learns what, and why that is meant.
 both lists, so that a reader can check them against the threat model.
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from crypten_llm.engines.base import Engine
+    from eviction.operations import Handle
 
 
 @dataclass(frozen=True)
@@ -20,10 +29,10 @@ class Revealed:
 class RevealLog:
     """What has been revealed on this party's knowledge, in order, each with how often."""
 
-    def __init__(self, counts: dict[Revealed, int] | None = None):
+    def __init__(self, counts: dict[Revealed, int] | None = None) -> None:
         self._counts = counts or {}
 
-    def copy(self) -> "RevealLog":
+    def copy(self) -> RevealLog:
         """A log that goes on from here and leaves this one as it is."""
         return RevealLog(dict(self._counts))
 
@@ -31,7 +40,7 @@ class RevealLog:
         """Records a fact that every party, the dealer too, knows."""
         self._record(Revealed(what, "all", why))
 
-    def open_to_client(self, engine, handle, client: int, what: str, why: str):
+    def open_to_client(self, engine: Engine, handle: Handle, client: int, what: str, why: str) -> torch.Tensor | None:
         """The float value of ``handle`` at the client, ``None`` elsewhere.
 
         Reveals: the value, to the client alone. Cost: one message per other compute party, one round.

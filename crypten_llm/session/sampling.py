@@ -32,7 +32,7 @@ class SamplingConfig:
     top_p: float = 1.0
     seed: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
             raise UsageError(f"do_sample is {self.do_sample!r}; it must be true or false")
         if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
@@ -57,7 +57,7 @@ class SamplingConfig:
 class Sampler:
     """Draws one token a call; a fresh one with the same seed and logits repeats the same tokens."""
 
-    def __init__(self, config: SamplingConfig):
+    def __init__(self, config: SamplingConfig) -> None:
         self.config = config
         self._generator = torch.Generator()
         if config.seed is None:

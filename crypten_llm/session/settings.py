@@ -9,7 +9,9 @@ A new setting is one field here: its option on the command line is made from it,
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import crypten_llm
 from crypten_llm.engines import check_engine
@@ -35,7 +37,7 @@ class Agreement:
     precision_bits: int | None
 
 
-def _setting(default, help: str, metavar: str | None = None, option: str = ""):
+def _setting(default: Any, help: str, metavar: str | None = None, option: str = "") -> Any:
     """A field and its option on the command line, ``--name`` if not ``option``; see ``commands.options``."""
     return field(default=default, metadata={"help": help, "metavar": metavar, "option": option})
 
@@ -60,7 +62,7 @@ class ProtocolConfig:
         "", "this party's file of a tape, or its folder: takes the dealer's place (see deal)", metavar="PATH"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_engine(self.engine)
         if self.tape and self.engine != "wire":
             raise UsageError(f"engine {self.engine!r} reads no tape; use engine 'wire' (--engine wire), or no tape")
@@ -116,7 +118,7 @@ class LaunchConfig:
     verbose: bool = _setting(False, "show tracebacks and what the other parties print")
     progress: bool = False  # no option: bars are for a terminal
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.timeout, int | float) or not 0 < self.timeout < math.inf:
             raise UsageError(f"timeout is {self.timeout!r}; it must be a number of seconds above 0")
         if _not_integer(self.threads) or self.threads < 0:
@@ -158,12 +160,12 @@ class Child:
         return cls(ProtocolConfig(**told["protocol"]), LaunchConfig(**told["launch"]), told["model"])
 
 
-def check_names(what: str, given, known) -> None:
+def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raises UsageError, with the nearest known name, for the first given name that is not known."""
     for name in given:
         if name not in known:
             raise UsageError(f"unknown {what} {name!r}; {did_you_mean(name, known)}there are {', '.join(known)}")
 
 
-def _not_integer(value) -> bool:
+def _not_integer(value: object) -> bool:
     return not isinstance(value, int) or isinstance(value, bool)

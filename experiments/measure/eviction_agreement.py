@@ -7,7 +7,7 @@ by purpose: every value of a policy is opened to this process. Two questions are
 
 *Each choice by itself.* Wherever a policy compares, ``plain`` computes the same from the queries, keys and values that
 ``wire`` had in that layer, and from what ``wire`` chose before; with it comes the error that is declared for ``wire``
-(``engines.compare_selection``). Of the indices that ``plain`` takes, the table gives the share that ``wire`` takes too:
+(``insecure.tracked``). Of the indices that ``plain`` takes, the table gives the share that ``wire`` takes too:
 the best of several, and those above a threshold. Then that share up to ties, which must be all: an index is a tie where
 what ``wire`` took instead, or the threshold, is no further from it than the declared error and two units of the
 comparison. *margin* is how much of that was needed at most. *operations off*: whose error left its declared bound.

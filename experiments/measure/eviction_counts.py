@@ -58,7 +58,7 @@ class SplitEngine(CostEngine):
 @dataclass(frozen=True)
 class Step:
     """counts: of one decode step of the layers, by (kind, what); what: rounds, bytes online (of both parties) and of
-    the dealer (to both), products and material (see ``engines.cost_engine.Links``). cached, summaries: numbers held in
+    the dealer (to both), products and material (see ``engines.wire.counted.Links``). cached, summaries: numbers held in
     the cache, and as keys of its clusters.
     """
 

@@ -1,5 +1,7 @@
 """``bench``: decode steps on random weights."""
 
+from typing import Any
+
 from crypten_llm.commands import options as shared
 from crypten_llm.commands.command_line import Parser
 
@@ -13,7 +15,7 @@ def options(parser: Parser) -> None:
     shared.add_settings(parser)
 
 
-def run(arguments) -> None:
+def run(arguments: Any) -> None:
     if not shared.asks(arguments):
         return
     from crypten_llm.commands.show import show_bench

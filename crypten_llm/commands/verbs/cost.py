@@ -1,5 +1,9 @@
 """``cost``: what a request will cost, from sizes alone."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from crypten_llm.commands import options as shared
 from crypten_llm.commands.command_line import Parser
 from crypten_llm.errors import UsageError
@@ -7,6 +11,9 @@ from crypten_llm.errors import UsageError
 HELP = "count what a request will cost on engine wire, from a model's sizes"
 
 _SIZES = ("hidden", "heads", "kv-heads", "ffn", "layers", "vocab")  # of a model that is only counted
+
+if TYPE_CHECKING:
+    from crypten_llm.models.config import LlamaConfig
 
 
 def options(parser: Parser) -> None:
@@ -24,7 +31,7 @@ def options(parser: Parser) -> None:
     parser.add_offline_and_verbose()
 
 
-def run(arguments) -> None:
+def run(arguments: Any) -> None:
     from crypten_llm.commands.cost import predict
     from crypten_llm.commands.show import show_cost
     from crypten_llm.links.network import parse_network
@@ -36,7 +43,7 @@ def run(arguments) -> None:
     show_cost(predict(_config(arguments), plan, network), arguments.json)
 
 
-def _config(arguments):
+def _config(arguments: Any) -> LlamaConfig:
     """The model that is asked about: of a model, of a file, or of sizes."""
     from crypten_llm.models import checkpoint
     from crypten_llm.models.config import LlamaConfig

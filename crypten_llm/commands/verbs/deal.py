@@ -1,6 +1,7 @@
 """``deal``: a tape, which takes the dealer's place in a run."""
 
 import sys
+from typing import Any
 
 from crypten_llm.commands import options as shared
 from crypten_llm.commands.command_line import Parser
@@ -23,17 +24,19 @@ def options(parser: Parser) -> None:
     shared.add_policy(parser)
 
 
-def run(arguments) -> None:
+def run(arguments: Any) -> None:
     if not arguments.bench and arguments.prompt_tokens is None:
         raise UsageError("for how long a prompt? give --prompt-tokens N (or --bench and its sizes)")
     from crypten_llm.commands.deal import deal
     from crypten_llm.commands.show import say
     from crypten_llm.models import checkpoint
     from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.bench import Shape
     from crypten_llm.session.generation import Plan
 
     if arguments.bench:
-        work, config = shared.bench_shape(arguments), None
+        work: Plan | Shape = shared.bench_shape(arguments)
+        config = None
     else:
         policy = shared.policy(arguments)
         work = Plan(arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, policy=policy)

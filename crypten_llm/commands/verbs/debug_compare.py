@@ -1,5 +1,7 @@
 """``debug-compare``: the first operation of engine wire that errs. Insecure, and says so."""
 
+from typing import Any
+
 from crypten_llm.commands import options as shared
 from crypten_llm.commands.command_line import Parser
 from crypten_llm.errors import CryptenLLMError
@@ -17,7 +19,7 @@ def options(parser: Parser) -> None:
     parser.add_offline_and_verbose()
 
 
-def run(arguments) -> None:
+def run(arguments: Any) -> None:
     from crypten_llm.commands.debug_compare import audit, compare
     from crypten_llm.commands.show import say, show_audit, show_comparison
     from crypten_llm.models import checkpoint
@@ -30,6 +32,7 @@ def run(arguments) -> None:
     ids = request.input_ids
     if ids is None:
         tokenizer = checkpoint.load_tokenizer(arguments.tokenizer or folder, arguments.offline)
+        assert request.prompt is not None, "what is asked is a text or ids"
         ids = encode_prompt(tokenizer, request.prompt)
     checked = audit(folder, ids, arguments.steps, arguments.chunk) if arguments.audit else None
     comparison = compare(folder, ids, arguments.steps, arguments.chunk, shared.policy(arguments))

@@ -1,6 +1,7 @@
 """``doctor``: is this machine ready?"""
 
 import argparse
+from typing import Any
 
 from crypten_llm.commands.command_line import Parser
 from crypten_llm.errors import CryptenLLMError
@@ -13,7 +14,7 @@ def options(parser: Parser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show tracebacks")
 
 
-def run(arguments) -> None:
+def run(arguments: Any) -> None:
     from crypten_llm.commands import doctor
 
     if not doctor.run(arguments.timeout):

@@ -1,5 +1,7 @@
 """``generate``: a private answer to a prompt."""
 
+from typing import Any
+
 from crypten_llm.commands import options as shared
 from crypten_llm.commands.command_line import Parser
 
@@ -22,7 +24,7 @@ def options(parser: Parser) -> None:
     shared.add_settings(parser)
 
 
-def run(arguments) -> None:
+def run(arguments: Any) -> None:
     if not shared.asks(arguments):
         return
     from crypten_llm.commands.show import show_generation

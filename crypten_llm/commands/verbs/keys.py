@@ -1,5 +1,7 @@
 """``keys``: a party's own key and certificate."""
 
+from typing import Any
+
 from crypten_llm.commands.command_line import Parser
 
 HELP = "make a role's key and certificate for encrypted links (--tls); give the others the certificate"
@@ -11,7 +13,7 @@ def options(parser: Parser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show tracebacks")
 
 
-def run(arguments) -> None:
+def run(arguments: Any) -> None:
     from crypten_llm.links import tls
 
     made = tls.make_key(arguments.out, arguments.role)

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict
+from typing import Any
 
 from crypten_llm.commands import options as shared
 from crypten_llm.commands.command_line import Parser
@@ -16,7 +17,7 @@ def options(parser: Parser) -> None:
     shared.add_settings(parser)
 
 
-def run(arguments) -> None:
+def run(arguments: Any) -> None:
     if arguments.child:
         _serve_parent(arguments)
         return
@@ -25,7 +26,7 @@ def run(arguments) -> None:
     shared.serve(arguments)
 
 
-def _serve_parent(arguments) -> None:
+def _serve_parent(arguments: Any) -> None:
     from crypten_llm.session.lifeline import end_with_parent
     from crypten_llm.session.settings import Child
 

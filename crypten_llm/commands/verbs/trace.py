@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 from crypten_llm.commands.command_line import Parser, read_text, whole_numbers
 from crypten_llm.errors import UsageError
@@ -23,7 +24,7 @@ def options(parser: Parser) -> None:
     parser.add_offline_and_verbose()
 
 
-def run(arguments) -> None:
+def run(arguments: Any) -> None:
     from crypten_llm.commands.trace import trace
     from crypten_llm.models import checkpoint
     from crypten_llm.session.generation import parse_policy
@@ -53,7 +54,7 @@ def _ids(path: str) -> list[int]:
     return ids
 
 
-def _summary(found) -> str:
+def _summary(found: Any) -> str:
     """Rows kept and attended to, and the mass recovered, by layer."""
     lines = [f"{found.policy} on {found.engine}, {found.prompt_tokens} prompt tokens"]
     lines.append("layer  kept  attended  mass recovered")

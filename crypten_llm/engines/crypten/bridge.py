@@ -6,7 +6,11 @@ CrypTen's trusted-third-party protocol (Appendix C.2 of arXiv 2109.00984): each 
 key it has in common with the dealer, and party 0 is sent the corrections.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,21 +21,28 @@ from crypten_llm.errors import PartyError
 from crypten_llm.links.meter import Meter, peak_bytes
 from crypten_llm.protocols.dealer.randomness import KEY_BYTES, Stream, fresh_key
 
+if TYPE_CHECKING:
+    from crypten_llm.links.transport import Transport
+
+
 crypten = compat.import_crypten()
 
 from crypten.communicator import DistributedCommunicator  # noqa: E402
 from crypten.mpc.provider.ttp_provider import TTPServer  # noqa: E402
 
 DEALER = "dealer"
-_COMBINE = {ReduceOp.SUM: torch.add, ReduceOp.BXOR: torch.bitwise_xor}
+_COMBINE: dict[Any, Callable[..., torch.Tensor]] = {
+    ReduceOp.SUM: torch.add,
+    ReduceOp.BXOR: torch.bitwise_xor,
+}
 
 
 class TransportCommunicator(DistributedCommunicator):
     """CrypTen's communicator over a ``Transport``. ``world_size`` counts compute parties, not the dealer."""
 
-    instance = None
+    instance: Any = None
 
-    def __init__(self, transport, compute_parties: int):
+    def __init__(self, transport: Transport, compute_parties: int) -> None:
         self.transport = transport
         self.rank = transport.rank
         self.world_size = compute_parties
@@ -39,28 +50,29 @@ class TransportCommunicator(DistributedCommunicator):
         self._name = f"rank{self.rank}"
 
     @classmethod
-    def is_initialized(cls):
+    def is_initialized(cls) -> bool:
         return cls.instance is not None
 
-    def get_world_size(self):
+    def get_world_size(self) -> int:
         return self.world_size
 
-    def get_rank(self):
+    def get_rank(self) -> int:
         return self.rank
 
-    def get_ttp_rank(self):
+    def get_ttp_rank(self) -> int:
         return self.world_size
 
-    def get_distributed_backend(self):
+    def get_distributed_backend(self) -> str:
         return "crypten_llm.links.transport"
 
-    def send(self, tensor, dst):
+    def send(self, tensor: torch.Tensor, dst: int) -> None:
         self.transport.send(dst, tensor)
 
-    def recv(self, tensor, src=None):
+    def recv(self, tensor: torch.Tensor, src: int | None = None) -> torch.Tensor:
+        assert src is not None, "CrypTen names whom it hears"
         return self.transport.recv(src, tensor.shape, tensor.dtype)
 
-    def all_reduce(self, input, op=ReduceOp.SUM, batched=False):
+    def all_reduce(self, input: Any, op: Any = ReduceOp.SUM, batched: bool = False) -> Any:
         """Sum or xor over the compute parties, in one round; lists travel as one message."""
         tensors = input if batched else [input]
         combine = _COMBINE[op]
@@ -69,7 +81,7 @@ class TransportCommunicator(DistributedCommunicator):
             totals = [combine(total, other) for total, other in zip(totals, received, strict=True)]
         return totals if batched else totals[0]
 
-    def reduce(self, input, dst, op=ReduceOp.SUM, batched=False):
+    def reduce(self, input: Any, dst: int, op: Any = ReduceOp.SUM, batched: bool = False) -> Any:
         tensors = input if batched else [input]
         if self.rank != dst:
             for tensor in tensors:
@@ -81,7 +93,7 @@ class TransportCommunicator(DistributedCommunicator):
                 totals[i] = _COMBINE[op](totals[i], self.transport.recv(peer, tensor.shape, tensor.dtype))
         return totals if batched else totals[0]
 
-    def broadcast(self, input, src, group=None, batched=False):
+    def broadcast(self, input: Any, src: int, group: Any = None, batched: bool = False) -> Any:
         assert group is None, "only the main group exists here; the dealer is reached through DealerClient"
         for tensor in input if batched else [input]:
             if self.rank == src:
@@ -91,7 +103,7 @@ class TransportCommunicator(DistributedCommunicator):
                 tensor.copy_(self.transport.recv(src, tensor.shape, tensor.dtype))
         return input
 
-    def gather(self, tensor, dst):
+    def gather(self, tensor: torch.Tensor, dst: int) -> Any:
         if self.rank != dst:
             self.transport.send(dst, tensor)
             return [None]
@@ -100,11 +112,11 @@ class TransportCommunicator(DistributedCommunicator):
             for rank in range(self.world_size)
         ]
 
-    def all_gather(self, tensor):
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         received = self.transport.all_exchange_many(self.peers, [tensor])
         return [tensor if rank == self.rank else received[rank][0] for rank in range(self.world_size)]
 
-    def _refuse(self, *_, **__):
+    def _refuse(self, *_: Any, **__: Any) -> None:
         raise PartyError(
             "CrypTen asked for an operation that this project does not send (a pickled object or an "
             "asynchronous message); use the additive protocol with tensors of public size"
@@ -116,12 +128,12 @@ class TransportCommunicator(DistributedCommunicator):
 class DealerClient:
     """What CrypTen's TTP provider talks to on a compute party: a key in common with the dealer, and requests."""
 
-    def __init__(self, transport, dealer: int):
+    def __init__(self, transport: Transport, dealer: int) -> None:
         self.transport = transport
         self.dealer = dealer
         self.stream = Stream(_receive_key(transport, dealer))
 
-    def get_generator(self, device=None):
+    def get_generator(self, device: Any = None) -> Stream:
         return self.stream
 
     def ask_statistics(self) -> dict:
@@ -133,7 +145,7 @@ class DealerClient:
         """Party 0 only: the dealer ends."""
         self.transport.send_json(self.dealer, {"function": "stop"}, channel=DEALER)
 
-    def ttp_request(self, function, device, *args, **kwargs):
+    def ttp_request(self, function: str, device: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Party 0 only: the correction for one correlation. The request holds public shapes alone."""
         shape = _result_shape(function, args, kwargs)
         self.transport.send_json(
@@ -147,7 +159,7 @@ class Dealer(TTPServer):
 
     FUNCTIONS = ("additive", "square", "binary", "wraps", "B2A")
 
-    def __init__(self, transport, compute_parties: int):
+    def __init__(self, transport: Transport, compute_parties: int) -> None:
         self.transport = transport
         self.device = "cpu"
         keys = [fresh_key() for _ in range(compute_parties)]
@@ -155,7 +167,7 @@ class Dealer(TTPServer):
             _send_key(transport, rank, key)
         self.generators = [Stream(key) for key in keys]
 
-    def serve(self):
+    def serve(self) -> None:
         """Answers party 0 until it says stop."""
         while True:
             request = self.transport.recv_json(0, channel=DEALER, timeout=math.inf)
@@ -176,7 +188,7 @@ class Dealer(TTPServer):
             self.transport.send(0, result, channel=DEALER)
 
 
-def start(transport, compute_parties: int, precision_bits: int) -> DealerClient:
+def start(transport: Transport, compute_parties: int, precision_bits: int) -> DealerClient:
     """Turns this process into CrypTen's rank ``transport.rank``; the dealer calls ``start_dealer`` instead."""
     if transport.rank >= compute_parties:
         raise AssertionError("the dealer holds no shares; call start_dealer")
@@ -189,13 +201,13 @@ def start(transport, compute_parties: int, precision_bits: int) -> DealerClient:
     return dealer
 
 
-def start_dealer(transport, compute_parties: int) -> Dealer:
+def start_dealer(transport: Transport, compute_parties: int) -> Dealer:
     """The dealer's end of ``start``."""
     compat.install_generators(ring_element, kbit_tensor, {})
     return Dealer(transport, compute_parties)
 
 
-def is_started(transport=None) -> bool:
+def is_started(transport: Transport | None = None) -> bool:
     """Whether this process is one of CrypTen's parties: over ``transport``, when one is given."""
     running = TransportCommunicator.instance
     return running is not None and (transport is None or running.transport is transport)
@@ -207,22 +219,26 @@ def stop() -> None:
     compat.install_ttp_client(None)
 
 
-def ring_element(size, ring_size=2**64, generator=None, device=None):
+def ring_element(
+    size: Sequence[int], ring_size: int = 2**64, generator: Stream | None = None, device: Any = None
+) -> torch.Tensor:
     """Replaces ``crypten.common.rng.generate_random_ring_element``."""
     assert ring_size == 2**64, "CrypTen's shares live in Z_2^64"
     return _stream(generator).ring(size)
 
 
-def kbit_tensor(size, bitlength=None, generator=None, device=None):
+def kbit_tensor(
+    size: Sequence[int], bitlength: int | None = None, generator: Stream | None = None, device: Any = None
+) -> torch.Tensor:
     """Replaces ``crypten.common.rng.generate_kbit_random_tensor``."""
     return _stream(generator).bits(size, bitlength or 64)
 
 
-def _stream(generator):
+def _stream(generator: Stream | None) -> Stream:
     return generator or crypten.generators["local"][torch.device("cpu")]
 
 
-def agree_on_streams(transport, parties: int) -> dict:
+def agree_on_streams(transport: Transport, parties: int) -> dict:
     """CrypTen's four streams. ``next`` and ``prev`` are shared with the neighbours, so that zero is shared freely."""
     rank, following, preceding = transport.rank, (transport.rank + 1) % parties, (transport.rank - 1) % parties
     next_key = fresh_key()
@@ -238,19 +254,19 @@ def agree_on_streams(transport, parties: int) -> dict:
     return {name: Stream(key) for name, key in keys.items()}
 
 
-def _send_key(transport, dst, key: bytes):
+def _send_key(transport: Transport, dst: int, key: bytes) -> None:
     transport.send(dst, torch.frombuffer(bytearray(key), dtype=torch.uint8))
 
 
-def _receive_key(transport, src) -> bytes:
+def _receive_key(transport: Transport, src: int) -> bytes:
     return bytes(transport.recv(src, (KEY_BYTES,), torch.uint8).tolist())
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     return list(value) if isinstance(value, (torch.Size, tuple)) else value
 
 
-def _result_shape(function, args, kwargs):
+def _result_shape(function: str, args: tuple, kwargs: dict) -> tuple[int, ...]:
     # numpy's broadcast_shapes: torch's imports sympy on first use
     if function == "additive":
         left, right, op = args

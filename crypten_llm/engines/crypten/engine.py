@@ -12,8 +12,12 @@ parties also wait for each truncation.
 Source: CrypTen, arXiv 2109.00984, and its dealer protocol in appendix C.2; where we differ the method says so.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +25,13 @@ from crypten_llm.engines.base import Engine
 from crypten_llm.engines.crypten import bridge
 from crypten_llm.engines.crypten.bridge import crypten
 from crypten_llm.engines.crypten.selection import CryptenSelection, row_maximum
+from eviction.operations import Handle
+
+if TYPE_CHECKING:
+    from crypten_llm.links.meter import Meter
+    from crypten_llm.links.transport import Transport
+    from crypten_llm.models.config import LlamaConfig
+
 
 MPCTensor = crypten.mpc.MPCTensor
 ArithmeticSharedTensor = crypten.mpc.primitives.ArithmeticSharedTensor
@@ -54,8 +65,13 @@ class CryptenEngine(CryptenSelection, Engine):
     layer_error = 0.1
 
     def __init__(
-        self, transport, compute_parties: int, config: CryptenConfig = CryptenConfig(), owner: int = 0, client: int = 1
-    ):
+        self,
+        transport: Transport,
+        compute_parties: int,
+        config: CryptenConfig = CryptenConfig(),
+        owner: int = 0,
+        client: int = 1,
+    ) -> None:
         self.transport = transport
         self.rank = transport.rank
         self.owner, self.client = owner, client
@@ -67,10 +83,10 @@ class CryptenEngine(CryptenSelection, Engine):
         crypten.cfg.functions.reciprocal_all_pos = True  # every reciprocal here is of a sum of exponentials
 
     @property
-    def meter(self):
+    def meter(self) -> Meter:
         return self.transport.meter
 
-    def calibrate(self, config, weights):
+    def calibrate(self, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> dict[str, float]:
         from crypten_llm.session.calibration import (  # runs the model definition, which is above engines
             measure,
             norm_scales,
@@ -78,45 +94,46 @@ class CryptenEngine(CryptenSelection, Engine):
 
         return norm_scales(measure(config, weights))
 
-    def parameter(self, value, shape):
+    def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Handle:
         """Shares of the owner's tensor. Error: u / 2. Cost: nothing."""
         return self._share(value, shape, self.owner)
 
-    def secret(self, value, shape, source):
+    def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Handle:
         return self._share(value, shape, source)
 
-    def tokens(self, ids, count, vocab_size):
+    def tokens(self, ids: torch.Tensor | None, count: int, vocab_size: int) -> Handle:
         """Shares of the client's one-hot rows, exact. Cost: nothing."""
         value = None
         if self.rank == self.client:
             value = torch.nn.functional.one_hot(torch.as_tensor(ids), vocab_size).float()
         return self._share(value, (count, vocab_size), self.client)
 
-    def _share(self, value, shape, source):
+    def _share(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Handle:
         """Additive shares of ``value``, which only ``source`` holds. No message: zero is shared from common keys."""
         share = ArithmeticSharedTensor.PRZS(torch.Size(shape)).share
         if self.rank == source:
+            assert value is not None, "its source has the value"
             assert value.shape == torch.Size(shape), f"{tuple(value.shape)} given, {tuple(shape)} announced"
             share += (value.double() * 2**self.config.precision_bits).round().long()
         return MPCTensor.from_shares(share)
 
-    def embed(self, one_hot, weight):
+    def embed(self, one_hot: Handle, weight: Handle) -> Handle:
         """As ``matmul``; the product with a one-hot row is exact but for u."""
         return one_hot.matmul(weight)
 
-    def linear(self, x, weight, bias=None):
+    def linear(self, x: Handle, weight: Handle, bias: Handle = None) -> Handle:
         """As ``matmul``, and a local sum."""
         out = x.matmul(weight.transpose(0, 1))
         return out if bias is None else out + bias
 
-    def matmul(self, x, y):
+    def matmul(self, x: Handle, y: Handle) -> Handle:
         """Beaver's protocol. Domain: |result| < 2^(62-2f). Error: u, and u (|x| + |y|) for the rounding of inputs.
 
         Cost: 1 round, 8 bytes per element of x and of y, sent by each party to each other.
         """
         return x.matmul(y)
 
-    def rms_norm(self, x, weight, eps, scale):
+    def rms_norm(self, x: Handle, weight: Handle, eps: float, scale: float) -> Handle:
         """Domain: scale * (mean(x^2) + eps) in [0.043, 173]. Error: 1e-4 relative, and about 8 u sqrt(scale) |x|.
 
         ``scale`` multiplies x itself, by its root, before the square: a small x keeps its bits, and the squares of
@@ -128,19 +145,19 @@ class CryptenEngine(CryptenSelection, Engine):
         inverse = (mean_square + eps * scale).inv_sqrt()
         return x * inverse * weight
 
-    def _times(self, x, factor: float):
+    def _times(self, x: Handle, factor: float) -> Handle:
         """x times a public power of two; a factor below one is one truncation."""
         if factor >= 1:
             return x * int(factor)
         return x.div(round(1 / factor))
 
-    def rotate(self, x, cos, sin):
+    def rotate(self, x: Handle, cos: torch.Tensor, sin: torch.Tensor) -> Handle:
         """Local. Error: 3 u, and u |x| for the rounding of the tables."""
         half = x.shape[-1] // 2
         turned = self.cat([-x[..., half:], x[..., :half]], -1)
         return x * cos + turned * sin
 
-    def softmax(self, scores, mask=None):
+    def softmax(self, scores: Handle, mask: torch.Tensor | None = None) -> Handle:
         """Domain: seen scores differ by less than 2^k, N up to 2^14. Error: x^2 / 2^(k+1) + 2^k u relative to each
         weight exp(-x) / z, so 2 % at the default settings where a weight matters, and 4 u.
 
@@ -157,7 +174,7 @@ class CryptenEngine(CryptenSelection, Engine):
         reciprocal = (numerator.sum(-1, keepdim=True) * factor).reciprocal()
         return numerator * reciprocal * factor
 
-    def swiglu(self, gate, up):
+    def swiglu(self, gate: Handle, up: Handle) -> Handle:
         """Domain: |gate| < 2^k, |gate * up| < 2^(62-2f). Error: (2^-(k+1) + 2^k u) |gate * up|.
 
         sigmoid(-|x|) by exp and a reciprocal, as in CrypTen, which takes three Newton steps from a constant (4e-3
@@ -165,7 +182,7 @@ class CryptenEngine(CryptenSelection, Engine):
         """
         return gate * self.sigmoid(gate) * up
 
-    def open_to(self, x, rank):
+    def open_to(self, x: Handle, rank: int) -> torch.Tensor | None:
         """Reveals: x to ``rank`` alone. Exact. Cost: one message of 8 bytes per element from each other party."""
         total = x.reveal(dst=rank)
         return None if total is None else (total.double() / x.encoder.scale).float()

@@ -9,6 +9,11 @@ their shapes. So it makes each correlation when its turn comes, live or for a ta
 parties. CrypTen's protocols take the same steps whatever their shares hold.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
 import torch
 from crypten.common.util import count_wraps  # noqa: E402, I001  (importable once ``bridge`` has been imported)
 from crypten.mpc.primitives import ArithmeticSharedTensor, BinarySharedTensor  # noqa: E402
@@ -23,9 +28,17 @@ from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.dealer.roles import Piece
 from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
 from crypten_llm.roles import DEALER, OWNER
+from eviction.operations import Handle
+
+if TYPE_CHECKING:
+    from crypten_llm.engines.wire.engine import WireEngine
+    from crypten_llm.protocols.dealer.roles import Runtime
+
 
 PARTIES = 2
 MPCTensor = crypten.mpc.MPCTensor
+Pair = tuple[ArithmeticSharedTensor, ArithmeticSharedTensor | BinarySharedTensor]  # of a correlation
+Triple = tuple[Any, Any, Any]  # both factors and their product
 
 
 class CryptenBeside:
@@ -37,13 +50,13 @@ class CryptenBeside:
     Cost: 2 rounds and 3 messages of 32 bytes between the parties, for the keys of CrypTen's zero shares.
     """
 
-    def __init__(self, engine, precision_bits: int = 15):
+    def __init__(self, engine: WireEngine, precision_bits: int = 15) -> None:
         """precision_bits: fractional bits of every MPCTensor here; a product of two may not exceed 2^(62 - 2f)."""
         if not 1 <= precision_bits <= 30:
             raise UsageError(f"precision_bits is {precision_bits}; CrypTen multiplies with 1 to 30")
         self.engine, self.precision_bits = engine, precision_bits
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if bridge.is_started():
             raise UsageError("CrypTen already runs in this process; give owner, client and dealer a process each")
         engine = self.engine
@@ -63,12 +76,12 @@ class CryptenBeside:
         compat.install_provider(WireProvider(engine.runtime))
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         bridge.stop()
         compat.install_provider(None)
         compat.install_generators(_refuse, _refuse, {})  # until CrypTen is started again: the dealer's were zeros
 
-    def to_crypten(self, *handles) -> list:
+    def to_crypten(self, *handles: Any) -> list:
         """MPCTensors of the wire engine's ``handles``, all in one go.
 
         Shapes: those of the handles, which are results of its operations: no cached rows, weights or norms.
@@ -90,7 +103,7 @@ class CryptenBeside:
             secrets = [exact.get(id(secret), secret) for secret in secrets]
         return [self._mpc_tensor(secret) for secret in secrets]
 
-    def to_wire(self, tensor, bits: int | None = None) -> Secret:
+    def to_wire(self, tensor: Handle, bits: int | None = None) -> Secret:
         """A handle of the wire engine for an MPCTensor; local.
 
         Shapes: the tensor's. bits: |x| < 2^bits, by the caller's word, as no share says how large it is; that of a
@@ -110,14 +123,14 @@ class CryptenBeside:
         share = tensor.share.clone()  # CrypTen changes some of its tensors in place
         return Secret(self.engine.runtime.share(share.shape, lambda: share), scale, 64, bits)
 
-    def _secret(self, handle) -> Secret:
+    def _secret(self, handle: Handle) -> Secret:
         if isinstance(handle, Secret | Scaled | Reshaped):
             return self.engine.rounds.run(value(self.engine, handle))
         raise UsageError(
             f"{type(handle).__name__} is no plain value of engine 'wire'; convert the result of an operation instead"
         )
 
-    def _mpc_tensor(self, secret: Secret):
+    def _mpc_tensor(self, secret: Secret) -> Handle:
         share = secret.share << (self.precision_bits - secret.scale)
         share = torch.zeros(secret.shape, dtype=torch.int64) if self.engine.rank == DEALER else share
         return MPCTensor.from_shares(share, precision=self.precision_bits)
@@ -138,11 +151,13 @@ class WireProvider(TupleProvider):
 
     NAME = "wire"
 
-    def __init__(self, runtime):
+    def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self._runtime = runtime
 
-    def generate_additive_triple(self, size0, size1, op, device=None, *args, **kwargs):
+    def generate_additive_triple(
+        self, size0: Sequence[int], size1: Sequence[int], op: Any, device: Any = None, *args: Any, **kwargs: Any
+    ) -> Triple:
         function = getattr(torch, op)
         (left, a), (right, b) = self._mask(size0), self._mask(size1)
         shapes = (torch.empty(size, device="meta") for size in (size0, size1))
@@ -150,16 +165,16 @@ class WireProvider(TupleProvider):
         c = self._deal(size, lambda: function(sum(left), sum(right), *args, **kwargs))
         return _arithmetic(a), _arithmetic(b), _arithmetic(c)
 
-    def square(self, size, device=None):
+    def square(self, size: Sequence[int], device: Any = None) -> Pair:
         parts, r = self._mask(size)
-        return _arithmetic(r), _arithmetic(self._deal(size, lambda: sum(parts) * sum(parts)))
+        return _arithmetic(r), _arithmetic(self._deal(size, lambda: (parts[0] + parts[1]) * (parts[0] + parts[1])))
 
-    def generate_binary_triple(self, size0, size1, device=None):
+    def generate_binary_triple(self, size0: Sequence[int], size1: Sequence[int], device: Any = None) -> Triple:
         (left, a), (right, b) = self._mask(size0), self._mask(size1)
         size = broadcast(size0, size1)
         own, c = self._mask(size)
 
-        def correction():
+        def correction() -> list[torch.Tensor]:
             """Between uniform shares of the triple's third part and the right ones; each party lacks the other's."""
             return [(left[0] ^ left[1]) & (right[0] ^ right[1]) ^ own[0] ^ own[1]]
 
@@ -168,22 +183,22 @@ class WireProvider(TupleProvider):
             c = c ^ dealt[0]
         return _binary(a), _binary(b), _binary(c)
 
-    def wrap_rng(self, size, device=None):
+    def wrap_rng(self, size: Sequence[int], device: Any = None) -> Pair:
         parts, r = self._mask(size)
         return _arithmetic(r), _arithmetic(self._deal(size, lambda: count_wraps(list(parts))))
 
-    def B2A_rng(self, size, device=None):
+    def B2A_rng(self, size: Sequence[int], device: Any = None) -> Pair:
         parts, r = self._mask(size)
         return _arithmetic(self._deal(size, lambda: (parts[0] ^ parts[1]) & 1)), _binary(r & 1)
 
-    def _mask(self, size) -> tuple[tuple | None, torch.Tensor]:
+    def _mask(self, size: Sequence[int]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Both parts of a fresh mask, at the dealer alone, and this role's part; the dealer's is zero."""
         mask = self._runtime.mask(tuple(size))
         if mask.client is None:
-            return None, mask.held
+            return (), mask.held
         return (mask.held - mask.client, mask.client), _zeros(size)
 
-    def _deal(self, size, value) -> torch.Tensor:
+    def _deal(self, size: Sequence[int], value: Callable[[], torch.Tensor]) -> torch.Tensor:
         dealt = self._runtime.deal(tuple(size), value)
         return dealt.held if dealt.client is None else _zeros(size)
 
@@ -191,59 +206,59 @@ class WireProvider(TupleProvider):
 class _FollowingCommunicator(TransportCommunicator):
     """At the dealer, in the place of party 0: nothing is sent or heard, what would arrive is zero."""
 
-    def __init__(self, engine):
+    def __init__(self, engine: WireEngine) -> None:
         super().__init__(engine.transport, PARTIES)
         self.rank, self._runtime = OWNER, engine.runtime
 
-    def _overhear(self, tensors, sender=None):
+    def _overhear(self, tensors: list[torch.Tensor], sender: int | None = None) -> None:
         self.pass_by(sum(tensor.numel() * tensor.element_size() for tensor in tensors), sender)
 
-    def pass_by(self, count, sender=None):
+    def pass_by(self, count: int, sender: int | None = None) -> None:
         """``count`` bytes from ``sender`` to the other party, or from each to the other."""
         self._runtime.exchange([Piece((count,), 8, self.transport.meter.cell, sender=sender)])
 
-    def send(self, tensor, dst):
+    def send(self, tensor: torch.Tensor, dst: int) -> None:
         self._overhear([tensor], self.rank)
 
-    def recv(self, tensor, src=None):
+    def recv(self, tensor: torch.Tensor, src: int | None = None) -> torch.Tensor:
         self._overhear([tensor], src)
         return torch.zeros_like(tensor)
 
-    def all_reduce(self, input, op=None, batched=False):
+    def all_reduce(self, input: Any, op: Any = None, batched: bool = False) -> Any:
         self._overhear(input if batched else [input])
         return input
 
-    def reduce(self, input, dst, op=None, batched=False):
+    def reduce(self, input: Any, dst: int, op: Any = None, batched: bool = False) -> Any:
         for tensor in input if batched else [input]:
             self._overhear([tensor], 1 - dst)
         return input if dst == self.rank else None
 
-    def broadcast(self, input, src, group=None, batched=False):
+    def broadcast(self, input: Any, src: int, group: Any = None, batched: bool = False) -> Any:
         for tensor in input if batched else [input]:
             self._overhear([tensor], src)
         return input
 
-    def gather(self, tensor, dst):
+    def gather(self, tensor: torch.Tensor, dst: int) -> Any:
         self._overhear([tensor], 1 - dst)
         return [tensor, torch.zeros_like(tensor)] if dst == self.rank else [None]
 
-    def all_gather(self, tensor):
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         self._overhear([tensor])
         return [tensor, torch.zeros_like(tensor)]
 
 
-def _zeros(size, *_, **__) -> torch.Tensor:
+def _zeros(size: Sequence[int], *_: Any, **__: Any) -> torch.Tensor:
     """The dealer's share of anything; in the place of CrypTen's random functions, too."""
     return torch.zeros(size, dtype=torch.int64)
 
 
-def _refuse(*_, **__):
+def _refuse(*_: Any, **__: Any) -> None:
     raise UsageError("CrypTen was stopped and draws no shares; use MPCTensors within the CryptenBeside they come from")
 
 
-def _arithmetic(share):
+def _arithmetic(share: torch.Tensor) -> ArithmeticSharedTensor:
     return ArithmeticSharedTensor.from_shares(share, precision=0)
 
 
-def _binary(share):
+def _binary(share: torch.Tensor) -> BinarySharedTensor:
     return BinarySharedTensor.from_shares(share)

@@ -9,11 +9,20 @@ bits: a product with a bit is then exact and is not truncated. ``==`` is never u
 scale of what it compared, and is wrong by it for integers.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from crypten_llm.engines.crypten.bridge import crypten
+from eviction.operations import Choice, Handle
+
+if TYPE_CHECKING:
+    from crypten_llm.engines.crypten.engine import CryptenConfig
+
 
 MPCTensor = crypten.mpc.MPCTensor
 
@@ -40,24 +49,27 @@ class CryptenSelection:
     of equal inputs a function makes results a unit or two apart: ties stay ties only up to there.
     """
 
+    config: CryptenConfig
+    rank: int
+
     # Local: linear with public coefficients.
 
-    def add(self, x, y):
+    def add(self, x: Handle, y: Handle) -> Handle:
         """Error: none. Cost: none."""
         x, y = _alike([x, y])
         return _handle(x.share + y.share, x)
 
-    def cat(self, handles, dim):
+    def cat(self, handles: list[Handle], dim: int) -> Handle:
         """Error: none. Cost: none."""
         handles = _alike(handles)
         return _handle(torch.cat([x.share for x in handles], dim), handles[0])
 
-    def public(self, value):
+    def public(self, value: torch.Tensor) -> Handle:
         """Error: u / 2. Cost: none."""
         units = (value.double() * 2**self.config.precision_bits).round().long()
         return MPCTensor.from_shares(units if self.rank == 0 else torch.zeros_like(units))
 
-    def scale(self, x, factor):
+    def scale(self, x: Handle, factor: float | torch.Tensor) -> Handle:
         """Error: none for whole factors and for bits times multiples of u; u for 1 / n; else u |x| more. Cost: none."""
         factor = torch.as_tensor(factor, dtype=torch.float64)
         inverse = 1 / factor if factor.dim() == 0 and factor else None
@@ -65,20 +77,20 @@ class CryptenSelection:
             return x.div(int(inverse))
         return self._linear(x, factor, torch.mul)
 
-    def total(self, x, dim):
+    def total(self, x: Handle, dim: int) -> Handle:
         """Error: none. Cost: none."""
         return _handle(x.share.sum(dim), x)
 
-    def transform(self, x, matrix):
+    def transform(self, x: Handle, matrix: torch.Tensor) -> Handle:
         """Error: none for a matrix of whole numbers; else u, and u / 2 for the rounding of each of its numbers, times
         x. Cost: none."""
         return self._linear(x, matrix.double(), torch.matmul)
 
-    def within(self, x, limit):
+    def within(self, x: Handle, limit: float) -> Handle:
         """Error: none. Cost: none; comparisons are of whole shares."""
         return x
 
-    def _linear(self, x, factor, product):
+    def _linear(self, x: Handle, factor: torch.Tensor, product: Callable[[Any, Any], Any]) -> Handle:
         """x by public numbers: whole ones as they are, others as fixed point with one truncation (none for bits)."""
         if (factor == factor.round()).all():
             return _handle(product(x.share, factor.long()), x)
@@ -88,11 +100,11 @@ class CryptenSelection:
 
     # Attention.
 
-    def mass(self, weights, queries):
+    def mass(self, weights: Handle, queries: torch.Tensor) -> Handle:
         """Local. Error: u, none for whole numbers of queries, beside that of the weights. Cost: none."""
         return self.transform(weights.permute(0, 2, 1), queries[:, None])[..., 0]
 
-    def gather_scores(self, choice, scores):
+    def gather_scores(self, choice: Choice, scores: Handle) -> Handle:
         """Error: none. Cost: none without picks, else 1 round: one product of picks [G, k, C] and [G, C, M * size]."""
         parts = [scores[..., choice.rows]] if len(choice.rows) else []
         if choice.picks is not None:
@@ -104,7 +116,7 @@ class CryptenSelection:
             parts.append(found.reshape(heads, queries, count * choice.size))
         return self.cat(parts, -1)
 
-    def scatter_weights(self, choice, weights, count):
+    def scatter_weights(self, choice: Choice, weights: Handle, count: int) -> Handle:
         """Error: none. Cost: none without picks, else 1 round: one product of picks [G, C, k] and [G, k, M * size]."""
         (heads, queries, _), fixed = weights.shape, len(choice.rows)
         placed = weights.share.new_zeros(heads, queries, count)
@@ -120,23 +132,23 @@ class CryptenSelection:
 
     # Rows of the cache.
 
-    def contents(self, rows):
+    def contents(self, rows: Handle) -> Handle:
         """Local."""
         return rows
 
-    def fixed(self, x, values=False):
+    def fixed(self, x: Handle, values: bool = False) -> Handle:
         """Local: CrypTen opens the rows in each product."""
         return x
 
-    def take(self, rows, index):
+    def take(self, rows: Handle, index: torch.Tensor) -> Handle:
         """Local."""
         return rows[:, index]
 
-    def keep(self, rows, picks):
+    def keep(self, rows: Handle, picks: Handle) -> Handle:
         """Error: none. Cost: 1 round: one product of picks [G or 1, K, N] and rows [G, N, D]."""
         return picks.matmul(rows)
 
-    def drop(self, rows, hot):
+    def drop(self, rows: Handle, hot: Handle) -> Handle:
         """Each row moves up by one from the dropped one on. Error: none.
 
         Cost: 1 round: one product of [G or 1, N - 1] bits and [G, N - 1, D].
@@ -144,7 +156,7 @@ class CryptenSelection:
         after = _handle(hot.share.cumsum(-1)[..., :-1, None], hot)
         return self.choose(after, rows[:, 1:], rows[:, :-1])
 
-    def coarse(self, rows, bits):
+    def coarse(self, rows: Handle, bits: int) -> Handle:
         """CrypTen's bit decomposition of the level; rows are held as others are: no memory is saved. Error: u.
 
         Cost: 17 rounds; two comparisons, two products with bits, a decomposition of 208 bytes and 8 bytes a bit of the
@@ -161,7 +173,7 @@ class CryptenSelection:
 
     # Comparisons.
 
-    def top(self, x, count):
+    def top(self, x: Handle, count: int) -> Handle:
         """Error: none beyond that of x.
 
         Cost: up to ``PAIRS`` values n (n - 1) / 2 + n comparisons in 16 rounds. Beyond, with b = ceil(log2 n), a step
@@ -184,7 +196,7 @@ class CryptenSelection:
             return self._not_below(distinct - self._least_of_best(distinct, count, bits)[..., None])
         return _bits(self._negative(self._ranks(share) - self._public(count)))
 
-    def best(self, x, count):
+    def best(self, x: Handle, count: int) -> Handle:
         """Error: none. Cost: as ``picks`` of ranks; up to ``PAIRS`` values n (n - 1) / 2 comparisons in 8 rounds more,
         beyond that ``top`` and ``picks``. Raises: ValueError as ``top``.
         """
@@ -197,7 +209,7 @@ class CryptenSelection:
         every = torch.ones_like(ranks) * self._public(1)
         return _bits(self._hot(ranks, every, count, n - 1))
 
-    def picks(self, bits, count):
+    def picks(self, bits: Handle, count: int) -> Handle:
         """A one's place among the ones is a local sum; rows are hot where the place is theirs. Error: none.
 
         Cost: up to ``DIRECT`` rows 8 rounds and count - 1 comparisons a bit (none for one row). Beyond, with s the root
@@ -210,33 +222,33 @@ class CryptenSelection:
         far = place - (self._public(1) - hot) * hot.shape[-1]  # below zero at a zero
         return _bits(self._hot(far, hot, count, count - 1))
 
-    def gather(self, picks, x):
+    def gather(self, picks: Handle, x: Handle) -> Handle:
         """Error: none for picks and bits. Cost: 1 round: one product."""
         return picks.matmul(x)
 
-    def largest(self, x, dim):
+    def largest(self, x: Handle, dim: int) -> Handle:
         """Error: none. Cost: 9 ceil(log2 n) rounds; n - 1 comparisons and products."""
         dim = dim % x.dim()
         x = x.permute(*(d for d in range(x.dim()) if d != dim), dim)
         return row_maximum(x)[..., 0]
 
-    def above(self, x, threshold):
+    def above(self, x: Handle, threshold: float) -> Handle:
         """Error: the threshold is rounded down to a multiple of u. Cost: a comparison each in 8 rounds."""
         limit = self._public(math.floor(threshold * x.encoder.scale))
         return _bits(self._negative(limit - x.share))
 
     # Arithmetic on two secrets, and functions.
 
-    def multiply(self, x, y):
+    def multiply(self, x: Handle, y: Handle) -> Handle:
         """Error: u, none where one is bits; u (|x| + |y|) for the rounding of inputs. Cost: 1 round: one product."""
         return x * y
 
-    def choose(self, bits, x, y):
+    def choose(self, bits: Handle, x: Handle, y: Handle) -> Handle:
         """y + bits (x - y). Error: none. Cost: 1 round: one product."""
         x, y = _alike([x, y])
         return self.add(bits * _handle(x.share - y.share, x), y)
 
-    def sigmoid(self, x):
+    def sigmoid(self, x: Handle) -> Handle:
         """1 / (1 + exp(-|x|)) for x >= 0, one minus that below. Domain: |x| < 2^k, k squarings of the engine's exp.
 
         Error: 2^-(k+1) + 2^k u. Cost: 23 rounds at 16 fractional bits.
@@ -248,7 +260,7 @@ class CryptenSelection:
             inverse = inverse * (2 - z * inverse)
         return 0.5 + (inverse - 0.5) * sign
 
-    def reciprocal(self, x, low, high):
+    def reciprocal(self, x: Handle, low: float, high: float) -> Handle:
         """CrypTen's Newton iteration on x times a public power of two that brings ``high`` into (4, 8].
 
         The iteration takes y^2 x, in which the unit of y^2 is multiplied by x: beyond about 64 it diverges. Error: 64 u
@@ -262,24 +274,24 @@ class CryptenSelection:
 
     # Shared, on shares of integers.
 
-    def _public(self, value):
+    def _public(self, value: Any) -> Any:
         """This party's share of a public integer, or of integers."""
         return value if self.rank == 0 else value * 0
 
-    def _negative(self, share):
+    def _negative(self, share: torch.Tensor) -> torch.Tensor:
         """Shares of [x < 0]. Cost: a comparison each in 8 rounds."""
         return _bits(share)._ltz().share
 
-    def _not_below(self, share):
+    def _not_below(self, share: torch.Tensor) -> Handle:
         """[x >= 0] as bits. Cost: as ``_negative``."""
         return _bits(self._public(1) - self._negative(share))
 
-    def _distinct(self, share):
+    def _distinct(self, share: torch.Tensor) -> torch.Tensor:
         """Values in the same order, and of equal ones the first largest."""
         n = share.shape[-1]
         return (share << (n - 1).bit_length()) - self._public(torch.arange(n))
 
-    def _ranks(self, share):
+    def _ranks(self, share: torch.Tensor) -> torch.Tensor:
         """How many values come before each of a row. Cost: a comparison for each pair in 8 rounds."""
         n = share.shape[-1]
         first, second = torch.triu_indices(n, n, 1)
@@ -287,7 +299,7 @@ class CryptenSelection:
         ranks = torch.zeros_like(share).index_add_(-1, first, less)
         return ranks.index_add_(-1, second, self._public(1) - less)
 
-    def _least_of_best(self, share, count, bits):
+    def _least_of_best(self, share: torch.Tensor, count: int, bits: int) -> torch.Tensor:
         """The ``count``-th largest of distinct integers in [-2^(bits-1), 2^(bits-1)): [..., n] to [...].
 
         Each step finds the next ``DIGIT`` bits: of 2^DIGIT - 1 thresholds at equal distances, it takes the last that
@@ -303,7 +315,7 @@ class CryptenSelection:
             least = least + ((self._public(len(multiples)) - missed.sum(-1)) << shift)
         return least
 
-    def _hot(self, number, counted, count, most):
+    def _hot(self, number: torch.Tensor, counted: torch.Tensor, count: int, most: int) -> torch.Tensor:
         """One-hot rows [..., count, N] of integers [..., N] of ``most`` at most: 1 in row r where the number is r.
 
         counted: shares of 1 where the number is not negative, of 0 elsewhere. Cost: see ``picks``.
@@ -318,7 +330,7 @@ class CryptenSelection:
         both = _bits(high[..., :, None, :]) * _bits(low[..., None, :, :])
         return both.share.reshape(*number.shape[:-1], rows * size, number.shape[-1])[..., :count, :]
 
-    def _digits(self, number, counted, rows, size, most):
+    def _digits(self, number: torch.Tensor, counted: torch.Tensor, rows: int, size: int, most: int) -> torch.Tensor:
         """1 in row r where size r <= number < size (r + 1)."""
         limits = torch.arange(1, min(rows, most // size) + 1) * size
         reached = counted[..., None, :]
@@ -331,7 +343,7 @@ class CryptenSelection:
         return hot if not missing else torch.cat([hot, hot.new_zeros(*hot.shape[:-2], missing, hot.shape[-1])], -2)
 
 
-def row_maximum(x):
+def row_maximum(x: Handle) -> Handle:
     """Maximum over the last dimension by a tree of comparisons, kept as a dimension of 1."""
     while x.shape[-1] > 1:
         n = x.shape[-1]
@@ -341,17 +353,17 @@ def row_maximum(x):
     return x
 
 
-def _handle(share, like):
+def _handle(share: torch.Tensor, like: Handle) -> Handle:
     """An MPCTensor of these shares with the fractional bits of another."""
     return MPCTensor.from_shares(share, precision=like.encoder._precision_bits)
 
 
-def _bits(share):
+def _bits(share: torch.Tensor) -> Handle:
     """Shares of integers as an MPCTensor."""
     return MPCTensor.from_shares(share, precision=0)
 
 
-def _alike(handles):
+def _alike(handles: list[Handle]) -> list[Handle]:
     """The same values with one number of fractional bits; the given handles stay as they are."""
     most = max(handles, key=lambda x: x.encoder.scale)
     return [_handle(x.share * (most.encoder.scale // x.encoder.scale), most) for x in handles]

@@ -1,5 +1,7 @@
 """Engine ``plain``: torch floats, one process, no privacy. The reference that every other engine is held against."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -14,51 +16,54 @@ class PlainEngine(PlainSelection, Engine):
     name = "plain"
     is_private = False
     layer_error = 1e-4
+    meter: Meter
 
-    def __init__(self, device="cpu", meter: Meter | None = None):
+    def __init__(self, device: torch.device | str = "cpu", meter: Meter | None = None) -> None:
         self.device = torch.device(device)
         self.meter = meter or Meter()
         self.rank = 0
 
-    def parameter(self, value, shape):
+    def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor:
+        assert value is not None, "one process plays every party"
         return value.to(self.device, torch.float32)
 
-    def secret(self, value, shape, source):
+    def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> torch.Tensor:
+        assert value is not None, "one process plays every party"
         return value.to(self.device, torch.float32)
 
-    def tokens(self, ids, count, vocab_size):
+    def tokens(self, ids: torch.Tensor | None, count: int, vocab_size: int) -> torch.Tensor:
         return F.one_hot(torch.as_tensor(ids, device=self.device), vocab_size).float()
 
-    def embed(self, one_hot, weight):
+    def embed(self, one_hot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return weight[one_hot.argmax(-1)]  # the same rows as one_hot @ weight, without V multiplications each
 
-    def linear(self, x, weight, bias=None):
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(x, weight, bias)
 
-    def matmul(self, x, y):
+    def matmul(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x @ y
 
-    def rms_norm(self, x, weight, eps, scale):
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, scale: float) -> torch.Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
-    def rotate(self, x, cos, sin):
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         cos, sin = cos.to(self.device), sin.to(self.device)
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
-    def softmax(self, scores, mask=None):
+    def softmax(self, scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         if mask is not None:
             scores = scores.masked_fill(~mask.to(self.device), -torch.inf)
         return scores.softmax(-1)
 
-    def swiglu(self, gate, up):
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) * up
 
-    def add(self, x, y):
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + y
 
-    def cat(self, handles, dim):
+    def cat(self, handles: list[torch.Tensor], dim: int) -> torch.Tensor:
         return torch.cat(handles, dim)
 
-    def open_to(self, x, rank):
+    def open_to(self, x: torch.Tensor, rank: int) -> torch.Tensor:
         return x.cpu()

@@ -5,16 +5,25 @@ Owns the operations of ``eviction.operations`` that neither compare nor move row
 64 bits. Shapes are those of ``eviction.operations.Operations``.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
-from crypten_llm.engines.wire.handles import Picks, lifted_from_bytes, roomy, value
+from crypten_llm.engines.wire.handles import Handle, Picks, lifted_from_bytes, roomy, value
 from crypten_llm.engines.wire.layers import sum_of_two, summed
 from crypten_llm.engines.wire.numbers import ENOUGH, FACTOR, as_units, bits_for, times
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.protocols import fits, lookup, products, smooth
 from crypten_llm.protocols.dealer.shapes import shape_only
-from crypten_llm.protocols.opening import Opening, Overflow, Secret
+from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret
 from crypten_llm.protocols.smooth import normalize
+
+if TYPE_CHECKING:
+    from crypten_llm.engines.wire.engine import WireEngine
+    from crypten_llm.insecure.tracked import Tracked, TrackedEngine
+
 
 # Local: linear with public coefficients.
 
@@ -24,32 +33,32 @@ def rounding(value: torch.Tensor, bits: int) -> torch.Tensor:
     return (value - (value * 2.0**bits).round() / 2.0**bits).abs()
 
 
-def _gained(out, x) -> int:
+def _gained(out: Tracked, x: Tracked) -> int:
     """Fractional bits of the public factor."""
     return out.secret.scale - x.secret.scale
 
 
 @operation(bound=lambda engine, out, value: rounding(value.double(), out.secret.scale))
-def public(engine, value: torch.Tensor) -> Secret:
+def public(engine: WireEngine, value: torch.Tensor) -> Secret:
     """Error: none for multiples of 2^-16, else half of that. Cost: none."""
     units, fraction = as_units(value, FACTOR)
     return lookup.public(engine.runtime, units, fraction, bits_for(value.abs().max().item()) + 1)
 
 
 @operation(bound=summed)
-def add(engine, x, y):
+def add(engine: WireEngine, x: Handle, y: Handle) -> Protocol[Secret]:
     """Error: none. Cost: none where the result fits their ring; else 1 round, see ``roomy``."""
     x, y = (yield from value(engine, x)), (yield from value(engine, y))
     return (yield from sum_of_two(engine, x, y, max(x.bits, y.bits) + 1))
 
 
-def _scaled(engine, out, x, factor):
+def _scaled(engine: TrackedEngine, out: Tracked, x: Tracked, factor: float | torch.Tensor) -> torch.Tensor:
     factor = torch.as_tensor(factor, dtype=torch.float64)
     return factor.abs() * x.error + (x.value.abs() + x.error) * rounding(factor, _gained(out, x))
 
 
 @operation(bound=_scaled)
-def scale(engine, x, factor):
+def scale(engine: WireEngine, x: Handle, factor: float | torch.Tensor) -> Protocol[Secret]:
     """Error: none for factors that are multiples of 2^-16, else 2^-17 of x, or more where x has little room left.
 
     Cost: none where the result fits x's ring; else 1 round, see ``roomy``.
@@ -61,7 +70,7 @@ def scale(engine, x, factor):
 
 
 @operation(bound=lambda engine, out, x, dim: x.error.sum(dim))
-def total(engine, x, dim):
+def total(engine: WireEngine, x: Handle, dim: int) -> Protocol[Secret]:
     """Error: none. Cost: none where the result fits x's ring; else 1 round, see ``roomy``."""
     x = yield from value(engine, x)
     growth = bits_for(x.shape[dim])
@@ -69,13 +78,13 @@ def total(engine, x, dim):
     return Secret(x.share.sum(dim), x.scale, x.width, x.bits + growth)
 
 
-def _transformed(engine, out, x, matrix):
+def _transformed(engine: TrackedEngine, out: Tracked, x: Tracked, matrix: torch.Tensor) -> torch.Tensor:
     matrix = matrix.double()
     return x.error @ matrix.abs() + (x.value.abs() + x.error) @ rounding(matrix, _gained(out, x))
 
 
 @operation(bound=_transformed)
-def transform(engine, x, matrix):
+def transform(engine: WireEngine, x: Handle, matrix: torch.Tensor) -> Protocol[Secret]:
     """Error and Cost: as ``scale``, with the largest column sum of magnitudes as the factor."""
     x, matrix = (yield from value(engine, x)), matrix.double()
     growth = bits_for(matrix.abs().sum(0).max().item())
@@ -84,7 +93,7 @@ def transform(engine, x, matrix):
     x, units, fraction = yield from _with_units(engine, x, matrix, growth, "transform")
     shape = (*x.shape[:-1], matrix.shape[1])
 
-    def turned(t):
+    def turned(t: torch.Tensor) -> torch.Tensor:
         if t.is_meta:
             return shape_only(shape)
         return engine.runtime.kernels.matmul_nn(t.reshape(-1, t.shape[-1]), units).view(shape)
@@ -96,13 +105,15 @@ def transform(engine, x, matrix):
 
 
 @operation(bound=lambda engine, out, x, limit: x.error)
-def within(engine, x, limit):
+def within(engine: WireEngine, x: Handle, limit: float) -> Protocol[Secret]:
     """Error: none. Cost: none."""
     x = yield from value(engine, x)
     return type(x)(x.share, x.scale, x.width, min(x.bits, bits_for(limit) + 1))
 
 
-def _with_units(engine, x: Secret, factor: torch.Tensor, growth: int, what: str):
+def _with_units(
+    engine: WireEngine, x: Secret, factor: torch.Tensor, growth: int, what: str
+) -> Protocol[tuple[Secret, torch.Tensor, int]]:
     """x with room for the product, the factor's integers and their fractional bits."""
     room = x.width - (x.bits + growth + x.scale + 2) - 2
     units, fraction = as_units(factor, FACTOR if room < ENOUGH else min(FACTOR, room))
@@ -116,7 +127,7 @@ def _is_one_hot(matrix: torch.Tensor) -> bool:
 # Two secrets, and functions.
 
 
-def _multiplied(engine, out, x, y):
+def _multiplied(engine: TrackedEngine, out: Tracked, x: Tracked, y: Tracked) -> torch.Tensor:
     """A unit of each factor, times the other."""
     f = engine.config.activation
     one, other = (side.error + (unit(f) if side.secret.scale > f else 0.0) for side in (x, y))
@@ -124,7 +135,7 @@ def _multiplied(engine, out, x, y):
 
 
 @operation(bound=_multiplied)
-def multiply(engine, x, y):
+def multiply(engine: WireEngine, x: Handle, y: Handle) -> Protocol[Secret]:
     """Error: a unit of ``activation`` bits of each factor, times the other.
 
     Cost: 1 round; each factor in a ring of whole bytes and 128 dealer bits an element; dealer 256 bits for each
@@ -136,7 +147,7 @@ def multiply(engine, x, y):
     return products.multiply(engine.runtime, first, second)
 
 
-def _sigmoid_bound(engine, out, x):
+def _sigmoid_bound(engine: TrackedEngine, out: Tracked, x: Tracked) -> torch.Tensor:
     """The fit, and its rounding."""
     fit = fits.stored("sigmoid")
     return x.error / 4 + fit.error + fits.rounding(fit, 22)
@@ -146,14 +157,14 @@ def _sigmoid_bound(engine, out, x):
     bound=_sigmoid_bound,
     domain=Domain("inputs", lambda c: fits.stored("sigmoid").low, lambda c: fits.stored("sigmoid").high),
 )
-def sigmoid(engine, x):
+def sigmoid(engine: WireEngine, x: Handle) -> Protocol[Secret]:
     """Error: that of the fit, 3e-6, and ``fits.rounding``. Cost: 1 round; dealer 16 * modes bytes an element."""
     x, fit = (yield from value(engine, x)), fits.stored("sigmoid")
     (wire,) = yield [Opening(x, ring=x.scale + fit.period, function=True)]
     return smooth.evaluate(engine.runtime, wire, fit, fraction=22, bits=1)
 
 
-def _reciprocal_bound(engine, out, x, low, high):
+def _reciprocal_bound(engine: TrackedEngine, out: Tracked, x: Tracked, low: float, high: float) -> torch.Tensor:
     """A unit of ``activation`` bits of 1 / (2 x 4^k), which is 1/2 or more, with the fit and its rounding."""
     fit, least = fits.stored("reciprocal"), (x.value - x.error).clamp_min(low / 2)
     own = 2.2 * (unit(engine.config.activation) + fit.error + fits.rounding(fit, 22)) / least
@@ -161,7 +172,7 @@ def _reciprocal_bound(engine, out, x, low, high):
 
 
 @operation(bound=_reciprocal_bound)
-def reciprocal(engine, x, low, high):
+def reciprocal(engine: WireEngine, x: Handle, low: float, high: float) -> Protocol[Secret]:
     """4^k / (x 4^k) with the secret k that brings x to [1/4, 1).
 
     Error: 2e-4 of the result (a unit of ``activation`` bits of 1 / (2 x 4^k)), beside what x's own unit makes.

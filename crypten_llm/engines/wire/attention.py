@@ -4,12 +4,26 @@ Owns these operations, each with what is declared of it (``operations``), and th
 is for eviction policies (``eviction.operations``), and reads what ``mix`` has opened.
 """
 
-import weakref
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crypten_llm.engines.wire.handles import Picks, Weights, alike, lifted, lifted_from_bytes, narrow, roomy, value
+from crypten_llm.engines.wire.handles import (
+    Change,
+    Handle,
+    Picks,
+    Rows,
+    Weights,
+    alike,
+    lifted,
+    lifted_from_bytes,
+    narrow,
+    roomy,
+    value,
+)
 from crypten_llm.engines.wire.numbers import (
     DRAWN,
     FACTOR,
@@ -29,14 +43,18 @@ from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, as_secret, joined
 from crypten_llm.protocols.smooth import normalize
 
+if TYPE_CHECKING:
+    from crypten_llm.engines.wire.engine import WireEngine
+    from crypten_llm.insecure.tracked import Tracked, TrackedEngine
 
-def _rotated(engine, out, x, cos, sin):
+
+def _rotated(engine: TrackedEngine, out: Tracked, x: Tracked, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The rounding of cosine and sine, and a unit of ``ROOM`` bits of x and of what it is turned with."""
     return unit(engine.config.rope) * x.value.abs().max() + 2 * unit(ROOM)
 
 
 @operation(bound=_rotated)
-def rotate(engine, x, cos, sin):
+def rotate(engine: WireEngine, x: Handle, cos: torch.Tensor, sin: torch.Tensor) -> Protocol[Secret]:
     """Error: a unit of ``rope`` bits, times the largest x, and of ``ROOM`` bits where x's ring was too small.
 
     Cost: none where the result fits x's ring; else 1 round, see ``roomy``.
@@ -45,7 +63,7 @@ def rotate(engine, x, cos, sin):
     x = yield from roomy(engine, (yield from value(engine, x)), p + 1, "rotate")
     half = x.shape[-1] // 2
 
-    def share():
+    def share() -> torch.Tensor:
         cosine, sine = ((table.double() * 2**p).round().long() for table in (cos, sin))
         turned = torch.cat([-x.share[..., half:], x.share[..., :half]], -1)
         return x.share * cosine + turned * sine
@@ -53,14 +71,14 @@ def rotate(engine, x, cos, sin):
     return Secret(engine.runtime.share(x.shape, share), x.scale + p, x.width, x.bits)
 
 
-def rounded_rows(engine, out, x, values=False):
+def rounded_rows(engine: TrackedEngine, out: Tracked, x: Tracked, values: bool = False) -> torch.Tensor:
     """One unit of a cached number, where bits are dropped."""
     scale = engine.config.value if values else engine.config.key
     return x.error + (unit(scale) if x.secret.scale > scale else 0.0)
 
 
 @operation(bound=rounded_rows)
-def rows(engine, x, values=False):
+def rows(engine: WireEngine, x: Handle, values: bool = False) -> Protocol[Rows]:
     """Their one opening joins the next message; values take a second one where they have bits to lose.
 
     Error: a unit of ``key`` bits, of ``value`` bits for values, when they are opened.
@@ -72,7 +90,7 @@ def rows(engine, x, values=False):
 
 
 @operation(bound=lambda engine, out, handles, dim: torch.cat([handle.error for handle in handles], dim))
-def cat(engine, handles, dim):
+def cat(engine: WireEngine, handles: list[Any], dim: int) -> Protocol[Secret | Rows]:
     """Error: none. Cost: that of ``add`` for values; of rows, 1 round where older ones have not been opened."""
     first, *others = handles
     if not isinstance(first, Rows):
@@ -84,9 +102,9 @@ def cat(engine, handles, dim):
     return join(handles)
 
 
-def _join(engine, handles: list, dim: int):
+def _join(engine: WireEngine, handles: list, dim: int) -> Protocol[Secret]:
     """``cat`` of values."""
-    values = []
+    values: list[Secret] = []
     for x in handles:
         values.append((yield from value(engine, x)))
     bits = max(x.bits for x in values)
@@ -94,12 +112,13 @@ def _join(engine, handles: list, dim: int):
     share = torch.cat([x.share for x in values], dim)
     are_rows = all(isinstance(x, Picks) for x in values) and dim % share.ndim == share.ndim - 2
     made = (Picks if are_rows else Secret)(share, values[0].scale, min(x.width for x in values), bits)
-    if are_rows and all(x.opened is not None for x in values):
-        made.opened = joined([x.opened for x in values], dim)
+    wires = [x.opened for x in values if x.opened is not None]
+    if are_rows and len(wires) == len(values):
+        made.opened = joined(wires, dim)
     return made
 
 
-def _scored(engine, out, query, keys):
+def _scored(engine: TrackedEngine, out: Tracked, query: Tracked, keys: Tracked) -> torch.Tensor:
     """One unit of the query."""
     far, f = keys.value.abs() + keys.error, engine.config.activation
     own = unit(f) if query.secret.scale > f else 0.0
@@ -107,7 +126,7 @@ def _scored(engine, out, query, keys):
 
 
 @operation(bound=_scored)
-def scores(engine, query, keys):
+def scores(engine: WireEngine, query: Handle, keys: Rows) -> Protocol[Secret]:
     """Error: a unit of the query. Cost: 1 round for a query that was not scored before; keys that wait come along."""
     query = yield from value(engine, query)
     if query.opened is None:
@@ -118,7 +137,7 @@ def scores(engine, query, keys):
     return products.matmul(engine.runtime, query.opened, operand, transposed=True, bits=min(6, room))
 
 
-def _weighed(engine, out, scores, mask=None):
+def _weighed(engine: TrackedEngine, out: Tracked, scores: Tracked, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The fit of exp and a unit of 28 bits in each root, where the row's sum of exp(s - score_limit) is ``total``; a
     unit of ``root`` bits after the row was scaled. Then a score's own error, which multiplies its weight, and the
     largest of a row, which divides all of them.
@@ -140,7 +159,7 @@ def _weighed(engine, out, scores, mask=None):
     domain=Domain("attention scores", lambda c: c.score_limit - 36, lambda c: c.score_limit),
     row=Domain("logarithms of a row's sum of exp(score)", lambda c: c.row_logarithms[0], lambda c: c.row_logarithms[1]),
 )
-def softmax(engine, scores, mask=None):
+def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None) -> Protocol[Weights]:
     """From roots exp((s - limit) / 2), so that one fit serves every row and no maximum is needed.
 
     The sum z of their squares says how large the row is. Each root is multiplied by the power of two that brings
@@ -180,7 +199,7 @@ def inverse_sum() -> float:
     return 2 * (unit(ROW_BITS) + fit.error + fits.rounding(fit, 22))
 
 
-def _mixed(engine, out, weights, values):
+def _mixed(engine: TrackedEngine, out: Tracked, weights: Tracked, values: Tracked) -> torch.Tensor:
     """One unit of the product, for a sum of weights of 1/4 or more, and of the reciprocal of the sum that it is divided
     by, with the reciprocal's fit.
     """
@@ -192,7 +211,7 @@ def _mixed(engine, out, weights, values):
     bound=_mixed,
     domain=Domain("mixed values of attention", lambda c: -(2.0**MIXED_BITS), lambda c: 2.0**MIXED_BITS),
 )
-def mix(engine, weights, values):
+def mix(engine: WireEngine, weights: Weights, values: Rows) -> Protocol[Secret]:
     """Error: a unit of the result and of the reciprocal, for |results| below 2^``MIXED_BITS``."""
     c, runtime, f, inverse = engine.config, engine.runtime, engine.config.activation + 3, fits.stored("reciprocal")
     (wire,) = yield [Opening(weights.weights, ring=min(weights.weights.width, c.mixed_width))]
@@ -206,7 +225,7 @@ def mix(engine, weights, values):
     return products.multiply(runtime, mixed_wire, total_wire, scale=scale, bits=c.linear_bits)
 
 
-def _drawn(engine, out, weights, queries):
+def _drawn(engine: TrackedEngine, out: Tracked, weights: Tracked, queries: torch.Tensor) -> torch.Tensor:
     """The reciprocal of the row's sum, its unit of ``kept`` bits after it was multiplied by the query's weight, and a
     unit of the result's scale.
     """
@@ -218,7 +237,7 @@ def _drawn(engine, out, weights, queries):
 
 
 @operation(bound=_drawn)
-def mass(engine, weights, queries):
+def mass(engine: WireEngine, weights: Weights, queries: torch.Tensor) -> Protocol[Secret]:
     """Error: a unit of b = 22 - g bits of 1 / sum in each row, 2^g being the sum of queries or more; and a unit of
     ``DRAWN`` bits.
 
@@ -226,6 +245,7 @@ def mass(engine, weights, queries):
     and, where bits are dropped, as many less those of the dealer's; for each of G * N results the bits of the weights'
     ring, 7 bytes or 5, each way, and those and 16 bytes of the dealer's.
     """
+    assert weights.wires is not None, "the weights' mass is asked for after ``mix``"
     wire, inverse = weights.wires  # inverse: of twice the sum
     growth = bits_for(queries.abs().sum().item())
     keep = wire.width - wire.scale - growth - 2
@@ -255,92 +275,7 @@ def _row_sums(wire: Wire, scale: int, period: int) -> Wire:
     return Wire(None, [(-1, mask)], scale, size, 1, raw, mask)
 
 
-# Cached keys and values: opened once, folded for products, in storage that grows.
-
-
-class Rows:
-    """Cached keys or values [kv_heads, N, head_dim]: folded wires, with the newest rows perhaps still to be opened.
-
-    Rows that join are written behind the others, into storage with room to grow, so that a decode step does not copy
-    the cache. Whoever joined last owns the free end; anybody else who joins to the same rows gets a copy.
-    """
-
-    def __init__(self, pending: Secret | None, before: "Rows | None" = None, values: bool = False):
-        assert before is None or before.pending is None, "older rows are opened before newer ones join"
-        self.pending = pending
-        self.values = values if before is None else before.values
-        self.length = 0 if before is None else before.length
-        self._storage = None if before is None else before._storage
-        self._scale = self._width = self._bits = 0
-        self._joined: Rows | None = None  # the rows that these have become the newest of
-
-    @classmethod
-    def opened(cls, rows: products.Operand, values: bool) -> "Rows":
-        """Rows that have been opened already."""
-        made = cls(None, values=values)
-        made.settle(rows)
-        return made
-
-    @property
-    def shape(self):
-        heads, new, dim = self._new_shape if self.pending is None else self.pending.shape
-        return torch.Size((heads, self.length + (0 if self.pending is None else new), dim))
-
-    def behind(self, before: "Rows") -> "Rows":
-        """Opened rows with these, which wait, behind them: what these were to be told, the result is told."""
-        self._joined = Rows(self.pending, before)
-        return self._joined
-
-    def settle(self, rows: products.Operand) -> None:
-        """Takes over the opened rows."""
-        if self._joined is not None:
-            self._joined.settle(rows)
-            return
-        self.pending, self._new_shape = None, rows.shape
-        self._scale, self._width, self._bits = rows.scale, rows.width, rows.bits
-        start, self.length = self.length, self.length + rows.shape[1]
-        if self._storage is None or not self._storage.is_free(start, self.length):
-            self._storage = _Storage(rows, self.length, start, self._storage)
-        self._storage.write(rows, start, owner=self)
-
-    @property
-    def is_new(self) -> bool:
-        """Whether all of these are still to be opened."""
-        return self.pending is not None and not self.length
-
-    @property
-    def operand(self) -> products.Operand:
-        public, own = self._storage.read(self.length)
-        return products.Operand(public, own, self._scale, self._width, self._bits)
-
-
-class _Storage:
-    """Room for rows of an ``Operand``, half as much again as needed."""
-
-    def __init__(self, like: products.Operand, length: int, kept: int, before: "_Storage | None"):
-        heads, _, dim = like.shape
-        size = (heads, length + max(64, length // 2), dim)
-        self.public = None if like.public is None else torch.empty(size, dtype=torch.int64)
-        self.own = like.own.new_empty(size)
-        self._last = lambda: None
-        if before is not None:
-            for mine, old in ((self.public, before.public), (self.own, before.own)):
-                if mine is not None:
-                    mine[:, :kept] = old[:, :kept]
-
-    def is_free(self, start: int, stop: int) -> bool:
-        """Whether rows start .. stop - 1 may be written: there is room, and nobody alive has rows there."""
-        last = self._last()
-        return stop <= self.own.shape[1] and (last is None or last.length <= start)
-
-    def write(self, rows: products.Operand, start: int, owner: Rows) -> None:
-        self._last = weakref.ref(owner)
-        self.own[:, start : owner.length] = rows.own
-        if self.public is not None:
-            self.public[:, start : owner.length] = rows.public
-
-    def read(self, length: int):
-        return None if self.public is None else self.public[:, :length], self.own[:, :length]
+# Cached keys and values: opened once, folded for products.
 
 
 def join(parts: list[Rows]) -> Rows:
@@ -348,8 +283,9 @@ def join(parts: list[Rows]) -> Rows:
     operands = [rows.operand for rows in parts]
     first = operands[0]
     assert all(operand.scale == first.scale for operand in operands), "rows have one scale"
+    publics: list[Any] = [operand.public for operand in operands]
     joined = products.Operand(
-        None if first.public is None else torch.cat([operand.public for operand in operands], 1),
+        None if first.public is None else torch.cat(publics, 1),
         torch.cat([operand.own for operand in operands], 1),
         first.scale,
         min(operand.width for operand in operands),
@@ -358,17 +294,18 @@ def join(parts: list[Rows]) -> Rows:
     return Rows.opened(joined, parts[0].values)
 
 
-def rearranged(operand: products.Operand, change) -> products.Operand:
+def rearranged(operand: products.Operand, change: Change) -> products.Operand:
     """The operand with ``change``, which must be linear, applied to each of its tensors."""
     public = None if operand.public is None else change(operand.public)
     return replace(operand, public=public, own=change(operand.own))
 
 
-def opened(engine, rows: Rows) -> Protocol:
+def opened(engine: WireEngine, rows: Rows) -> Protocol[None]:
     """Opens new rows. Values are not needed at once: where they have bits to lose, a first opening brings them to their
     scale, and a second makes them rows.
     """
     c, x = engine.config, rows.pending
+    assert x is not None, "rows are opened once"
     if not rows.values:
         request = Opening(x, truncate=x.scale - c.key)
     else:
@@ -380,7 +317,7 @@ def opened(engine, rows: Rows) -> Protocol:
     rows.settle(products.fold(engine.runtime, wire))
 
 
-def settled(*parts: Rows) -> Protocol:
+def settled(*parts: Rows) -> Protocol[None]:
     """Waits until these rows have been opened; values may take two rounds."""
     while any(rows.pending is not None for rows in parts):
         yield []

@@ -10,17 +10,25 @@ the lower index. A value closer to its bound than a unit of that rounding has le
 ``wire``, and what it took instead of what ``plain`` takes is a tie or a mistake (``insecure.tracked``).
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
-from crypten_llm.engines.wire.handles import Picks, alike, roomy, value
+from crypten_llm.engines.wire.handles import Handle, Picks, alike, roomy, value
 from crypten_llm.engines.wire.numbers import KEEPING, PRECISION, whole_bytes
 from crypten_llm.engines.wire.operations import operation, unit
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols import lookup, selection
 from crypten_llm.protocols.comparison import below, bit_opening, ordered, times_bits
-from crypten_llm.protocols.opening import Opening, Secret
+from crypten_llm.protocols.opening import Opening, Protocol, Secret, Wire
+
+if TYPE_CHECKING:
+    from crypten_llm.engines.wire.engine import WireEngine
+    from crypten_llm.insecure.tracked import Tracked, TrackedEngine
+
 
 # Up to so many candidates all pairs are compared. For one row of 256 scores that takes 3.4 MB and 3 rounds, the search
 # 1.2 MB and 26 rounds (tests/test_wire_selection_cost.py); 23 rounds of a wide network (20 ms) take as long as 5.7 MB
@@ -28,20 +36,20 @@ from crypten_llm.protocols.opening import Opening, Secret
 PAIRS = 256
 
 
-def comparison(engine, x: Secret, what: str):
+def comparison(engine: WireEngine, x: Secret, what: str) -> Protocol[Opening]:
     """The opening of x for comparisons, with room for the sign of a difference."""
     x = yield from roomy(engine, x, 0, "comparison")
     return ordered(x, KEEPING if what == "top" else PRECISION, what)
 
 
-def opened_for(engine, x: Secret, what: str):
+def opened_for(engine: WireEngine, x: Secret, what: str) -> Protocol[Wire]:
     """x opened for comparisons, as a narrow wire. Cost: 1 round."""
     (wire,) = yield [(yield from comparison(engine, x, what))]
     return wire
 
 
 @operation()
-def top(engine, x, count):
+def top(engine: WireEngine, x: Handle, count: int) -> Protocol[Secret]:
     """Error: x is rounded to ``KEEPING`` bits below its declared bound 2^b, from which it is a unit, 2^(b + 1 -
     ``KEEPING``), or more away.
 
@@ -57,7 +65,7 @@ def top(engine, x, count):
 
 
 @operation()
-def best(engine, x, count):
+def best(engine: WireEngine, x: Handle, count: int) -> Protocol[Secret]:
     """Error: x is rounded to ``PRECISION`` bits below its declared bound 2^b, from which it is a unit, 2^(b + 1 -
     ``PRECISION``), or more away; beyond ``PAIRS`` values as ``top``.
 
@@ -70,24 +78,24 @@ def best(engine, x, count):
     return Picks.of((yield from selection.best(engine.runtime, wire, count)))
 
 
-def exact(engine, out, *given):
+def exact(engine: TrackedEngine, out: Tracked, *given: Tracked) -> torch.Tensor:
     """None."""
     return torch.zeros_like(out.value)
 
 
 @operation(bound=exact)
-def picks(engine, bits, count):
+def picks(engine: WireEngine, bits: Handle, count: int) -> Protocol[Secret]:
     """Error: none. Cost: ``selection.picks``'s."""
     bits = yield from value(engine, bits)
     return Picks.of((yield from selection.picks(engine.runtime, bits, count)))
 
 
-def _largest(engine, out, x, dim):
+def _largest(engine: TrackedEngine, out: Tracked, x: Tracked, dim: int) -> torch.Tensor:
     return x.error.amax(dim) + (unit(out.secret.scale) if out.secret.scale < x.secret.scale else 0.0)
 
 
 @operation(bound=_largest)
-def largest(engine, x, dim):
+def largest(engine: WireEngine, x: Handle, dim: int) -> Protocol[Secret]:
     """Error: as ``best``. Cost: 1 round and ``selection.largest``'s. The result is valid modulo its ring alone."""
     x = yield from roomy(engine, (yield from value(engine, x)), 0, "comparison")
     dim = dim % len(x.shape)
@@ -97,7 +105,7 @@ def largest(engine, x, dim):
 
 
 @operation()
-def above(engine, x, threshold):
+def above(engine: WireEngine, x: Handle, threshold: float) -> Protocol[Secret]:
     """Error: as ``best``; the threshold is rounded down to that unit.
 
     Cost: 2 rounds; the opening of x, and ``below``'s with words of 4 bytes.
@@ -109,12 +117,12 @@ def above(engine, x, threshold):
     return less.like(engine.runtime.plus(-less.share, 1))
 
 
-def _chosen(engine, out, bits, x, y):
+def _chosen(engine: TrackedEngine, out: Tracked, bits: Tracked, x: Tracked, y: Tracked) -> torch.Tensor:
     return torch.where(bits.value > 0.5, x.error, y.error)
 
 
 @operation(bound=_chosen)
-def choose(engine, bits, x, y):
+def choose(engine: WireEngine, bits: Handle, x: Handle, y: Handle) -> Protocol[Secret]:
     """y + bits (x - y). Error: none.
 
     Cost: 1 round; x - y in a ring of l bits, in whole bytes, and 1 bit each way; dealer l bits a bit and for each

@@ -5,9 +5,13 @@ not there: they count, for both, what a transport would count, from the sizes th
 There is no second description of the computation, so none can drift; a test compares every counter with a real run.
 """
 
+from __future__ import annotations
+
 from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
 
 from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.engines.wire.handles import OneHot, Weight
 from crypten_llm.links.frames import HEADER
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import encode_json
@@ -15,6 +19,10 @@ from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.material import FRAME
 from crypten_llm.protocols.dealer.roles import PARTIES, Piece
 from crypten_llm.roles import DEALER
+
+if TYPE_CHECKING:
+    from crypten_llm.links.meter import Cell
+
 
 GO_ON = {"stop": False}
 
@@ -29,7 +37,7 @@ class Links:
 
     rank = DEALER
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.meter = Meter()
         self.times = 1
         self._said: list[dict] = []
@@ -42,13 +50,13 @@ class Links:
     def meter(self, meter: Meter) -> None:
         self._meter = meter
         self.meters = [meter.twin() for _ in PARTIES]
-        self.work: dict[tuple, Counter] = defaultdict(Counter)
+        self.work: dict[Cell, Counter] = defaultdict(Counter)
 
     def say(self, message: dict) -> None:
         """What the program will hear next; after that, that the answer goes on."""
         self._said.append(message)
 
-    def announce(self, source: int, peers, message, timeout=None) -> dict:
+    def announce(self, source: int, peers: object, message: dict | None, timeout: float | None = None) -> dict:
         """A public message of ``source`` to the other party and the dealer, which hears what was said (``say``)."""
         message = self._said.pop(0) if self._said else GO_ON
         size = HEADER.size + len(encode_json(message))
@@ -61,14 +69,13 @@ class Links:
         sizes = [sum(piece.sent_by(party) for piece in pieces) for party in PARTIES]
         whole = [size and HEADER.size + size for size in sizes]
         for party in PARTIES:
-            cells: dict[tuple, list[int]] = {}
+            cells: dict[Cell, list[int]] = {}
             for piece in pieces:
                 counted = cells.setdefault(piece.cell, [0, 0])
                 counted[0] += piece.sent_by(party) * self.times
                 counted[1] += piece.sent_by(1 - party) * self.times
             sent, received = whole[party], whole[1 - party]
-            counts = {"rounds": bool(received), "messages": bool(sent), "sent": sent, "received": received}
-            self._count(party, **counts, cells=cells)
+            self._count(party, "online", bool(received), bool(sent), sent, received, cells)
 
     def receive_material(self, party: int, frames: int, count: int) -> None:
         """``count`` bytes of material for ``party``, and the headers of as many frames as are now complete."""
@@ -78,15 +85,25 @@ class Links:
     def note(self, what: str, count: int) -> None:
         self.work[self.meter.cell][what] += count * self.times
 
-    def _count(self, party: int, channel="online", rounds=0, messages=0, sent=0, received=0, cells=None) -> None:
-        counts = (count * self.times for count in (rounds, messages, sent, received))
+    def _count(
+        self,
+        party: int,
+        channel: str = "online",
+        rounds: int = 0,
+        messages: int = 0,
+        sent: int = 0,
+        received: int = 0,
+        cells: dict[Cell, list[int]] | None = None,
+    ) -> None:
+        times = self.times
+        counts = rounds * times, messages * times, sent * times, received * times
         self.meters[party].count(channel, *counts, 0.0, cells)
 
 
 class _Material:
     """Material that is only measured, in the frames that a live dealer would send (see ``material.Sending``)."""
 
-    def __init__(self, links: Links):
+    def __init__(self, links: Links) -> None:
         self._links, self._filled = links, [0, 0]
 
     def begin(self, label: str) -> None:
@@ -111,25 +128,27 @@ class CostEngine(WireEngine):
 
     name = "cost"
 
-    def __init__(self, links: Links):
+    def __init__(self, links: Links) -> None:
         material = _Material(links)
-        super().__init__(links, material=material, runtime=Counting(links, material))
+        there: Any = links  # stands for a transport
+        super().__init__(there, material=material, runtime=Counting(links, material))
+        self._links = links
 
-    def expect(self, verb, facts, request):
+    def expect(self, verb: str, facts: dict, request: int) -> None:
         pass  # any request will do
 
-    def embed(self, one_hot, weight):
-        self.transport.note("products", one_hot.count * weight.shape.numel())
+    def embed(self, one_hot: OneHot, weight: Weight) -> Any:
+        self._links.note("products", one_hot.count * weight.shape.numel())
         return super().embed(one_hot, weight)
 
-    def linear(self, x, weight, bias=None):
-        self.transport.note("products", x.shape[:-1].numel() * weight.shape.numel())
+    def linear(self, x: Any, weight: Weight, bias: Weight | None = None) -> Any:
+        self._links.note("products", x.shape[:-1].numel() * weight.shape.numel())
         return super().linear(x, weight, bias)
 
-    def scores(self, query, keys):
-        self.transport.note("products", 2 * query.shape.numel() * keys.shape[1])
+    def scores(self, query: Any, keys: Any) -> Any:
+        self._links.note("products", 2 * query.shape.numel() * keys.shape[1])
         return super().scores(query, keys)
 
-    def mix(self, weights, values):
-        self.transport.note("products", 2 * weights.shape.numel() * values.shape[-1])
+    def mix(self, weights: Any, values: Any) -> Any:
+        self._links.note("products", 2 * weights.shape.numel() * values.shape[-1])
         return super().mix(weights, values)

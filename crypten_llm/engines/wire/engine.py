@@ -4,23 +4,34 @@ Owns one role of it: its runtime, its rounds, and what goes in and comes out. Th
 from the files of their topics (``operations``); a method of the engine runs one to its end.
 """
 
+from __future__ import annotations
+
 import abc
 import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.wire import arithmetic, attention, choosing, gathering, keeping, layers  # noqa: F401
-from crypten_llm.engines.wire.handles import OneHot, Weight, is_waiting, settle, value
+from crypten_llm.engines.wire.handles import Handle, OneHot, Weight, awaited, settle, value
 from crypten_llm.engines.wire.numbers import SHOWN, SHOWN_FACTORS, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import products
 from crypten_llm.protocols.dealer import roles
-from crypten_llm.protocols.opening import Message, Overflow, Rounds, Secret
+from crypten_llm.protocols.opening import Message, Overflow, Protocol, Rounds, Secret
 from crypten_llm.roles import CLIENT, OWNER
+
+if TYPE_CHECKING:
+    from crypten_llm.links.meter import Meter
+    from crypten_llm.links.transport import Transport
+    from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.protocols.dealer.roles import Runtime
+
 
 _REMEDIES = {  # the same model, or a smaller promise, within the range
     "softmax row": "try a lower max_position_embeddings, to which rows are continued, or ",
@@ -35,9 +46,16 @@ class WireEngine(Engine):
     is_private = True
     layer_error = 0.01
     shown_dtype = torch.float32  # of values that are opened
-    shown_bits, shown_factors = SHOWN, SHOWN_FACTORS  # fractional bits of them, and of what they are a product of
+    shown_bits = SHOWN  # fractional bits of them
+    shown_factors: tuple[int | None, int | None] = SHOWN_FACTORS  # and of what they are a product of; see ``settle``
 
-    def __init__(self, transport, config: WireConfig | None = None, material=None, runtime=None):
+    def __init__(
+        self,
+        transport: Transport,
+        config: WireConfig | None = None,
+        material: Any = None,
+        runtime: Runtime | None = None,
+    ) -> None:
         """config: the defaults unless given.
 
         material: a ``Tape``, or where a dealer that runs alone writes; ``None`` where a dealer runs along. runtime:
@@ -52,11 +70,11 @@ class WireEngine(Engine):
         self.rounds = Rounds(self.runtime)
 
     @property
-    def meter(self):
+    def meter(self) -> Meter:
         return self.transport.meter
 
     @contextmanager
-    def section(self, label):
+    def section(self, label: str) -> Iterator[None]:
         if self.rounds.is_shared:  # programs side by side are in one section
             yield
             return
@@ -64,13 +82,13 @@ class WireEngine(Engine):
         yield
         self.runtime.end()  # not after an error, which leaves a section half done
 
-    def expect(self, verb, facts, request):
+    def expect(self, verb: str, facts: dict, request: int) -> None:
         if self._material is not None:
             self._material.expect(verb, facts, request)
 
     # What goes in.
 
-    def calibrate(self, config, weights):
+    def calibrate(self, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> dict[str, float]:
         from crypten_llm.session.calibration import measure  # runs the model definition, which is above engines
 
         limits = domains(self.config)
@@ -84,38 +102,46 @@ class WireEngine(Engine):
                 )
         return {}
 
-    def parameter(self, value, shape):
+    def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Weight:
         return Weight(self.runtime.held_by(OWNER, value), shape)
 
-    def prepare(self, weight, norm=None):
+    def prepare(self, weight: Weight, norm: Weight | None = None) -> None:
         scale = 1.0 if norm is None else weight.shape[1] ** 0.5
         self.rounds.run(self.matrix(weight, norm, scale))
 
-    def matrix(self, weight: Weight, gamma: Weight | None = None, scale: float = 1.0):
+    def matrix(self, weight: Weight, gamma: Weight | None = None, scale: float = 1.0) -> Protocol[products.OwnedMatrix]:
         """A protocol: the owner's weight as an operand, made once: W, or W * diag(gamma) * scale after a norm."""
         key = gamma, scale
         if key not in weight.matrices:
             folded = weight.value
             if folded is not None:
-                folded = folded * scale if gamma is None else folded * gamma.value * scale
+                if gamma is not None:
+                    assert gamma.value is not None, "the owner has all weights"
+                    folded = folded * gamma.value
+                folded = folded * scale
             made = yield from products.own(self.runtime, folded, weight.shape, self.config.weight)
             weight.matrices[key] = made
         return weight.matrices[key]
 
-    def tokens(self, ids, count, vocab_size):
+    def tokens(self, ids: torch.Tensor | None, count: int, vocab_size: int) -> OneHot:
         return OneHot(self.runtime.held_by(CLIENT, ids), count, vocab_size)
 
-    def secret(self, value, shape, source):
+    def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Secret:
         scale = self.config.activation
-        share = self.runtime.input(source, shape, lambda: (value.double() * 2**scale).round().long())
+
+        def words() -> torch.Tensor:
+            assert value is not None, "its source has the value"
+            return (value.double() * 2**scale).round().long()
+
+        share = self.runtime.input(source, shape, words)
         return Secret(share, scale, 64, self.config.linear_bits)
 
-    def matmul(self, x, y):
+    def matmul(self, x: Any, y: Any) -> Any:
         raise Overflow("engine wire multiplies through scores and mix, whose operands it keeps as wires")
 
     # What comes out.
 
-    def open_to(self, x, rank):
+    def open_to(self, x: Handle, rank: int) -> torch.Tensor | None:
         """The other party sends its share without the bits below the ``shown_bits``th: they would show how the value
         was computed, such as a factor that all logits have in common.
 
@@ -124,9 +150,9 @@ class WireEngine(Engine):
         """
         return self.rounds.run(self._show(x, rank))
 
-    def _show(self, x, rank):
-        if is_waiting(x):
-            yield from settle(self, getattr(x, "source", x).normed, *self.shown_factors)
+    def _show(self, x: Handle, rank: int) -> Protocol[torch.Tensor | None]:
+        if (normed := awaited(x)) is not None:
+            yield from settle(self, normed, *self.shown_factors)
         x = yield from value(self, x)
         cut = max(0, x.scale - self.shown_bits)
         (other,) = yield [Message(OWNER + CLIENT - rank, tuple(x.shape), x.width - cut, x.share >> cut)]
@@ -135,19 +161,19 @@ class WireEngine(Engine):
         words = self._shown(x.share, other, cut, x.width)
         return words.double().div(2.0**x.scale).to(self.shown_dtype)
 
-    def _shown(self, share, other, cut: int, width: int):
+    def _shown(self, share: torch.Tensor, other: torch.Tensor, cut: int, width: int) -> torch.Tensor:
         """The signed integers behind both shares, the other of which came without its ``cut`` low bits."""
         words = ring.low_bits(share + (other << cut) + ((1 << cut) >> 1), width)
         return words if width == 64 else words - (ring.top_bit(words, width) << width)
 
 
-def _method(operation: Operation):
+def _method(operation: Operation) -> Callable:
     """An operation as a method, which runs it to its end."""
     if operation.is_local:
         return operation.protocol
 
     @functools.wraps(operation.protocol)
-    def run(self, *arguments, **options):
+    def run(self: WireEngine, *arguments: Any, **options: Any) -> Any:
         return self.rounds.run(operation.protocol(self, *arguments, **options))
 
     return run

@@ -5,19 +5,27 @@ Owns the operations of ``eviction.operations`` that gather and scatter, each wit
 Shapes are those of ``eviction.operations.Operations``.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from crypten_llm.engines.wire.handles import Picks, roomy, value
+from crypten_llm.engines.wire.handles import Handle, Picks, Weights, roomy, value
 from crypten_llm.engines.wire.numbers import SCATTERED, bits_for, whole_bytes
 from crypten_llm.engines.wire.operations import operation, unit, valued
 from crypten_llm.protocols import products
-from crypten_llm.protocols.opening import Opening, Secret, Wire, plain, shares_of
+from crypten_llm.protocols.opening import Opening, Protocol, Request, Secret, Wire, plain, shares_of
+
+if TYPE_CHECKING:
+    from crypten_llm.engines.wire.engine import WireEngine
+    from crypten_llm.insecure.tracked import Tracked, TrackedEngine
+    from eviction.operations import Choice
 
 
 @operation(bound=lambda engine, out, picks, x: picks.value @ x.error)
-def gather(engine, picks, x):
+def gather(engine: WireEngine, picks: Secret, x: Handle) -> Protocol[Secret]:
     """Error: none. Cost: 1 round; x and, once, the picks, in rings of whole bytes that hold the result; dealer the bits
     of the ring an element of it.
     """
@@ -28,12 +36,12 @@ def gather(engine, picks, x):
     return (yield from _pick(engine, picks, x, x.bits + growth))
 
 
-def _gathered(engine, out, choice, scores):
+def _gathered(engine: TrackedEngine, out: Tracked, choice: Choice, scores: Tracked) -> torch.Tensor:
     return engine.twin.gather_scores(valued(choice), scores.error)
 
 
 @operation(bound=_gathered)
-def gather_scores(engine, choice, scores):
+def gather_scores(engine: WireEngine, choice: Choice, scores: Secret) -> Protocol[Secret]:
     """Error: none. Cost: that of ``gather`` for [G, k, C] by [G, C, M * size]; none without picks."""
     parts = [scores[..., choice.rows]] if len(choice.rows) else []
     if choice.picks is not None:
@@ -52,16 +60,16 @@ def gather_scores(engine, choice, scores):
     return Secret(joined, scores.scale, min(part.width for part in parts), min(part.bits for part in parts))
 
 
-def _scattered(engine, out, choice, weights, count):
+def _scattered(engine: TrackedEngine, out: Tracked, choice: Choice, weights: Tracked, count: int) -> torch.Tensor:
     """A unit of ``SCATTERED`` bits of each of the attended weights, whose sum is 1/4 or more when they are rounded."""
-    own = 0.0
+    own: float | torch.Tensor = 0.0
     if choice.picks is not None:
         own = 4 * unit(SCATTERED) * (1 + weights.shape[-1] * (weights.value + weights.error))
     return engine.twin.scatter_weights(valued(choice), weights.error + own, count)
 
 
 @operation(bound=_scattered)
-def scatter_weights(engine, choice, weights, count):
+def scatter_weights(engine: WireEngine, choice: Choice, weights: Weights, count: int) -> Protocol[Weights]:
     """Error: a unit of ``SCATTERED`` bits of each weight, where some were picked; ``mix`` divides by the rounded
     ones' sum.
 
@@ -72,7 +80,7 @@ def scatter_weights(engine, choice, weights, count):
     runtime, c = engine.runtime, engine.config
     x, shape = weights.weights, (*weights.weights.shape[:-1], count)
 
-    def placed(share, found=None):
+    def placed(share: torch.Tensor, found: torch.Tensor | None = None) -> torch.Tensor:
         """The weights of public rows at those rows, and of blocks at theirs."""
         made = share.new_zeros(shape).index_add_(-1, choice.rows, share[..., : len(choice.rows)])
         if found is not None:
@@ -90,7 +98,7 @@ def scatter_weights(engine, choice, weights, count):
     fixed = len(choice.rows)
     (heads, queries, _), (kept, blocks) = x.shape, choice.picks.shape[-2:]
 
-    def by_block(t):
+    def by_block(t: torch.Tensor) -> torch.Tensor:
         chosen = t[..., fixed:].reshape(heads, queries, kept, choice.size).permute(0, 2, 1, 3)
         return chosen.reshape(heads, kept, queries * choice.size)
 
@@ -100,22 +108,23 @@ def scatter_weights(engine, choice, weights, count):
     return replace(weights, weights=Secret(share, wire.scale, found.width, x.bits))
 
 
-def hot_wire(engine, picks: Secret, width: int):
+def hot_wire(engine: WireEngine, picks: Secret, width: int) -> Protocol[Wire]:
     """One-hot rows as a wire of at least ``width`` bits: opened once."""
     opening = yield from _hot_opening(engine, picks, width)
     if opening is not None:
         (picks.opened,) = yield [opening]
+    assert picks.opened is not None, "what is wide enough already has been opened"
     return picks.opened
 
 
-def _hot_opening(engine, picks: Secret, width: int):
+def _hot_opening(engine: WireEngine, picks: Secret, width: int) -> Protocol[Opening | None]:
     if picks.opened is not None and picks.opened.width >= width:
         return None
     picks = yield from roomy(engine, picks, 0, "gather", width=width)
     return Opening(picks, ring=min(picks.width, whole_bytes(max(width, engine.config.picks_width))))
 
 
-def _pick(engine, picks: Secret, x: Secret, bits: int, width: int = 0, spare: int = 2):
+def _pick(engine: WireEngine, picks: Secret, x: Secret, bits: int, width: int = 0, spare: int = 2) -> Protocol[Secret]:
     """picks @ x, valid modulo 2^width at least; what has not been opened is opened together.
 
     bits: of the result. spare: bits of room beside it; 1 is for the sign, and no less than 2 can be lifted.
@@ -124,15 +133,17 @@ def _pick(engine, picks: Secret, x: Secret, bits: int, width: int = 0, spare: in
     size = min(x.width, whole_bytes(max(width, bits + x.scale + spare)))
     unopened = x.opened is None or x.opened.width < size
     hot = yield from _hot_opening(engine, picks, size)
-    openings = [Opening(x, ring=size, function=True)] if unopened else []
+    openings: list[Request] = [Opening(x, ring=size, function=True)] if unopened else []
     openings += [hot] if hot else []
     wires = (yield openings) if openings else []
     if hot:
         picks.opened = wires[-1]
-    return product(engine, picks.opened, plain(wires[0]) if unopened else x.opened, bits)
+    wire = plain(wires[0]) if unopened else x.opened
+    assert picks.opened is not None and wire is not None, "both have been opened"
+    return product(engine, picks.opened, wire, bits)
 
 
-def product(engine, hot: Wire, x: Wire, bits: int) -> Secret:
+def product(engine: WireEngine, hot: Wire, x: Wire, bits: int) -> Secret:
     """hot @ x, where one of them may be the same for all kv heads; local."""
     heads, shape = x.shape[:-2], x.shape
     if hot.shape[:-2] == heads:

@@ -5,25 +5,32 @@ Owns the operations of ``eviction.operations`` that make rows from rows, each wi
 ``eviction.operations.Operations``.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from crypten_llm.engines.wire.arithmetic import scale as scaled
-from crypten_llm.engines.wire.attention import Rows, rearranged, rounded_rows, settled
+from crypten_llm.engines.wire.attention import rearranged, rounded_rows, settled
 from crypten_llm.engines.wire.attention import rows as new_rows
 from crypten_llm.engines.wire.choosing import opened_for
 from crypten_llm.engines.wire.gathering import hot_wire
-from crypten_llm.engines.wire.handles import roomy, value
+from crypten_llm.engines.wire.handles import Handle, Rows, roomy, value
 from crypten_llm.engines.wire.numbers import PRECISION
 from crypten_llm.engines.wire.operations import operation, unit
 from crypten_llm.protocols import products
 from crypten_llm.protocols.comparison import below, bit_opening, difference, ordered, times_bits
-from crypten_llm.protocols.opening import Secret, shares_of
+from crypten_llm.protocols.opening import Opening, Protocol, Secret, shares_of
+
+if TYPE_CHECKING:
+    from crypten_llm.engines.wire.engine import WireEngine
+    from crypten_llm.insecure.tracked import Tracked, TrackedEngine
 
 
 @operation(bound=lambda engine, out, rows: rows.error)
-def contents(engine, rows):
+def contents(engine: WireEngine, rows: Rows) -> Protocol[Secret]:
     """Error: none. Cost: none, or 1 round when the newest rows have not been opened."""
     yield from settled(rows)
     operand = rows.operand
@@ -31,7 +38,7 @@ def contents(engine, rows):
 
 
 @operation(bound=rounded_rows)
-def fixed(engine, x, values=False):
+def fixed(engine: WireEngine, x: Handle, values: bool = False) -> Protocol[Rows]:
     """Error: a unit of ``key`` bits, of ``value`` bits for values.
 
     Cost: as new rows, with the next message: the bits of a ring an element each way, and those that are not dropped of
@@ -45,14 +52,14 @@ def fixed(engine, x, values=False):
 
 
 @operation(bound=lambda engine, out, rows, index: engine.twin.take(rows.error, index))
-def take(engine, rows, index):
+def take(engine: WireEngine, rows: Rows, index: torch.Tensor) -> Protocol[Rows]:
     """Error: none. Cost: none, or 1 round when the newest rows have not been opened."""
     yield from settled(rows)
     return Rows.opened(rearranged(rows.operand, lambda t: t[:, index]), rows.values)
 
 
 @operation(bound=lambda engine, out, rows, picks: engine.twin.keep(rows.error, picks.value))
-def keep(engine, rows, picks):
+def keep(engine: WireEngine, rows: Rows, picks: Secret) -> Protocol[Rows]:
     """Error: none.
 
     Cost: 1 round with 7 bytes each way for each of the [G or 1, K, N] picks, once; dealer the bits of a ring for each
@@ -71,7 +78,7 @@ def keep(engine, rows, picks):
 
 
 @operation(bound=lambda engine, out, rows, hot: engine.twin.drop(rows.error, hot.value))
-def drop(engine, rows, hot):
+def drop(engine: WireEngine, rows: Rows, hot: Handle) -> Protocol[Rows]:
     """Each row moves up by one from the dropped one on: row j is row j + 1, or itself if the dropped one is later.
 
     Error: none. Cost: 1 round with 1 bit each way for each of [G or 1, N - 1]; dealer the bits of the rows' ring for
@@ -88,7 +95,7 @@ def drop(engine, rows, hot):
     return (yield from new_rows(engine, moved, rows.values))
 
 
-def _coarse(engine, out, rows, bits):
+def _coarse(engine: TrackedEngine, out: Tracked, rows: Tracked, bits: Any) -> torch.Tensor:
     """A level more or less next to a limit between two; a unit of the level's factor, and of the rows."""
     operand = rows.secret.operand
     x = Secret(operand.own, operand.scale, operand.width, operand.bits)
@@ -98,13 +105,13 @@ def _coarse(engine, out, rows, bits):
     return torch.maximum(high - out.value, out.value - low) + most * 2.0**-17 + unit(scale)
 
 
-def dropped(opening) -> float:
+def dropped(opening: Opening) -> float:
     """How far an opened value may be from what was opened: less than a unit, where bits are dropped."""
     return 2.0 ** (opening.truncate - opening.secret.scale) if opening.truncate else 0.0
 
 
 @operation(bound=_coarse)
-def coarse(engine, rows, bits):
+def coarse(engine: WireEngine, rows: Rows, bits: int) -> Protocol[Rows]:
     """The number of levels' limits that lie below x is the level. Rows are held as others are: no memory is saved.
 
     Error: as ``top`` where x is next to a limit; a unit of ``key`` or ``value`` bits of the level.

@@ -16,9 +16,18 @@ Owns ``OPERATIONS``. Each operation stands once, in the file of its topic (``lay
 ``WireEngine`` has a method for each, and the comparing engines (``insecure``) hold each against its twin.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from eviction.operations import Choice
+
+
+Made = TypeVar("Made", bound=Callable)  # a protocol
 
 
 @dataclass(frozen=True)
@@ -45,14 +54,21 @@ class Operation:
 OPERATIONS: dict[str, Operation] = {}
 
 
-def operation(bound: Callable | None = None, **domains: Domain):
+def operation(bound: Callable | None = None, **domains: Domain) -> Callable[[Made], Made]:
     """Enters a protocol into the table under its name. domains: by name, ``domain`` for the only one."""
 
-    def enter(protocol):
+    def enter(protocol: Made) -> Made:
         OPERATIONS[protocol.__name__] = Operation(protocol, bound, domains)
         return protocol
 
     return enter
+
+
+def bound_of(name: str) -> Callable:
+    """What is declared of an operation's error."""
+    bound = OPERATIONS[name].bound
+    assert bound is not None, f"{name} declares its error elsewhere"
+    return bound
 
 
 def unit(bits: int) -> float:
@@ -60,6 +76,6 @@ def unit(bits: int) -> float:
     return 2.0**-bits
 
 
-def valued(choice):
+def valued(choice: Choice) -> Choice:
     """A choice whose picks are tracked, with the values that they stand for."""
     return choice if choice.picks is None else replace(choice, picks=choice.picks.value)

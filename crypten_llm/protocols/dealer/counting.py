@@ -4,9 +4,13 @@ Owns the role that draws nothing and makes nothing.
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.roles import Dealer, Parts
+from crypten_llm.protocols.dealer.roles import Dealer, Parts, Piece, Size
 from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.roles import CLIENT, OWNER
 
@@ -16,33 +20,35 @@ class Counting(Dealer):
     parties would send to ``transport`` (both of ``engines.wire.counted``, or of a tape).
     """
 
-    def __init__(self, transport, material):
+    def __init__(self, transport: Any, material: Any) -> None:
         super().__init__(transport, [], material)
+        self._links = transport
 
-    def mask(self, shape, bits=64):
+    def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         return Parts(shape_only(shape), shape_only(shape))
 
-    def mask_of(self, party, shape):
+    def mask_of(self, party: int, shape: Sequence[int]) -> Tensor:
         return shape_only(shape)
 
-    def deal(self, shape, value, bits=64):
+    def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         self._material.add(CLIENT, ring.packed_size(math.prod(shape), bits))
         return Parts(shape_only(shape), shape_only(shape))
 
-    def deal_table(self, shape, bits, turned):
+    def deal_table(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
         self._material.add(CLIENT, math.prod(shape) * bits // 8)
+        return None
 
-    def deal_common(self, sizes, value):
+    def deal_common(self, sizes: list[Size], value: Callable[[], list[Tensor]]) -> list[Tensor]:
         for party in (CLIENT, OWNER):
             for shape, dtype in sizes:
                 self._material.add(party, math.prod(shape) * dtype.itemsize)
             self._material.flush(party)
         return []
 
-    def blocks(self, count, size):
+    def blocks(self, count: int, size: int) -> Iterator[slice]:
         """All at once: what blocks take adds up to the same."""
         yield slice(0, count)
 
-    def exchange(self, pieces):
-        self.transport.passed(pieces)
+    def exchange(self, pieces: list[Piece]) -> list[Tensor | None]:
+        self._links.passed(pieces)
         return super().exchange(pieces)

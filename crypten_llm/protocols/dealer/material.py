@@ -4,14 +4,19 @@ Owns the dealer's couriers, and what is asked of whoever gives or takes material
 (``Transport.stream_from``), a tape (``tape``), whoever counts. What is written and read are bytes, uint8 tensors.
 """
 
+from __future__ import annotations
+
 import queue
 import threading
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from crypten_llm.kernels.ring import bytes_of
 from crypten_llm.roles import CLIENT, OWNER
+
+if TYPE_CHECKING:
+    from crypten_llm.links.transport import Transport
 
 FRAME = 1 << 18  # bytes of material a message
 AHEAD = 64 << 20  # bytes for one party that may wait to be sent
@@ -53,7 +58,7 @@ class _Courier:
     Where messages end depends on the program alone. The dealer waits for a party only when ``AHEAD`` bytes do.
     """
 
-    def __init__(self, transport, party: int):
+    def __init__(self, transport: Transport, party: int) -> None:
         self._transport, self._party = transport, party
         self._frame, self._filled = memoryview(bytearray(FRAME)), 0
         self._frames: queue.Queue[memoryview | None] = queue.Queue(AHEAD // FRAME)
@@ -112,7 +117,7 @@ class Sending:
     does not read waits for the other party, whose material up to that step has left the dealer (``flush``).
     """
 
-    def __init__(self, transport):
+    def __init__(self, transport: Transport) -> None:
         self._couriers = [_Courier(transport, party) for party in (OWNER, CLIENT)]
 
     def begin(self, label: str) -> None:

@@ -8,6 +8,7 @@ ever used twice. The bytes come from the kernels of the stream's device.
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -35,7 +36,7 @@ class Stream:
     of bytes taken so far.
     """
 
-    def __init__(self, key: bytes, device: torch.device | str = "cpu"):
+    def __init__(self, key: bytes, device: torch.device | str = "cpu") -> None:
         if len(key) != KEY_BYTES:
             raise ValueError(f"a stream's key has {KEY_BYTES} bytes, not {len(key)}")
         self.device = torch.device(device)
@@ -58,18 +59,18 @@ class Stream:
         """``count`` uniform bytes, uint8; whole words are taken for them."""
         return self.words((count + 7) // 8).view(torch.uint8)[:count]
 
-    def ring(self, size, bits: int = 64) -> torch.Tensor:
+    def ring(self, size: Sequence[int] | int, bits: int = 64) -> torch.Tensor:
         """Uniform elements of Z_2^bits of shape ``size``, as int64, non-negative below 64 bits."""
         shape = (size,) if isinstance(size, int) else size
         return ring.low_bits(self.words(math.prod(shape)).view(shape), bits)
 
-    def bits(self, size, bitlength: int) -> torch.Tensor:
+    def bits(self, size: Sequence[int] | int, bitlength: int) -> torch.Tensor:
         """``ring`` with its bounds checked: ``bitlength`` from 1 to 64."""
         if not 1 <= bitlength <= 64:
             raise ValueError(f"bitlength is 1 to 64, not {bitlength}")
         return self.ring(size, bitlength)
 
-    def table(self, size, bits: int) -> torch.Tensor:
+    def table(self, size: Sequence[int] | int, bits: int) -> torch.Tensor:
         """Uniform words of 8, 16, 32 or 64 bits of shape ``size``, held as ``kernels.ring.TABLE_WORDS`` says."""
         shape = (size,) if isinstance(size, int) else tuple(size)
         return self.draw(math.prod(shape) * bits // 8).view(ring.TABLE_WORDS[bits]).view(shape)

@@ -3,11 +3,15 @@
 Owns their writing: how large they will be, and that a folder gets its name only when it is complete.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -16,6 +20,9 @@ from crypten_llm.kernels.ring import bytes_of
 from crypten_llm.protocols.dealer.manifest import NAMES, PARTIES, before_key, checksum, padded, sync
 from crypten_llm.protocols.dealer.randomness import KEY_BYTES, fresh_key
 from crypten_llm.units import size as for_people
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 
 class _Written:
@@ -31,7 +38,7 @@ class _Written:
 class Sizes(_Written):
     """At a dealer that computes nothing (``counting``): how many bytes each section will take at each party."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sections: dict[str, list[int]] = {}
 
     def begin(self, label: str) -> None:
@@ -54,13 +61,15 @@ class Recording(_Written):
     Use as a context. Raises UsageError when the folder cannot be written; nothing is left behind then.
     """
 
-    def __init__(self, out: Path, manifest: dict, sizes: Sizes, progress=lambda count: None):
+    def __init__(
+        self, out: Path, manifest: dict, sizes: Sizes, progress: Callable[[int], object] = lambda count: None
+    ) -> None:
         """progress: called with the number of bytes of each piece."""
         self.out, self.manifest, self.sizes, self.progress = Path(out), manifest, sizes, progress
         self.keys = [fresh_key() for _ in PARTIES]
         self._files: list = []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         try:
             if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
                 raise UsageError(f"{self.out} is there already; a tape is never overwritten: name a new folder (--out)")
@@ -78,7 +87,7 @@ class Recording(_Written):
         return self
 
     def _start(self, party: int) -> None:
-        sections = {label: [0, sizes[party], "0" * 8] for label, sizes in self.sizes.sections.items()}
+        sections: dict[str, list] = {label: [0, sizes[party], "0" * 8] for label, sizes in self.sizes.sections.items()}
         key = checksum(self.keys[party])
         header = {**self.manifest, "party": NAMES[party], "burned": "", "key": key, "sections": sections}
         offset = padded(len(before_key(header)) + 16 * len(sections) + KEY_BYTES)
@@ -111,7 +120,9 @@ class Recording(_Written):
             entry[2] = f"{state[1]:08x}"
             state[:] = [0, 0]
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if error is None:
                 self._finish()

@@ -12,11 +12,13 @@ The program is cut into sections; each has its own streams and its own stretch o
 be skipped.
 """
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +29,14 @@ from crypten_llm.protocols.dealer.randomness import Stream, derive_key, fresh_ke
 from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 
+if TYPE_CHECKING:
+    from crypten_llm.links.transport import Transport
+
 PARTIES = (OWNER, CLIENT)
+Size = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
+Public = int | Tensor | Callable[[], Tensor] | None  # see ``Runtime.plus``
+Held = TypeVar("Held")
+Words = TypeVar("Words", int, Tensor)
 
 
 @dataclass(slots=True)
@@ -43,7 +52,7 @@ class Parts:
     def shape(self) -> torch.Size:
         return self.held.shape
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Parts":
+    def map(self, change: Callable[[Tensor], Tensor]) -> Parts:
         """Both, changed by what is linear in them."""
         return Parts(change(self.held), None if self.client is None else change(self.client))
 
@@ -56,7 +65,7 @@ class Piece:
     as it is. cell: the (phase, kind) that its bytes are counted in.
     """
 
-    shape: tuple
+    shape: tuple[int, ...]
     bits: int
     cell: tuple[str, str]
     share: Tensor | None = None
@@ -65,7 +74,7 @@ class Piece:
     sender: int | None = None
     size: int = field(init=False)  # bytes
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.size = ring.packed_size(math.prod(self.shape), self.bits)
 
     def sent_by(self, party: int) -> int:
@@ -78,7 +87,9 @@ class Runtime(ABC):
 
     role: ClassVar[int]
 
-    def __init__(self, transport, keys: list[bytes], material, device: torch.device | str = "cpu"):
+    def __init__(
+        self, transport: Transport, keys: list[bytes], material: Any, device: torch.device | str = "cpu"
+    ) -> None:
         """keys: [own key] at a party, [the owner's, the client's] at the dealer."""
         self.transport = transport
         self.device = torch.device(device)
@@ -112,22 +123,22 @@ class Runtime(ABC):
     # Masks and correlations.
 
     @abstractmethod
-    def mask(self, shape, bits: int = 64) -> Parts:
+    def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         """A fresh mask, uniform modulo 2^bits."""
 
     @abstractmethod
-    def mask_of(self, party: int, shape) -> Tensor | None:
+    def mask_of(self, party: int, shape: Sequence[int]) -> Tensor | None:
         """A mask uniform modulo 2^64 that ``party`` and the dealer know and the other party does not (``None``)."""
 
     @abstractmethod
-    def deal(self, shape, value: Callable[[], Tensor], bits: int = 64) -> Parts:
+    def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         """Additive shares modulo 2^bits of ``value()``, which only the dealer computes.
 
         Dealer material: bits / 8 bytes an element, packed, to the client.
         """
 
     @abstractmethod
-    def deal_table(self, shape, bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def deal_table(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
         """Words of 8, 16, 32 or 64 bits: uniform ones at the owner, and what ``turned`` makes of those at the client.
 
         turned: called by the dealer alone, which gets ``None``; it may write into what it is given. So the two can
@@ -135,7 +146,7 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def deal_common(self, sizes: list[tuple], value: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def deal_common(self, sizes: list[Size], value: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The tensors of ``value()``, which only the dealer computes, at both parties; at the dealer, nothing.
 
         sizes: (shape, dtype) of each. Dealer material: their bytes, to each party.
@@ -149,24 +160,26 @@ class Runtime(ABC):
     # What is done with shares.
 
     @abstractmethod
-    def share(self, shape, owner: Callable[[], Tensor], client: Callable[[], Tensor] | None = None) -> Tensor:
+    def share(
+        self, shape: Sequence[int], owner: Callable[[], Tensor], client: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """This party's share, as ``owner`` or ``client`` (by default the same) computes it; at the dealer its shape."""
 
     @abstractmethod
-    def plus(self, share: Tensor, public) -> Tensor:
+    def plus(self, share: Words, public: Public) -> Words:
         """Shares of x + public, from shares of x: the owner adds it. public: a number, a tensor of words or ``None``
         at whoever does not know it, or a function that gives it.
         """
 
     @abstractmethod
-    def input(self, source: int, shape, value: Callable[[], Tensor]) -> Tensor:
+    def input(self, source: int, shape: Sequence[int], value: Callable[[], Tensor]) -> Tensor:
         """Shares of words that party ``source`` knows, nothing sent: its own are ``value()``, the other's are zero."""
 
     def public(self, words: Tensor) -> Tensor:
         """Shares of public words."""
         return self.input(OWNER, words.shape, words.clone)
 
-    def held_by(self, party: int, value):
+    def held_by(self, party: int, value: Held | None) -> Held | None:
         """``value`` at that party, ``None`` elsewhere: what is its alone stays there."""
         return value if self.role == party else None
 
@@ -186,7 +199,9 @@ class Runtime(ABC):
 class Party(Runtime):
     """A compute party: it holds shares."""
 
-    def __init__(self, transport, keys, material=None, device="cpu"):
+    def __init__(
+        self, transport: Transport, keys: list[bytes], material: Any = None, device: torch.device | str = "cpu"
+    ) -> None:
         """material: where it comes from; a live dealer's when ``None``."""
         given = transport.stream_from(DEALER, FRAME, CHANNEL) if material is None else material
         super().__init__(transport, keys, given, device)
@@ -198,20 +213,20 @@ class Party(Runtime):
         """The other party."""
         return OWNER + CLIENT - self.role
 
-    def mask(self, shape, bits=64):
+    def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         return Parts(self._streams[0].ring(shape, bits))
 
-    def mask_of(self, party, shape):
+    def mask_of(self, party: int, shape: Sequence[int]) -> Tensor | None:
         return self._streams[0].ring(shape) if self.role == party else None
 
-    def deal_common(self, sizes, value):
+    def deal_common(self, sizes: list[Size], value: Callable[[], list[Tensor]]) -> list[Tensor]:
         counts = [math.prod(shape) * dtype.itemsize for shape, dtype in sizes]
         return [self._material.read(n).view(dtype).view(shape) for n, (shape, dtype) in zip(counts, sizes, strict=True)]
 
-    def input(self, source, shape, value):
+    def input(self, source: int, shape: Sequence[int], value: Callable[[], Tensor]) -> Tensor:
         return value() if self.role == source else torch.zeros(tuple(shape), dtype=torch.int64, device=self.device)
 
-    def exchange(self, pieces):
+    def exchange(self, pieces: list[Piece]) -> list[Tensor | None]:
         hidden = [self._outgoing(piece) for piece in pieces]
         packed = [data for _, data in hidden if data is not None]
         message = packed[0] if len(packed) == 1 else torch.cat(packed or [_NOTHING])
@@ -223,7 +238,7 @@ class Party(Runtime):
             start += size
         return results
 
-    def _cells(self, pieces) -> dict[tuple, list[int]]:
+    def _cells(self, pieces: list[Piece]) -> dict[tuple, list[int]]:
         """By (phase, kind), the bytes of pieces that are sent and received elsewhere than in the step in progress."""
         cells: dict[tuple, list[int]] = {}
         here = self.transport.meter.cell
@@ -238,8 +253,10 @@ class Party(Runtime):
     def _outgoing(self, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
         """Of an opening this party's part, and what it sends; of what it sends alone, the latter."""
         if piece.sender is None:
+            assert piece.share is not None and piece.mask is not None, "an opening comes with its share and its mask"
             return self.kernels.hide(piece.share, piece.mask, self._offset(piece), piece.bits)
         if piece.sender == self.role:
+            assert piece.share is not None, "who sends alone has what it sends"
             return None, self.kernels.pack(piece.share, piece.bits)
         return None, None
 
@@ -259,19 +276,22 @@ class Owner(Party):
 
     role = OWNER
 
-    def deal(self, shape, value, bits=64):
+    def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         return Parts(self._streams[0].ring(shape))
 
-    def deal_table(self, shape, bits, turned):
+    def deal_table(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
         return self._streams[0].table(shape, bits)
 
-    def share(self, shape, owner, client=None):
+    def share(
+        self, shape: Sequence[int], owner: Callable[[], Tensor], client: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         return owner()
 
-    def plus(self, share, public):
-        return share + (public() if callable(public) else public)
+    def plus(self, share: Words, public: Public) -> Words:
+        known: Any = public() if callable(public) else public
+        return share + known
 
-    def _offset(self, piece):
+    def _offset(self, piece: Piece) -> int:
         return piece.offset
 
 
@@ -280,18 +300,20 @@ class Client(Party):
 
     role = CLIENT
 
-    def deal(self, shape, value, bits=64):
+    def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         data = self._material.read(ring.packed_size(math.prod(shape), bits))
         return Parts(self.kernels.unpack(data, bits, tuple(shape)))
 
-    def deal_table(self, shape, bits, turned):
+    def deal_table(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
         data = self._material.read(math.prod(shape) * bits // 8)
         return data.view(ring.TABLE_WORDS[bits]).view(tuple(shape))
 
-    def share(self, shape, owner, client=None):
+    def share(
+        self, shape: Sequence[int], owner: Callable[[], Tensor], client: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         return (client or owner)()
 
-    def plus(self, share, public):
+    def plus(self, share: Words, public: Public) -> Words:
         return share
 
 
@@ -300,32 +322,35 @@ class Dealer(Runtime):
 
     role = DEALER
 
-    def __init__(self, transport, keys, material=None, device="cpu"):
+    def __init__(
+        self, transport: Transport, keys: list[bytes], material: Any = None, device: torch.device | str = "cpu"
+    ) -> None:
         """material: where it goes; to live parties when ``None``."""
         super().__init__(transport, keys, material or Sending(transport), device)
         if material is None:
             self.begin("setup")
 
-    def mask(self, shape, bits=64):
+    def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         owner, client = (stream.ring(shape, bits) for stream in self._streams)
         return Parts(ring.low_bits(owner + client, bits), client)
 
-    def mask_of(self, party, shape):
+    def mask_of(self, party: int, shape: Sequence[int]) -> Tensor | None:
         return self._streams[party].ring(shape)
 
-    def deal(self, shape, value, bits=64):
+    def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         result = value()
         assert result.shape == torch.Size(shape), f"dealt {tuple(result.shape)}, announced {tuple(shape)}"
         correction = result - self._streams[OWNER].ring(shape)
         self._material.write(CLIENT, self.kernels.pack(correction, bits))
         return Parts(result, correction)
 
-    def deal_table(self, shape, bits, turned):
+    def deal_table(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
         made = turned(self._streams[OWNER].table(shape, bits))
         assert made.shape == torch.Size(shape), f"dealt {tuple(made.shape)}, announced {tuple(shape)}"
         self._material.write(CLIENT, made.contiguous().view(-1).view(torch.uint8))
+        return None
 
-    def deal_common(self, sizes, value):
+    def deal_common(self, sizes: list[Size], value: Callable[[], list[Tensor]]) -> list[Tensor]:
         made = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in value()]
         counts = [math.prod(shape) * dtype.itemsize for shape, dtype in sizes]
         assert [tensor.numel() for tensor in made] == counts, "tensors of another size were announced"
@@ -335,19 +360,21 @@ class Dealer(Runtime):
             self._material.flush(party)
         return []
 
-    def share(self, shape, owner, client=None):
+    def share(
+        self, shape: Sequence[int], owner: Callable[[], Tensor], client: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         return shape_only(shape)
 
-    def plus(self, share, public):
+    def plus(self, share: Words, public: Public) -> Words:
         return share
 
-    def input(self, source, shape, value):
+    def input(self, source: int, shape: Sequence[int], value: Callable[[], Tensor]) -> Tensor:
         return shape_only(shape)
 
-    def known_to_dealer(self, mask):
+    def known_to_dealer(self, mask: Tensor | None) -> Tensor | None:
         return mask
 
-    def exchange(self, pieces):
+    def exchange(self, pieces: list[Piece]) -> list[Tensor | None]:
         return [None] * len(pieces)
 
 
@@ -355,7 +382,7 @@ ROLES: dict[int, type[Party] | type[Dealer]] = {OWNER: Owner, CLIENT: Client, DE
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
-def make(transport, material=None, device: torch.device | str = "cpu") -> Runtime:
+def make(transport: Transport, material: Any = None, device: torch.device | str = "cpu") -> Runtime:
     """The runtime of this rank over a connected transport. material: of a tape (``tape``), or ``None`` where a dealer
     runs along, who then gives each party a key.
     """
@@ -363,7 +390,7 @@ def make(transport, material=None, device: torch.device | str = "cpu") -> Runtim
     return kind(transport, agree_on_keys(transport) if material is None else material.keys, material, device)
 
 
-def agree_on_keys(transport) -> list[bytes]:
+def agree_on_keys(transport: Transport) -> list[bytes]:
     """The dealer draws a key for each party; returns what a runtime wants on this rank."""
     if transport.rank == DEALER:
         keys = [fresh_key() for _ in PARTIES]

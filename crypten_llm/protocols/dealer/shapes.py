@@ -8,8 +8,11 @@ on shares are answered here in Python.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from crypten_llm.kernels.ring import broadcast
 
@@ -21,7 +24,7 @@ class Shape:
     is_meta = True
     dtype = torch.int64
 
-    def __init__(self, shape):
+    def __init__(self, shape: Iterable[int]) -> None:
         self.shape = torch.Size(shape)
 
     @property
@@ -36,7 +39,7 @@ class Shape:
 
     # Views.
 
-    def reshape(self, *shape) -> Shape:
+    def reshape(self, *shape: Any) -> Shape:
         wanted = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if -1 in wanted:
             rest = math.prod(size for size in wanted if size != -1)
@@ -46,7 +49,7 @@ class Shape:
 
     view = reshape
 
-    def permute(self, *order) -> Shape:
+    def permute(self, *order: Any) -> Shape:
         wanted = order[0] if len(order) == 1 and not isinstance(order[0], int) else order
         return Shape([self.shape[place] for place in wanted])
 
@@ -55,7 +58,7 @@ class Shape:
         shape[first], shape[second] = shape[second], shape[first]
         return Shape(shape)
 
-    def expand(self, *shape) -> Shape:
+    def expand(self, *shape: Any) -> Shape:
         wanted = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         own = [1] * (len(wanted) - self.ndim) + list(self.shape)
         return Shape([mine if size == -1 else size for mine, size in zip(own, wanted, strict=True)])
@@ -65,10 +68,10 @@ class Shape:
         count = shape.pop(dim)
         return [Shape(shape) for _ in range(count)]
 
-    def __getitem__(self, index) -> Shape:
+    def __getitem__(self, index: Any) -> Shape:
         return Shape(torch.empty(self.shape, dtype=torch.bool, device="meta")[index].shape)
 
-    def __setitem__(self, index, value) -> None:
+    def __setitem__(self, index: Any, value: Any) -> None:
         pass
 
     def contiguous(self) -> Shape:
@@ -76,7 +79,7 @@ class Shape:
 
     # Results.
 
-    def _elementwise(self, other=None) -> Shape:
+    def _elementwise(self, other: Any = None) -> Shape:
         shape = getattr(other, "shape", ())
         return self if not shape or shape == self.shape else Shape(broadcast(self.shape, shape))
 
@@ -93,26 +96,30 @@ class Shape:
     def cumsum(self, dim: int) -> Shape:
         return self
 
-    def new_empty(self, shape) -> Shape:
+    def new_empty(self, shape: Iterable[int]) -> Shape:
         return Shape(shape)
 
     new_zeros = new_empty
 
-    def new_full(self, shape, value) -> Shape:
+    def new_full(self, shape: Iterable[int], value: Any) -> Shape:
         return Shape(shape)
 
     @classmethod
-    def __torch_function__(cls, function, types, arguments=(), options=None):
+    def __torch_function__(
+        cls, function: Callable, types: Any, arguments: tuple = (), options: dict | None = None
+    ) -> Shape:
         """torch's own functions on shapes."""
         assert function is torch.cat, f"{function} of a shape; add it to {__name__}"
         return _joined(*arguments, **(options or {}))
 
 
-def shape_only(shape) -> Shape:
-    return Shape(shape)
+def shape_only(shape: Iterable[int]) -> Tensor:
+    """A ``Shape``, which protocols take for a tensor."""
+    made: Any = Shape(shape)
+    return made
 
 
-def _joined(parts, dim: int = 0) -> Shape:
+def _joined(parts: Sequence[Shape], dim: int = 0) -> Shape:
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
     return Shape(shape)

@@ -6,6 +6,8 @@ process reads it. Whatever ends that process, no second run finds the key. What 
 never copy a tape back.
 """
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -13,6 +15,7 @@ import time
 import weakref
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -35,6 +38,10 @@ from crypten_llm.protocols.dealer.manifest import (
 from crypten_llm.protocols.dealer.material import CHANNEL
 from crypten_llm.protocols.dealer.randomness import KEY_BYTES
 from crypten_llm.roles import CLIENT, OWNER
+
+if TYPE_CHECKING:
+    from crypten_llm.links.transport import Transport
+
 
 MAX_HEADER = 64 << 20
 _PIECE = 4 << 20  # bytes at a time when a file is checked
@@ -100,7 +107,7 @@ def _check_header(path: Path, header: dict, party: int) -> None:
 class Tape:
     """At a party: material from its file."""
 
-    def __init__(self, path: str | Path, party: int, transport):
+    def __init__(self, path: str | Path, party: int, transport: Transport) -> None:
         """Opens and checks the file; nothing is used yet. Raises UsageError as ``locate`` does, and for damage."""
         self.path, self._transport = locate(path, party), transport
         self._fd = os.open(self.path, os.O_RDONLY)
@@ -149,7 +156,7 @@ class Tape:
         for name, mine in self.manifest.items():
             self._same(name, theirs.get(name), mine, self._transport.name(other))
 
-    def _same(self, name: str, there, here, who: str) -> None:
+    def _same(self, name: str, there: object, here: object, who: str) -> None:
         if there != here:
             raise UsageError(
                 f"the tape's {name} is {here!r} at {self._transport.name(self._transport.rank)}, {there!r} at {who}; "
