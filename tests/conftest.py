@@ -20,12 +20,16 @@ LONG = ("test_notebooks.py", "test_launch.py", "test_kernels.py", "test_experime
 
 @pytest.fixture(scope="session", autouse=True)
 def parties_are_forked():
-    """A session that a test opens in its own process starts its parties from a server that has imported all."""
+    """A session that a test opens in its own process starts its parties from a server that has imported all.
+
+    They meet as often as that is quick, which no name server should have to follow.
+    """
     import forked
 
     from crypten_llm.session import launch
 
     launch.start_party = forked.party
+    forked.ask_no_name_server()
 
 
 @pytest.fixture(autouse=True)

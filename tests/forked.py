@@ -7,6 +7,7 @@ its own children, forks of it. What it cannot show is a start and an interpreter
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -92,6 +93,17 @@ class Forked:
         self._read[name] = file.read()
 
 
+def ask_no_name_server() -> None:
+    """From now on this process knows the names in the hosts file alone.
+
+    torch's store asks for the name of every peer that connects. Tests meet so often that a name server may stop
+    answering, and each such question then holds the store, and all who wait for it, for five seconds.
+    """
+    configure = getattr(ctypes.CDLL(None), "__nss_configure_lookup", None)  # of glibc
+    if configure:
+        configure(b"hosts", b"files")
+
+
 def program(arguments, environment: dict[str, str], folder: Path) -> Forked:
     """A program in a session of its own, whose output is read."""
     return Forked(parties.context(), arguments, environment, folder, session=True, stdout=True)
@@ -141,6 +153,7 @@ def _become(arguments, stdin, stdout, stderr, begun, environment, folder, sessio
     Path("/proc/self/comm").write_text(
         f"rank {environment.get('RANK', 'none')}"
     )  # its environ is the server's for good
+    ask_no_name_server()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from crypten_llm.session import launch
 

@@ -18,7 +18,7 @@ import pytest
 from crypten_llm.errors import UsageError
 from crypten_llm.session.api import PrivateLlama
 from experiments import compare_baselines
-from experiments.baselines import cells
+from experiments.baselines import cells, plots
 from experiments.baselines import config as configuration
 from experiments.baselines.config import Ablation, Config, CrypTen, Private
 from experiments.baselines.plots import PICTURES
@@ -40,6 +40,12 @@ TINY = Config(
     crypten=CrypTen(policies=()),
     private=Private(policies=("full", "mpcache"), tasks=("few_shot",), length=96, samples=1, tokens=4),
 )
+
+
+@pytest.fixture(autouse=True)
+def looks(monkeypatch):
+    """What pictures here give to policies of no table is not left to other tests."""
+    monkeypatch.setattr(plots, "STYLES", dict(plots.STYLES))
 
 
 # Configuration.

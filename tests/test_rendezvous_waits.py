@@ -7,6 +7,7 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from meetings import ROLES, assert_connected, meet
@@ -101,7 +102,14 @@ def stopped():
     """
     with Program("-c", textwrap.dedent(program)) as host:  # which ends it also where it is stopped
         port = int(host.process.stdout.readline())
-        yield port, lambda: host.process.send_signal(signal.SIGSTOP)
+
+        def stop():
+            host.process.send_signal(signal.SIGSTOP)
+            threads = list(Path(f"/proc/{host.process.pid}/task").glob("*/stat"))
+            while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in threads):
+                time.sleep(0.01)  # until then one of them may still answer
+
+        yield port, stop
 
 
 STORE = (
