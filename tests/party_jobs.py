@@ -10,7 +10,7 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.protocols.dealer.randomness import Stream
 from crypten_llm.session.bench import run as bench_run
-from crypten_llm.session.calibration import measure, norm_scales
+from crypten_llm.session.calibration import measure
 from crypten_llm.session.generation import Answer, Plan, Step
 from crypten_llm.session.generation import run as generation_run
 from crypten_llm.session.party import Party
@@ -74,7 +74,7 @@ def logits(engine, folder, ids, pieces):
     weights, scales = {}, None
     if engine.rank == 0:
         weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
-        scales = norm_scales(measure(config, weights))
+        scales = measure(config, weights).norm_scales()
         engine.transport.send_json(1, scales)
     else:
         scales = engine.transport.recv_json(0)

@@ -47,15 +47,6 @@ def test_equals_hugging_face(case, tmp_path):
         assert torch.equal(tensor, reference[name])
 
 
-def test_progress_counts_parameters(folder):
-    config, calls = LlamaConfig.from_folder(folder), []
-    for _ in load_weights(folder, config, lambda done, total: calls.append((done, total))):
-        pass
-    total = sum(shape.numel() for shape in expected_shapes(config).values())
-    assert calls[-1] == (total, total) and len(calls) == len(expected_shapes(config))
-    assert calls == sorted(calls)
-
-
 def test_writing_into_a_tensor_leaves_the_file(folder):
     load(folder)["lm_head.weight"].zero_()
     assert load(folder)["lm_head.weight"].any()

@@ -20,7 +20,7 @@ from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.session import generation
-from crypten_llm.session.calibration import measure, norm_scales
+from crypten_llm.session.calibration import measure
 from crypten_llm.session.party import Party
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 
@@ -286,11 +286,11 @@ def test_every_norm_is_measured_for_its_scale(tmp_path):
     folder, _ = tiny(tmp_path, **FAMILIES["qwen3"])
     config = LlamaConfig.from_folder(folder)
     weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
-    before = norm_scales(measure(config, weights))
+    before = measure(config, weights).norm_scales()
     assert before.keys() == {name for name in weights if "norm" in name}
     query, key = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
     weights[query], weights[key] = weights[query] * 2**10, weights[key] / 2**10
-    after = norm_scales(measure(config, weights))
+    after = measure(config, weights).norm_scales()
     changed = {name: after[name] / before[name] for name in before if after[name] != before[name]}
     assert changed == {
         "model.layers.1.self_attn.q_norm.weight": 4.0**-10,

@@ -11,7 +11,7 @@ from parties import run
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.links.transport import Transport
-from crypten_llm.session.generation import Answer, Plan, Progress, Step
+from crypten_llm.session.generation import Answer, Plan, Progress, Step, agree
 from crypten_llm.session.generation import run as generation_run
 from crypten_llm.session.party import Party
 from crypten_llm.session.sampling import Sampler, SamplingConfig
@@ -191,7 +191,7 @@ def test_another_message_than_the_agreement(message):
     owner, client = Transport(0, roles, {1: ours}, timeout=5), Transport(1, roles, {0: theirs}, timeout=5)
     client.send_json(0, message)
     with pytest.raises(PartyError, match=r"rank 1 \(client\) sent something else than .* the same version"):
-        Party(PlainEngine(), owner, 2).agree(False)
+        agree(Party(PlainEngine(), owner, 2), None)
     owner.close(), client.close()
 
 

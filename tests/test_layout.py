@@ -32,8 +32,6 @@ SHARED = FLOORS[0]  # single modules, of which one may know another
 # What a function imports from a floor that is not below its own, and why.
 LATER = {
     "crypten_llm imports crypten_llm.session.api": "PrivateLlama is offered by the package, whose import costs nothing",
-    "crypten_llm.engines.crypten.engine imports crypten_llm.session.calibration": "runs the model definition",
-    "crypten_llm.engines.wire.engine imports crypten_llm.session.calibration": "runs the model definition",
 }
 
 

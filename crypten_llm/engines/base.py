@@ -9,7 +9,7 @@ in ``models`` knows which engine runs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +22,7 @@ from eviction.operations import Handle
 Method = TypeVar("Method")
 
 if TYPE_CHECKING:
-    from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.calibration import Ranges
     from eviction import Policy
 
     # A checker cannot see the operations that an engine takes from a table; Python asks for each when one is made.
@@ -64,10 +64,11 @@ class Engine(ABC):
         number).
         """
 
-    def calibrate(self, config: LlamaConfig, weights: dict) -> dict[str, float]:
-        """At the owner, before its float ``weights`` are shared: public scales for its norms, by weight name.
+    def calibrate(self, measure: Callable[[], Ranges]) -> dict[str, float]:
+        """At the owner, before its weights are shared: public scales for the model's norms, by weight name.
 
-        Raises UsageError when the model leaves the domain of the engine's functions.
+        measure: runs the model in the clear, for an engine that wants to know. Raises UsageError when the model leaves
+        the domain of the engine's functions.
         """
         return {}
 

@@ -23,6 +23,7 @@ import torch
 
 from crypten_llm.errors import CryptenLLMError
 from crypten_llm.kernels import ring
+from crypten_llm.links.transport import bytes_of
 from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key
 from crypten_llm.roles import DEALER
@@ -90,7 +91,7 @@ def _rows(mask: torch.Tensor, bits: int) -> Iterator[memoryview]:
     width = mask.shape[-1] if mask.dim() else 1
     rows = mask.reshape(-1, width) if width * bits >= TELLING and mask.numel() else mask.reshape(1, -1)
     if rows.shape[-1] * bits >= TELLING:
-        yield from (ring.bytes_of(row) for row in rows.contiguous())
+        yield from (bytes_of(row) for row in rows.contiguous())
 
 
 class _Watched(Stream):

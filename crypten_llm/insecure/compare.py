@@ -9,7 +9,7 @@ have been. So an error is an operation's own, whatever went wrong before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from crypten_llm.insecure.tracked import Tracked, TrackedEngine
 
 if TYPE_CHECKING:
     from crypten_llm.links.transport import Transport
-    from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.calibration import Ranges
     from eviction.operations import Handle
 
 
@@ -43,7 +43,7 @@ class CompareEngine(TrackedEngine):
         """At the client. The owner put it there before it sent the client its first matrix."""
         return self._weights[self._indices[id(weight)]].double()
 
-    def calibrate(self, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    def calibrate(self, measure: Callable[[], Ranges]) -> dict[str, float]:
         return {}  # a model outside wire's domain is not refused: it is found where it leaves it
 
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Handle:

@@ -228,7 +228,7 @@ def _unpacked(data: Tensor, bits: int, count: int) -> np.ndarray:
 
 
 def hide(share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:
-    flat, masks = share.reshape(-1).numpy(), mask.reshape(-1).numpy()
+    flat, masks = _flat(share), _flat(mask)
     value = np.empty(flat.size, dtype=np.int64)
     packed = np.empty((flat.size * bits + 63) // 64, dtype=np.uint64)
     _hide(flat, masks, np.int64(offset), bits, _keep(bits), value, packed)

@@ -158,11 +158,6 @@ def key_sizes(bits: int, count: int) -> list[tuple[tuple[int, ...], torch.dtype]
     ]
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on a processor as writable bytes, no copy."""
-    return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(b"")
-
-
 def on(device: torch.device | str) -> Kernels:
     """The kernels of a device."""
     kind = torch.device(device).type

@@ -156,7 +156,7 @@ class Transport:
         something to send, a round where there is something to receive. cells: see `Meter.count`.
         """
         link = self._link(peer)
-        outgoing = [self._frame(link, TENSOR, DTYPES[torch.uint8], [data.numpy().data])] if data.numel() else []
+        outgoing = [self._frame(link, TENSOR, DTYPES[torch.uint8], [bytes_of(data)])] if data.numel() else []
         frames = [_Incoming(link, TENSOR, DTYPES[torch.uint8], count, [((count,), torch.uint8)])] if count else []
         if outgoing or frames:
             self._transfer(outgoing, frames, channel, cells=cells)
@@ -198,7 +198,7 @@ class Transport:
 
     def send_stream(self, dst: int, data: Tensor, channel: str = "online") -> None:
         """Send a uint8 tensor as the next piece of a stream."""
-        self._transfer([self._frame(self._link(dst), STREAM, MIXED, [_bytes_of(data)])], [], channel)
+        self._transfer([self._frame(self._link(dst), STREAM, MIXED, [bytes_of(data)])], [], channel)
 
     def stream_from(self, src: int, max_bytes: int, channel: str = "online") -> "StreamReader":
         """What reads the stream that `src` sends in pieces of at most `max_bytes`."""
@@ -226,7 +226,7 @@ class Transport:
         return self._links[peer]
 
     def _outgoing(self, dst: int, tensors: list[Tensor]) -> _Outgoing:
-        views = [_bytes_of(tensor.detach().cpu().contiguous()) for tensor in tensors]
+        views = [bytes_of(tensor.detach().cpu().contiguous()) for tensor in tensors]
         return self._frame(self._link(dst), TENSOR, _dtype_code([tensor.dtype for tensor in tensors]), views)
 
     def _frame(self, link: _Link, kind: int, dtype: int, views: list[memoryview]) -> _Outgoing:
@@ -326,7 +326,7 @@ class Transport:
             raise faults.emulated_by_one(frame.link.name)
         if frame.kind == TENSOR:
             frame.payload = [torch.empty(shape, dtype=dtype) for shape, dtype in frame.specs]
-            frame.views = [view for view in map(_bytes_of, frame.payload) if view.nbytes]
+            frame.views = [view for view in map(bytes_of, frame.payload) if view.nbytes]
         else:
             frame.payload = bytearray(frame.size)
             frame.views = [memoryview(frame.payload)] if frame.size else []
@@ -359,7 +359,7 @@ class StreamReader:
     def read(self, count: int) -> Tensor:
         """The next `count` bytes, a uint8 tensor."""
         out, filled = torch.empty(count, dtype=torch.uint8), 0
-        target = out.numpy().data
+        target = bytes_of(out)
         while filled < count:
             if not self._left:
                 frame = _Incoming(self._link, STREAM, MIXED, self._max_bytes)
@@ -386,8 +386,8 @@ def _dtype_code(dtypes: list[torch.dtype]) -> int:
     return codes.pop() if len(codes) == 1 else MIXED
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as writable bytes, no copy."""
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on a processor as writable bytes, no copy."""
     return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(b"")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,12 @@ def expected_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
     return {name: torch.Size(shape) for name, shape in config.family.shapes(config).items()}
 
 
-def load_weights(
-    folder: str | Path, config: LlamaConfig, progress: Callable[[int, int], None] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+def load_weights(folder: str | Path, config: LlamaConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, float32 tensor) for each of `expected_shapes(config)`, in that order, reading one at a time.
 
     The headers of all files are checked before this returns, so a wrong folder fails before any work is done.
-    `progress(done, total)` is called after each tensor and counts parameters. Tensors of a float32 file
-    are mapped from it, copied only where written to. Raises UsageError listing every missing, unexpected or misshapen
-    tensor; and while iterating, naming the first tensor with NaN or infinite values.
+    Tensors of a float32 file are mapped from it, copied only where written to. Raises UsageError listing every missing,
+    unexpected or misshapen tensor; and while iterating, naming the first tensor with NaN or infinite values.
     """
     files = _open(Path(folder))
     expected = expected_shapes(config)
@@ -81,25 +78,18 @@ def load_weights(
                 f"{folder}: tie_word_embeddings is true but lm_head.weight differs from {embedding}; "
                 "set tie_word_embeddings to false in config.json if both are meant"
             )
-    return _read(Path(folder), files, expected, progress)
+    return _read(Path(folder), files, expected)
 
 
 def _read(
-    folder: Path,
-    files: dict[str, safe_open],
-    expected: dict[str, torch.Size],
-    progress: Callable[[int, int], None] | None,
+    folder: Path, files: dict[str, safe_open], expected: dict[str, torch.Size]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    total, done = sum(shape.numel() for shape in expected.values()), 0
-    for name, shape in expected.items():
+    for name in expected:
         tensor = files[name].get_tensor(name).to(torch.float32)
         # Both extremes are NaN if any element is; no mask of the tensor's size is needed.
         if not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise UsageError(f"{folder}: {name} has NaN or infinite values; get a sound copy of the checkpoint")
         yield name, tensor
-        done += shape.numel()
-        if progress is not None:
-            progress(done, total)
 
 
 def _resolve(name_or_path: str | Path, offline: bool, patterns: tuple[str, ...]) -> Path:

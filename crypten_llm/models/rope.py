@@ -2,7 +2,7 @@
 
 Owns the frequencies of every supported rope type, equal to transformers'. They are public and are made when a model is
 built; at a step they are made again only where the sequence's length changes them. Their cosines and sines are made in
-``layers.rotary_tables``, and secret queries and keys are rotated by the engine.
+``llama.rotary_tables``, and secret queries and keys are rotated by the engine.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def below(runtime: Runtime, wire: Wire, thresholds: Sequence[int], width: int) -
     if wire.public is not None:
         limits = torch.tensor(list(thresholds), dtype=torch.int64, device=wire.public.device)
         moved = wire.public.reshape(-1, 1) - limits
-        points, tops = ring.low_bits(moved, low), (moved >> low) & 1
+        points, tops = ring.low_bits(moved, low), ring.top_bit(moved, wire.width)
     signs = []
     for part in runtime.blocks(mask.numel(), BLOCK):
 
@@ -60,7 +60,7 @@ def below(runtime: Runtime, wire: Wire, thresholds: Sequence[int], width: int) -
 
         def turned(words: Tensor, part: slice = part) -> Tensor:
             masks = opened.mask.held.reshape(-1, many)[part]
-            return kernels.turn_bits(masks, (mask[part] >> low) & 1, words)
+            return kernels.turn_bits(masks, ring.top_bit(mask[part], wire.width), words)
 
         words = runtime.deal_table((part.stop - part.start, many, 1 << SIGNS), width, turned)
         if raw is not None and tops is not None and words is not None:

@@ -159,9 +159,9 @@ class Opening:
         """Whether M = x + r is a wire as it is, modulo its own ring."""
         return not self.truncate and (self.size == 64 or not self.lifted)
 
-    def check(self) -> int:
-        """Raises Overflow; returns the bits of the ring."""
-        size, secret = self.ring or self.secret.width, self.secret
+    def check(self) -> None:
+        """Raises Overflow."""
+        size, secret = self.size, self.secret
         if size > secret.width:
             raise Overflow(f"a share valid modulo 2^{secret.width} cannot be opened modulo 2^{size}")
         if self.function and (self.truncate or self.lifted):
@@ -173,11 +173,11 @@ class Opening:
                 f"|x| < 2^{secret.bits} at scale 2^{secret.scale} needs {secret.bits + secret.scale + 2} bits, "
                 f"but the opening has {size}"
             )
-        return size
 
     def prepare(self, runtime: Runtime, cell: Cell) -> tuple[Piece, Callable[[Tensor | None], Wire]]:
         """What travels, and what makes a wire of the sum."""
-        size, shape = self.check(), self.secret.shape
+        self.check()
+        size, shape = self.size, self.secret.shape
         mask = runtime.mask(shape, size)
         offset = 0 if self.function or self.is_exact else 1 << (size - 2)
         piece = Piece(tuple(shape), size, cell, self.secret.share, mask.held, offset)

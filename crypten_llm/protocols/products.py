@@ -221,26 +221,8 @@ def linear(runtime: Runtime, x: Wire, matrix: OwnedMatrix, bits: int) -> Secret:
     64-bit words at the client and at the dealer, neither of which needs the opening.
     Raises: Overflow when 2^bits does not fit the width.
     """
-    assert len(x.masks) == 1, "matrix products take narrow wires"
-    scale, product = x.scale + matrix.scale, runtime.kernels.matmul_nt
-    check(bits, scale, x.width, "linear layer")
     shape = (*x.shape[:-1], matrix.shape[0])
-
-    def masks() -> Tensor:
-        part = x.masks[0][1].client
-        assert part is not None and matrix.mask is not None, "the dealer knows both masks"
-        return product(part, matrix.mask)
-
-    def owner() -> Tensor:
-        assert x.public is not None and matrix.plain is not None, "the owner has the weights"
-        return product(x.public - x.first, matrix.plain) - dealt
-
-    def client() -> Tensor:
-        assert matrix.hidden is not None, "the client was sent the hidden weights"
-        return -product(x.first, matrix.hidden) - dealt
-
-    dealt = runtime.deal(shape, masks, x.width).held
-    return Secret(runtime.share(shape, owner, client), scale, x.width, bits)
+    return _by_owned(runtime, x, matrix, bits, shape, runtime.kernels.matmul_nt, "linear layer")
 
 
 def lookup(runtime: Runtime, ids: Tensor | None, count: int, matrix: OwnedMatrix, bits: int) -> Protocol[Secret]:
@@ -287,22 +269,35 @@ def times_owned(runtime: Runtime, x: Wire, vector: OwnedMatrix, bits: int) -> Se
     As ``linear``, element by element. Error: none. Cost: dealer the bits of x's ring an element.
     Raises: Overflow when 2^bits does not fit the width.
     """
+    return _by_owned(runtime, x, vector, bits, x.shape, operator.mul, "product with a weight")
+
+
+def _by_owned(
+    runtime: Runtime,
+    x: Wire,
+    weight: OwnedMatrix,
+    bits: int,
+    shape: Sequence[int],
+    product: Callable[[Tensor, Tensor], Tensor],
+    what: str,
+) -> Secret:
+    """``product``, which is linear in both, of a narrow wire and the owner's weight: [...] to ``shape``."""
     assert len(x.masks) == 1, "products with the owner's weights take narrow wires"
-    scale = x.scale + vector.scale
-    check(bits, scale, x.width, "product with a weight")
+    scale = x.scale + weight.scale
+    check(bits, scale, x.width, what)
 
     def masks() -> Tensor:
         part = x.masks[0][1].client
-        assert part is not None and vector.mask is not None, "the dealer knows both masks"
-        return part * vector.mask
+        assert part is not None and weight.mask is not None, "the dealer knows both masks"
+        return product(part, weight.mask)
 
     def owner() -> Tensor:
-        assert x.public is not None and vector.plain is not None, "the owner has the weights"
-        return (x.public - x.first) * vector.plain - dealt
+        assert x.public is not None and weight.plain is not None, "the owner has the weights"
+        return product(x.public - x.first, weight.plain) - dealt
 
     def client() -> Tensor:
-        assert vector.hidden is not None, "the client was sent the hidden weights"
-        return -x.first * vector.hidden - dealt
+        assert weight.hidden is not None, "the client was sent the hidden weights"
+        return -product(x.first, weight.hidden) - dealt
 
-    dealt = runtime.deal(x.shape, masks, x.width).held
-    return Secret(runtime.share(x.shape, owner, client), scale, x.width, bits)
+    dealt = runtime.deal(shape, masks, x.width).held
+    return Secret(runtime.share(shape, owner, client), scale, x.width, bits)

@@ -38,6 +38,10 @@ class Ranges:
     mean_square: dict[str, tuple[float, float]]
     limited: dict[str, tuple[float, float]]
 
+    def norm_scales(self) -> dict[str, float]:
+        """A power of four for each norm weight's name, such that scale * mean(x^2) is near ``TARGET``."""
+        return {name: _scale(*range) for name, range in self.mean_square.items()}
+
 
 class _Recorder(PlainEngine):
     """The plain engine, noting ranges as it goes."""
@@ -81,7 +85,7 @@ class _Recorder(PlainEngine):
 
 @torch.no_grad()
 def measure(config: LlamaConfig, weights: dict[str, torch.Tensor]) -> Ranges:
-    """Ranges of the model whose ``weights`` (float, by name, prepared by ``model.prepare``) are given.
+    """Ranges of the model whose ``weights`` (float, by name, prepared by ``llama.prepare``) are given.
 
     Random tokens stand for a prompt, drawn with a fixed seed; they are no secret, and other text may reach further.
     """
@@ -93,11 +97,6 @@ def measure(config: LlamaConfig, weights: dict[str, torch.Tensor]) -> Ranges:
     model(recorder.tokens(ids, len(ids), config.vocab_size), model.new_cache())
     found = {name: recorder.mean_square.get(id(weight)) for name, weight in weights.items()}
     return Ranges({name: range for name, range in found.items() if range}, recorder.limited)
-
-
-def norm_scales(ranges: Ranges) -> dict[str, float]:
-    """A power of four for each norm weight's name, such that scale * mean(x^2) is near ``TARGET``."""
-    return {name: _scale(*range) for name, range in ranges.mean_square.items()}
 
 
 def _scale(low: float, high: float) -> float:

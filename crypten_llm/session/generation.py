@@ -147,7 +147,7 @@ def run(
             if not ended:
                 yield Step(index, answer.token_id, "", seconds, online.rounds, online.bytes_sent, reason)
         if not last and not plan.hide_length:
-            with meter.phase("decode"), party.engine.meter.operation("whether the answer goes on", "stop or go"):
+            with meter.phase("decode"), meter.operation("whether the answer goes on", "stop or go"):
                 if agree(party, None if answer is None else answer.finished or answer.abandoned):
                     break
     counted = "upper bound of the answer's length" if plan.hide_length else "number of generated tokens"
@@ -171,8 +171,7 @@ def agree(party: Party, flag: bool | None) -> bool:
     if party.transport is None:
         assert flag is not None, "one process is the client too"
         return flag
-    mine = {"stop": flag} if party.rank == party.client else None
-    message = party.transport.announce(party.client, party.peers, mine)
+    message = party.transport.announce(party.client, party.peers, None if flag is None else {"stop": flag})
     if not isinstance(message.get("stop"), bool):
         raise party.transport.unexpected(party.client, "whether the answer goes on")
     return message["stop"]

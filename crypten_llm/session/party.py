@@ -23,7 +23,7 @@ from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.session import bench, generation
+from crypten_llm.session import bench, calibration, generation
 from crypten_llm.session.reveal import RevealLog
 
 if TYPE_CHECKING:
@@ -74,10 +74,6 @@ class Party:
     @property
     def is_owner(self) -> bool:
         return self.rank == self.owner
-
-    def agree(self, flag: bool | None) -> bool:
-        """The client's public ``flag``, at every compute party."""
-        return generation.agree(self, flag)
 
     def from_client(self, message: dict | None, timeout: float | None = None) -> dict:
         """The client's public message, at every compute party."""
@@ -145,7 +141,7 @@ class Party:
             config = LlamaConfig.from_folder(folder)
             tokens = tokenizer.digest(Path(folder))
             weights = self._read_weights(folder, config, progress)
-        scales = self.engine.calibrate(config, weights)
+        scales = self.engine.calibrate(lambda: calibration.measure(config, weights))
         announced = {"config": config.to_dict(), "norm_scales": scales, "tokens": tokens}
         return self.from_owner(announced), weights
 

@@ -15,7 +15,7 @@ Source: CrypTen, arXiv 2109.00984, and its dealer protocol in appendix C.2; wher
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from eviction.operations import Handle
 if TYPE_CHECKING:
     from crypten_llm.links.meter import Meter
     from crypten_llm.links.transport import Transport
-    from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.calibration import Ranges
 
 
 MPCTensor = crypten.mpc.MPCTensor
@@ -86,13 +86,8 @@ class CryptenEngine(CryptenSelection, Engine):
     def meter(self) -> Meter:
         return self.transport.meter
 
-    def calibrate(self, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> dict[str, float]:
-        from crypten_llm.session.calibration import (  # runs the model definition, which is above engines
-            measure,
-            norm_scales,
-        )
-
-        return norm_scales(measure(config, weights))
+    def calibrate(self, measure: Callable[[], Ranges]) -> dict[str, float]:
+        return measure().norm_scales()
 
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Handle:
         """Shares of the owner's tensor. Error: u / 2. Cost: nothing."""

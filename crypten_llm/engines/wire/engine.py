@@ -29,8 +29,8 @@ from crypten_llm.roles import CLIENT, OWNER
 if TYPE_CHECKING:
     from crypten_llm.links.meter import Meter
     from crypten_llm.links.transport import Transport
-    from crypten_llm.models.config import LlamaConfig
     from crypten_llm.protocols.dealer.roles import Runtime
+    from crypten_llm.session.calibration import Ranges
 
 
 _REMEDIES = {  # the same model, or a smaller promise, within the range
@@ -88,11 +88,9 @@ class WireEngine(Engine):
 
     # What goes in.
 
-    def calibrate(self, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> dict[str, float]:
-        from crypten_llm.session.calibration import measure  # runs the model definition, which is above engines
-
+    def calibrate(self, measure: Callable[[], Ranges]) -> dict[str, float]:
         limits = domains(self.config)
-        for name, (lowest, highest) in measure(config, weights).limited.items():
+        for name, (lowest, highest) in measure().limited.items():
             what, low, high = limits[name]
             # The other parties are told why this one stops, so the message holds no measured number.
             if not low <= lowest <= highest <= high:

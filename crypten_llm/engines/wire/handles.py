@@ -234,7 +234,7 @@ class _Storage:
     def __init__(self, like: products.Operand, length: int, kept: int, before: _Storage | None) -> None:
         heads, _, dim = like.shape
         size = (heads, length + max(64, length // 2), dim)
-        self.public = None if like.public is None else torch.empty(size, dtype=torch.int64)
+        self.public = None if like.public is None else like.public.new_empty(size)
         self.own = like.own.new_empty(size)
         self._last: Callable[[], Rows | None] = lambda: None
         if before is not None:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
-from crypten_llm.kernels.ring import bytes_of
+from crypten_llm.links.transport import Transport, bytes_of
 from crypten_llm.roles import CLIENT, OWNER
-
-if TYPE_CHECKING:
-    from crypten_llm.links.transport import Transport
 
 FRAME = 1 << 18  # bytes of material a message
 AHEAD = 64 << 20  # bytes for one party that may wait to be sent

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from crypten_llm.errors import UsageError
-from crypten_llm.kernels.ring import bytes_of
+from crypten_llm.links.transport import bytes_of
 from crypten_llm.protocols.dealer.manifest import NAMES, PARTIES, before_key, checksum, padded, sync
 from crypten_llm.protocols.dealer.randomness import KEY_BYTES, fresh_key
 from crypten_llm.units import size as for_people

@@ -199,6 +199,8 @@ class Runtime(ABC):
 class Party(Runtime):
     """A compute party: it holds shares."""
 
+    other: ClassVar[int]  # the other party
+
     def __init__(
         self, transport: Transport, keys: list[bytes], material: Any = None, device: torch.device | str = "cpu"
     ) -> None:
@@ -207,11 +209,6 @@ class Party(Runtime):
         super().__init__(transport, keys, given, device)
         if material is None:
             self.begin("setup")
-
-    @property
-    def other(self) -> int:
-        """The other party."""
-        return OWNER + CLIENT - self.role
 
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         return Parts(self._streams[0].ring(shape, bits))
@@ -227,11 +224,11 @@ class Party(Runtime):
         return value() if self.role == source else torch.zeros(tuple(shape), dtype=torch.int64, device=self.device)
 
     def exchange(self, pieces: list[Piece]) -> list[Tensor | None]:
-        hidden, other = [self._outgoing(piece) for piece in pieces], OWNER + CLIENT - self.role
+        hidden = [self._outgoing(piece) for piece in pieces]
         packed = [data for _, data in hidden if data is not None]
         message = packed[0] if len(packed) == 1 else torch.cat(packed or [_NOTHING])
-        due = [piece.size if piece.sender is None else piece.sent_by(other) for piece in pieces]
-        theirs = self.transport.swap(other, message, sum(due), self._cells(pieces))
+        due = [piece.size if piece.sender is None else piece.sent_by(self.other) for piece in pieces]
+        theirs = self.transport.swap(self.other, message, sum(due), self._cells(pieces))
         results, start = [], 0
         for piece, (value, _), size in zip(pieces, hidden, due, strict=True):
             results.append(self._incoming(piece, value, theirs[start : start + size]))
@@ -274,7 +271,7 @@ class Party(Runtime):
 class Owner(Party):
     """The party that knows the weights: its shares are drawn, and it adds what is public."""
 
-    role = OWNER
+    role, other = OWNER, CLIENT
 
     def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         return Parts(self._streams[0].ring(shape))
@@ -298,7 +295,7 @@ class Owner(Party):
 class Client(Party):
     """The party that knows the prompt: its shares are the owner's corrections."""
 
-    role = CLIENT
+    role, other = CLIENT, OWNER
 
     def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         data = self._material.read(ring.packed_size(math.prod(shape), bits))

@@ -21,7 +21,7 @@ import torch
 
 import crypten_llm
 from crypten_llm.errors import UsageError
-from crypten_llm.kernels.ring import bytes_of
+from crypten_llm.links.transport import bytes_of
 from crypten_llm.protocols.dealer.manifest import (
     FORMAT,
     LENGTH,
