@@ -26,9 +26,9 @@ from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import Answer, Plan
 from experiments.model.corpus import Encoder, sample
 from experiments.model.drafts import TASKS
-from experiments.model.evaluate import print_table
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
+from experiments.tools.tables import print_table
 
 LONG_ANSWERS = ["stories", "few_shot", "span_copy"]  # tasks whose greedy answers reach ten tokens
 

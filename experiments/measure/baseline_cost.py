@@ -28,10 +28,9 @@ from crypten_llm.models.checkpoint import resolve_config
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import Plan
-from crypten_llm.units import size
-from experiments.model.evaluate import print_table
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
+from experiments.tools.tables import print_table, readable
 
 COUNTS = ("rounds", "bytes_sent", "dealer_bytes")
 
@@ -59,10 +58,6 @@ def measure_with_tape(model: str, settings: dict, length: int, tokens: int) -> d
         seconds = round(perf_counter() - started, 1)
         with PrivateLlama.from_pretrained(model, tape=tape, **settings) as llama:
             return measure(llama, length, tokens) | {"deal_seconds": seconds}
-
-
-def readable(row: dict) -> dict:
-    return {name: size(value) if "bytes" in name else value for name, value in row.items()}
 
 
 @command

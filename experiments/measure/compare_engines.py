@@ -28,9 +28,9 @@ from crypten_llm.commands.deal import deal
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.settings import split
-from crypten_llm.units import size
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
+from experiments.tools.tables import markdown_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "compare_engines.json"
 SHAPES = {
@@ -100,12 +100,7 @@ def _repeats(shape: Shape, engine: str, cells: dict[str, dict]) -> dict[int, dic
 
 def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
-    for row in rows:
-        cells = [size(row[name]) if "bytes" in name else "" if row[name] is None else str(row[name]) for name in names]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(markdown_of(rows)) + "\n"
 
 
 def save(path: Path, shapes: list[Shape], result: dict) -> None:

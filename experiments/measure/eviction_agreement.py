@@ -36,11 +36,12 @@ from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.insecure.recorder import Recorder
 from crypten_llm.insecure.tracked import TrackedEngine
+from crypten_llm.models.checkpoint import SHIPPED
 from crypten_llm.roles import CLIENT
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import DEFAULT_CHUNK, parse_policy
 from crypten_llm.session.party import Party
-from experiments.measure.eviction_cost import SHIPPED, markdown
+from experiments.measure.eviction_cost import markdown
 from experiments.measure.shared_prefill import Onlookers, prefill
 from experiments.model.corpus import Encoder, sample
 from experiments.model.drafts import TASKS
@@ -117,7 +118,7 @@ def observe(party, policies, ids: list[int], steps: int, follow: dict[str, Seen]
 
     Every role of engine ``wire`` runs this; the client's result counts.
     """
-    engine, model = party.engine, party.model
+    engine, model, vocab = party.engine, party.model, party.model.config.vocab_size
     see = getattr(engine, "see", lambda handle: handle)
     onlookers = Onlookers({text: Judged(parse_policy(text), see) for text in policies})
     with engine.section("prompt"):
@@ -137,14 +138,10 @@ def observe(party, policies, ids: list[int], steps: int, follow: dict[str, Seen]
             if follow is None:
                 tokens.append(int(last.argmax()))
             with engine.section(f"{text} step {step}"), engine.meter.phase("decode"):
-                hidden = model.extend(engine.tokens(torch.tensor(tokens[step : step + 1]), 1, _words(model)), cache)
+                hidden = model.extend(engine.tokens(torch.tensor(tokens[step : step + 1]), 1, vocab), cache)
                 last = model.logits(hidden)[0] if follow is None else None
         found[text] = Seen(judged, tokens)
     return found
-
-
-def _words(model) -> int:
-    return model.config.vocab_size
 
 
 def loaded(engine, transport=None) -> Party:

@@ -32,8 +32,8 @@ from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation
 from crypten_llm.session.generation import Answer, Plan
 from crypten_llm.session.party import Party
-from experiments.model.evaluate import print_table
 from experiments.tools.command import command
+from experiments.tools.tables import print_table
 
 EVERY_SECONDS = 1e-3  # asked for; the system's clock may tick less often
 ROLES = role_names(2)

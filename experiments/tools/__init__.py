@@ -1,1 +1,1 @@
-"""What the experiments share: how commands end, journals, processes, intervals, where a result came from."""
+"""What the experiments share: how commands end, journals, processes, intervals, tables, where a result came from."""
