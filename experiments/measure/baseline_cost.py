@@ -14,7 +14,6 @@ With ``--json`` every length is written when it is done, and a run that is start
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +27,7 @@ from crypten_llm.models.checkpoint import resolve_config
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import Plan
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
 from experiments.tools.tables import print_table, readable
@@ -78,18 +78,14 @@ def main() -> None:
     def key(length: int) -> str:
         return f"{arguments.model}/{engine}/{arguments.network or 'loopback'}/{arguments.tokens}/{length}"
 
-    result = {"rows": {}}
-    if arguments.json and arguments.json.exists():
-        result = json.loads(arguments.json.read_text("utf-8"))
-    rows = result["rows"]
+    result = kept.load(arguments.json)
+    rows = result.setdefault("rows", {})
     missing = [length for length in arguments.lengths if key(length) not in rows]
 
     def keep(length: int, row: dict) -> None:
         rows[key(length)] = row
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            sign(result, "crypten")
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        sign(result, "crypten")
+        kept.save(arguments.json, result)
 
     if missing:
         progress = tqdm(missing, unit="prompt")

@@ -15,7 +15,6 @@ Markdown table of the same name follows. At hidden size 4,096 a step of ``crypte
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -28,6 +27,7 @@ from crypten_llm.commands.deal import deal
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.settings import split
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
 from experiments.tools.tables import markdown_of
@@ -104,9 +104,8 @@ def markdown(rows: list[dict]) -> str:
 
 
 def save(path: Path, shapes: list[Shape], result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     result["summary"] = summary(shapes, result["cells"])
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    kept.save(path, result)
     path.with_suffix(".md").write_text(markdown(result["summary"]), "utf-8")
 
 
@@ -128,10 +127,8 @@ def main() -> None:
     shapes = [SHAPES[name] for name in arguments.shapes]
     if arguments.steps:
         shapes = [replace(shape, steps=arguments.steps) for shape in shapes]
-    result = {"cells": {}}
-    if arguments.json and arguments.json.exists():
-        result = json.loads(arguments.json.read_text("utf-8"))
-    cells = result["cells"]
+    result = kept.load(arguments.json)
+    cells = result.setdefault("cells", {})
     todo = [
         (shape, engine, repeat)
         for shape in shapes

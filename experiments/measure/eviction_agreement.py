@@ -23,7 +23,6 @@ Without ``--length``, both sets of ``SETS`` are run.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from experiments.measure.eviction_cost import markdown
 from experiments.measure.shared_prefill import Onlookers, prefill
 from experiments.model.corpus import Encoder, sample
 from experiments.model.drafts import TASKS
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.processes import processes
 from experiments.tools.provenance import sign
@@ -263,10 +263,9 @@ def main() -> None:
     sets = SETS
     if arguments.length:
         sets = ((arguments.length, arguments.samples, arguments.policies or list(POLICIES)),)
-    path, result, todo = arguments.json, {"samples": {}}, []
-    if path and path.exists():
-        result = json.loads(path.read_text("utf-8"))
-    samples = result["samples"]
+    path, todo = arguments.json, []
+    result = kept.load(path)
+    samples = result.setdefault("samples", {})
     with PrivateLlama.from_pretrained("shipped", engine="plain") as plain:
         encode = Encoder(plain.tokenizer)
         for length, count, policies in sets:
@@ -283,9 +282,8 @@ def main() -> None:
     ):
         samples |= {f"{policy}|{name}": figures for policy, figures in made.items()}
         sign(result)
+        kept.save(path, result)
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
             path.with_suffix(".md").write_text(tables(samples), "utf-8")
     print(tables(samples), end="")
 

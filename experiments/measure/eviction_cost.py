@@ -21,7 +21,6 @@ after a change of the protocols); Markdown tables of the same name follow, and a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from crypten_llm.session.generation import Plan
 from crypten_llm.session.settings import split
 from experiments.measure.eviction_counts import ATTENTION, CHOICE, NUMBER, count, fills, layers
 from experiments.measure.eviction_time import measured_step, measured_table
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
 from experiments.tools.tables import markdown_of
@@ -325,7 +325,7 @@ def main() -> None:
     path = arguments.json
     if path == RESULTS:
         path = RESULTS / ("eviction_time.json" if arguments.measure else "eviction_cost.json")
-    result = json.loads(path.read_text("utf-8")) if path and path.exists() else {}
+    result = kept.load(path)
 
     def tables() -> str:
         if arguments.measure:
@@ -333,9 +333,8 @@ def main() -> None:
         return markdown(counted_tables(result))
 
     def save() -> None:
+        kept.save(path, result)
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
             path.with_suffix(".md").write_text(tables(), "utf-8")
 
     (measure if arguments.measure else count_all)(arguments, result, save)

@@ -13,7 +13,6 @@ the copy.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -23,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from crypten_llm.kernels import cpu
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import provenance
 from experiments.tools.tables import print_table
@@ -119,9 +119,7 @@ def main() -> None:
     result = run(**{"repeats": arguments.repeats, **quick}, progress=sys.stderr.isatty())
     print_table(result["rows"])
     print(f"\na plain copy, before and after: {result['copy_gb_per_s']} GB/s read and written")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    kept.save(arguments.json, result)
 
 
 if __name__ == "__main__":
