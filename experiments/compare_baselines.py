@@ -31,6 +31,7 @@ from experiments.baselines.summary import Summary
 from experiments.measure.eviction_counts import shape_of
 from experiments.tools.command import command
 from experiments.tools.journal import Journal
+from experiments.tools.tables import print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("accuracy", "cost", "crypten", "private", "report")
@@ -83,8 +84,6 @@ def _shown(path: Path) -> str:
 
 def print_summary(summary: Summary) -> None:
     """The means over tasks and lengths, as the tables begin."""
-    from experiments.model.evaluate import print_table
-
     rows = []
     for result in summary.over_lengths:
         if result.mean:

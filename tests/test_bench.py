@@ -1,7 +1,10 @@
 """Bench measures decode steps on a secret cache of fixed length, and holds the result against ``plain``."""
 
+from dataclasses import replace
+
 import party_jobs
 import pytest
+import torch
 from parties import run
 
 from crypten_llm.engines.plain.engine import PlainEngine
@@ -39,3 +42,16 @@ def test_an_error_beyond_the_declared_one_ends_the_bench():
     with pytest.raises(CryptenLLMError, match="engine 'plain' is off by .* declares 0.0001"):
         bench.run(Party(Broken()), SHAPE)
     assert bench.run(Party(PlainEngine()), SHAPE)["max_abs_err"] < 1e-4
+
+
+@pytest.mark.parametrize("policy", ["full", "snapkv(budget=0.5)"])
+def test_what_is_no_number_in_any_step_ends_the_bench(policy):
+    class Broken(PlainEngine):
+        steps = 0
+
+        def swiglu(self, gate, up):
+            self.steps += 1
+            return super().swiglu(gate, up) * (torch.nan if self.steps > 1 else 1)
+
+    with pytest.raises(CryptenLLMError, match="is off by nan"):
+        bench.run(Party(Broken()), replace(SHAPE, policy=policy))

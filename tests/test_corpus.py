@@ -13,14 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from crypten_llm.models.checkpoint import SHIPPED  # noqa: E402
 from experiments.model import forward  # noqa: E402
 from experiments.model.corpus import Encoder, sample  # noqa: E402
 from experiments.model.drafts import TASKS  # noqa: E402
 from experiments.model.evaluate import (  # noqa: E402
-    SHIPPED,
     draw_all,
     exact_match,
-    huggingface_generator,
     measure_ranges,
     score,
 )
@@ -121,16 +120,22 @@ def test_forward_equals_the_library(tiny):
 
 
 def test_one_pass_equals_decoding(tiny, tokenizer, encode):
+    def greedy(prompt_ids, max_new_tokens):
+        """Decoding with the library's own `generate`."""
+        ids = torch.tensor([prompt_ids])
+        out = tiny.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
+        return out[0, len(prompt_ids) :].tolist()
+
     # Answers that the untrained model gives, and others.
     drawn = []
     for i in range(6):
         prompt = sample("one_hop", 64, i, encode).prompt
-        ids = huggingface_generator(tiny)(tokenizer(prompt)["input_ids"], 3)
+        ids = greedy(tokenizer(prompt)["input_ids"], 3)
         drawn.append(replace(sample("one_hop", 64, i, encode), answer=tokenizer.decode(ids[:1]) if i % 2 else " no"))
-    decoded = exact_match(huggingface_generator(tiny), tokenizer, drawn)
+    decoded = exact_match(greedy, tokenizer, drawn)
     assert score(tiny, encode, drawn)["exact_match"] == decoded
     with pytest.raises(ValueError, match="no samples"):
-        exact_match(huggingface_generator(tiny), tokenizer, [])
+        exact_match(greedy, tokenizer, [])
 
 
 def test_saved_model_loads(tiny, tokenizer, tmp_path):

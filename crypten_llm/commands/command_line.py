@@ -49,9 +49,12 @@ class Parser(argparse.ArgumentParser):
     def add_json(self) -> None:
         self.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
 
-    def add_offline_and_verbose(self, shown: str = "tracebacks") -> None:
+    def add_offline_and_verbose(self) -> None:
         self.add_argument("--offline", action="store_true", help="never ask a model hub")
-        self.add_argument("--verbose", action="store_true", help=f"show {shown}")
+        self.add_verbose()
+
+    def add_verbose(self) -> None:
+        self.add_argument("--verbose", action="store_true", help="show tracebacks")
 
 
 def run(parser: Callable[[], Parser], argv: list[str] | None = None) -> int:

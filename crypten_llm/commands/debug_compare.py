@@ -14,18 +14,16 @@ import torch
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.errors import UsageError
 from crypten_llm.insecure import audit as wire_audit
 from crypten_llm.insecure.compare import CompareEngine
 from crypten_llm.insecure.finding import Finding
 from crypten_llm.insecure.one_process import run_roles
-from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, role_names
 from crypten_llm.session import generation
 from crypten_llm.session.generation import Answer, Plan
 from crypten_llm.session.party import Party
+from crypten_llm.session.request import check_ids
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,9 +131,7 @@ def audit(
 def _check(folder: str | Path, prompt_ids: list[int], steps: int, chunk: int, policy: str = "full") -> Plan:
     config = LlamaConfig.from_folder(folder)
     plan = Plan(len(prompt_ids), steps, chunk, policy=policy).check(config)
-    for token in prompt_ids:
-        if not 0 <= token < config.vocab_size:
-            raise UsageError(f"token id {token} is not in a vocabulary of {config.vocab_size}; give others")
+    check_ids(prompt_ids, config.vocab_size)
     return plan
 
 
@@ -159,11 +155,9 @@ def _run(make_engine: Callable[[Transport], Engine], folder: str | Path, plan: P
 @torch.inference_mode()
 def _plain_logits(folder: str | Path, prompt_ids: list[int], plan: Plan) -> list[torch.Tensor]:
     """The logits of each token of the greedy answer."""
-    config = LlamaConfig.from_folder(folder)
     logits: list[torch.Tensor] = []
-    handles = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
     party = Party(PlainEngine())
-    party.model = Llama(party.engine, config, {name: value.float() for name, value in handles.items()})
+    party.load(folder)
 
     def best(found: torch.Tensor) -> int:
         logits.append(found)

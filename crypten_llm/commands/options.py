@@ -16,6 +16,8 @@ from crypten_llm.session.settings import LaunchConfig, ProtocolConfig
 if TYPE_CHECKING:
     from crypten_llm.session.bench import Shape
 
+BENCH_SIZES = {"hidden": 256, "heads": 8, "kv_heads": 8, "ffn": 688, "layers": 1, "kv_len": 1024, "steps": 5}
+
 
 def add_settings(parser: Parser) -> None:
     """An option for each setting that has one, under the setting's name in what is parsed."""
@@ -84,17 +86,16 @@ def policy(arguments: Any) -> str:
 
 
 def add_bench_sizes(parser: Parser) -> None:
-    sizes = {"hidden": 256, "heads": 8, "kv-heads": 8, "ffn": 688, "layers": 1, "kv-len": 1024, "steps": 5}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
+    for name, default in BENCH_SIZES.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=default, metavar="N", help=f"(default: {default})")
 
 
 def bench_shape(arguments: Any) -> Shape:
     """The ``bench.Shape`` that the sizes and the policy describe."""
     from crypten_llm.session.bench import Shape
 
-    names = ("hidden", "heads", "kv_heads", "ffn", "layers", "kv_len", "steps")
-    return Shape(**{name: getattr(arguments, name) for name in names}, policy=policy(arguments))
+    return Shape(**{name: getattr(arguments, name) for name in BENCH_SIZES}, policy=policy(arguments))
 
 
 def asks(arguments: Any) -> bool:

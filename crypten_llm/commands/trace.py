@@ -6,7 +6,6 @@ Owns the run and its figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +19,7 @@ from crypten_llm.roles import CLIENT
 from crypten_llm.session import generation
 from crypten_llm.session.generation import Answer, Plan, Step
 from crypten_llm.session.party import Party
+from crypten_llm.session.request import check_ids
 from crypten_llm.session.reveal import RevealLog
 
 if TYPE_CHECKING:
@@ -70,14 +70,9 @@ def trace(
     prompt_ids: list[int],
     steps: int,
     engine: str = "plain",
-    chunk: int = 128,
-    follow: Iterable[int] = (),
-    opened: Callable[[Transport], OpenedEngine] = OpenedEngine,
+    chunk: int = generation.DEFAULT_CHUNK,
 ) -> Trace:
     """Runs the prompt and ``steps`` decode steps with ``policy`` on the model in ``folder``; decoding is greedy.
-
-    follow: token ids that decoding goes on from while there are any, instead of its own. opened: makes the engine of a
-    role from its transport, for engine ``wire``.
 
     Reveals: on engine ``wire`` the queries, keys and choices, to this process.
     Raises UsageError for a model, prompt or policy that cannot be run.
@@ -88,20 +83,14 @@ def trace(
         raise UsageError(f"policy '{policy}' keeps and attends to everything; trace another (--policy)")
     config = LlamaConfig.from_folder(folder)
     plan = Plan(len(prompt_ids), steps + 1, chunk, policy=str(policy)).check(config)
-    for token in prompt_ids:
-        if not 0 <= token < config.vocab_size:
-            raise UsageError(f"token id {token} is not in a vocabulary of {config.vocab_size}; give others")
-    given = iter(follow)
-    answer = Answer(list(prompt_ids), lambda logits: int(next(given, logits.argmax())))
+    answer = Answer(check_ids(prompt_ids, config.vocab_size), lambda logits: int(logits.argmax()))
     if engine == "plain":
         recorder = Recorder(policy, lambda handle: handle)
         party = Party(PlainEngine(), make_policy=lambda text: cast("Policy", recorder))
         party.load(folder)
         tokens, shown = _token_ids(generation.run(party, plan, answer)), RevealLog()
     else:
-        recorder, tokens, shown = run_roles(lambda transport: _play(opened(transport), folder, policy, plan, answer))[
-            CLIENT
-        ]
+        recorder, tokens, shown = run_roles(lambda transport: _play(transport, folder, policy, plan, answer))[CLIENT]
     layers = [recorder.layers[index] for index in sorted(recorder.layers)]
     return Trace(str(policy), engine, len(prompt_ids), tokens, layers, shown.as_list())
 
@@ -110,10 +99,11 @@ def _token_ids(events: Any) -> list[int]:
     return [event.token_id for event in events if isinstance(event, Step)]
 
 
-def _play(engine: OpenedEngine, folder: str | Path, policy: Policy, plan: Plan, answer: Answer) -> Any:
+def _play(transport: Transport, folder: str | Path, policy: Policy, plan: Plan, answer: Answer) -> Any:
     """At each role; the client returns its recorder, the answer and what was shown."""
+    engine = OpenedEngine(transport)
     recorder = Recorder(policy, engine.see)
-    party = Party(engine, engine.transport, compute_parties=2, make_policy=lambda text: cast("Policy", recorder))
+    party = Party(engine, transport, compute_parties=2, make_policy=lambda text: cast("Policy", recorder))
     if not party.is_client:
         return party.serve(folder)
     party.request_load()

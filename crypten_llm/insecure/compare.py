@@ -18,7 +18,7 @@ from crypten_llm.engines.wire.handles import Normed, OneHot
 from crypten_llm.engines.wire.layers import linear_bound, linear_of_norm_bound
 from crypten_llm.engines.wire.operations import bound_of
 from crypten_llm.insecure.finding import worst
-from crypten_llm.insecure.tracked import Tracked, TrackedEngine
+from crypten_llm.insecure.tracked import Tracked, TrackedEngine, doubled
 
 if TYPE_CHECKING:
     from crypten_llm.links.transport import Transport
@@ -64,7 +64,7 @@ class CompareEngine(TrackedEngine):
         out = self._run(name, [], [a.secret if isinstance(a, Tracked) else a for a in given])
         made = self._exact(out)
         if self.is_shown:
-            twin = getattr(self.twin, name)(*(a.value if isinstance(a, Tracked) else _doubled(a) for a in given))
+            twin = getattr(self.twin, name)(*(a.value if isinstance(a, Tracked) else doubled(a) for a in given))
             bound = bound_of(name)(self, Tracked(out, twin, made.error), *given)
             left = self._outside(name, given, made)
             self.findings.append(worst(self.meter.where, name, made.value, twin, bound, left))
@@ -130,7 +130,3 @@ class CompareEngine(TrackedEngine):
 
 def _is_public(argument: Any) -> bool:
     return isinstance(argument, torch.Tensor)
-
-
-def _doubled(argument: Any) -> Any:
-    return argument.double() if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument

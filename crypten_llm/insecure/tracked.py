@@ -116,7 +116,7 @@ class TrackedEngine(OpenedEngine):
         for handle in tracked:
             self._hold(handle)
         if self.is_shown:
-            made.value = getattr(self.twin, name)(*(_doubled(_part(argument, "value")) for argument in given))
+            made.value = getattr(self.twin, name)(*(doubled(_part(argument, "value")) for argument in given))
             made.error = bound_of(name)(self, made, *given)
         self._hold(made, self._outside(name, given, made))
         return made
@@ -241,7 +241,8 @@ def _part(argument: Any, name: str) -> Any:
     return getattr(argument, name) if isinstance(argument, Tracked) else argument
 
 
-def _doubled(argument: Any) -> Any:
+def doubled(argument: Any) -> Any:
+    """An argument for ``plain``: a public tensor of floats as float64, all else as it is."""
     is_float = isinstance(argument, torch.Tensor) and argument.is_floating_point()
     return argument.double() if is_float else argument
 

@@ -67,7 +67,8 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
     grows: whether rows stay in the cache; else every step finds it as the first one did.
 
     Reveals: the output hidden state of each step, to the client (they come from public random numbers).
-    Raises: CryptenLLMError at the client, where the error is beyond what the engine declares (``layer_error``).
+    Raises: CryptenLLMError at the client, where the error is beyond what the engine declares (``layer_error``); of a
+    policy that acts, where it is no number.
     """
     config = shape.config()
     engine = party.engine
@@ -96,9 +97,9 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
             errors.append((value - expected).abs().max().item())
     if not party.is_client:
         return None
-    error, bound = max(errors), engine.layer_error * shape.layers
+    error, bound = torch.tensor(errors, dtype=torch.float64).max().item(), engine.layer_error * shape.layers  # or NaN
     # A policy may choose other rows than ``plain`` where values tie, and both are right.
-    if not parse_policy(shape.policy).acts and not error <= bound:  # nor NaN
+    if not (math.isfinite(error) if parse_policy(shape.policy).acts else error <= bound):
         raise CryptenLLMError(
             f"engine {engine.name!r} is off by {error:.2g} on {shape.layers} random layers of these sizes, and "
             f"declares {bound:.2g}: its results cannot be used here; please report the command"

@@ -10,14 +10,13 @@ from eviction import FULL, POLICIES
 from experiments.baselines.policies import PARTS
 from experiments.baselines.summary import Result, Summary
 from experiments.tools.intervals import Interval
+from experiments.tools.tables import markdown_table
 
 NONE = "–"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
-    """Lines of a Markdown table; ``None`` is a dash."""
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return lines + ["| " + " | ".join(NONE if cell is None else str(cell) for cell in row) + " |" for row in rows]
+    return markdown_table(heads, rows, missing=NONE)
 
 
 def share(value: float | None, digits: int = 1) -> str | None:

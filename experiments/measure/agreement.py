@@ -15,7 +15,6 @@ With ``--json`` every sample is written when it is done, and a run that is start
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -26,9 +25,10 @@ from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import Answer, Plan
 from experiments.model.corpus import Encoder, sample
 from experiments.model.drafts import TASKS
-from experiments.model.evaluate import print_table
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
+from experiments.tools.tables import print_table
 
 LONG_ANSWERS = ["stories", "few_shot", "span_copy"]  # tasks whose greedy answers reach ten tokens
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="results are kept here; an interrupted run goes on from them")
     arguments = parser.parse_args()
 
-    references, result = {}, {"samples": {}}
+    references, result = {}, kept.load(arguments.json)
     with PrivateLlama.from_pretrained(arguments.model, engine="plain") as plain:
         encode = Encoder(plain.tokenizer)
         for index in range(arguments.samples):
@@ -120,20 +120,16 @@ def main() -> None:
             mode = "follow" if arguments.follow else "free"
             key = f"{arguments.engine}/{mode}/{task}/{arguments.length}/{arguments.tokens}/{index}"
             references[key] = ids, greedy(plain, ids, arguments.tokens)
-    if arguments.json and arguments.json.exists():
-        result = json.loads(arguments.json.read_text("utf-8"))
-    results = result["samples"]
+    results = result.setdefault("samples", {})
 
     def table() -> list[dict]:
         done = {bits: [results[k] for key in references if (k := f"{bits}/{key}") in results] for bits in chosen}
         return [{"precision_bits": bits, **summary(rows)} for bits, rows in done.items() if rows]
 
     def save() -> None:
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            sign(result, "crypten")
-            result["summary"] = table()
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        sign(result, "crypten")
+        result["summary"] = table()
+        kept.save(arguments.json, result)
 
     chosen = arguments.precision_bits
     for bits in chosen:

@@ -14,7 +14,6 @@ With ``--json`` every length is written when it is done, and a run that is start
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -28,10 +27,10 @@ from crypten_llm.models.checkpoint import resolve_config
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import Plan
-from crypten_llm.units import size
-from experiments.model.evaluate import print_table
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
+from experiments.tools.tables import print_table, readable
 
 COUNTS = ("rounds", "bytes_sent", "dealer_bytes")
 
@@ -61,10 +60,6 @@ def measure_with_tape(model: str, settings: dict, length: int, tokens: int) -> d
             return measure(llama, length, tokens) | {"deal_seconds": seconds}
 
 
-def readable(row: dict) -> dict:
-    return {name: size(value) if "bytes" in name else value for name, value in row.items()}
-
-
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,18 +78,14 @@ def main() -> None:
     def key(length: int) -> str:
         return f"{arguments.model}/{engine}/{arguments.network or 'loopback'}/{arguments.tokens}/{length}"
 
-    result = {"rows": {}}
-    if arguments.json and arguments.json.exists():
-        result = json.loads(arguments.json.read_text("utf-8"))
-    rows = result["rows"]
+    result = kept.load(arguments.json)
+    rows = result.setdefault("rows", {})
     missing = [length for length in arguments.lengths if key(length) not in rows]
 
     def keep(length: int, row: dict) -> None:
         rows[key(length)] = row
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            sign(result, "crypten")
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        sign(result, "crypten")
+        kept.save(arguments.json, result)
 
     if missing:
         progress = tqdm(missing, unit="prompt")

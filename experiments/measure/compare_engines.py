@@ -15,7 +15,6 @@ Markdown table of the same name follows. At hidden size 4,096 a step of ``crypte
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -28,9 +27,10 @@ from crypten_llm.commands.deal import deal
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.settings import split
-from crypten_llm.units import size
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
+from experiments.tools.tables import markdown_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "compare_engines.json"
 SHAPES = {
@@ -100,18 +100,12 @@ def _repeats(shape: Shape, engine: str, cells: dict[str, dict]) -> dict[int, dic
 
 def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
-    for row in rows:
-        cells = [size(row[name]) if "bytes" in name else "" if row[name] is None else str(row[name]) for name in names]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(markdown_of(rows)) + "\n"
 
 
 def save(path: Path, shapes: list[Shape], result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     result["summary"] = summary(shapes, result["cells"])
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    kept.save(path, result)
     path.with_suffix(".md").write_text(markdown(result["summary"]), "utf-8")
 
 
@@ -133,10 +127,8 @@ def main() -> None:
     shapes = [SHAPES[name] for name in arguments.shapes]
     if arguments.steps:
         shapes = [replace(shape, steps=arguments.steps) for shape in shapes]
-    result = {"cells": {}}
-    if arguments.json and arguments.json.exists():
-        result = json.loads(arguments.json.read_text("utf-8"))
-    cells = result["cells"]
+    result = kept.load(arguments.json)
+    cells = result.setdefault("cells", {})
     todo = [
         (shape, engine, repeat)
         for shape in shapes

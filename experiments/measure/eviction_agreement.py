@@ -23,7 +23,6 @@ Without ``--length``, both sets of ``SETS`` are run.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,14 +35,16 @@ from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.insecure.recorder import Recorder
 from crypten_llm.insecure.tracked import TrackedEngine
+from crypten_llm.models.checkpoint import SHIPPED
 from crypten_llm.roles import CLIENT
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import DEFAULT_CHUNK, parse_policy
 from crypten_llm.session.party import Party
-from experiments.measure.eviction_cost import SHIPPED, markdown
+from experiments.measure.eviction_cost import markdown
 from experiments.measure.shared_prefill import Onlookers, prefill
 from experiments.model.corpus import Encoder, sample
 from experiments.model.drafts import TASKS
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.processes import processes
 from experiments.tools.provenance import sign
@@ -117,7 +118,7 @@ def observe(party, policies, ids: list[int], steps: int, follow: dict[str, Seen]
 
     Every role of engine ``wire`` runs this; the client's result counts.
     """
-    engine, model = party.engine, party.model
+    engine, model, vocab = party.engine, party.model, party.model.config.vocab_size
     see = getattr(engine, "see", lambda handle: handle)
     onlookers = Onlookers({text: Judged(parse_policy(text), see) for text in policies})
     with engine.section("prompt"):
@@ -137,14 +138,10 @@ def observe(party, policies, ids: list[int], steps: int, follow: dict[str, Seen]
             if follow is None:
                 tokens.append(int(last.argmax()))
             with engine.section(f"{text} step {step}"), engine.meter.phase("decode"):
-                hidden = model.extend(engine.tokens(torch.tensor(tokens[step : step + 1]), 1, _words(model)), cache)
+                hidden = model.extend(engine.tokens(torch.tensor(tokens[step : step + 1]), 1, vocab), cache)
                 last = model.logits(hidden)[0] if follow is None else None
         found[text] = Seen(judged, tokens)
     return found
-
-
-def _words(model) -> int:
-    return model.config.vocab_size
 
 
 def loaded(engine, transport=None) -> Party:
@@ -266,10 +263,9 @@ def main() -> None:
     sets = SETS
     if arguments.length:
         sets = ((arguments.length, arguments.samples, arguments.policies or list(POLICIES)),)
-    path, result, todo = arguments.json, {"samples": {}}, []
-    if path and path.exists():
-        result = json.loads(path.read_text("utf-8"))
-    samples = result["samples"]
+    path, todo = arguments.json, []
+    result = kept.load(path)
+    samples = result.setdefault("samples", {})
     with PrivateLlama.from_pretrained("shipped", engine="plain") as plain:
         encode = Encoder(plain.tokenizer)
         for length, count, policies in sets:
@@ -286,9 +282,8 @@ def main() -> None:
     ):
         samples |= {f"{policy}|{name}": figures for policy, figures in made.items()}
         sign(result)
+        kept.save(path, result)
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
             path.with_suffix(".md").write_text(tables(samples), "utf-8")
     print(tables(samples), end="")
 

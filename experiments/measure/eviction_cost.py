@@ -21,7 +21,6 @@ after a change of the protocols); Markdown tables of the same name follow, and a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,19 +28,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from crypten_llm.commands.cost import predict
+from crypten_llm.models.checkpoint import SHIPPED
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Plan
 from crypten_llm.session.settings import split
-from crypten_llm.units import size
 from experiments.measure.eviction_counts import ATTENTION, CHOICE, NUMBER, count, fills, layers
 from experiments.measure.eviction_time import measured_step, measured_table
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
+from experiments.tools.tables import markdown_of
 
 RESULTS = Path(__file__).parents[1] / "results"
-SHIPPED = Path(__file__).parents[2] / "crypten_llm" / "shipped"
 MODELS = {
     "shipped": Shape(hidden=256, heads=8, kv_heads=4, ffn=704, layers=6),
     "Llama-2-7B": Shape(hidden=4096, heads=32, kv_heads=32, ffn=11008, layers=32),
@@ -177,12 +177,11 @@ def prefill_cell(length: int, policy: str) -> dict:
     found = predict(LlamaConfig.from_folder(SHIPPED), Plan(length, 1, policy=policy)).cost.table()
     rows = [row for row in found if row["phase"] == "prefill" and row["kind"] in ATTENTION]
     added = [row for row in rows if row["kind"] == "eviction"]
-    sums = {
+    return {
         f"{name}{what}": sum(row[what] for row in chosen)
         for name, chosen in (("attention_", rows), ("eviction_", added))
         for what in ("rounds", "bytes_sent", "dealer_bytes")
     }
-    return sums
 
 
 def prefill_table(cells: dict, prefills: dict) -> list[dict]:
@@ -248,24 +247,12 @@ def measure(arguments, result: dict, save) -> None:
 
 
 def markdown(tables: dict[str, list[dict]]) -> str:
-    """Headings and Markdown tables; bytes are written for people."""
-    lines = []
-    for heading, rows in tables.items():
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        lines += [f"## {heading}", "", "| " + " | ".join(name.replace("_", " ") for name in names) + " |"]
-        lines.append("|---" * len(names) + "|")
-        for row in rows:
-            values = [size(row[name]) if name.endswith("_bytes") else row[name] for name in names]
-            lines.append("| " + " | ".join("" if value is None else str(value) for value in values) + " |")
-        lines.append("")
-    return "\n".join(lines)
+    """Headings and Markdown tables."""
+    return "\n".join(line for heading, rows in tables.items() for line in (f"## {heading}", "", *markdown_of(rows), ""))
 
 
 def draw(cells: dict, path: Path) -> None:
     """Bytes of attention a token by context length, a panel for each model."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
@@ -338,16 +325,16 @@ def main() -> None:
     path = arguments.json
     if path == RESULTS:
         path = RESULTS / ("eviction_time.json" if arguments.measure else "eviction_cost.json")
-    result = json.loads(path.read_text("utf-8")) if path and path.exists() else {}
+    result = kept.load(path)
 
     def tables() -> str:
-        shown = {"One decode step, measured": measured_table(result["runs"], FULL)} if arguments.measure else None
-        return markdown(counted_tables(result) if shown is None else shown)
+        if arguments.measure:
+            return markdown({"One decode step, measured": measured_table(result["runs"], FULL)})
+        return markdown(counted_tables(result))
 
     def save() -> None:
+        kept.save(path, result)
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
             path.with_suffix(".md").write_text(tables(), "utf-8")
 
     (measure if arguments.measure else count_all)(arguments, result, save)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import json
 import multiprocessing
 import signal
 import socket
@@ -32,8 +31,9 @@ from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation
 from crypten_llm.session.generation import Answer, Plan
 from crypten_llm.session.party import Party
-from experiments.model.evaluate import print_table
+from experiments.tools import kept
 from experiments.tools.command import command
+from experiments.tools.tables import print_table
 
 EVERY_SECONDS = 1e-3  # asked for; the system's clock may tick less often
 ROLES = role_names(2)
@@ -160,8 +160,7 @@ def main() -> None:
         sizes = {name: getattr(arguments, name) for name in ("hidden", "heads", "ffn", "kv_len", "steps")}
         job = {"shape": sizes | {"kv_heads": arguments.kv_heads or arguments.heads}}
     rows = profile(job)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"job": job, "rows": rows}, indent=1) + "\n", "utf-8")
+    kept.save(arguments.json, {"job": job, "rows": rows})
     print_table(
         [{key: value if isinstance(value, str) else round(value, 3) for key, value in row.items()} for row in rows]
     )

@@ -28,10 +28,10 @@ from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import DEFAULT_CHUNK, Plan, parse_policy
 from eviction import Policy
 from experiments.measure.shared_prefill import prefill_all
-from experiments.model.evaluate import print_table
 from experiments.tasks import Example, Text, find, score
 from experiments.tools.command import command
 from experiments.tools.processes import processes
+from experiments.tools.tables import print_table
 
 SCORED = 24  # last tokens of a text over which its loss is taken
 
@@ -104,8 +104,9 @@ def may_match(text: str, answers: Sequence[str]) -> bool:
 class Scorer:
     """Scores of policies on one example after another, in this process, with ``llama`` on engine ``plain``."""
 
-    def __init__(self, llama: PrivateLlama, chunk: int = DEFAULT_CHUNK, to_the_end: bool = False):
-        self.llama, self.chunk, self.to_the_end = llama, chunk, to_the_end
+    def __init__(self, llama: PrivateLlama, to_the_end: bool = False):
+        """to_the_end: decode whole answers, even those that cannot match."""
+        self.llama, self.to_the_end = llama, to_the_end
 
     @torch.inference_mode()
     def rows(self, example: Example | Text, policies: Sequence[str]) -> list[dict]:
@@ -113,7 +114,7 @@ class Scorer:
         ids, rest = self._split(example)
         model, found = self.llama.party.model, {}
         counted = {policy: Counted(parse_policy(policy)) for policy in policies}
-        for policy, cache, logits in prefill_all(model, counted, ids, self.chunk):
+        for policy, cache, logits in prefill_all(model, counted, ids, DEFAULT_CHUNK):
             decoder = Decoder(model, cache, logits, counted[policy])
             scored = self._answer(example, decoder) if rest is None else {"score": loss(decoder, rest)}
             row = {"task": example.task, "index": example.index, "tokens": len(ids), "policy": policy}
@@ -129,7 +130,7 @@ class Scorer:
             ids, rest, more = ids[: -SCORED - 1], ids[-SCORED - 1 :], SCORED
         if not ids:
             raise UsageError(f"a text of {example.task} has {len(rest)} tokens; give a length above {SCORED + 1}")
-        Plan(len(ids), more, self.chunk).check(self.llama.config)
+        Plan(len(ids), more).check(self.llama.config)
         return ids, rest
 
     def _answer(self, example: Example, decoder: Decoder) -> dict:
@@ -152,18 +153,10 @@ class Evaluator:
     """Scores of policies on many examples; a with block, which ends the processes.
 
     model, offline: as for ``PrivateLlama``. workers: processes, of one thread each; with one, this process does it all.
-    chunk: prompt tokens per pass of the prefill. to_the_end: decode whole answers, even those that cannot match.
     """
 
-    def __init__(
-        self,
-        model: str = "shipped",
-        workers: int = 2,
-        chunk: int = DEFAULT_CHUNK,
-        to_the_end: bool = False,
-        offline: bool = False,
-    ):
-        self.workers, self._arguments = workers, (model, chunk, to_the_end, offline)
+    def __init__(self, model: str = "shipped", workers: int = 2, offline: bool = False):
+        self.workers, self._arguments = workers, (model, offline)
         self._open = ExitStack()
 
     def __enter__(self):
@@ -192,9 +185,9 @@ class Evaluator:
 
 
 @contextmanager
-def _scorer(model: str, chunk: int, to_the_end: bool, offline: bool):
+def _scorer(model: str, offline: bool):
     with PrivateLlama.from_pretrained(model, engine="plain", threads=1, offline=offline) as llama:
-        yield Scorer(llama, chunk, to_the_end)
+        yield Scorer(llama)
 
 
 def _start_worker(*arguments) -> None:

@@ -13,7 +13,6 @@ the copy.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -23,9 +22,10 @@ import torch
 from tqdm import tqdm
 
 from crypten_llm.kernels import cpu
-from experiments.model.evaluate import print_table
+from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import provenance
+from experiments.tools.tables import print_table
 
 RESULTS = Path(__file__).parents[1] / "results" / "ring_kernels.json"
 COPY_BYTES = 1 << 28  # more than a last-level cache
@@ -33,10 +33,10 @@ VECTORS, MATRICES = (256, 512, 1024, 2048, 4096), (64, 128, 256, 512)
 PRODUCTS = {"nt": (cpu.matmul_nt, True), "nn": (cpu.matmul_nn, False)}
 
 
-def copy_bandwidth(repeats: int = 5) -> float:
+def copy_bandwidth() -> float:
     """Bytes a second that a plain copy reads and writes."""
     source, target = (torch.full((COPY_BYTES // 8,), value, dtype=torch.int64) for value in (1, 0))
-    return 2 * COPY_BYTES / median(_timed(lambda: target.copy_(source), 1) for _ in range(repeats))
+    return 2 * COPY_BYTES / median(_timed(lambda: target.copy_(source), 1) for _ in range(5))
 
 
 def _timed(act, times: int) -> float:
@@ -119,9 +119,7 @@ def main() -> None:
     result = run(**{"repeats": arguments.repeats, **quick}, progress=sys.stderr.isatty())
     print_table(result["rows"])
     print(f"\na plain copy, before and after: {result['copy_gb_per_s']} GB/s read and written")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    kept.save(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.protocols.opening import Opening, Rounds, Secret, as_secret
-from crypten_llm.roles import CLIENT, DEALER, OWNER
+from crypten_llm.roles import CLIENT, DEALER, OWNER, role_names
+from experiments.tools import kept
 from experiments.tools.command import command
 
 BLOCK = 1 << 19
-ROLES = ("owner", "client", "dealer")
+ROLES = role_names(2)
 
 
 def factors(generator, count: int, magnitude: float, fraction: int) -> torch.Tensor:
@@ -144,9 +145,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result = Experiment(arguments).run()
     print(json.dumps(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    kept.save(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -111,8 +111,6 @@ def sample(task: str, tokens: int, index: int, encode: Encoder, split: str = "he
     return Sample(task, prompt + asked[0].prompt, asked[0].answer, tuple(spans[i] for i in asked[0].facts))
 
 
-def samples(
-    task: str, tokens: int, count: int, encode: Encoder, split: str = "heldout", seed: int = 0
-) -> Iterator[Sample]:
-    """The first `count` samples of a task."""
-    return (sample(task, tokens, i, encode, split, seed) for i in range(count))
+def samples(task: str, tokens: int, count: int, encode: Encoder, seed: int = 0) -> Iterator[Sample]:
+    """The first `count` held-out samples of a task."""
+    return (sample(task, tokens, i, encode, seed=seed) for i in range(count))

@@ -13,15 +13,21 @@ def stories(writer: Writer, size: int) -> Draft:
     return Draft("Once there was a small town.", [], [], writer.prose)
 
 
+def _look_up(writer: Writer, opening: str, fact: str, question: str, values: dict[str, str]) -> Draft:
+    """A fact for each key and its value, and a question after each value; fact, question: patterns."""
+    facts = [fact.format(key, value) for key, value in values.items()]
+    questions = [ask(question.format(key), value, i) for i, (key, value) in enumerate(values.items())]
+    return Draft(opening, facts, questions, writer.prose)
+
+
 def passkey(writer: Writer, size: int) -> Draft:
     """One to four numbers hidden in prose."""
     places = writer.distinct("place", writer.rng.randint(1, 4 if size >= 128 else 1))
-    keys = [writer.number(5, "passkey", place) for place in places]
-    return Draft(
+    return _look_up(
+        writer,
         "There is important information hidden in this text.",
-        [f" The pass key of the {p} is {k}. Remember it." for p, k in zip(places, keys, strict=True)],
-        [ask(f"What is the pass key of the {p}?", k, i) for i, (p, k) in enumerate(zip(places, keys, strict=True))],
-        writer.prose,
+        *(" The pass key of the {} is {}. Remember it.", "What is the pass key of the {}?"),
+        {place: writer.number(5, "passkey", place) for place in places},
     )
 
 
@@ -30,12 +36,11 @@ def key_value(writer: Writer, size: int) -> Draft:
     keys = {f"{writer.choice(POOLS['quality'])} {writer.choice(POOLS['noun'])}" for _ in range(max(2, size // 40))}
     keys = sorted(keys)
     writer.rng.shuffle(keys)
-    values = [writer.number(4, "record", key) for key in keys]
-    return Draft(
+    return _look_up(
+        writer,
         "Here are the notes and the records of the archive.",
-        [f" Record {k} holds {v}." for k, v in zip(keys, values, strict=True)],
-        [ask(f"What does record {k} hold?", v, i) for i, (k, v) in enumerate(zip(keys, values, strict=True))],
-        writer.prose,
+        *(" Record {} holds {}.", "What does record {} hold?"),
+        {key: writer.number(4, "record", key) for key in keys},
     )
 
 
@@ -126,7 +131,7 @@ def few_shot(writer: Writer, size: int) -> Draft:
 def span_copy(writer: Writer, size: int) -> Draft:
     """Sentences said by people, to be repeated word by word."""
     speakers = writer.distinct("name", max(1, min(size // 80, 16)))
-    spans = []
+    said = {}
     for speaker in speakers:
         while True:
             first = writer.choice(POOLS["quality"])
@@ -134,13 +139,8 @@ def span_copy(writer: Writer, size: int) -> Draft:
                 break
         more = range(writer.rng.randint(4, 10))
         words = [writer.choice(POOLS[writer.choice(("noun", "quality", "object"))]) for _ in more]
-        spans.append(" ".join([first, *words]))
-    return Draft(
-        "Read what the people said.",
-        [f" {a} said: {span}." for a, span in zip(speakers, spans, strict=True)],
-        [ask(f"What did {a} say?", span, i) for i, (a, span) in enumerate(zip(speakers, spans, strict=True))],
-        writer.prose,
-    )
+        said[speaker] = " ".join([first, *words])
+    return _look_up(writer, "Read what the people said.", " {} said: {}.", "What did {} say?", said)
 
 
 def variables(writer: Writer, size: int) -> Draft:

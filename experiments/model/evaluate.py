@@ -24,26 +24,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from crypten_llm.models.checkpoint import SHIPPED
 from crypten_llm.session.api import PrivateLlama
 from experiments.model.corpus import MAX_ANSWER_TOKENS, Encoder, Sample, sample
 from experiments.model.drafts import TASKS
 from experiments.model.forward import Activations, logits
 from experiments.tools.command import command
 from experiments.tools.processes import processes
+from experiments.tools.tables import print_table
 
-SHIPPED = Path(__file__).parents[2] / "crypten_llm" / "shipped"
 GenerateIds = Callable[[list[int], int], list[int]]
-
-
-def huggingface_generator(model) -> GenerateIds:
-    """Greedy decoding with the library's own `generate`, one prompt at a time."""
-
-    def generate_ids(prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        ids = torch.tensor([prompt_ids], device=model.device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
-        return out[0, len(prompt_ids) :].tolist()
-
-    return generate_ids
 
 
 def is_match(generated: list[int], answer: str, tokenizer) -> bool:
@@ -184,17 +174,6 @@ def draw_all(folder: Path | str, tasks, lengths, count: int, split: str = "heldo
         _start_worker(str(folder))
         drawn = [_draw(job) for job in jobs]
     return {key: drawn[i * count : (i + 1) * count] for i, key in enumerate(keys)}
-
-
-def print_table(rows: list[dict]) -> None:
-    """Prints dictionaries as an aligned table; missing cells stay empty."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names] + [
-        [f"{row[n]:.4g}" if isinstance(row.get(n), float) else str(row.get(n, "")) for n in names] for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 @command

@@ -26,14 +26,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from crypten_llm.models.checkpoint import SHIPPED
 from experiments.model import forward
 from experiments.model.corpus import Encoder
-from experiments.model.evaluate import SHIPPED, draw_all, print_table, score
+from experiments.model.evaluate import draw_all, score
 from experiments.model.losses import head_losses, penalised_block
 from experiments.model.rows import training_batch
 from experiments.model.schedule import SMOKE, Limits, Settings, learning_rate, length_of
 from experiments.model.weights import new_model, save_model
 from experiments.tools.command import command
+from experiments.tools.tables import print_table
 
 
 class Batches(torch.utils.data.Dataset):

@@ -23,9 +23,10 @@ from tqdm import tqdm
 import eviction
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.insecure.recorder import Recorder
+from crypten_llm.models.checkpoint import SHIPPED
 from crypten_llm.session.party import Party
 from eviction import trained
-from experiments.model.evaluate import SHIPPED, draw_all
+from experiments.model.evaluate import draw_all
 from experiments.tools.command import command
 
 TASKS = ("passkey", "key_value", "one_hop", "two_hop", "few_shot", "span_copy")

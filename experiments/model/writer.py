@@ -59,9 +59,8 @@ def partners(split: str, relation: str, subject: str) -> tuple[str, ...]:
     """Objects that `subject` may have under `relation` in `split`."""
     objects = POOLS[RELATIONS[relation][1]]
     held_out = split == "heldout"
-    fitting = tuple(o for o in objects if o != subject and is_held_out(relation, subject, o) == held_out)
     # A small pool may have no held-out partner: such a subject then gets no fact of this relation.
-    return fitting
+    return tuple(o for o in objects if o != subject and is_held_out(relation, subject, o) == held_out)
 
 
 def _compile(pattern: str) -> tuple[str, tuple[tuple[str, ...], ...]]:

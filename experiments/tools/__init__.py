@@ -1,1 +1,2 @@
-"""What the experiments share: how commands end, journals, processes, intervals, where a result came from."""
+"""What the experiments share: how commands end, files of results and where these came from, processes, intervals,
+tables."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,8 +29,12 @@ def sign(result: dict, *packages: str) -> None:
         makers.append(mine)
 
 
+@cache
 def revision() -> str | None:
-    """The commit of this clone, with ``+`` where files that git knows have changed since; ``None`` outside one."""
+    """The commit of this clone, with ``+`` where files that git knows have changed since; ``None`` outside one.
+
+    As found first: that is the code which this process runs, and ``sign`` asks at every figure.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
@@ -41,6 +46,7 @@ def revision() -> str | None:
         return None
 
 
+@cache
 def processor() -> str:
     """The processor's name, or its architecture where the system does not tell."""
     try:

@@ -11,7 +11,7 @@ HELP = "check this machine and run a tiny private inference"
 
 def options(parser: Parser) -> None:
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help=argparse.SUPPRESS)
-    parser.add_argument("--verbose", action="store_true", help="show tracebacks")
+    parser.add_verbose()
 
 
 def run(arguments: Any) -> None:

@@ -10,7 +10,7 @@ HELP = "make a role's key and certificate for encrypted links (--tls); give the 
 def options(parser: Parser) -> None:
     parser.add_argument("role", help="owner, client or dealer ('compute 2' and on with more parties)")
     parser.add_argument("--out", default="keys", metavar="DIR", help="folder of the files (default: keys)")
-    parser.add_argument("--verbose", action="store_true", help="show tracebacks")
+    parser.add_verbose()
 
 
 def run(arguments: Any) -> None:
