@@ -6,6 +6,7 @@ from threading import Barrier
 
 import pytest
 import torch
+from hf_models import with_tokenizer
 
 from crypten_llm import PrivateLlama
 from crypten_llm.errors import UsageError
