@@ -5,6 +5,8 @@ import itertools
 import pytest
 from eviction_runs import HEADS, STEPS, attended, best, heads_of, kept, run
 
+from eviction import mpcache
+
 
 @pytest.mark.parametrize("heads, kv_heads", HEADS)
 @pytest.mark.parametrize("summary, share", [("minmax", True), ("minmax", False), ("mean", True), ("bound", True)])
@@ -35,6 +37,18 @@ def test_mpcache_chooses_from_its_least_number_of_rows_on():
         assert attended(found, layer)[0] == kept(found, layer)[1]
         assert len(attended(chosen, layer)[0][0]) < 49
         assert len(attended(found, layer)[1][0]) == len(attended(chosen, layer)[1][0]) < 50
+
+
+def test_the_window_of_a_long_prompt(monkeypatch):
+    def rows(window):
+        found = run.__wrapped__(f"mpcache(static=0.3,{window},coarse=6,fine=3,least=0)", 80, 1)
+        return [kept(found, layer) for layer in range(4)]
+
+    text, wide, narrow = "window=0.5,long_window=0.05", rows("window=0.5"), rows("window=0.05")
+    assert wide != narrow
+    for longest, expected in ((80, wide), (79, narrow)):
+        monkeypatch.setattr(mpcache, "LONG", longest)
+        assert rows(text) == expected
 
 
 @pytest.mark.parametrize("heads, kv_heads", HEADS)
@@ -73,6 +87,12 @@ def test_mpcache_spread_searches_everywhere_on_a_budget_too_small_for_ends():
         rows = attended(found, layer)[step][0]
         assert rows[:3] == [0, 1, 2] and rows[12:] == list(range(newest // 3 * 3, newest + 1))
         assert len(rows) == 12 + newest % 3 + 1 and all(row % 3 == 0 for row in rows[3:12:3])
+
+
+@pytest.mark.parametrize("ends, first", [(48, 16), (54, 16), (45, 15)])
+def test_mpcache_spread_keeps_a_third_of_its_ends_at_the_beginning_but_no_more_than_16(ends, first):
+    found = run(f"mpcache_spread(budget={ends},ends={ends},block=3)", 120, 1, 4, 2, 5)
+    assert kept(found, 0)[0] == [[*range(first), *range(120 - ends + first, 120)]] * 2
 
 
 def clusters(found, layer, head, newest, summary):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import eviction
 from crypten_llm.engines.plain.engine import PlainEngine
+from eviction.longcache import APART, _apart
 from eviction.operations import Layer
 from eviction.quest import page_bound
 
@@ -167,6 +168,11 @@ def test_longcache(heads, kv_heads):
         chosen = best(score, heads)
         expected = [0, 1, *(n for span in chosen for n in range(2 + 3 * span, 5 + 3 * span))]
         assert attended(found, layer)[step] == [[*expected, *range(2 + 3 * spans, newest + 1)]] * kv_heads
+
+
+@pytest.mark.parametrize("spans, apart", [(1, APART), (255, APART), (256, APART / 2), (5000, APART / 32)])
+def test_what_longcache_tells_alike_spans_apart_by_stays_small(spans, apart):
+    assert _apart(spans) == apart and spans * apart <= 1 / 4
 
 
 @pytest.mark.parametrize("heads, kv_heads", HEADS)
