@@ -1,9 +1,12 @@
 """What holds for every test: one thread a process, parties that start at once, and which tests stay together.
 
+And the fixtures that more than one file uses: a port, a store that a launcher hosts, and connected transports.
+
 Workers and parties share the cores, and threads that wait for each other spin.
 """
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,64 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_torchrun(monkeypatch):
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def port():
+    from programs import free_port
+
+    return free_port()
+
+
+@pytest.fixture
+def hosted():
+    """A store that a launcher hosts: (store, port)."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    return store, store.port
+
+
+@pytest.fixture
+def mesh():
+    """Makes the connected transports of ``world`` parties; closes them afterwards."""
+    from transports import ROLES, socket_pair
+
+    from crypten_llm.links.transport import Transport
+
+    made = []
+
+    def make(world=2, timeout=5.0, **options):
+        sockets = [{} for _ in range(world)]
+        for low in range(world):
+            for high in range(low + 1, world):
+                sockets[low][high], sockets[high][low] = socket_pair()
+        made.extend(Transport(rank, ROLES[:world], sockets[rank], timeout=timeout, **options) for rank in range(world))
+        return made[-world:]
+
+    yield make
+    for transport in made:
+        transport.close()
+
+
+@pytest.fixture
+def against_raw():
+    """A party (rank 0, owner) whose peer is a bare socket in the test's hands."""
+    from transports import ROLES, socket_pair
+
+    from crypten_llm.links.transport import Transport
+
+    ours, theirs = socket_pair()
+    transport = Transport(0, ROLES[:2], {1: ours}, timeout=0.5)
+    yield transport, theirs
+    transport.close()
+    theirs.close()
 
 
 def pytest_collection_modifyitems(items):

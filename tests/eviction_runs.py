@@ -21,6 +21,8 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama
 
 VOCAB = 64
+HEADS = [(4, 2), (4, 1), (2, 2)]  # GQA, MQA, MHA
+STEPS = 6
 
 
 @dataclass
@@ -120,3 +122,21 @@ def run(
         for token in ids[prompt:]:
             logits.append(llama(llama.engine.tokens(token[None], 1, VOCAB), cache)[0])
     return Run(prompt, heads, kv_heads, [recorder.layers.get(i, LayerRecord()) for i in range(layers)], logits)
+
+
+def best(scores: dict, count: int) -> list:
+    """The keys of the largest values, ties to the lower key, in order."""
+    return sorted(sorted(scores, key=lambda place: (-scores[place], place))[:count])
+
+
+def kept(found, layer: int) -> list:
+    """By time (after the prompt, after each step) and kv head, the positions kept."""
+    return [rows.tolist() for rows in found.layers[layer].kept]
+
+
+def attended(found, layer: int) -> list:
+    return [rows.tolist() for rows in found.layers[layer].attended]
+
+
+def heads_of(found, kv_head: int) -> range:
+    return range(kv_head * found.group, (kv_head + 1) * found.group)

@@ -6,11 +6,14 @@ random, biases and norm weights included: a bug in one that is zero or one could
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from crypten_llm.models.checkpoint import SHIPPED
 
 BASE = dict(
     vocab_size=97,
@@ -108,6 +111,14 @@ def tiny(
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return folder, model.eval()
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """The folder of a tiny model with the shipped model's tokenizer."""
+    folder, _ = tiny(folder, vocab_size=2048, num_hidden_layers=1, seed=3)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SHIPPED / name, folder)
+    return folder
 
 
 @torch.no_grad()

@@ -20,6 +20,11 @@ def top_picks(ops, x, count):
     return [bits, ops.picks(bits, count)]
 
 
+def chosen(ops, x, count):
+    """What ``best`` takes, in whatever order."""
+    return [ops.total(ops.best(x, count), 1)]
+
+
 def attend(ops, likeness, scores, values, size, first, rows, count):
     """Scores gathered by the ``count`` likeliest blocks, and what attention over them gives."""
     picks = ops.picks(ops.top(likeness, count), count) if count else None

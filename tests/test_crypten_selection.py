@@ -57,6 +57,11 @@ def test_best():
     check(*(("best", [grid(2, n, seed=n)], (k,), 0) for n, k in [(1, 1), (6, 1), (15, 7), (15, 15), (40, DIRECT + 9)]))
 
 
+def test_best_where_pairs_are_not_compared():
+    check(*(("best", [grid(1, n, seed=n)], (1,), 0) for n in (TREE, TREE + 1)))
+    check(*(("chosen", [grid(1, n, seed=n)], (k,), 0) for n in (PAIRS, PAIRS + 1) for k in (3, DIRECT + 1)))
+
+
 @pytest.mark.parametrize("parties", [2, 3])
 def test_costs_are_as_declared(parties):
     if parties == 3:  # every party sends to two

@@ -17,7 +17,7 @@ from crypten_llm.errors import PartyError
 from crypten_llm.kernels.ring import TABLE_WORDS, low_bits
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import Transport
-from crypten_llm.protocols.dealer import material
+from crypten_llm.protocols.dealer import material, randomness
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.manifest import make_manifest
 from crypten_llm.protocols.dealer.material import FRAME, Sending
@@ -288,3 +288,14 @@ def test_what_both_parties_have_in_common():
 def test_what_was_not_announced_is_not_dealt(job, message):
     with pytest.raises(AssertionError, match=message):
         run(job)
+
+
+def test_a_stream_gives_no_word_twice_whatever_sizes_are_drawn():
+    """Small draws come from a buffer and large ones do not, and the buffer runs out between them."""
+    small, buffer = randomness._SMALL, randomness._BUFFER
+    sizes = [1, small, small + 1, small - 1, *[small] * (buffer // small), 3, buffer + 1, 2]
+    first, second = (randomness.Stream(key(0, 0)) for _ in range(2))
+    drawn = [first.words(size) for size in sizes]
+    assert [len(words) for words in drawn] == sizes and first.position == 8 * sum(sizes)
+    assert all(torch.equal(words, second.words(size)) for words, size in zip(drawn, sizes, strict=True))
+    assert len(torch.cat(drawn).unique()) == sum(sizes)

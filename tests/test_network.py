@@ -5,17 +5,11 @@ import time
 
 import pytest
 import torch
-from transports import ROLES, error_of, meshes, socket_pair, together
+from transports import ROLES, error_of, socket_pair, together
 
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import NETWORKS, Network, parse_network
 from crypten_llm.links.transport import Transport
-
-
-@pytest.fixture
-def mesh():
-    with meshes() as make:
-        yield make
 
 
 def test_emulated_latency_is_a_lower_bound(mesh):

@@ -6,39 +6,17 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from meetings import ROLES, assert_connected, meet
-from programs import Program
-from torch.distributed import TCPStore
+from programs import Program, free_port
 
 from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.links import rendezvous
 from crypten_llm.links.rendezvous import HELLO, connect, read_environment
 from crypten_llm.links.store import Wait
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def no_torchrun(monkeypatch):
-    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-@pytest.fixture
-def hosted():
-    """A store that a launcher hosts: (store, port)."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
-    return store, store.port
+pytestmark = pytest.mark.usefixtures("no_torchrun")
 
 
 def test_three_parties_meet(port):
@@ -84,8 +62,7 @@ def test_torchruns_store_and_restarts(hosted, monkeypatch):
 
 
 def test_port_base_is_used(port):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        base = listener.getsockname()[1]
+    base = free_port()
     parties = meet(port, ranks=(0, 1), world=2, port_base=base)
     assert parties[1]._links[0].sock.getpeername()[1] == base
     assert_connected(parties)
@@ -188,8 +165,7 @@ def test_versions_differ(hosted):
 def test_stray_connections_are_turned_away(hosted):
     """A port scanner, a wrong token and a party of another job connect while rank 0 waits for rank 1."""
     _, port = hosted
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        base = listener.getsockname()[1]
+    base = free_port()
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(meet, port, ranks=(0,), world=2, is_master=False, port_base=base)
         time.sleep(0.2)

@@ -6,37 +6,18 @@ import socket
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from meetings import ROLES, assert_connected, meet
 from programs import Program, free_port
-from torch.distributed import TCPStore
 
 from crypten_llm.errors import PartyError
 from crypten_llm.links import rendezvous
 from crypten_llm.links.store import Store, Wait
 from crypten_llm.links.tls import Links, make_key
 
-
-@pytest.fixture(autouse=True)
-def no_torchrun(monkeypatch):
-    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-@pytest.fixture
-def hosted():
-    """A store that a launcher hosts: (store, port)."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
-    return store, store.port
+pytestmark = pytest.mark.usefixtures("no_torchrun")
 
 
 # Who is missing

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from programs import GENERATE, by_hand, error_line, free_port
-from transports import socket_pair
+from transports import socket_pair, together
 
 from crypten_llm.commands.cli import main
 from crypten_llm.errors import CryptenLLMError, PartyError, UsageError
@@ -81,11 +81,6 @@ def relayed():
         thread.join()
     for end in ends:
         end.close()
-
-
-def together(*jobs):
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        return [future.result(timeout=30) for future in [pool.submit(job) for job in jobs]]
 
 
 def meet(folders, timeout=5.0):

@@ -4,22 +4,9 @@ import threading
 
 import pytest
 import torch
-from transports import error_of, header, meshes, one_against_raw, together
+from transports import error_of, header, together
 
 from crypten_llm.links.frames import DTYPES, HEADER
-
-
-@pytest.fixture
-def mesh():
-    with meshes() as make:
-        yield make
-
-
-@pytest.fixture
-def against_raw():
-    with one_against_raw() as both:
-        yield both
-
 
 # Tensors
 

@@ -7,22 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transports import error_of, header, meshes, one_against_raw, together
+from transports import error_of, header, together
 
 from crypten_llm.links.frames import DTYPES
-
-
-@pytest.fixture
-def mesh():
-    with meshes() as make:
-        yield make
-
-
-@pytest.fixture
-def against_raw():
-    with one_against_raw() as both:
-        yield both
-
 
 # A peer that sends something else
 

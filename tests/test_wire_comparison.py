@@ -83,6 +83,20 @@ def test_both_extremes_of_the_declared_domain(name, scale, bits):
             assert found.nonzero()[:, 1].tolist() == ones[name]
 
 
+@pytest.mark.parametrize(("n", "pairs_up_to"), [(256, 300), (257, 300), (127, 4), (128, 4)])
+@pytest.mark.parametrize("count", [2, -1])
+def test_counts_on_both_sides_of_the_words_they_fill(n, pairs_up_to, count):
+    """Ranks up to n - 1 by pairs, counts up to n by search: all values but the first alike, so all of them come up."""
+    x, count = torch.zeros(1, n, dtype=torch.int64), count % n
+    x[0, 0] = -1
+
+    def job(runtime):
+        (wire,) = open_wires(runtime, [ordered(share(runtime, x, 0, bits=4), 5, "x")])
+        return play(runtime, selection.top(runtime, wire, count, pairs_up_to))
+
+    assert reconstruct(run(job)).nonzero()[:, 1].tolist() == list(range(1, count + 1))
+
+
 def test_values_without_room_for_a_sign_are_refused():
     with pytest.raises(Overflow, match=r"top: the difference of two \|x\| < 2\^6 at scale 2\^10 does not fit .* 2\^17"):
         run(lambda runtime: ordered(share(runtime, torch.ones(1).long(), scale=10, bits=6, width=17), 20, "top"))
@@ -101,6 +115,18 @@ def test_tables(width, size):
     owner, client, _ = run(job).results
     assert torch.equal(joined(owner[0], client[0]) % 2**8, table % 2**8)
     assert torch.equal(joined(owner[1], client[1]), torch.eye(2**size, dtype=torch.int64)[:, :2])
+
+
+def test_more_words_of_tables_than_one_block():
+    size = 8
+    x = torch.arange((lookup.BLOCK >> size) + 9) % 2**size
+    table = (torch.arange(2**size) * 37 + 5) % 100
+
+    def job(runtime):
+        (wire,) = open_wires(runtime, [Opening(share(runtime, x, bits=size), ring=size, function=True)])
+        return lookup.read(runtime, wire, table, 64)
+
+    assert torch.equal(reconstruct(run(job)), table[x])
 
 
 @pytest.mark.parametrize("width", [8, 32, 64])

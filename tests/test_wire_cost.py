@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from wire_parties import CLIENT, OWNER, check_cost, open_wires, play, run, share
+from wire_parties import CLIENT, OWNER, check_cost, open_wires, play, plus, run, share
 
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.links.frames import HEADER
@@ -45,10 +45,6 @@ def openings(*counts, lifted=(), rings=()):
 def dealt(count, bits=64):
     """Of the dealer's, to the client."""
     return 0, 0, 0, 0, packed_size(count, bits)
-
-
-def plus(first, *others):
-    return tuple(map(sum, zip(first, *others, strict=True)))
 
 
 def multiply(*lifted, shapes=((N,), (N,)), rings=(64, 64)):

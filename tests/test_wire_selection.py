@@ -52,7 +52,7 @@ def close(value, expected, tolerance=0.0):
 
 # Top-k and one-hot rows.
 
-SIZES = [(1, 0), (1, 1), (2, 1), (5, 2), (7, 7), (16, 15), (17, 1), (31, 8), (64, 13), (65, 1), (130, 1)]
+SIZES = [(1, 0), (1, 1), (2, 1), (5, 2), (7, 7), (16, 1), (16, 15), (17, 1), (31, 8), (64, 13), (65, 1), (130, 1)]
 
 
 @pytest.mark.parametrize(("n", "count"), SIZES)
@@ -72,6 +72,15 @@ def test_top_and_its_picks(n, count):
 def test_top_of_many_values(n, count):
     x = grid(2, n, seed=n)
     close(shown(lambda engine, secret: engine.top(secret(x), count)), PLAIN.top(x, count))
+
+
+@pytest.mark.parametrize("n", [PAIRS, PAIRS + 1])
+@pytest.mark.parametrize("count", [1, 3])
+def test_best_on_both_sides_of_the_number_of_pairs(n, count):
+    """By rank where pairs are compared; by position beyond."""
+    x = grid(2, n, seed=n)
+    best, expected = shown(lambda engine, secret: engine.best(secret(x), count)), PLAIN.best(x, count)
+    close(best, expected if n == PAIRS else PLAIN.picks(PLAIN.top(x, count), count))
 
 
 @pytest.mark.parametrize("n", [9, 40, 300])

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from wire_parties import CLIENT, DEALER, OWNER, check_cost, open_wires, play, run, share
+from wire_parties import CLIENT, DEALER, OWNER, check_cost, open_wires, play, plus, run, share
 
 from crypten_llm.engines.wire.choosing import PAIRS
 from crypten_llm.engines.wire.counted import CostEngine, Links
@@ -18,10 +18,6 @@ from eviction.operations import Choice
 BITS, SCALE = 6, 13  # |x| < 2^6 with 13 fractional bits: 20 bits and a sign, opened without truncation
 RING = 21
 DIGITS = 2 * 2**5  # bytes of a comparison's digit tables
-
-
-def plus(first, *others):
-    return tuple(map(sum, zip(first, *others, strict=True)))
 
 
 def cost(rounds, online, dealer):

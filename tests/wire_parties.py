@@ -182,3 +182,8 @@ def signed(x: torch.Tensor, width: int) -> torch.Tensor:
 def value(outcome: Outcome) -> torch.Tensor:
     """The float64 numbers that the resulting ``Secret`` stands for."""
     return reconstruct(outcome).double() / 2.0 ** outcome.results[OWNER].scale
+
+
+def plus(first, *others):
+    """Costs, number by number."""
+    return tuple(map(sum, zip(first, *others, strict=True)))
