@@ -173,7 +173,7 @@ def silent():
 
 
 def waits(silent, hosted, folder):
-    """Every wait of the rendezvous, for parties of which one has died or hangs, as a function of its `_Wait`."""
+    """Every wait of the rendezvous, for parties of which one has died or hangs, as a function of its `Wait`."""
     names, place = ["rank 0 (owner)", "rank 1 (client)"], silent.getsockname()
     entry = {"host": place[0], "port": place[1], "token": "00" * 16}
     for role in ROLES:

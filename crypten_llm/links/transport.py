@@ -151,7 +151,7 @@ class Transport:
             for frame in frames
         }
 
-    def swap(self, peer: int, data: Tensor, count: int, cells: Cells | None = None, channel: str = "online") -> Tensor:
+    def swap(self, peer: int, data: Tensor, count: int, cells: Cells | None = None) -> Tensor:
         """Send uint8 `data` and return `count` bytes of the peer's, both at once: one message each way where there is
         something to send, a round where there is something to receive. cells: see `Meter.count`.
         """
@@ -159,7 +159,7 @@ class Transport:
         outgoing = [self._frame(link, TENSOR, DTYPES[torch.uint8], [bytes_of(data)])] if data.numel() else []
         frames = [_Incoming(link, TENSOR, DTYPES[torch.uint8], count, [((count,), torch.uint8)])] if count else []
         if outgoing or frames:
-            self._transfer(outgoing, frames, channel, cells=cells)
+            self._transfer(outgoing, frames, "online", cells=cells)
         return frames[0].payload[0] if frames else torch.empty(0, dtype=torch.uint8)
 
     # The control plane: public facts only.

@@ -79,11 +79,11 @@ class Party:
         """The client's public message, at every compute party."""
         return self._broadcast(self.client, message, timeout)
 
-    def from_owner(self, message: dict | None, timeout: float | None = None) -> dict:
+    def from_owner(self, message: dict | None) -> dict:
         """The owner's public message, at every compute party."""
-        return self._broadcast(self.owner, message, timeout)
+        return self._broadcast(self.owner, message)
 
-    def _broadcast(self, source: int, message: dict | None, timeout: float | None) -> Any:
+    def _broadcast(self, source: int, message: dict | None, timeout: float | None = None) -> Any:
         if self.transport is None:
             return message
         return self.transport.announce(source, self.peers, message, timeout)
