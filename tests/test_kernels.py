@@ -232,13 +232,6 @@ def test_short_arithmetic(bits):
     assert [int(v) % 2**64 for v in ring.shift_right(x, bits - 1)] == [v >> (bits - 1) for v in unsigned]
 
 
-def test_the_bytes_of_a_tensor_are_its_memory():
-    x = words(3, 2)
-    view = ring.bytes_of(x)
-    view[:8] = (5).to_bytes(8, "little")
-    assert x[0, 0] == 5 and len(view) == 48 and len(ring.bytes_of(words(0, 2))) == 0
-
-
 # Trigonometric sums.
 
 EIGHTHS = [(k << 61) + step for k in range(8) for step in (-1, 0, 1)]

@@ -7,8 +7,16 @@ import torch
 from transports import error_of, header, together
 
 from crypten_llm.links.frames import DTYPES, HEADER
+from crypten_llm.links.transport import bytes_of
 
 # Tensors
+
+
+def test_the_bytes_of_a_tensor_are_its_memory():
+    x = torch.zeros(3, 2, dtype=torch.int64)
+    view = bytes_of(x)
+    view[:8] = (5).to_bytes(8, "little")
+    assert x[0, 0] == 5 and len(view) == 48 and len(bytes_of(x[:0])) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
