@@ -156,19 +156,20 @@ class Meter:
 
         cells: by (phase, kind), the bytes sent and received of it that belong there instead.
         """
-        assert channel in CHANNELS, f"unknown channel {channel!r}"
+        scope = self._scopes[-1]
         with self._lock:
             if cells:
-                for cell, (out, back) in cells.items():
-                    self._add((*cell, channel), 0, 0, out, back, 0.0)
+                for (phase, kind), (out, back) in cells.items():
+                    self._add((phase, kind, channel), 0, 0, out, back, 0.0)
                     sent, received = sent - out, received - back
-            self._add((*self.cell, channel), rounds, messages, sent, received, seconds)
+            self._add((scope.phase, scope.kind, channel), rounds, messages, sent, received, seconds)
 
     def _add(
         self, key: tuple[str, str, str], rounds: int, messages: int, sent: int, received: int, seconds: float
     ) -> None:
         cell = self._traffic.get(key)
         if cell is None:
+            assert key[2] in CHANNELS, f"unknown channel {key[2]!r}"
             cell = self._traffic[key] = [0, 0, 0, 0, 0.0]
         cell[0] += rounds
         cell[1] += messages

@@ -359,7 +359,7 @@ class StreamReader:
     def read(self, count: int) -> Tensor:
         """The next `count` bytes, a uint8 tensor."""
         out, filled = torch.empty(count, dtype=torch.uint8), 0
-        target = bytes_of(out)
+        target = out.numpy().data
         while filled < count:
             if not self._left:
                 frame = _Incoming(self._link, STREAM, MIXED, self._max_bytes)

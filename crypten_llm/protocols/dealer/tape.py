@@ -21,7 +21,6 @@ import torch
 
 import crypten_llm
 from crypten_llm.errors import UsageError
-from crypten_llm.links.transport import bytes_of
 from crypten_llm.protocols.dealer.manifest import (
     FORMAT,
     LENGTH,
@@ -207,9 +206,10 @@ class Tape:
         os.posix_fadvise(self._fd, self._stop, size, os.POSIX_FADV_WILLNEED)  # the next one is probably alike
 
     def read(self, count: int) -> torch.Tensor:
-        out, size = torch.empty(padded(count), dtype=torch.uint8), padded(count)
+        size = padded(count)
+        out = torch.empty(size, dtype=torch.uint8)
         assert self._position + size <= self._stop, "the program needs more than this section of the tape holds"
-        if size and os.preadv(self._fd, [bytes_of(out)], self._position) != size:
+        if size and os.preadv(self._fd, [out.numpy().data], self._position) != size:
             raise _damaged(self.path)
         self._position += size
         self._transport.meter.count(CHANNEL, 0, 0, 0, count, 0.0)
