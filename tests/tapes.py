@@ -33,7 +33,7 @@ def program(runtime, sections=SECTIONS):
     return dealt
 
 
-def record(out, plan=PLAN, requests=2, progress=lambda count: None):
+def record(out, plan=PLAN, requests=2, progress=lambda count: None, program=program):
     """A tape of ``program``; returns what the dealer knows."""
     sizes = Sizes()
     links = SimpleNamespace(rank=DEALER, meter=Meter())

@@ -13,6 +13,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.manifest import MAGIC, NAMES
 from crypten_llm.protocols.dealer.roles import ROLES, Owner
+from crypten_llm.protocols.dealer.tape import AHEAD
 from crypten_llm.roles import CLIENT, OWNER
 
 
@@ -50,6 +51,23 @@ def test_a_section_is_read_once_and_whole(folder):
         mine.read(64)
     with pytest.raises(AssertionError, match="was used before"):
         mine.begin("one")
+
+
+@pytest.mark.parametrize("counts", [[1] * 900, [AHEAD - 64, 64, 1], [AHEAD + 1, 3], [5, 2 * AHEAD, 7], [0, 64, 0]])
+def test_pieces_are_what_was_written(tmp_path, counts):
+    """Small ones share what is read ahead, large ones take memory of their own, and none changes under its reader."""
+    written = [torch.randint(256, (count,), dtype=torch.uint8) for count in counts]
+
+    def program(runtime):
+        runtime.begin("one")
+        dealt = [runtime.deal_common([((len(piece),), torch.uint8)], lambda piece=piece: [piece]) for piece in written]
+        runtime.end()
+        return [piece for pieces in dealt for piece in pieces]  # none where they are only counted
+
+    record(tmp_path / "tape", program=program)
+    mine = open_tape(tmp_path / "tape", CLIENT)
+    read = program(ROLES[CLIENT](mine._transport, mine.keys, mine))
+    assert all(torch.equal(ours, piece) for ours, piece in zip(read, written, strict=True))
 
 
 def test_burned_on_disk_before_the_first_mask(folder, monkeypatch):

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 
 MAX_HEADER = 64 << 20
+AHEAD = 1 << 18  # bytes that are read at once, so that a step's many small pieces take few calls of the system
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 _PIECE = 4 << 20  # bytes at a time when a file is checked
 _UPPER_BOUNDS = ("max_new_tokens", "steps")  # a run may stop before the tape ends
 
@@ -132,6 +134,7 @@ class Tape:
             raise _damaged(self.path)
         self._burned = False
         self._position = self._stop = 0
+        self._ahead, self._used = _NOTHING, 0  # what has been read of the section, and how much of that is taken
 
     def _verify(self) -> None:
         """Compares every section with its checksum: a bad copy is found before the tape is used."""
@@ -203,17 +206,25 @@ class Tape:
         assert label in self._sections, f"section {label!r} is not on the tape, or was used before"
         offset, size, _ = self._sections.pop(label)
         self._position, self._stop = offset, offset + size
+        self._ahead, self._used = _NOTHING, 0
         os.posix_fadvise(self._fd, self._stop, size, os.POSIX_FADV_WILLNEED)  # the next one is probably alike
 
     def read(self, count: int) -> torch.Tensor:
-        size = padded(count)
-        out = torch.empty(size, dtype=torch.uint8)
+        size, start = padded(count), self._used
         assert self._position + size <= self._stop, "the program needs more than this section of the tape holds"
-        if size and os.preadv(self._fd, [out.numpy().data], self._position) != size:
-            raise _damaged(self.path)
-        self._position += size
+        if start + size > self._ahead.numel():
+            self._read_ahead(size)
+            start = 0
+        self._used, self._position = start + size, self._position + size
         self._transport.meter.count(CHANNEL, 0, 0, 0, count, 0.0)
-        return out[:count]
+        return self._ahead[start : start + count]
+
+    def _read_ahead(self, least: int) -> None:
+        """The next bytes of the section, in new memory: what was read before belongs to those who read it."""
+        memory = bytearray(max(least, min(AHEAD, self._stop - self._position)))
+        if os.preadv(self._fd, [memory], self._position) != len(memory):
+            raise _damaged(self.path)
+        self._ahead = torch.frombuffer(memory, dtype=torch.uint8)
 
     def end(self) -> None:
         assert self._position == self._stop, "the program needed less than this section of the tape holds"
