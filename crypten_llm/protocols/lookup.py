@@ -40,9 +40,8 @@ def one_hot(runtime: Runtime, wire: Wire, values: Tensor) -> Secret:
 def _shares(runtime: Runtime, wire: Wire, table: Tensor, steps: Tensor, width: int) -> Tensor:
     """Shares of T[v - steps[k]]: [..., K]."""
     kernels, size = runtime.kernels, len(table)
-    assert wire.mask is not None, "tables are read at whole openings"
     mask = wire.mask.held.reshape(-1)
-    raw = None if wire.raw is None else wire.raw.reshape(-1)
+    raw = None if wire.public is None else wire.public.reshape(-1)
     blocks = []
     for part in runtime.blocks(mask.numel(), max(1, BLOCK // size)):
 

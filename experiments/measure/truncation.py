@@ -68,7 +68,7 @@ class Experiment:
         """The wire engine's: one opening, then the shares modulo 2^64 that it stands for."""
         bits = int(self.arguments.magnitude**2).bit_length()
         f = self.arguments.fraction_bits
-        (wire,) = Rounds(runtime).open(Opening(Secret(share, 2 * f, 64, bits), truncate=f, lifted=True))
+        (wire,) = Rounds(runtime).open(Opening(Secret(share, 2 * f, 64, bits), truncate=f, lifted=64))
         return as_secret(runtime, wire).share
 
     def owner(self, runtime):

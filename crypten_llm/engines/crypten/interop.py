@@ -97,7 +97,7 @@ class CryptenBeside:
             _check(secret.bits, f, "an MPCTensor")
         moved = [secret for secret in secrets if secret.width < 64 or secret.scale > f]
         if moved:
-            openings = [Opening(secret, truncate=max(0, secret.scale - f), lifted=True) for secret in moved]
+            openings = [Opening(secret, truncate=max(0, secret.scale - f), lifted=64) for secret in moved]
             wires = self.engine.rounds.open(*openings)
             exact = {id(s): as_secret(self.engine.runtime, w) for s, w in zip(moved, wires, strict=True)}
             secrets = [exact.get(id(secret), secret) for secret in secrets]

@@ -192,6 +192,6 @@ def reciprocal(engine: WireEngine, x: Handle, low: float, high: float) -> Protoc
     doubled = Secret(scaled.share, top - 1, 64, 1)  # twice x 4^k / 2^top: 1/2 to 2
     unit_wire, power_wire = yield [Opening(doubled, ring=top - 1 + fit.period, function=True), Opening(power)]
     inverse = smooth.evaluate(engine.runtime, unit_wire, fit, fraction=22, bits=2)
-    (inverse_wire,) = yield [Opening(inverse, truncate=inverse.scale - f, lifted=True)]
+    (inverse_wire,) = yield [Opening(inverse, truncate=inverse.scale - f, lifted=64)]
     bits = 2 - bits_for(low)
     return products.multiply(engine.runtime, inverse_wire, power_wire, scale=f + top - 1 - x.scale, bits=bits)

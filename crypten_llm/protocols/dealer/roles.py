@@ -172,6 +172,17 @@ class Runtime(ABC):
         """
 
     @abstractmethod
+    def drop(self, share: Words, count: int) -> Words:
+        """Shares of x / 2^count modulo 2^(w - count), from shares of x modulo 2^w: the owner's rounded up, the client's
+        down. Within one unit, unbiased, exact for multiples of 2^count; it cannot fail, since what the shares' sum
+        exceeds 2^w by is a multiple of 2^(w - count) afterwards.
+        """
+
+    @abstractmethod
+    def less(self, mask: Parts, carry: Parts, size: int) -> Parts:
+        """The mask, uniform modulo 2^size, as shares of an integer: without the carry of its two parts."""
+
+    @abstractmethod
     def input(self, source: int, shape: Sequence[int], value: Callable[[], Tensor]) -> Tensor:
         """Shares of words that party ``source`` knows, nothing sent: its own are ``value()``, the other's are zero."""
 
@@ -219,6 +230,9 @@ class Party(Runtime):
     def deal_common(self, sizes: list[Size], value: Callable[[], list[Tensor]]) -> list[Tensor]:
         counts = [math.prod(shape) * dtype.itemsize for shape, dtype in sizes]
         return [self._material.read(n).view(dtype).view(shape) for n, (shape, dtype) in zip(counts, sizes, strict=True)]
+
+    def less(self, mask: Parts, carry: Parts, size: int) -> Parts:
+        return Parts(mask.held - (carry.held << size))
 
     def input(self, source: int, shape: Sequence[int], value: Callable[[], Tensor]) -> Tensor:
         return value() if self.role == source else torch.zeros(tuple(shape), dtype=torch.int64, device=self.device)
@@ -288,6 +302,9 @@ class Owner(Party):
         known: Any = public() if callable(public) else public
         return share + known
 
+    def drop(self, share: Words, count: int) -> Words:
+        return -(-share >> count) if count else share
+
     def _offset(self, piece: Piece) -> int:
         return piece.offset
 
@@ -312,6 +329,9 @@ class Client(Party):
 
     def plus(self, share: Words, public: Public) -> Words:
         return share
+
+    def drop(self, share: Words, count: int) -> Words:
+        return share >> count if count else share
 
 
 class Dealer(Runtime):
@@ -364,6 +384,12 @@ class Dealer(Runtime):
 
     def plus(self, share: Words, public: Public) -> Words:
         return share
+
+    def drop(self, share: Words, count: int) -> Words:
+        return share
+
+    def less(self, mask: Parts, carry: Parts, size: int) -> Parts:
+        return mask  # the dealer holds the integer
 
     def input(self, source: int, shape: Sequence[int], value: Callable[[], Tensor]) -> Tensor:
         return shape_only(shape)
