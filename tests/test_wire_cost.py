@@ -7,7 +7,8 @@ from wire_parties import CLIENT, OWNER, check_cost, open_wires, play, plus, run,
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.links.frames import HEADER
 from crypten_llm.protocols import fits, products, smooth
-from crypten_llm.protocols.opening import Opening, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import as_secret
 from crypten_llm.protocols.smooth import normalize
 
 N = 60

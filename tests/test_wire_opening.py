@@ -4,7 +4,8 @@ import pytest
 import torch
 from wire_parties import joined, open_wires, reconstruct, run, share, signed, value
 
-from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Overflow, Secret, as_secret
 
 
 def edges(size: int, count: int = 60) -> torch.Tensor:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from wire_parties import open_wires, play, reconstruct, run, share, signed
 
 from crypten_llm.protocols import products
-from crypten_llm.protocols.opening import Opening, Overflow
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Overflow
 from crypten_llm.roles import CLIENT, OWNER
 
 NARROW, LIFTED, WHOLE = dict(size=48), dict(size=40, lifted=64), dict(size=64)

@@ -9,7 +9,8 @@ from crypten_llm.insecure.audit import MaskReused
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.dealer.randomness import Stream
-from crypten_llm.protocols.opening import Opening, Secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Secret
 from crypten_llm.protocols.smooth import normalize
 
 COUNT = 4096

@@ -18,7 +18,9 @@ from torch import Tensor
 from crypten_llm.kernels import ring
 from crypten_llm.kernels.ring import DIGITS, SIGNS, broadcast
 from crypten_llm.protocols.dealer.roles import Parts, Runtime
-from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, shares_of
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Overflow, Secret, Wire, shares_of
 
 BLOCK = 1 << 14  # comparisons at a time
 SIGN_WORD = 16  # bits of a word that holds the signs of all digits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.protocols.dealer.roles import Runtime
-from crypten_llm.protocols.opening import Secret, Wire
+from crypten_llm.protocols.secret import Secret, Wire
 
 BLOCK = 1 << 20  # words of tables at a time
 

@@ -1,144 +1,31 @@
-"""Secrets and wires: additive shares with a scale and a valid width, and their masked openings.
+"""Masked openings: how a secret becomes a wire, and what else a protocol may ask to have sent.
 
 Owns what the protocols exchange: x + r for a fresh uniform mask r. Everything a value is needed for, products,
 lifting to wider rings, functions, comparisons, follows from that one opening.
 
-A ``Secret`` holds x * 2^scale modulo 2^width. Low bits are dropped before it is opened, and locally: one party rounds
-its share up, the other down, and what that leaves is valid modulo as many bits less (``Runtime.drop``). Opening x
-modulo 2^n gives M = x + r: an *exact* wire, public part minus one mask, of which each party has its part. With
-|x| < 2^(n-2) it can be *lifted* to a wider ring 2^w. An offset makes x non-negative; with the dealer's shares, modulo
-2^(w-n), of the carry c of the mask's two parts and of its top bit b,
+Low bits of a ``Secret`` are dropped before it is opened, and locally: one party rounds its share up, the other down,
+and what that leaves is valid modulo as many bits less (``Runtime.drop``). Opening x modulo 2^n gives M = x + r: an
+*exact* wire, public part minus one mask, of which each party has its part. With |x| < 2^(n-2) it can be *lifted* to a
+wider ring 2^w. An offset makes x non-negative; with the dealer's shares, modulo 2^(w-n), of the carry c of the mask's
+two parts and of its top bit b,
 
     x  =  M - 2^(n-2) - (r0 + r1 - 2^n c) + 2^n (1 - msb(M)) b   modulo 2^w:
 
 linear in two secrets with public coefficients.
-
-Protocols are generators: they yield what they want opened and are sent the wires, ``(wire,) = yield [Opening(x)]``.
-``Rounds`` is the session of openings that they share. A protocol that is started goes on to its first request at once,
-and waits there; a round opens what all of them have asked for, in the order in which they were started, in one message
-each way, and takes each to its next request. So what does not depend on each other travels together, whoever asked for
-it: the new rows of a cache with the next layer's scores, and one sequence's openings with another's.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.links.meter import Cell, Meter, Scope
+from crypten_llm.links.meter import Cell
 from crypten_llm.protocols.dealer.roles import Parts, Piece, Runtime
-
-
-class Overflow(AssertionError):
-    """An operation whose result would not fit its ring; the message names it."""
-
-
-class Secret:
-    """Additive shares of integers x * 2^scale, valid modulo 2^width; at the dealer, a shape (torch's meta device).
-
-    bits: |x| < 2^bits, declared by whoever made it, so that overflow can be refused before anything is sent. opened:
-    the wire that it was opened as, where it is kept.
-    """
-
-    __slots__ = ("share", "scale", "width", "bits", "opened")
-
-    def __init__(self, share: Tensor, scale: int, width: int, bits: int) -> None:
-        self.share, self.scale, self.width, self.bits = share, scale, width, bits
-        self.opened: Wire | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.share.shape
-
-    def like(self, share: Tensor) -> Self:
-        """Other shares of the same scale, width and bits."""
-        return type(self)(share, self.scale, self.width, self.bits)
-
-    def reshape(self, *shape: int) -> Self:
-        return self.like(self.share.reshape(*shape))
-
-    def permute(self, *order: int) -> Self:
-        return self.like(self.share.permute(*order))
-
-    def transpose(self, first: int, second: int) -> Self:
-        return self.like(self.share.transpose(first, second))
-
-    def __getitem__(self, index: Any) -> Self:
-        return self.like(self.share[index])
-
-    def __neg__(self) -> Self:
-        return self.like(-self.share)
-
-    def at_scale(self, scale: int) -> Self:
-        """The same values with more fractional bits; what was valid modulo 2^w now is modulo that much more."""
-        more = scale - self.scale
-        if not more:
-            return self
-        return type(self)(self.share << more, scale, min(64, self.width + more), self.bits)
-
-    def become(self, other: Secret) -> None:
-        """Takes over ``other``'s shares of the same value."""
-        self.share, self.scale, self.width, self.bits = other.share, other.scale, other.width, other.bits
-        self.opened = None
-
-
-@dataclass
-class Wrap:
-    """What a lifted wire adds where its mask has wrapped: ``coefficient``, 2^size or 0, times a dealt bit.
-
-    coefficient: public, ``None`` at the dealer. bit: the top bit of the mask, shares modulo 2^(width - size).
-    """
-
-    coefficient: Tensor | None
-    bit: Parts
-    size: int
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Wrap:
-        return Wrap(None if self.coefficient is None else change(self.coefficient), self.bit.map(change), self.size)
-
-
-@dataclass
-class Wire:
-    """An opened secret: x = public - mask, modulo 2^width, at ``scale``; of a lifted one, plus its ``wrap``.
-
-    public: what both parties see (``None`` at the dealer). mask: at a party its share of the mask.
-    """
-
-    public: Tensor | None
-    mask: Parts
-    scale: int
-    width: int
-    bits: int
-    wrap: Wrap | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.mask.shape
-
-    @property
-    def seen(self) -> Tensor:
-        """The public part, at a party."""
-        assert self.public is not None, "parties have opened it"
-        return self.public
-
-    def reshape(self, *shape: int) -> Wire:
-        return self.map(lambda t: t.reshape(*shape))
-
-    def transpose(self, first: int, second: int) -> Wire:
-        return self.map(lambda t: t.transpose(first, second))
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Wire:
-        """The wire with ``change``, which must be linear, applied to each of its tensors."""
-        public = None if self.public is None else change(self.public)
-        wrap = None if self.wrap is None else self.wrap.map(change)
-        return Wire(public, self.mask.map(change), self.scale, self.width, self.bits, wrap)
+from crypten_llm.protocols.secret import Overflow, Secret, Wire, Wrap
 
 
 @dataclass(frozen=True)
@@ -243,169 +130,3 @@ class Message:
 
 
 Request = Opening | Message
-Result = TypeVar("Result")
-Protocol = Generator[list[Request], list[Any], Result]  # yields what it wants opened and is sent the wires
-Finish = Iterator[tuple[Callable[[Tensor | None], Any], Tensor | None]]  # for each request what makes its wire, of what
-
-
-def masked(x: Wire) -> Tensor:
-    """This party's part of x without the public one."""
-    total = -x.mask.held
-    if x.wrap is not None:
-        assert x.wrap.coefficient is not None, "parties have opened it"
-        total.addcmul_(x.wrap.coefficient, x.wrap.bit.held)
-    return total
-
-
-def as_secret(runtime: Runtime, wire: Wire) -> Secret:
-    """The shares that a wire stands for; local."""
-    return Secret(shares_of(runtime, wire), wire.scale, wire.width, wire.bits)
-
-
-def shares_of(runtime: Runtime, x: Wire) -> Tensor:
-    """Additive shares behind a wire, valid modulo its ring; local."""
-    return runtime.share(x.shape, lambda: runtime.plus(masked(x), x.seen))
-
-
-def joined(wires: list[Wire], dim: int) -> Wire:
-    """Exact wires of one scale, one behind the other."""
-    first = wires[0]
-    publics: list[Any] = [wire.public for wire in wires]
-    public = None if first.public is None else torch.cat(publics, dim)
-    parts = [wire.mask for wire in wires]
-    clients: list[Any] = [part.client for part in parts]
-    client = None if parts[0].client is None else torch.cat(clients, dim)
-    mask = Parts(torch.cat([part.held for part in parts], dim), client)
-    return Wire(public, mask, first.scale, min(wire.width for wire in wires), first.bits)
-
-
-class Running:
-    """A protocol under way. ``requests``: what it waits for. ``is_done``: then ``result`` is what it returned."""
-
-    __slots__ = ("protocol", "scope", "requests", "is_done", "result")
-
-    def __init__(self, protocol: Protocol[Any], scope: Scope) -> None:
-        self.protocol, self.scope = protocol, scope
-        self.requests: list[Request] = []
-        self.is_done = False
-        self.result: Any = None
-
-
-class Rounds:
-    """One role's protocols under way, over its runtime."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self._running: list[Running] = []
-        self._strands: dict[greenlet, Running | None] = {}  # programs side by side, and what each waits for
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether programs run side by side."""
-        return bool(self._strands)
-
-    @property
-    def _meter(self) -> Meter:
-        return self.runtime.transport.meter
-
-    def start(self, protocol: Protocol[Any]) -> Running:
-        """Takes a protocol to its first request, which joins the next round."""
-        running = Running(protocol, self._meter.scope)
-        self._advance(running, None)
-        if not running.is_done:
-            self._running.append(running)
-        return running
-
-    def finish(self, running: Running) -> Any:
-        """Runs rounds until this protocol is done; returns its result."""
-        while not running.is_done:
-            strand = getcurrent()
-            if strand in self._strands:
-                self._strands[strand] = running
-                strand.parent.switch()
-            else:
-                self._round()
-        return running.result
-
-    def run(self, protocol: Protocol[Result]) -> Result:
-        """``start`` and ``finish``."""
-        return self.finish(self.start(protocol))
-
-    def open(self, *openings: Opening) -> list[Wire]:
-        """The wires of these, and a round of everything that waits."""
-        return self.run(_opened(list(openings)))
-
-    def side_by_side(self, programs: list[Callable[[], Result]]) -> list[Result]:
-        """Runs programs that know nothing of each other, and shares their rounds: whenever all that have not ended wait
-        for one, one message carries what all of them open. Returns what each returned.
-
-        They take turns in the order in which they are given, alike on every role. A program that raises ends all, and
-        what they had asked for is forgotten.
-        """
-        assert not self._strands, "programs side by side are not nested"
-        before = list(self._running)
-        hub, results, outer = getcurrent(), {}, self._meter.exchange_scopes([self._meter.scope])
-        strands = [greenlet(program, hub) for program in programs]
-        scopes = {strand: [outer[-1]] for strand in strands}
-        self._strands = dict.fromkeys(strands)
-        try:
-            while self._strands:
-                for strand, waits in list(self._strands.items()):
-                    if waits is not None and not waits.is_done:
-                        continue
-                    self._meter.exchange_scopes(scopes[strand])
-                    given = strand.switch()
-                    scopes[strand] = self._meter.exchange_scopes([outer[-1]])
-                    if strand.dead:
-                        results[strand] = given
-                        del self._strands[strand]
-                if any(waits is not None and not waits.is_done for waits in self._strands.values()):
-                    self._round()
-        finally:
-            left, self._strands = list(self._strands), {}
-            for strand in left:  # after an error: each leaves the steps that it was in
-                self._meter.exchange_scopes(scopes[strand])
-                strand.throw()
-            if left:
-                self._running = [item for item in self._running if item in before]
-            self._meter.exchange_scopes(outer)
-        return [results[strand] for strand in strands]
-
-    def _round(self) -> None:
-        """Opens all that is asked for, and takes every protocol one request further."""
-        running, self._running = self._running, []
-        assert running, "no protocol is under way: what is waited for will never come"
-        prepared = [
-            request.prepare(self.runtime, (item.scope.phase, item.scope.kind))
-            for item in running
-            for request in item.requests
-        ]
-        opened = self.runtime.exchange([piece for piece, _ in prepared]) if prepared else []
-        finish = zip([finish for _, finish in prepared], opened, strict=True)
-        for item in running:
-            self._advance(item, finish)
-            if not item.is_done:
-                self._running.append(item)
-
-    def _advance(self, item: Running, finish: Finish | None) -> None:
-        """finish: gives for each request what makes its wire, and of what; ``None`` at the start."""
-        meter = self._meter
-        if item.scope is meter.scope:
-            self._resume(item, finish)
-        else:
-            with meter.within(item.scope):
-                self._resume(item, finish)
-
-    def _resume(self, item: Running, finish: Finish | None) -> None:
-        try:
-            if finish is None:
-                item.requests = next(item.protocol)
-            else:
-                wires = [make(of) for make, of in itertools.islice(finish, len(item.requests))]
-                item.requests = item.protocol.send(wires)
-        except StopIteration as end:
-            item.is_done, item.result, item.requests = True, end.value, []
-
-
-def _opened(openings: list[Request]) -> Protocol[list[Wire]]:
-    return (yield openings)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.dealer.roles import Parts, Runtime
-from crypten_llm.protocols.opening import Message, Overflow, Protocol, Secret, Wire, masked
+from crypten_llm.protocols.opening import Message
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Overflow, Secret, Wire, masked
 from crypten_llm.roles import CLIENT, OWNER
 
 
@@ -30,8 +32,8 @@ def multiply(runtime: Runtime, x: Wire, y: Wire, scale: int | None = None, bits:
     Shapes: any two that broadcast. scale, bits: of the result, where the caller knows better than the sum of the
     factors' (a power of two that was chosen to bring x into a range).
 
-    Error: none. Cost: dealer, for an element of the result, the w bits of its ring; and where a factor was lifted from n
-    bits, w - n, where both were, also w - n - n'.
+    Error: none. Cost: dealer, for an element of the result, the w bits of its ring; and where a factor was lifted from
+    n bits, w - n, where both were, also w - n - n'.
     Raises: Overflow when the declared result does not fit the narrower of the two widths.
     Source: Beaver (CRYPTO 1991), with the factors' openings shared by all products as in Turbospeedz (ACNS 2019).
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from crypten_llm.kernels import ring
 from crypten_llm.protocols.dealer.roles import Runtime
 from crypten_llm.protocols.fits import Fit
-from crypten_llm.protocols.opening import Overflow, Secret, Wire
+from crypten_llm.protocols.secret import Overflow, Secret, Wire
 from crypten_llm.roles import CLIENT, OWNER
 
 BLOCK = 1 << 14  # elements at a time, so that a block's shares stay in cache, and in memory

@@ -26,7 +26,8 @@ from crypten_llm.engines.wire.handles import Reshaped, Scaled, value
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.dealer.roles import Piece
-from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Overflow, Secret, as_secret
 from crypten_llm.roles import DEALER, OWNER
 from eviction.operations import Handle
 

@@ -17,7 +17,9 @@ from crypten_llm.engines.wire.numbers import ENOUGH, FACTOR, as_units, bits_for,
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.protocols import fits, lookup, products, smooth
 from crypten_llm.protocols.dealer.shapes import shape_only
-from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Overflow, Secret
 from crypten_llm.protocols.smooth import normalize
 
 if TYPE_CHECKING:

@@ -40,7 +40,9 @@ from crypten_llm.engines.wire.numbers import (
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import fits, products, smooth
-from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, as_secret, joined
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Overflow, Secret, Wire, as_secret, joined
 from crypten_llm.protocols.smooth import normalize
 
 if TYPE_CHECKING:

@@ -16,7 +16,9 @@ from crypten_llm.engines.wire.handles import Handle, Picks, Weights, roomy, valu
 from crypten_llm.engines.wire.numbers import SCATTERED, bits_for, whole_bytes
 from crypten_llm.engines.wire.operations import operation, unit, valued
 from crypten_llm.protocols import products
-from crypten_llm.protocols.opening import Opening, Protocol, Request, Secret, Wire, shares_of
+from crypten_llm.protocols.opening import Opening, Request
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Secret, Wire, shares_of
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine

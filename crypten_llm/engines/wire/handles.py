@@ -17,7 +17,9 @@ import torch
 
 from crypten_llm.engines.wire.numbers import ROOM, ROW_BITS, WireConfig, whole_bytes
 from crypten_llm.protocols import products
-from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Overflow, Secret, Wire, as_secret
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
