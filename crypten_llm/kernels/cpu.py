@@ -309,6 +309,20 @@ def _combine(
 
 
 @compiled
+def _coefficients(
+    m: np.ndarray, shift: int, scale: float, cosine: np.ndarray, sine: np.ndarray, out: np.ndarray
+) -> None:
+    modes = cosine.shape[0]
+    for i in range(m.shape[0]):
+        c1, s1 = _cos_sin(m[i], shift)
+        c, s = c1, s1
+        for j in range(modes):
+            out[j, i] = np.int64(np.rint(scale * (cosine[j] * c + sine[j] * s)))
+            out[modes + j, i] = np.int64(np.rint(scale * (cosine[j] * s - sine[j] * c)))
+            c, s = c * c1 - s * s1, s * c1 + c * s1
+
+
+@compiled
 def _turned(cosine: np.ndarray, sine: np.ndarray, m: np.uint64) -> tuple[np.ndarray, np.ndarray]:
     c1, s1 = _cos_sin(m, 0)
     c, s = c1, s1
@@ -333,6 +347,13 @@ def combine(
     flat = _flat(opened)
     out = np.full(flat.size, constant % 2**64, dtype=np.uint64).view(np.int64)  # the sum fits, its terms need not
     _combine(flat, shift, scale, cosine.numpy(), sine.numpy(), shares.numpy(), out)
+    return torch.from_numpy(out)
+
+
+def coefficients(opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor) -> Tensor:
+    flat = _flat(opened)
+    out = np.empty((2 * len(cosine), flat.size), dtype=np.int64)
+    _coefficients(flat, shift, scale, cosine.numpy(), sine.numpy(), out)
     return torch.from_numpy(out)
 
 
@@ -365,6 +386,7 @@ def _unsigned(words: Tensor) -> np.ndarray:
     return words.contiguous().numpy().view(np.uint64)
 
 
+xor_rows = tables.xor_rows
 turn_table, read_table = tables.turn_table, tables.read_table
 turn_signs, read_signs = tables.turn_signs, tables.read_signs
 turn_bits, read_bits = tables.turn_bits, tables.read_bits

@@ -76,6 +76,16 @@ class Kernels(Protocol):
     def turned(self, cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
         """Coefficients float64 [modes] of f(x + shift) from those of f, for a shift of turns / 2^64."""
 
+    def coefficients(self, opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Words [2 modes, N]: the A_j of ``combine``, then the B_j."""
+
+    # Rows of a table.
+
+    def xor_rows(self, table: Tensor, rows: Tensor) -> Tensor:
+        """Int32 [T, H]: the exclusive or of the rows of ``table``, int32 [V, H], of which ``rows``, words
+        [T, ceil(V / 64)], has a bit: row v that of word v // 64 with the value 2^(v % 64).
+        """
+
     # Tables turned by a mask. words: [N, 2^m] of a table; they are overwritten, and returned.
 
     def turn_table(self, table: Tensor, places: Tensor, words: Tensor) -> Tensor:

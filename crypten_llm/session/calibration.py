@@ -79,8 +79,14 @@ class _Recorder(PlainEngine):
         return mixed
 
     def swiglu(self, gate: Handle, up: Handle) -> Handle:
-        self._note("swiglu", gate)
+        self._note("swiglu gates", gate)
+        self._note("swiglu up", up)
         return super().swiglu(gate, up)
+
+    def residual(self, x: Handle, y: Handle) -> Handle:
+        out = super().residual(x, y)
+        self._note("residual", out)
+        return out
 
 
 @torch.no_grad()
