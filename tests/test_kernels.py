@@ -256,6 +256,7 @@ def test_trigonometric_sums(shift, modes, scale):
         assert dealt.shape == (2 * modes, count)
         for constant in (0, -5, 3 << 62, -(1 << 70)):
             both("combine", angle, shift, scale, cosine, sine, words(2 * modes, count), constant)
+        assert both("coefficients", angle, shift, scale, cosine, sine).shape == (2 * modes, count)
 
 
 def test_trigonometric_sums_of_any_layout():

@@ -186,11 +186,32 @@ def combine(
     return _words(results, (len(results),))
 
 
+def coefficients(opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor) -> Tensor:
+    modes, columns = len(cosine), []
+    for m in _integers(opened):
+        waves = list(zip(_multiples(m, shift, modes), cosine.tolist(), sine.tolist(), strict=True))
+        first = [round(scale * (a * c + b * s)) for (c, s), a, b in waves]
+        columns.append(first + [round(scale * (a * s - b * c)) for (c, s), a, b in waves])
+    return _words((column[row] for row in range(2 * modes) for column in columns), (2 * modes, opened.numel()))
+
+
 def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
     both = zip(_multiples(turns, 0, len(cosine)), cosine.tolist(), sine.tolist(), strict=True)
     pairs = [(a * c + b * s, b * c - a * s) for (c, s), a, b in both]
     made = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
     return made[:, 0].clone(), made[:, 1].clone()
+
+
+# Rows of a table.
+
+
+def xor_rows(table: Tensor, rows: Tensor) -> Tensor:
+    found = torch.zeros(len(rows), table.shape[1], dtype=torch.int32)
+    for t, row in enumerate(rows.tolist()):
+        for v, entries in enumerate(table):
+            if row[v // 64] % 2**64 >> v % 64 & 1:
+                found[t] ^= entries
+    return found
 
 
 # Tables turned by a mask.
