@@ -15,7 +15,7 @@ import torch
 from crypten_llm.kernels import cpu, reference, ring
 
 EDGES = [0, 1, -1, 2**63 - 1, -(2**63), 2**62, 0x0123456789ABCDEF]
-OVERWRITTEN = {"turn_table": "words", "turn_signs": "words", "turn_bits": "words"}  # by what says so
+OVERWRITTEN = dict.fromkeys(("turn_table", "turn_signs", "turn_bits", "flip_places"), "words")  # by what says so
 
 
 def words(*shape, seed=0, bound=2**63):
