@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from kernel_twins import both, words
 from wire_parties import play, reconstruct, run
 
 from crypten_llm.protocols import embedding
@@ -81,12 +80,3 @@ def test_what_does_not_fit_is_refused():
         run(looked_up, integers + 1, 22, torch.tensor([0]))
     with pytest.raises(ValueError, match="token id 4 is not in a vocabulary of 4"):
         run(looked_up, integers, 22, torch.tensor([4]))
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-@pytest.mark.parametrize(("rows", "hidden"), [(1, 1), (64, 4), (65, 0), (200, 9)])
-def test_exclusive_or_of_rows(count, rows, hidden):
-    entries = words(rows, hidden, bound=2**31).to(torch.int32)
-    sets = words(count, -(-rows // 64), seed=rows)
-    found = both("xor_rows", entries, sets)
-    assert found.shape == (count, hidden)

@@ -105,7 +105,7 @@ def combine(
 
 
 def coefficients(opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor) -> Tensor:
-    flat = _flat(opened)
+    flat = opened.reshape(-1).numpy()
     out = np.empty((2 * len(cosine), flat.size), dtype=np.int64)
     _coefficients(flat, shift, scale, cosine.numpy(), sine.numpy(), out)
     return torch.from_numpy(out)

@@ -129,4 +129,8 @@ class Message:
         return Piece(self.shape, self.bits, cell, self.words, sender=self.sender), lambda words: words
 
 
-Request = Opening | Message
+class Request(Protocol):
+    """What a protocol yields: an opening of any kind, or a message."""
+
+    def prepare(self, runtime: Runtime, cell: Cell) -> tuple[Piece, Callable[[Tensor | None], Any]]:
+        """What travels, and what makes of the sum, ``None`` at the dealer, what the protocol is sent."""
