@@ -134,7 +134,11 @@ def generate(
     key, x = np.empty((4, LANES), np.uint32), np.empty((16, LANES), np.uint32)
     words = np.empty((8 if size == 1 else 16, LANES), np.uint64)
     s, t = np.empty((2, LANES), np.uint64), np.empty(LANES, np.uint64)
-    running, found, difference = np.empty((size, half), np.uint64), np.empty(size, np.uint64), np.empty((size, 1), np.uint64)
+    running, found, difference = (
+        np.empty((size, half), np.uint64),
+        np.empty(size, np.uint64),
+        np.empty((size, 1), np.uint64),
+    )
     for start in range(0, alpha.shape[0], half):
         count = min(half, alpha.shape[0] - start)
         for i in range(LANES):
@@ -165,7 +169,10 @@ def generate(
                 right = (words[2, i] ^ words[2, other] ^ bit) & one
                 cw_flags[level, n] = np.uint8(left | (right << one))
                 seed = words[2 * lose, i] ^ words[2 * lose, other]
-                cw_seeds[level, n, 0], cw_seeds[level, n, 1] = seed & ~one, words[2 * lose + 1, i] ^ words[2 * lose + 1, other]
+                cw_seeds[level, n, 0], cw_seeds[level, n, 1] = (
+                    seed & ~one,
+                    words[2 * lose + 1, i] ^ words[2 * lose + 1, other],
+                )
                 difference[:, 0] = np.uint64(0)
                 for lane, sign in ((other, 1), (i, -1)):
                     _value(words, SEEDS + lose * size, lane, modulus, found)

@@ -13,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import reference_places, reference_trigonometry
+from crypten_llm.kernels import reference_places, reference_trigonometry, reference_wide
 from crypten_llm.kernels.reference_words import as_words, indices, integers, signed, write
 from crypten_llm.kernels.ring import DIGITS, SIGNS
 
@@ -56,19 +56,19 @@ def matmul_nn(x: Tensor, w: Tensor) -> Tensor:
     )
 
 
-# What travels: one long number, whose lowest ``bits`` are the first word.
+# What travels, and numbers in limbs.
 
-
-def pack(words: Tensor, bits: int) -> Tensor:
-    number = 0
-    for place, value in enumerate(integers(words)):
-        number |= value % 2**bits << place * bits
-    return torch.tensor(list(number.to_bytes((words.numel() * bits + 7) // 8, "little")), dtype=torch.uint8)
-
-
-def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-    number = int.from_bytes(bytes(data.tolist()), "little")
-    return as_words((number >> place * bits & 2**bits - 1 for place in range(math.prod(shape))), shape)
+pack, unpack = reference_wide.pack, reference_wide.unpack
+hide_wide, show_wide = reference_wide.hide_wide, reference_wide.show_wide
+reduce_wide, widen = reference_wide.reduce_wide, reference_wide.widen
+add_wide, subtract_wide = reference_wide.add_wide, reference_wide.subtract_wide
+multiply_wide, sum_wide = reference_wide.multiply_wide, reference_wide.sum_wide
+shift_wide, drop_wide = reference_wide.shift_wide, reference_wide.drop_wide
+add_ones, subtract_ones = reference_wide.add_ones, reference_wide.subtract_ones
+multiply_ones, sum_ones = reference_wide.multiply_ones, reference_wide.sum_ones
+power_ones, rotate_ones = reference_wide.power_ones, reference_wide.rotate_ones
+turned_exponents, read_exponents = reference_wide.turned_exponents, reference_wide.read_exponents
+window_ones = reference_wide.window_ones
 
 
 def hide(share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:

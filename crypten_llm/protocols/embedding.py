@@ -62,7 +62,9 @@ def own_table(
             words = own ^ mask
         (hidden_words,) = yield [Message(OWNER, piece, bits, words)]
         parts.append(own if value is not None else mask if hidden_words is None else hidden_words)
-    held = None if parts[0] is None or parts[0].is_meta else torch.cat([low_bits(p, bits).to(torch.int32) for p in parts])
+    held = (
+        None if parts[0] is None or parts[0].is_meta else torch.cat([low_bits(p, bits).to(torch.int32) for p in parts])
+    )
     return OwnedTable(torch.Size(shape), scale, bits, held)
 
 

@@ -181,7 +181,11 @@ def normalized(
         return both if limbs == 2 else torch.cat([both, torch.zeros_like(both)], -1)
 
     key.deal(lambda: payload(lambda f: 1 - 2 * f).reshape(rows, 4))
-    flipped = runtime.deal((rows, 2), lambda: _limbs(payload(lambda f: f), width)[..., :limbs] if width > 64 else payload(lambda f: f)[..., 0], width).held
+    flipped = runtime.deal(
+        (rows, 2),
+        lambda: _limbs(payload(lambda f: f), width)[..., :limbs] if width > 64 else payload(lambda f: f)[..., 0],
+        width,
+    ).held
     steps = [1 << (top - 2 * j) for j in range(1, last + 1)]
     checks = [0, 1 << (top - 1)]
     made: list[tuple[Tensor, Tensor]] = []
