@@ -230,16 +230,35 @@ class Kernels(Protocol):
     def read_bits(self, words: Tensor, opened: Tensor, flips: Tensor, one: int) -> Tensor:
         """Words [N, T]: words[i, t, opened_it], or ``one`` less it where flips is 1."""
 
-    # Comparison keys (see ``kernels.dcf``).
+    # Comparison keys (see ``kernels.keys``). A payload is one number modulo ``modulus``, V = 1 word; or, for modulus 0,
+    # two numbers modulo 2^128, V = 4 words, limbs.
 
-    def compare_keys(self, alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, bits: int) -> list[Tensor]:
-        """What both parties' keys for x < alpha with payload beta have in common: seeds, values, flags.
+    def compare_keys(
+        self, alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, levels: int, modulus: int
+    ) -> list[Tensor]:
+        """What both parties' keys for x < alpha with payload beta have in common: seeds [levels, N, 2], values
+        [levels, N, V], leaves [levels + 1, N, V], flags uint8 [levels, N].
 
-        alpha: words [N] below 2^bits. beta: words [N, 2]. seed0, seed1: words [N, 2].
+        alpha: limbs [N, A] below 2^levels. beta: words [N, V]. seed0, seed1: words [N, 2].
         """
 
-    def compare(self, seed: Tensor, common: list[Tensor], party: int, points: Tensor) -> Tensor:
-        """This party's share of beta * 1{x < alpha} at K points of each of N keys: words [N, K, 2]; points [N, K]."""
+    def compare(
+        self,
+        seed: Tensor,
+        common: list[Tensor],
+        party: int,
+        opened: Tensor,
+        width: int,
+        thresholds: Tensor,
+        stops: Tensor,
+        modulus: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Of points p = opened - threshold modulo 2^width: this party's share of beta * 1{p' < alpha}, words [N, K, V],
+        and bit width - 1 of p, words [N, K].
+
+        opened: limbs [N, A]; thresholds: limbs [K, A]. p' and alpha are compared from bit width - 2 of p down to bit
+        stops_k, int64 [K]; alpha has ``levels`` bits from there down.
+        """
 
 
 # Short arithmetic that torch does alike on every device.
@@ -280,17 +299,6 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
                     raise ValueError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not broadcast")
                 result[place] = size
     return tuple(result)
-
-
-def key_sizes(bits: int, count: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what both parties' keys for ``count`` comparisons have in common, in the order they travel:
-    correction words of the seeds, of the values, and the left control bit and twice the right one.
-    """
-    return [
-        ((bits, count, 2), torch.int64),
-        ((bits + 1, count, 2), torch.int64),
-        ((bits, count), torch.uint8),
-    ]
 
 
 def on(device: torch.device | str) -> Kernels:

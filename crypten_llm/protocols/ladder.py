@@ -88,7 +88,7 @@ class _Ladder:
             seeds,
             self._unpacked(values, self.levels),
             self._unpacked(leaves, self.levels + 1),
-            kernels.unpack(flags, 2, (self.levels, self.rows)),
+            kernels.unpack(flags, 2, (self.levels, self.rows)).to(torch.uint8),
         ]
         stops = torch.tensor([max(self.low, t.bit_length() - 1 - FINE) for t in thresholds])
         points = _constants(thresholds, self.width)
@@ -159,9 +159,16 @@ def exponent(
 
 
 def normalized(
-    runtime: Runtime, opened: Opened, shape: Sequence[int], width: int, top: int, least: int, fraction: int
+    runtime: Runtime,
+    opened: Opened,
+    shape: Sequence[int],
+    width: int,
+    top: int,
+    least: int,
+    fraction: int,
+    base: int = 2,
 ) -> tuple[Secret, Secret, Tensor]:
-    """z 4^k / 2^top at ``fraction`` bits, and 2^k, for the secret k that brings the first to [1/4, 1); and XOR shares
+    """z 4^k / 2^top at ``fraction`` bits, and base^k, for the secret k that brings the first to [1/4, 1); and XOR shares
     [..., 2] of z being negative, and of z >= 2^(top - 1).
 
     opened: z in [2^least, 2^top), modulo 2^width with width > top, limbs. Smaller numbers end below 1/4, of which the
@@ -181,11 +188,7 @@ def normalized(
         return both if limbs == 2 else torch.cat([both, torch.zeros_like(both)], -1)
 
     key.deal(lambda: payload(lambda f: 1 - 2 * f).reshape(rows, 4))
-    flipped = runtime.deal(
-        (rows, 2),
-        lambda: _limbs(payload(lambda f: f), width)[..., :limbs] if width > 64 else payload(lambda f: f)[..., 0],
-        width,
-    ).held
+    flipped = runtime.deal((rows, 2), lambda: _limbs(payload(lambda f: f), width), width).held
     steps = [1 << (top - 2 * j) for j in range(1, last + 1)]
     checks = [0, 1 << (top - 1)]
     made: list[tuple[Tensor, Tensor]] = []
@@ -208,7 +211,7 @@ def normalized(
         smaller, constant = below()
         apart = _constants([high - low for low, high in zip(table, table[1:], strict=False)], width)
         terms = kernels.multiply_wide(smaller[:, : len(steps), number], apart[None], width)
-        return kernels.add_wide(kernels.sum_wide(terms, width), constant[:, number], width)
+        return kernels.add_wide(kernels.sum_wide(terms, width)[:, 0], constant[:, number], width)
 
     def scaled() -> Tensor:
         powers = [4**j for j in range(last + 1)]
@@ -217,13 +220,13 @@ def normalized(
         return kernels.drop_wide(found, width, top - fraction, runtime.rounds_up).view(tuple(shape))
 
     def power() -> Tensor:
-        return times([2**j for j in range(last + 1)], 0)[..., 0].reshape(tuple(shape))
+        return times([base**j for j in range(last + 1)], 0)[..., 0].reshape(tuple(shape))
 
     def beyond() -> Tensor:
         bits = below()[0][:, len(steps) :, 0, 0]
         return torch.stack([bits[:, 0], runtime.plus(bits[:, 1], 1)], 1).view(*shape, 2) & 1
 
-    bits = last + 1
+    bits = (base**last).bit_length()
     return (
         Secret(runtime.share(shape, scaled), fraction, width - top + fraction, 0),
         Secret(runtime.share(shape, power), 0, bits + 2, bits),

@@ -21,6 +21,7 @@ from crypten_llm.protocols.lookup import index_bits
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Secret
+from crypten_llm.roles import OWNER
 from crypten_llm.protocols.wide import Lifted, Opened, WideOpening, lift, lifted_share, limbs_for, to_lift
 
 ROOT = 16  # fractional bits of the inverse root, which is 1 to 2 before its power of two
@@ -52,7 +53,7 @@ def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int
     14. A row: some 350 bits each way and 6 kB of the dealer's.
     Source: the normalisation by a secret power of two as in Catrina and Saxena (FC 2010); the rest is ours.
     """
-    kernels, scale, (*rows, size) = runtime.kernels, x.scale, x.shape
+    scale, (*rows, size) = x.scale, x.shape
     top = 2 * (limit + scale)  # the domain's squares are below 2^(top - 1), and what is still lifted below 2^squares
     squares = top + math.ceil(SLACK) + index_bits(size) + 1
     cut = top // 2 + ROOT - fraction
@@ -62,10 +63,10 @@ def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int
     total = _sum_of_squares(runtime, lifted, squares, round(eps * size * 2 ** (2 * scale)))
     (sums,) = yield [WideOpening(total, rows, squares)]
     least = max(1, math.floor(math.log2(eps * size)) + 2 * scale)
-    scaled, power, beyond = normalized(runtime, sums, rows, squares, top, least)
+    scaled, power, beyond = normalized(runtime, sums, rows, squares, top, least, FACTORS)
     fit = fits.stored("inverse root")
     unit_wire, power_wire = yield [
-        Opening(scaled, truncate=top - FACTORS, ring=top + fit.period, function=True),
+        Opening(scaled, ring=FACTORS + fit.period, function=True),
         to_lift(runtime, power),
     ]
     root = _inverse_root(
@@ -85,7 +86,7 @@ def _sum_of_squares(runtime: Runtime, x: Lifted, bits: int, more: int) -> Tensor
 
     def masks() -> Tensor:
         words = kernels.widen(x.mask, bits, False)
-        return kernels.sum_wide(kernels.multiply_wide(words, words, bits), bits)
+        return kernels.sum_wide(kernels.multiply_wide(words, words, bits), bits)[..., 0, :]
 
     squared = runtime.deal(shape[:-1], masks, bits).held
 
@@ -100,7 +101,7 @@ def _sum_of_squares(runtime: Runtime, x: Lifted, bits: int, more: int) -> Tensor
         rest = kernels.subtract_wide(
             kernels.shift_wide(bit, n, bits), kernels.shift_wide(x.where_unwrapped(pairs), n + 1, bits), bits
         )
-        summed = kernels.sum_wide(kernels.add_wide(product, rest, bits), bits)
+        summed = kernels.sum_wide(kernels.add_wide(product, rest, bits), bits)[..., 0, :]
         known = kernels.widen(torch.full(shape[:-1], runtime.plus(0, more), dtype=torch.int64), bits, False)
         return kernels.add_wide(kernels.add_wide(summed, squared, bits), known, bits)
 
@@ -133,7 +134,7 @@ def _inverse_root(runtime: Runtime, public: Tensor | None, mask: Tensor, power: 
         known = kernels.add_wide(known, kernels.shift_wide(power.where_unwrapped(wraps), n, bits), bits)
         products = kernels.subtract_wide(known, masked, bits)
         terms = kernels.multiply_wide(kernels.widen(factors, bits, True), products, bits)
-        total = kernels.sum_wide(terms.movedim(0, -2), bits)
+        total = kernels.sum_wide(terms.movedim(0, -2), bits)[..., 0, :]
         constant = round(fit.constant * 2.0 ** (2 * FACTORS))
         first = kernels.widen(torch.full(shape, constant, dtype=torch.int64), bits, True)
         total = kernels.add_wide(total, kernels.multiply_wide(first, lifted_share(runtime, power), bits), bits)
@@ -181,4 +182,4 @@ def _words(words: Tensor, bits: int) -> Tensor:
 
 def _owned(runtime: Runtime, words: Tensor) -> Tensor:
     """Public limbs at the owner, zeros at the client: shares of them."""
-    return runtime.input(0, words.shape, lambda: words)
+    return runtime.input(OWNER, words.shape, lambda: words)

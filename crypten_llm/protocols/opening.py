@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -134,3 +135,4 @@ class Request(Protocol):
 
     def prepare(self, runtime: Runtime, cell: Cell) -> tuple[Piece, Callable[[Tensor | None], Any]]:
         """What travels, and what makes of the sum, ``None`` at the dealer, what the protocol is sent."""
+        ...

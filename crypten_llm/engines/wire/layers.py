@@ -153,5 +153,6 @@ def _carried(engine: TrackedEngine, out: Tracked, x: Tracked, y: Tracked) -> tor
 def residual(engine: WireEngine, x: Handle, y: Handle) -> Protocol[Secret]:
     """x + y in the ring of hidden states. Error: a unit of ``hidden`` bits. Cost: none."""
     c = engine.config
-    x, y = (at(engine, (yield from value(engine, part)), c.hidden) for part in (x, y))
+    x = at(engine, (yield from value(engine, x)), c.hidden)
+    y = at(engine, (yield from value(engine, y)), c.hidden)
     return Secret(x.share + y.share, c.hidden, min(x.width, y.width, c.hidden_width), c.hidden_bits)
