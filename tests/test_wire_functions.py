@@ -132,7 +132,13 @@ def test_angles_are_computed_to_the_last_bits():
 
 
 @pytest.mark.parametrize(
-    ("kernel", "types"), [("_cos_sin", "(int64, int64)"), ("_turned", "(f8[::1], f8[::1], uint64)")]
+    ("kernel", "types"),
+    [
+        ("_cos_sin", "(int64, int64)"),
+        ("_turned", "(f8[::1], f8[::1], uint64)"),
+        ("_combine", "(i8[::1], int64, float64, f8[::1], f8[::1], i8[:, ::1], i8[::1])"),
+        ("_add_cosines", "(i8[::1], int64, i8[::1], f8[::1], i8[::1], i8[:, :, ::1], i8[::1])"),
+    ],
 )
 def test_public_factors_do_not_depend_on_the_machine(kernel, types):
     """Both parties must agree on them to the last bit: no call of a mathematical library, nothing contracted."""

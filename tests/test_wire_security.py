@@ -8,6 +8,7 @@ from wire_parties import CLIENT, DEALER, OWNER, key, open_wires, play, run, shar
 from crypten_llm.insecure.audit import MaskReused
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.protocols import fits, products, smooth
+from crypten_llm.protocols.activation import SILU, activate
 from crypten_llm.protocols.dealer.randomness import Stream
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.secret import Secret
@@ -60,6 +61,10 @@ def weights(runtime, integers):
     play(runtime, products.own(runtime, value, (64, COUNT // 64), 0))
 
 
+def activation(runtime, integers):
+    play(runtime, activate(runtime, share(runtime, integers, scale=14, width=28), SILU))
+
+
 PROTOCOLS = {  # what a party that sends anything sends, message by message, in (words, bits of each)
     "narrow opening": (ordinary(37, truncate=9), [[(COUNT, 37)]]),
     "lifted opening": (ordinary(48, truncate=16, lifted=64), [[(COUNT, 48)]]),
@@ -67,6 +72,7 @@ PROTOCOLS = {  # what a party that sends anything sends, message by message, in 
     "tiny ring": (lambda runtime, x: ordinary(8, bits=1)(runtime, x % 2), [[(COUNT, 8)]]),
     "function": (function(19), [[(COUNT, 19)]]),
     "products": (reopened_product, [[(COUNT, 64), (COUNT, 40)], [(COUNT, 64)], [(COUNT, 64)]]),
+    "activation": (activation, [[(COUNT, 28)], [(COUNT, 19), (2 * COUNT // 8, 8)]]),  # two bits an element, as bytes
     "token lookup": (tokens, [[(8 * COUNT, 32)]]),
     "weights": (weights, [[(COUNT, 64)]]),
 }
@@ -75,6 +81,12 @@ DEALT = {  # what the dealer sends the client, in order: the bits of the ring th
     "lifted opening": [(2 * COUNT, 64)],
     "function": [(2 * fits.stored("exp").modes * COUNT, 64)],
     "products": [(2 * COUNT, 64), (2 * COUNT, 64), (COUNT, 64)],  # lifting, a product with two masks, a square
+    "activation": [  # words of the cosines, places, lifting, two products by a bit
+        *((2 * COUNT, 33 - 2 * mode) for mode in range(7)),
+        (256 // 8 * COUNT, 8),
+        (2 * COUNT, 26 - 19),
+        *[(COUNT, 26), (COUNT, 26), (COUNT, 26 - 19), (COUNT, 28), (COUNT, 28)],
+    ],
     "token lookup": [(8 * COUNT, 32)],
 }
 
