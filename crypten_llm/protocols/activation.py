@@ -37,7 +37,7 @@ FRACTION = 14  # bits of x', of what is opened of f(x), and of a position
 SCALE, WIDTH = 16, 28  # of the result
 LEAST = 32  # positions
 MARGIN = 2  # positions at either end that are near it
-_RING = FRACTION + PERIOD  # of x', whose ring is the period of the cosines
+RING = FRACTION + PERIOD  # of x', whose ring is the period of the cosines
 _RESULT = WIDTH - SCALE + FRACTION  # of f(x) at FRACTION bits, to which it is lifted
 _SUM = 2 * FRACTION  # fractional bits of the sum of cosines
 _GUARD = 1  # bits of a word beyond what its coefficient's size asks for
@@ -104,7 +104,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-SILU = Activation("silu", torch.nn.functional.silu, 7, 2, 6, 6.0, 3)
+SILU = Activation("silu", torch.nn.functional.silu, 2, 0, 5, 6.0, 3)
 GELU = Activation("gelu", _gelu, 1, 0, 4, 2.4, 2)
 GELU_TANH = Activation("gelu tanh", _gelu_tanh, 1, 0, 4, 2.4, 2)
 
@@ -165,7 +165,7 @@ def activate(
             f"share valid modulo 2^{WIDTH}"
         )
     truncate = x.scale - FRACTION
-    (wire,) = yield [Opening(x, truncate=truncate, ring=_RING + truncate, function=True)]
+    (wire,) = yield [Opening(x, truncate=truncate, ring=RING + truncate, function=True)]
     near = _near(runtime, wire, activation)
     bits_of = _bits(runtime, wire, activation.sets(positions))
     opened, chosen = yield [Opening(near, truncate=_SUM - FRACTION, lifted=_RESULT), bit_opening(bits_of[..., :2])]
@@ -180,7 +180,7 @@ def activate(
 def _near(runtime: Runtime, wire: Wire, activation: Activation) -> Secret:
     """f(x) - middle by cosines, which holds inside; at 28 fractional bits. Dealer: the words of each mode."""
     kernels, fit, modes = runtime.kernels, activation.fit, _modes(activation.name)
-    width, turn = activation.opened + _SUM - FRACTION, 64 - _RING
+    width, turn = activation.opened + _SUM - FRACTION, 64 - RING
     factors = torch.tensor([mode.coefficient * 2.0**mode.public for mode in modes], dtype=torch.float64)
     scales = torch.tensor([2.0**mode.dealt for mode in modes], dtype=torch.float64)
     ups = torch.tensor([mode.up for mode in modes])

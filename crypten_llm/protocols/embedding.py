@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,10 +63,13 @@ def own_table(
             words = own ^ mask
         (hidden_words,) = yield [Message(OWNER, piece, bits, words)]
         parts.append(own if value is not None else mask if hidden_words is None else hidden_words)
-    held = (
-        None if parts[0] is None or parts[0].is_meta else torch.cat([low_bits(p, bits).to(torch.int32) for p in parts])
-    )
-    return OwnedTable(torch.Size(shape), scale, bits, held)
+    return OwnedTable(torch.Size(shape), scale, bits, _joined(parts, bits))
+
+
+def _joined(parts: list[Any], bits: int) -> Tensor | None:
+    if parts[0] is None or parts[0].is_meta:
+        return None
+    return torch.cat([low_bits(part, bits).to(torch.int32) for part in parts])
 
 
 def look_up(runtime: Runtime, ids: Tensor | None, count: int, table: OwnedTable) -> Protocol[Secret]:

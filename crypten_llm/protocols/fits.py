@@ -125,9 +125,8 @@ class EvenTarget:
 
 
 def _silu_even(x: Tensor) -> Tensor:
-    """silu(7/4 x) - 7/8 x."""
-    x = x * 1.75
-    return x / 2 * (x / 2).tanh()
+    """silu(2 x) - x."""
+    return x * x.tanh()
 
 
 def _gelu_even(x: Tensor) -> Tensor:
@@ -141,7 +140,7 @@ def _gelu_tanh_even(x: Tensor) -> Tensor:
 
 
 EVEN_TARGETS = {
-    "silu": EvenTarget(_silu_even, 7.0, 7),
+    "silu": EvenTarget(_silu_even, 6.0, 7),
     "gelu": EvenTarget(_gelu_even, 5.0, 4),
     "gelu tanh": EvenTarget(_gelu_tanh_even, 5.0, 4),
 }

@@ -21,8 +21,8 @@ from crypten_llm.protocols.lookup import index_bits
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Secret
-from crypten_llm.roles import OWNER
 from crypten_llm.protocols.wide import Lifted, Opened, WideOpening, lift, lifted_share, limbs_for, to_lift
+from crypten_llm.roles import OWNER
 
 ROOT = 16  # fractional bits of the inverse root, which is 1 to 2 before its power of two
 FACTORS = 26  # fractional bits of the public and of the dealt factors of its trigonometric sum

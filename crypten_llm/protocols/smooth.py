@@ -10,11 +10,9 @@ stays secret: the parties get shares of the scaled value and of the power's root
 import torch
 from torch import Tensor
 
-from crypten_llm.kernels import ring
 from crypten_llm.protocols.dealer.roles import Runtime
 from crypten_llm.protocols.fits import Fit
-from crypten_llm.protocols.secret import Overflow, Secret, Wire
-from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.protocols.secret import Secret, Wire
 
 BLOCK = 1 << 14  # elements at a time, so that a block's shares stay in cache, and in memory
 

@@ -17,10 +17,10 @@ from crypten_llm.engines.wire.numbers import ENOUGH, FACTOR, as_units, bits_for,
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.protocols import fits, lookup, products, smooth
 from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.ladder import normalized
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret
-from crypten_llm.protocols.ladder import normalized
 from crypten_llm.protocols.wide import Opened
 
 if TYPE_CHECKING:

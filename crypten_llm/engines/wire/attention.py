@@ -167,7 +167,7 @@ def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None
     if drop < 0:
         flat, drop = flat << -drop, 0
     found = yield from weigh(engine.runtime, flat, drop, counts, c.exponents, c.attention, c.mixed_width)
-    engine.checks.note_opened(found.beyond, "softmax")
+    engine.checks.note_opened(found.beyond)
     return Weights(found.weights, shape, mask)
 
 

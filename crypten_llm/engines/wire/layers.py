@@ -11,7 +11,8 @@ import torch
 
 from crypten_llm.engines.wire.handles import Handle, Normed, OneHot, Weight, add_bias, alike, at, value
 from crypten_llm.engines.wire.operations import Domain, operation, unit
-from crypten_llm.protocols import activation, embedding, products
+from crypten_llm.protocols import embedding, products
+from crypten_llm.protocols.activation import SILU, activate
 from crypten_llm.protocols.norm import unit_rows
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
@@ -87,13 +88,13 @@ def rms_norm(engine: WireEngine, x: Handle, weight: Weight, eps: float, scale: f
     """
     c = engine.config
     x = yield from value(engine, x)
-    given = x if x.scale < c.hidden else at(engine, x, c.hidden)
-    given = given.at_scale(c.hidden).narrowed(c.hidden_width)
+    given = at(engine, x, c.hidden)
+    given = Secret(given.share, c.hidden, min(given.width, c.hidden_width), min(given.bits, c.hidden_bits))
     width = weight.width or c.rotated_width
     found = yield from unit_rows(engine.runtime, given, eps, c.hidden_bits, c.row, width)
     if x.width < c.hidden_width:
         x.become(found.lifted)
-    engine.checks.note(found.beyond, "norm")
+    engine.checks.note(found.beyond)
     (wire,) = yield [Opening(found.unit)]
     return Normed(wire, weight)
 
@@ -102,13 +103,13 @@ def _activated(engine: TrackedEngine, out: Tracked, gate: Tracked, up: Tracked) 
     """The fit of silu, one unit of its value at ``up`` bits, and one of ``up``."""
     c = engine.config
     silu = torch.nn.functional.silu(gate.value)
-    slip = activation.error("silu", _largest(gate.value)) + unit(c.up)
+    slip = SILU.error + unit(c.up)
     return slip * (_largest(up.value) + unit(c.up)) + unit(c.up) * _largest(silu)
 
 
 @operation(
     bound=_activated,
-    gates=Domain("gates", lambda c: -activation.reach("silu", c.gates), lambda c: activation.reach("silu", c.gates)),
+    gates=Domain("gates", lambda c: -SILU.bound(c.gates), lambda c: SILU.bound(c.gates)),
     up=Domain("what gates are multiplied with", lambda c: -(2.0**c.up_bits), lambda c: 2.0**c.up_bits),
 )
 def swiglu(engine: WireEngine, gate: Handle, up: Handle) -> Protocol[Secret]:
@@ -118,7 +119,8 @@ def swiglu(engine: WireEngine, gate: Handle, up: Handle) -> Protocol[Secret]:
     width = 2 * c.up + c.product_width - c.product
     up_size = c.up + c.up_bits + 2
     running = engine.rounds.start(_opened(Opening(up, up.scale - c.up, ring=up_size + up.scale - c.up, lifted=width)))
-    activated = yield from activation.activate(runtime, gate, "silu", c.gates)
+    half = Secret(gate.share, gate.scale + 1, gate.width, gate.bits)  # the same integers, read as gate / 2
+    activated, _ = yield from activate(runtime, half, SILU, c.gates)
     drop = activated.scale - c.up
     (wire,) = yield [Opening(activated, drop, lifted=width)]
     assert running.is_done, "up was opened with the gate"

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 
 from crypten_llm.kernels.ring import broadcast
-from crypten_llm.protocols import activation
+from crypten_llm.protocols.activation import FRACTION, RING, SILU
 from crypten_llm.protocols.softmax import MANTISSA, OPENED, Exponents
 
 PRECISION = 20  # bits of what is compared, with one for a difference; scores below 2^6 keep 13 fractional bits
@@ -36,7 +36,7 @@ class WireConfig:
     Fractional bits: hidden, of hidden states; row, of rows that a norm has divided by their length; weight, of the
     weights that these meet; other_weight, of W_o and W_down; rope, of its tables; key, of queries and keys; value;
     attention, of softmax weights; mixed, of what they mix before it is divided by their sum; inverse, of 1 / sum;
-    attended, of W_o's input; gate; up; product, of silu(gate) * up; activation, of policies' values.
+    attended, of W_o's input; up; product, of silu(gate) * up; activation, of policies' values.
 
     Bounds: hidden_bits, |x| < 2^hidden_bits of hidden states and of what is added to them; mixed_bits; up_bits;
     logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of softmax's exponents.
@@ -53,7 +53,6 @@ class WireConfig:
     mixed: int = 14
     inverse: int = 16
     attended: int = 16
-    gate: int = 14
     up: int = 13
     product: int = 11
     activation: int = 14
@@ -103,7 +102,7 @@ class WireConfig:
     @cached_property
     def mlp_width(self) -> int:
         """Of gate and up, as a linear layer after a norm gives them."""
-        return activation.RING + self.row + self.weight - self.gate + 1
+        return RING + self.row + self.weight + 1 - FRACTION
 
     @cached_property
     def logits_width(self) -> int:
@@ -129,7 +128,7 @@ class WireConfig:
     def reach_of(self, name: str) -> tuple[str, float]:
         """What the owner proves of that when it loads its weights: in words, and the limit."""
         if name == "gate_proj":
-            return "gates", activation.reach("silu", self.gates)
+            return "gates", SILU.bound(self.gates)
         what = {"up_proj": "what gates are multiplied with", "lm_head": "logits", EMBEDDING: "logits"}
         return what.get(name, "queries, keys or values"), 2.0 ** self.bits_of(name)
 
