@@ -128,6 +128,11 @@ def top_bit(x: Tensor, bits: int) -> Tensor:
     return (x >> (bits - 1)) & 1
 
 
+def limbs(bits: int) -> int:
+    """Words that hold a number of ``bits``."""
+    return -(-bits // 64)
+
+
 def packed_size(count: int, bits: int) -> int:
     """Bytes that ``pack`` makes of ``count`` words."""
     return (count * bits + 7) // 8
