@@ -6,6 +6,7 @@ import torch
 
 from crypten_llm.engines.crypten.bridge import crypten
 from crypten_llm.engines.crypten.interop import CryptenBeside
+from crypten_llm.engines.wire import handles
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.insecure.audit import audited
@@ -42,8 +43,9 @@ def _there_and_back(engine, beside, value, scale, width):
         before = engine.meter.snapshot()
         (tensor,) = beside.to_crypten(Secret(share, scale, width, 7))
         back = beside.to_wire(tensor, bits=7)
-        online = (engine.meter.snapshot() - before).online
-        return show(engine, back), online.rounds, online.bytes_sent, (back.scale, back.width)
+        spent = engine.meter.snapshot() - before
+        sent = spent.online.bytes_sent, spent.dealer.bytes_received
+        return show(engine, back), spent.online.rounds, sent, (back.scale, back.width)
 
 
 @torch.inference_mode()
@@ -62,7 +64,9 @@ def at_once(engine, value):
 
 @torch.inference_mode()
 def crypten_between(engine, x, w):
-    """linear (wire) -> an operation of CrypTen -> linear (wire), for each: value, rounds and bytes."""
+    """linear (wire) -> an operation of CrypTen -> linear (wire), for each: value, rounds and bytes; and the bits in
+    which the first result is opened on its way to CrypTen.
+    """
     runtime = audited(ROLES[engine.rank])(engine.transport, engine.runtime._keys)
     engine = WireEngine(engine.transport, runtime=runtime)
     found = {}
@@ -71,13 +75,13 @@ def crypten_between(engine, x, w):
             with engine.section(name):
                 weight = engine.parameter(w if engine.rank == 0 else None, w.shape)
                 (secret,) = inputs(engine, x)
-                first = engine.linear(secret, weight)
+                first = engine.rounds.run(handles.value(engine, engine.linear(secret, weight)))
                 before = engine.meter.snapshot()
                 (tensor,) = beside.to_crypten(first)
                 result = beside.to_wire(operation(tensor), bits=10)
                 online = (engine.meter.snapshot() - before).online
                 found[name] = show(engine, engine.linear(result, weight)), online.rounds, online.bytes_sent
-    return found
+    return found, first.width - max(0, first.scale - PRECISION)
 
 
 OPERATIONS = {  # on MPCTensors and, to compare, on torch tensors

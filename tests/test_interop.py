@@ -42,7 +42,10 @@ def test_there_and_back(travelled, scale, width):
     found, took, sent, kind = travelled[scale, width]
     value, rounds = TRAVELLERS, ROUNDS[scale, width]
     assert kind == (interop_jobs.PRECISION, 64)
-    assert took == rounds and sent == rounds * (HEADER.size + packed_size(value.numel(), width))
+    dropped = max(0, scale - interop_jobs.PRECISION)  # by each party for itself, so that these bits do not travel
+    bits, count = width - dropped, value.numel()
+    opened, lifting = packed_size(count, bits), packed_size(2 * count, 64 - bits)
+    assert took == rounds and sent == ((HEADER.size + opened, HEADER.size + lifting) if rounds else (0, 0))
     exact = (value.double() * 2**scale).round() / 2**scale
     error = (found.double() - exact).abs().max()
     assert error < UNIT if scale > interop_jobs.PRECISION else error < 1e-5  # shown as float32
@@ -59,14 +62,14 @@ def test_conversions_travel_together():
 def test_crypten_between_two_operations_of_wire():
     """Products, comparisons, functions, and bits: every kind of correlation that the dealer makes for CrypTen."""
     x, w = numbers(4, 6), numbers(6, 6, seed=1, size=0.4)
-    owner, client, dealer = run(interop_jobs.crypten_between, x, w, wire=True)
+    (owner, _), (client, bits), (dealer, _) = run(interop_jobs.crypten_between, x, w, wire=True)
     for name, operation in interop_jobs.OPERATIONS.items():
         expected = operation(x @ w.T) @ w.T
         found, *online = client[name]
         bound = 0.02 if name in ("exp", "reciprocal") else 4 * UNIT
         assert (found - expected).abs().max() < bound * (1 + expected.abs().max()), name
         assert owner[name] == (None, *online) and dealer[name] == (None, 0, 0), name
-    opened = HEADER.size + 24 * 8  # the linear layer's result, of more fractional bits than CrypTen's
+    opened = HEADER.size + packed_size(24, bits)  # the linear layer's result, of more fractional bits than CrypTen's
     assert client["product"][1:] == (2, opened + HEADER.size + 2 * 24 * 8)
     assert client["square"][1:] == (2, opened + HEADER.size + 24 * 8)
 

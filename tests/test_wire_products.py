@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wire_parties import open_wires, play, reconstruct, run, share, signed
+from wire_parties import joined, open_wires, play, reconstruct, run, share, signed
 
 from crypten_llm.protocols import products
 from crypten_llm.protocols.opening import Opening
@@ -44,6 +44,40 @@ def test_multiply(left, right, shapes):
     assert torch.equal(reconstruct(outcome), x * y)
     expected = 48 if "narrow" in (left, right) else 64
     assert outcome.results[0].width == expected and outcome.results[0].bits == 24
+
+
+@st.composite
+def wire_kinds(draw, bits):
+    """Rings in which |x| < 2^bits can be opened, exact or lifted to any that is wider: by one bit, to a word."""
+    size = draw(st.integers(bits + 2, 64), "ring")
+    return dict(size=size, lifted=draw(st.sampled_from([0, *range(size + 1, 65)]), "lifted"))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_products_in_rings_of_any_size(data):
+    """Every sum of a wrap bit's power of two and the result's width, from those that leave nothing of it."""
+    bits = data.draw(st.integers(1, 12), "bits")
+    left, right = (data.draw(wire_kinds(bits), side) for side in ("left", "right"))
+    x, y = integers(3, 40, bits=bits), integers(40, seed=1, bits=bits)
+    width = min(max(kind.values()) for kind in (left, right))
+
+    def job(runtime):
+        sizes = [(x, left["size"], left["lifted"]), (y, right["size"], right["lifted"])]
+        opened = [Opening(share(runtime, z, width=size, bits=bits), lifted=wide) for z, size, wide in sizes]
+        first, second = open_wires(runtime, opened)
+        made = {"product": products.multiply(runtime, first, second, bits=min(2 * bits, width - 2))}
+        if 2 * bits < first.width:
+            made["square"] = products.square(runtime, first)
+        if 2 * bits + 6 < second.width:
+            made["sum"] = products.sum_of_squares(runtime, second, bits=2 * bits + 6)
+        return made
+
+    owner, client, _ = run(job).results
+    expected = {"product": x * y, "square": x * x, "sum": (y * y).sum(-1, keepdim=True)}
+    for name, mine in owner.items():
+        assert torch.equal(joined(mine, client[name]), signed(expected[name], mine.width)), name
+    assert owner["product"].width == width
 
 
 def test_multiply_with_a_declared_scale_and_bound():
@@ -98,8 +132,8 @@ def test_linear(kind, rows):
     assert outcome.results[0].scale == 8
 
 
-def test_linear_of_truncated_wires_uses_the_dealt_mask():
-    """A truncated wire's mask is a dealt one; its shares do not add up modulo 2^64 to what was drawn."""
+def test_linear_of_truncated_wires():
+    """They are valid modulo as many bits less, and so is the product: multiples of what is dropped come out exact."""
     x, w = integers(3, 16, bits=20), integers(4, 16, seed=1)
 
     def job(runtime):
@@ -107,7 +141,8 @@ def test_linear_of_truncated_wires_uses_the_dealt_mask():
         (wire,) = open_wires(runtime, [Opening(share(runtime, x * 2**10, width=50), truncate=10)])
         return products.linear(runtime, wire, matrix, bits=30)
 
-    assert torch.equal(reconstruct(run(job)), x @ w.t())
+    outcome = run(job)
+    assert torch.equal(reconstruct(outcome), x @ w.t()) and outcome.results[0].width == 40
 
 
 @pytest.mark.parametrize("extreme", [2**31 - 1, 1 - 2**31])
@@ -183,7 +218,7 @@ def test_a_chain_of_products_and_openings_keeps_its_bounds(data):
     """x * y truncated, times z: off by less than the truncated unit times z, whatever the widths."""
     size = data.draw(st.integers(44, 64), "ring of x")
     cut = data.draw(st.integers(0, 12), "bits dropped")
-    lifted = data.draw(st.booleans(), "lifted")
+    lifted = data.draw(st.sampled_from([0, *range(26, 65)]), "lifted")
     values = st.lists(st.integers(-(2**12) + 1, 2**12 - 1), min_size=1, max_size=8)
     x = torch.tensor(data.draw(values, "x"))
     y, z = integers(len(x), seed=1), integers(len(x), seed=2, bits=5)

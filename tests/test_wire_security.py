@@ -8,7 +8,6 @@ from wire_parties import CLIENT, DEALER, OWNER, key, open_wires, play, run, shar
 from crypten_llm.insecure.audit import MaskReused
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.protocols import fits, products, smooth
-from crypten_llm.protocols.activation import SILU, activate
 from crypten_llm.protocols.dealer.randomness import Stream
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.secret import Secret
@@ -49,6 +48,14 @@ def reopened_product(runtime, integers):
     open_wires(runtime, [Opening(products.square(runtime, wires[0]))])
 
 
+def lifted_products(runtime, integers):
+    """Of two lifted wires, and of one with itself, from rings that leave room for each wrap, and for both."""
+    wide = [Opening(share(runtime, integers, width=64, bits=20), ring=ring, lifted=64) for ring in (30, 24)]
+    first, second = open_wires(runtime, wide)
+    open_wires(runtime, [Opening(products.multiply(runtime, first, second))])
+    products.square(runtime, first)
+
+
 def tokens(runtime, integers):
     ids = integers.clamp(min=0) % 8
     table = torch.eye(8) * 2.0**10 if runtime.role == OWNER else None
@@ -61,31 +68,30 @@ def weights(runtime, integers):
     play(runtime, products.own(runtime, value, (64, COUNT // 64), 0))
 
 
-def activation(runtime, integers):
-    play(runtime, activate(runtime, share(runtime, integers, scale=14, width=28), SILU))
-
-
 PROTOCOLS = {  # what a party that sends anything sends, message by message, in (words, bits of each)
-    "narrow opening": (ordinary(37, truncate=9), [[(COUNT, 37)]]),
-    "lifted opening": (ordinary(48, truncate=16, lifted=64), [[(COUNT, 48)]]),
+    "truncated opening": (ordinary(37, truncate=9), [[(COUNT, 28)]]),
+    "lifted opening": (ordinary(48, truncate=16, lifted=64), [[(COUNT, 32)]]),
+    "lifted by one bit": (ordinary(30, lifted=31), [[(COUNT, 30)]]),
     "whole opening": (ordinary(64), [[(COUNT, 64)]]),
     "tiny ring": (lambda runtime, x: ordinary(8, bits=1)(runtime, x % 2), [[(COUNT, 8)]]),
     "function": (function(19), [[(COUNT, 19)]]),
     "products": (reopened_product, [[(COUNT, 64), (COUNT, 40)], [(COUNT, 64)], [(COUNT, 64)]]),
-    "activation": (activation, [[(COUNT, 28)], [(COUNT, 19), (2 * COUNT // 8, 8)]]),  # two bits an element, as bytes
+    "lifted products": (lifted_products, [[(COUNT, 30), (COUNT, 24)], [(COUNT, 64)]]),
     "token lookup": (tokens, [[(8 * COUNT, 32)]]),
     "weights": (weights, [[(COUNT, 64)]]),
 }
 DEALT = {  # what the dealer sends the client, in order: the bits of the ring that the shares are valid in
-    "narrow opening": [(COUNT, 37 - 9)],
-    "lifted opening": [(2 * COUNT, 64)],
+    "truncated opening": [],
+    "lifted opening": [(2 * COUNT, 64 - 32)],
+    "lifted by one bit": [(2 * COUNT, 1)],
+    "whole opening": [],
+    "tiny ring": [],
     "function": [(2 * fits.stored("exp").modes * COUNT, 64)],
-    "products": [(2 * COUNT, 64), (2 * COUNT, 64), (COUNT, 64)],  # lifting, a product with two masks, a square
-    "activation": [  # words of the cosines, places, lifting, two products by a bit
-        *((2 * COUNT, 33 - 2 * mode) for mode in range(7)),
-        (256 // 8 * COUNT, 8),
-        (2 * COUNT, 26 - 19),
-        *[(COUNT, 26), (COUNT, 26), (COUNT, 26 - 19), (COUNT, 28), (COUNT, 28)],
+    "products": [(2 * COUNT, 24), (COUNT, 64), (COUNT, 24), (COUNT, 64)],  # lifting, masks, one with a bit, a square
+    "lifted products": [
+        *[(2 * COUNT, 34), (2 * COUNT, 40)],  # lifting
+        *[(COUNT, bits) for bits in (64, 40, 34, 10)],  # masks, each with the other's bit, both bits
+        *[(COUNT, 64), (COUNT, 33)],  # the square
     ],
     "token lookup": [(8 * COUNT, 32)],
 }
@@ -96,6 +102,14 @@ def words(payload: bytes, bits: int) -> np.ndarray:
     assert len(payload) * 8 % bits == 0, f"{len(payload)} bytes are no whole number of words of {bits} bits"
     digits = np.unpackbits(np.frombuffer(payload, np.uint8), bitorder="little").reshape(-1, bits)
     return np.packbits(digits, axis=1, bitorder="little")
+
+
+def numbers(payload: bytes, bits: int) -> np.ndarray:
+    """The same as uint64."""
+    rows = words(payload, bits)
+    padded = np.zeros((len(rows), 8), np.uint8)
+    padded[:, : rows.shape[1]] = rows
+    return padded.view(np.uint64)[:, 0]
 
 
 def packed(words: np.ndarray, bits: int) -> bytes:
@@ -134,9 +148,8 @@ def assert_uniform(payload: bytes, bits: int, what: str) -> None:
         counts = np.bincount(rows[:, position], minlength=256)
         assert surprise(counts[: 2**free]) < 5, f"{what}: byte {position} is not uniform"
     assert surprise(np.bincount(np.frombuffer(payload, np.uint8), minlength=256)) < 5, f"{what}: bytes are not uniform"
-    padded = np.zeros((len(rows), 8), np.uint8)
-    padded[:, : rows.shape[1]] = rows
-    assert kolmogorov(padded.view(np.uint64)[:, 0] / 2.0**bits) < 2.5, what
+    if bits > 8:  # else the byte has said all
+        assert kolmogorov(numbers(payload, bits) / 2.0**bits) < 2.5, what
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -327,8 +340,10 @@ def test_no_word_is_sent_twice_when_everything_is_zero():
             openings = [Opening(Secret(zero, 0, 64, 1)), Opening(Secret(zero, 0, 64, 1), truncate=8, lifted=64)]
             open_wires(runtime, [*openings, Opening(Secret(zero, 0, 64, 1), function=True)])
 
-    outcome = run(job)
-    words = np.frombuffer(b"".join(f.payload for role in (0, 1) for f in outcome.frames[role]), np.uint64)
+    outcome, parts = run(job), [(COUNT, 64), (COUNT, 56), (COUNT, 64)]
+    sent = [cut(frame.payload, parts) for role in (OWNER, CLIENT) for frame in outcome.frames[role]]
+    assert len(sent) == 2 * 3
+    words = np.concatenate([numbers(p, bits) for message in sent for p, (_, bits) in zip(message, parts, strict=True)])
     assert len(words) == 2 * 9 * COUNT == len(np.unique(words))
 
 

@@ -115,7 +115,7 @@ def audit(
 ) -> dict[str, dict]:
     """Runs ``steps`` tokens of engine ``wire`` as it is, with masks that may never hide two things (``wire.audit``).
 
-    Returns by role what was drawn and checked: streams, stream_bytes, masks, words, messages.
+    Returns by role what was drawn and checked: streams, stream_bytes, masks, words, unused, messages.
     Reveals: the logits, to the client's role. Raises MaskReused, with the step's name; UsageError as ``compare``.
     """
     plan = _check(folder, prompt_ids, steps, chunk)

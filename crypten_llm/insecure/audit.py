@@ -6,18 +6,20 @@ of what they hide. An audited runtime computes and sends the same, and refuses, 
 - to give a stretch of a stream again, whatever led back to it: a section begun twice under one label, two labels
   with one key, a stream that was rebuilt;
 - a mask whose words were handed out before, wherever they came from;
-- a message of openings that is not covered, byte for byte, by masks drawn for it and used for nothing else.
+- an opening that is not hidden by a mask of its own: the whole of one, as it was drawn, uniform over the ring that is
+  opened, in the same section, and for nothing before. It may have been drawn long before its message.
 
-It sees masks and messages, not what is computed between: that the mask drawn is the one that is added is for the tests
-of ``opening`` to show.
+It sees masks and messages, not what is computed between: that the mask is added is for the tests of ``opening`` to
+show. What one party sends as it is has no mask here; ``protocols.products`` says what hides it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -37,60 +39,108 @@ TELLING = 96  # bits of a mask from which equal words are no coincidence
 
 
 class MaskReused(CryptenLLMError, AssertionError):
-    """Randomness that was already used was about to hide something else."""
+    """Randomness that was already used, or that nobody drew, was about to hide something else."""
+
+
+class Drawn(NamedTuple):
+    """A mask that hides nothing yet: the tensor, which is kept so that its memory is no other mask's, uniform modulo
+    ``modulus``; ``digest`` of its words as they were drawn; and ``where`` that was.
+    """
+
+    mask: torch.Tensor
+    modulus: int
+    digest: bytes
+    where: str
 
 
 @dataclass
 class Audit:
     """What one role has drawn and sent behind masks.
 
-    read: by stream key, bytes read. masks: by digest of a row of words, which draw it was and where. pending:
-    (elements, bits) of the masks that no message has used yet, in order. draws, words: masks handed out, and their
-    words. messages: openings that were sent.
+    read: by stream key, bytes read. masks: by digest of a row of words, which draw it was and where. waiting: masks of
+    the section that no message has used yet, by where they are in memory. draws, words: masks handed out, and their
+    words. messages: those of openings that were sent. unused: masks that hid nothing when their section ended.
     """
 
     read: dict[bytes, int] = field(default_factory=dict, repr=False)
     masks: dict[bytes, tuple[int, str]] = field(default_factory=dict, repr=False)
-    pending: list[tuple[int, int]] = field(default_factory=list, repr=False)
+    waiting: dict[int, Drawn] = field(default_factory=dict, repr=False)
     draws: int = 0
     words: int = 0
     messages: int = 0
+    unused: int = 0
 
-    def draw(self, mask: torch.Tensor, bits: int, where: str) -> None:
-        """Notes a mask of ``bits`` a word that was handed out; raises MaskReused when it was before."""
+    def draw(self, mask: torch.Tensor, modulus: int, where: str) -> None:
+        """Notes a mask, uniform modulo ``modulus``, that was handed out; raises MaskReused when it was before."""
         self.draws += 1
         self.words += mask.numel()
-        self.pending.append((mask.numel(), bits))
-        for row in _rows(mask, bits):
-            digest = hashlib.blake2b(row, digest_size=12).digest()
-            drawn, before = self.masks.setdefault(digest, (self.draws, where))
+        for row in _rows(mask, (modulus - 1).bit_length()):
+            drawn, before = self.masks.setdefault(_digest(row), (self.draws, where))
             if drawn != self.draws:
                 raise MaskReused(f"a mask in {where!r} is the one that hid a value in {before!r}; draw a fresh one")
 
-    def send(self, size: int, where: str) -> None:
-        """Notes a message of ``size`` bytes; raises MaskReused when the last masks do not cover it."""
+    def keep(self, mask: torch.Tensor, modulus: int, where: str) -> None:
+        """``draw`` of a mask that will hide an opening."""
+        self.draw(mask, modulus, where)
+        if mask.numel():
+            self.waiting[mask.data_ptr()] = Drawn(mask, modulus, _digest(bytes_of(mask)), where)
+
+    def send(self, pieces: list[Piece], where: str) -> None:
+        """Notes a message of openings; raises MaskReused where one is not hidden by a mask of its own."""
         self.messages += 1
-        covered, masks = 0, self.pending
-        while masks and covered < size:
-            covered += ring.packed_size(*masks.pop())
-        self.pending = []
-        if covered != size:
-            raise MaskReused(
-                f"a message of {size} bytes in {where!r} has {covered} bytes of fresh masks; draw one mask for each "
-                "word that is opened, each time it is opened"
-            )
+        for piece in pieces:
+            reason = self._use(piece)
+            if reason:
+                count, modulus = math.prod(piece.shape), piece.modulus or 1 << piece.bits
+                raise MaskReused(
+                    f"an opening of {count} numbers modulo {_named(modulus)} in {where!r} {reason}; draw one mask for "
+                    "each number that is opened, each time it is opened"
+                )
+
+    def _use(self, piece: Piece) -> str:
+        """Spends the mask of an opening; returns why it may not."""
+        if not math.prod(piece.shape):
+            return ""
+        assert piece.mask is not None, "an opening comes with its mask"
+        drawn = self.waiting.pop(piece.mask.data_ptr(), None)
+        if drawn is None:
+            return "is hidden by what was not drawn as a mask, or has hidden something before"
+        words = math.prod(piece.shape) * ring.limbs(piece.bits)
+        if not drawn.mask.numel() == piece.mask.numel() == words or not piece.mask.is_contiguous():
+            return f"is hidden by {piece.mask.numel()} words, of a mask of {drawn.mask.numel()} of {drawn.where!r}"
+        if drawn.modulus != (piece.modulus or 1 << piece.bits):
+            return f"is hidden by a mask modulo {_named(drawn.modulus)} of {drawn.where!r}"
+        if drawn.digest != _digest(bytes_of(drawn.mask)):
+            return f"is hidden by a mask that was changed since it was drawn in {drawn.where!r}"
+        return ""
+
+    def end(self) -> None:
+        """Forgets the section's masks that hid nothing: they may not hide what comes later."""
+        self.unused += len(self.waiting)
+        self.waiting.clear()
 
     def to_dict(self) -> dict:
         read = sum(self.read.values())
-        counts = {"masks": self.draws, "words": self.words, "messages": self.messages}
+        counts = {"masks": self.draws, "words": self.words, "unused": self.unused, "messages": self.messages}
         return {"streams": len(self.read), "stream_bytes": read, **counts}
 
 
+def _digest(row: memoryview) -> bytes:
+    return hashlib.blake2b(row, digest_size=12).digest()
+
+
+def _named(modulus: int) -> str:
+    """A number as its power of two where it is one or just below one."""
+    bits = modulus.bit_length()
+    return {1 << bits - 1: f"2^{bits - 1}", (1 << bits) - 1: f"2^{bits} - 1"}.get(modulus, str(modulus))
+
+
 def _rows(mask: torch.Tensor, bits: int) -> Iterator[memoryview]:
-    """Bytes of each row that is long enough to tell, or of the whole mask."""
+    """Bytes of each row that is long enough to tell, or of the whole mask. bits: of a number, which may be limbs."""
     width = mask.shape[-1] if mask.dim() else 1
-    rows = mask.reshape(-1, width) if width * bits >= TELLING and mask.numel() else mask.reshape(1, -1)
-    if rows.shape[-1] * bits >= TELLING:
+    told = width * bits // ring.limbs(bits)
+    rows = mask.reshape(-1, width) if told >= TELLING and mask.numel() else mask.reshape(1, -1)
+    if rows.shape[-1] * bits // ring.limbs(bits) >= TELLING:
         yield from (bytes_of(row) for row in rows.contiguous())
 
 
@@ -124,23 +174,35 @@ def audited(runtime_class: type[Runtime]) -> type[Any]:
             return _Watched(derive_key(key, label), label, self.audit.read)
 
         def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
-            mask = super().mask(shape, bits)
+            return self._drawn(super().mask(shape, bits), 1 << bits)
+
+        def mask_ones(self, shape: Sequence[int], bits: int) -> Parts:
+            return self._drawn(super().mask_ones(shape, bits), (1 << bits) - 1)
+
+        def mask_below(self, shape: Sequence[int], modulus: int) -> Parts:
+            return self._drawn(super().mask_below(shape, modulus), modulus)
+
+        def _drawn(self, mask: Parts, modulus: int) -> Parts:
             if not mask.held.is_meta:
-                self.audit.draw(mask.held, bits, self._where())
+                note = self.audit.draw if self.role == DEALER else self.audit.keep
+                note(mask.held, modulus, self._where())
             return mask
 
         def mask_of(self, party: int, shape: Sequence[int]) -> torch.Tensor | None:
             mask = super().mask_of(party, shape)
             if mask is not None and not mask.is_meta:
-                self.audit.draw(mask, 64, self._where())
-                self.audit.pending.pop()  # it hides what is sent to one party, not an opening
+                self.audit.draw(mask, 1 << 64, self._where())  # it hides what is sent to one party, not an opening
             return mask
 
         def exchange(self, pieces: list[Piece]) -> list[torch.Tensor | None]:
-            opened = [piece.size for piece in pieces if piece.sender is None]
+            opened = [piece for piece in pieces if piece.sender is None]
             if opened and self.role != DEALER:
-                self.audit.send(sum(opened), self._where())
+                self.audit.send(opened, self._where())
             return super().exchange(pieces)
+
+        def end(self) -> None:
+            self.audit.end()
+            super().end()
 
         def _where(self) -> str:
             return f"{self.section}, {self.transport.meter.where}"

@@ -44,8 +44,9 @@ class Opening:
     (CRYPTO 2020), section 5.1; truncation of additive shares as in SecureML (S&P 2017), section 4.1, on a ring that
     loses the dropped bits, so that it never fails.
 
-    The rounding follows from M and the bits of x that are dropped, so whoever learned the result of a single
-    truncation exactly, beside M, would learn something of those bits. Only logits are ever opened.
+    The rounding follows from a party's own share and the bits of x that are dropped, so a party that learned the result
+    of a single truncation exactly would learn something of those bits; M says nothing of them. Only logits are ever
+    opened.
     """
 
     secret: Secret

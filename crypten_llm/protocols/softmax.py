@@ -26,7 +26,7 @@ OPENED = 22  # bits of a score that are opened: its ring stands for q bits of ex
 MANTISSA = 14  # bits of what a power of two is multiplied by, in each of two factors
 HEADROOM = 22  # bits between the largest sum of a row and the ring
 LEAST = 8  # a row's sum without the dropped bits is 2^8 or more: its weights are as exact as that
-LOWEST_SUM = -58  # log2 of a row's sum of 2^y, or more
+LOWEST_SUM = -58  # log2 of a row's sum of 2^y may be this, or somewhat more in small rings
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Exponents:
     @property
     def low(self) -> int:
         """The lowest exponent is above minus this."""
-        return self.size // 2 - 2
+        return 126 * (self.size - HEADROOM - 2 * MANTISSA) // 206
 
     @property
     def dropped(self) -> int:
         """Bits of a row's sum that the comparison does not see."""
-        return LOWEST_SUM + 2 * MANTISSA + self.low - LEAST
+        return max(0, LOWEST_SUM + 2 * MANTISSA + self.low - LEAST)
 
     @property
     def scores(self) -> tuple[float, float]:
@@ -53,7 +53,7 @@ class Exponents:
     @property
     def sums(self) -> tuple[float, float]:
         """In bits, from and to: the log2 of a row's sum of 2^y."""
-        return LOWEST_SUM, self.size - HEADROOM - 2 * MANTISSA - self.low
+        return self.dropped + LEAST - 2 * MANTISSA - self.low, self.size - HEADROOM - 2 * MANTISSA - self.low
 
 
 @dataclass

@@ -89,7 +89,8 @@ class CryptenBeside:
         Reveals: nothing where it is local; else x + r for a fresh uniform mask r, to both (``protocols.opening``).
         Error: none for a handle with at most ``precision_bits`` fractional bits, else a unit of those.
         Cost: local for a share that is valid modulo 2^64 and has at most ``precision_bits`` fractional bits. All
-        others: 1 round together, width / 8 bytes an element each way, packed, dealer 16 bytes an element.
+        others: 1 round together, an element each way the bits of its width less the fractional bits above
+        ``precision_bits``, packed; dealer twice what these are short of 64.
         Raises: Overflow where |x| < 2^bits, as declared, leaves CrypTen's 62 bits; UsageError for another handle.
         """
         f = self.precision_bits
