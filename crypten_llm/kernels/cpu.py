@@ -281,4 +281,4 @@ turn_signs, read_signs = tables.turn_signs, tables.read_signs
 turn_bits, read_bits = tables.turn_bits, tables.read_bits
 waves, combine, turned = trigonometry.waves, trigonometry.combine, trigonometry.turned
 cosines, add_cosines = trigonometry.cosines, trigonometry.add_cosines
-flip_places, parities = places.flip_places, places.parities
+flip_places, parities, xor_rows = places.flip_places, places.parities, places.xor_rows

@@ -92,7 +92,7 @@ def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 waves, combine, turned = reference_trigonometry.waves, reference_trigonometry.combine, reference_trigonometry.turned
 cosines, add_cosines = reference_trigonometry.cosines, reference_trigonometry.add_cosines
-flip_places, parities = reference_places.flip_places, reference_places.parities
+flip_places, parities, xor_rows = reference_places.flip_places, reference_places.parities, reference_places.xor_rows
 
 
 # Tables turned by a mask.

@@ -108,6 +108,12 @@ class Kernels(Protocol):
         words: uint8 [N, P / 8]. turns: words [N]. sets: bool [S, P].
         """
 
+    def xor_rows(self, table: Tensor, chosen: Tensor) -> Tensor:
+        """int32 [T, H]: the xor of those rows v of the table for which bit v modulo 64 of chosen[t, v // 64] is set.
+
+        table: int32 [V, H]. chosen: words [T, V / 64 rounded up], whose bits from V on count for nothing.
+        """
+
     # Tables turned by a mask. words: [N, 2^m] of a table; they are overwritten, and returned.
 
     def turn_table(self, table: Tensor, places: Tensor, words: Tensor) -> Tensor:
