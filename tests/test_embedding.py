@@ -1,82 +1,117 @@
-"""The private embedding: the table's rows, exactly, for tokens that the owner does not see."""
+"""The private embedding by bits: rows to the last bit for every shape, what it costs, what it refuses."""
 
 import pytest
 import torch
-from wire_parties import play, reconstruct, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wire_parties import CLIENT, OWNER, check_cost, joined, open_wires, play, run
 
-from crypten_llm.protocols import embedding
-from crypten_llm.protocols.secret import Overflow
-from crypten_llm.roles import CLIENT, OWNER
-
-SCALE = 16
-
-
-def table(rows, hidden, bits, seed=0):
-    """Entries of every size that fits, the largest in front."""
-    most = 2 ** (bits - 2) - 1
-    x = torch.randint(-most, most + 1, (rows, hidden), generator=torch.Generator().manual_seed(seed))
-    x.view(-1)[:3] = torch.tensor([most, -most, 0])[: x.numel()]
-    return x
+from crypten_llm.kernels import places
+from crypten_llm.kernels.ring import packed_size
+from crypten_llm.protocols.embedding import look_up, own_table
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Overflow, as_secret
 
 
-def looked_up(runtime, integers, bits, ids):
-    value = runtime.held_by(OWNER, integers.double() / 2**SCALE)
-    own = play(runtime, embedding.own_table(runtime, value, integers.shape, SCALE, bits))
-    asked = runtime.held_by(CLIENT, ids)
-    return play(runtime, embedding.look_up(runtime, asked, len(ids), own))
+def numbers(shape, bits, scale, seed=0):
+    """A table with both ends of what it may hold in front: whole units."""
+    top = 2 ** (bits + scale)
+    units = torch.randint(-top, top + 1, shape, generator=torch.Generator().manual_seed(seed))
+    ends = torch.tensor([top, -top, 0, 1, -1])[: units.numel()]
+    units.view(-1)[: len(ends)] = ends
+    return units.double() / 2**scale
 
 
-@pytest.mark.parametrize("bits", [19, 22, 31])
-@pytest.mark.parametrize(("rows", "hidden"), [(1, 1), (63, 5), (64, 3), (65, 8), (300, 7)])
-def test_rows_are_exact(bits, rows, hidden):
-    integers = table(rows, hidden, bits)
-    for count in (1, 4):
-        ids = torch.randint(rows, (count,), generator=torch.Generator().manual_seed(count))
-        ids[-1] = rows - 1
-        outcome = run(looked_up, integers, bits, ids)
-        assert torch.equal(reconstruct(outcome), integers[ids])
-        assert outcome.results[0].width == bits and outcome.results[0].scale == SCALE
+def held(runtime, value, bits, scale):
+    return play(runtime, own_table(runtime, runtime.held_by(OWNER, value), tuple(value.shape), scale, bits))
 
 
-def test_a_large_table_is_sent_in_pieces(monkeypatch):
-    monkeypatch.setattr(embedding, "PIECE", 40)
-    integers, ids = table(50, 9, 22), torch.arange(50)
-    assert torch.equal(reconstruct(run(looked_up, integers, 22, ids)), integers[ids])
+def rows(runtime, ids, table):
+    return play(runtime, look_up(runtime, runtime.held_by(CLIENT, ids), len(ids), table))
 
 
-def test_cost_of_a_look_up():
-    """2 rounds; a bit a row of the table from the client; of an entry its bits each way, and 32 + b (b + 1) / 2 dealt."""
-    rows, hidden, bits, count = 130, 6, 20, 3
-    integers, ids = table(rows, hidden, bits), torch.tensor([5, 129, 5])
-
-    def loaded(runtime):
-        value = runtime.held_by(OWNER, integers.double() / 2**SCALE)
-        play(runtime, embedding.own_table(runtime, value, integers.shape, SCALE, bits))
-
-    before, after = run(loaded).cost(), run(looked_up, integers, bits, ids).cost()
-    _, from_owner, from_client, to_owner, to_client = (a - b for a, b in zip(after, before, strict=True))
-    assert (before[0], after[0]) == (1, 2), "the table's is one way, and so is the first of a look-up, the other way"
-    entries = count * hidden
-    packed = entries * bits // 8
-    assert before[1] == rows * hidden * bits // 8 and before[2:] == (0, 0, 0)
-    assert (from_owner, from_client, to_owner) == (packed, packed + count * 3 * 8, 0)
-    assert to_client == entries * 4 + sum(-(-entries * j // 8) for j in range(1, bits + 1))
+def looked_up(value, ids, bits, scale):
+    """The rows that the parties share, as numbers."""
+    outcome = run(lambda runtime: rows(runtime, ids, held(runtime, value, bits, scale)))
+    owner, client, dealer = outcome.results
+    assert (owner.scale, owner.width, owner.bits) == (scale, bits + scale + 2, bits)
+    assert dealer.shape == owner.shape == (len(ids), value.shape[1])
+    return joined(owner, client).double() / 2.0**scale
 
 
-def test_what_the_owner_sees_is_a_uniform_set():
-    """Of one token again and again: half of all rows, its own as often as any other."""
-    integers, ids = table(64, 1, 19), torch.full((4_000,), 3)
-    frames = [f for f in run(looked_up, integers, 19, ids).frames[CLIENT] if f.target == OWNER]
-    (sets,) = [f.payload for f in frames if len(f.payload) == 8 * len(ids)]
-    asked = torch.tensor(list(sets), dtype=torch.uint8).view(len(ids), 8)
-    bits = torch.stack([asked >> b & 1 for b in range(8)], -1).reshape(len(ids), 64).double()
-    assert ((bits.mean(0) - 0.5).abs() < 5 * 0.5 / len(ids) ** 0.5).all()
-    assert len(set(map(bytes, asked.numpy()))) == len(ids), "every set is drawn afresh"
+@pytest.mark.parametrize(("bits", "scale"), [(0, 0), (1, 16), (3, 5), (-2, 16), (5, 24)])
+@pytest.mark.parametrize("count", [1, places._WORTH_SUMMING - 1, places._WORTH_SUMMING, 40])
+def test_rows_are_exact(bits, scale, count):
+    """Both ends of the table's range, the first and the last token, the same one twice."""
+    value = numbers((130, 11), bits, scale)
+    ids = torch.cat([torch.tensor([129, 0, 0, 64, 63]), torch.arange(40) * 7 % 130])[:count]
+    assert torch.equal(looked_up(value, ids, bits, scale), value[ids])
 
 
-def test_what_does_not_fit_is_refused():
-    integers = table(4, 2, 22)
-    with pytest.raises(Overflow, match=r"an entry of the embedding is 16, and 22 bits hold them below 16"):
-        run(looked_up, integers + 1, 22, torch.tensor([0]))
-    with pytest.raises(ValueError, match="token id 4 is not in a vocabulary of 4"):
-        run(looked_up, integers, 22, torch.tensor([4]))
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 200), st.integers(1, 20), st.integers(0, 25), st.integers(0, 1000))
+def test_any_shape(vocabulary, hidden, count, seed):
+    value = numbers((vocabulary, hidden), 1, 9, seed)
+    ids = torch.randint(0, vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(looked_up(value, ids, 1, 9), value[ids])
+
+
+def test_every_token_of_a_vocabulary():
+    value = numbers((97, 5), 2, 13)
+    assert torch.equal(looked_up(value, torch.arange(97), 2, 13), value)
+
+
+def test_entries_are_rounded_to_the_nearest_unit():
+    value = torch.tensor([[0.3, -0.3, 0.74, -0.76]])
+    assert looked_up(value, torch.tensor([0]), 1, 1).tolist() == [[0.5, -0.5, 0.5, -1.0]]
+
+
+def test_a_table_serves_many_lookups():
+    value, asked = numbers((70, 6), 1, 12), [torch.tensor([3, 69]), torch.tensor([3]), torch.tensor([0, 1, 2])]
+
+    def job(runtime):
+        table = held(runtime, value, 1, 12)
+        return [rows(runtime, ids, table) for ids in asked]
+
+    owner, client, _ = run(job).results
+    for mine, theirs, ids in zip(owner, client, asked, strict=True):
+        assert torch.equal(joined(mine, theirs).double() / 2**12, value[ids])
+
+
+def test_rows_have_room_to_be_lifted():
+    """Both ends too: that is what the two bits beyond the table's range are for."""
+    value, ids = numbers((70, 6), 1, 16), torch.tensor([0, 69, 1])
+
+    def job(runtime):
+        found = rows(runtime, ids, held(runtime, value, 1, 16))
+        (wire,) = open_wires(runtime, [Opening(found, lifted=64)])
+        return as_secret(runtime, wire)
+
+    owner, client, _ = run(job).results
+    assert torch.equal(joined(owner, client).double() / 2**16, value[ids])
+
+
+@pytest.mark.parametrize(("vocabulary", "hidden", "count"), [(130, 16, 3), (128, 8, 20), (1, 24, 1)])
+def test_cost(vocabulary, hidden, count):
+    """19 bits an entry, as SmolLM2's: 209 dealt ones an element."""
+    value, ids = numbers((vocabulary, hidden), 1, 16), torch.zeros(count, dtype=torch.int64)
+    handed, opened = packed_size(vocabulary * hidden, 19), packed_size(count * hidden, 19)
+    asked = 8 * count * -(-vocabulary // 64)
+    dealt = packed_size(count * hidden, 19 + 19 * 20 // 2)
+    # The table is a round for the client, the choice one for the owner, the opening one for both.
+    declared = (2, handed + opened, asked + opened, 0, dealt)
+    check_cost(lambda runtime: rows(runtime, ids, held(runtime, value, 1, 16)), declared)
+
+
+def refused(error, message, value, ids, bits=1, scale=16):
+    with pytest.raises(error, match=message):
+        looked_up(value, torch.tensor(ids), bits, scale)
+
+
+def test_what_is_refused():
+    value = torch.ones(5, 3)
+    refused(ValueError, "token id 5 is not in a vocabulary of 5", value, [5])
+    refused(ValueError, "token id -1 is not in a vocabulary of 5", value, [0, -1])
+    refused(Overflow, r"an entry of 2.1 does not fit a table of \|x\| < 2\^1", 2.1 * value, [0])
+    refused(Overflow, "an entry of nan does not fit", value * float("nan"), [0])
+    refused(Overflow, r"a table of \|x\| < 2\^6 at scale 2\^24 needs 32 bits an entry; 31 are held", value, [0], 6, 24)

@@ -388,15 +388,3 @@ def test_comparisons_of_any_layout():
     for points in layouts(lambda *shape: words(*shape) & 7, 4, 5):
         for seed in layouts(words, 4, 2):
             both("compare", seed, common, 1, points)
-
-
-# Rows of a table.
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-@pytest.mark.parametrize(("rows", "hidden"), [(1, 1), (64, 4), (65, 0), (200, 9)])
-def test_exclusive_or_of_rows(count, rows, hidden):
-    entries = words(rows, hidden, bound=2**31).to(torch.int32)
-    sets = words(count, -(-rows // 64), seed=rows)
-    found = both("xor_rows", entries, sets)
-    assert found.shape == (count, hidden)

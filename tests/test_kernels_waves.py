@@ -1,6 +1,8 @@
-"""Kernels of activations: cosines at frequencies of their own, and bits at secret places, beside their twins."""
+"""Kernels beside their twins: cosines at frequencies of their own, bits at secret places, rows chosen by bits."""
 
+import functools
 import math
+import operator
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from kernel_twins import both, layouts, table_words, words
 
 from crypten_llm.kernels import cpu
+from crypten_llm.kernels import places as loops
 from crypten_llm.kernels.reference_words import signed
 
 EIGHTHS = [(k << 61) + step for k in range(8) for step in (-1, 0, 1)]
@@ -46,9 +49,9 @@ def test_cosines_at_any_frequencies(shift, modes, scale):
 
 def test_cosines_are_what_their_name_says():
     """Of the angle times the frequency, in whole turns of 2^20."""
-    places, frequencies = torch.arange(-300, 300) * 1777, torch.tensor([1, 17, 939])
-    found = cpu.cosines(places, 44, frequencies, torch.tensor([2.0**30, 2.0**20, 2.0**10], dtype=torch.float64))
-    turns = (places * frequencies[:, None] % 2**20).double() / 2.0**20 * 2 * math.pi
+    turned, frequencies = torch.arange(-300, 300) * 1777, torch.tensor([1, 17, 939])
+    found = cpu.cosines(turned, 44, frequencies, torch.tensor([2.0**30, 2.0**20, 2.0**10], dtype=torch.float64))
+    turns = (turned * frequencies[:, None] % 2**20).double() / 2.0**20 * 2 * math.pi
     due = torch.stack([turns.cos(), turns.sin()], 1) * torch.tensor([2.0**30, 2.0**20, 2.0**10])[:, None, None]
     assert (found - due).abs().max() <= 0.501
 
@@ -114,3 +117,44 @@ def test_bits_at_places_of_any_layout(size):
     for rows in layouts(lambda *shape: table_words(8, *shape), 6, size // 8)[:3]:
         for places in layouts(words, 6):
             both("flip_places", places, rows)
+
+
+# Rows chosen by bits.
+
+
+def choices(count, rows, seed=0):
+    """Random bits, more than there are rows; the first of no rows, the second of all."""
+    made = words(count, -(-rows // 64), seed=seed)
+    made[:1], made[1:2] = 0, -1
+    return made
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 63, 64, 65, 130])
+@pytest.mark.parametrize("columns", [1, 7, 40])
+def test_rows_chosen_by_bits(rows, columns):
+    """On both sides of the number of choices from which sums are computed first, and of the rows of a sum."""
+    table = table_words(32, rows, columns, seed=rows)
+    for count in (0, 1, 2, loops._WORTH_SUMMING - 1, loops._WORTH_SUMMING, loops._WORTH_SUMMING + 5):
+        found = both("xor_rows", table, choices(count, rows))
+        assert found.shape == (count, columns)
+        if rows and count > 1:
+            assert not found[0].any()
+            assert found[1].tolist() == functools.reduce(operator.xor, table).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_rows_wider_than_what_is_summed_at_once(count):
+    both("xor_rows", table_words(32, 9, 2 * loops._COLUMNS + 3), choices(count, 9))
+
+
+def test_rows_of_any_layout():
+    for table in layouts(lambda *shape: table_words(32, *shape), 70, 6):
+        for count in (5, 20):
+            for chosen_rows in layouts(words, count, 2):
+                both("xor_rows", table, chosen_rows)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 140), st.integers(0, 9), st.integers(0, 40), st.integers(0, 1000))
+def test_chosen_rows_of_any_shape(rows, columns, count, seed):
+    both("xor_rows", table_words(32, rows, columns, seed=seed), choices(count, rows, seed))

@@ -296,14 +296,13 @@ def _unsigned(words: Tensor) -> np.ndarray:
     return words.contiguous().numpy().view(np.uint64)
 
 
-xor_rows = tables.xor_rows
 turn_table, read_table = tables.turn_table, tables.read_table
 turn_signs, read_signs = tables.turn_signs, tables.read_signs
 turn_bits, read_bits = tables.turn_bits, tables.read_bits
 waves, combine, turned = trigonometry.waves, trigonometry.combine, trigonometry.turned
 coefficients = trigonometry.coefficients
 cosines, add_cosines = trigonometry.cosines, trigonometry.add_cosines
-flip_places, parities = places.flip_places, places.parities
+flip_places, parities, xor_rows = places.flip_places, places.parities, places.xor_rows
 hide_wide, show_wide = limbs.hide_wide, limbs.show_wide
 reduce_wide, widen = limbs.reduce_wide, limbs.widen
 add_wide, subtract_wide, multiply_wide = limbs.add_wide, limbs.subtract_wide, limbs.multiply_wide

@@ -93,19 +93,7 @@ def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 waves, combine, turned = reference_trigonometry.waves, reference_trigonometry.combine, reference_trigonometry.turned
 coefficients = reference_trigonometry.coefficients
 cosines, add_cosines = reference_trigonometry.cosines, reference_trigonometry.add_cosines
-flip_places, parities = reference_places.flip_places, reference_places.parities
-
-
-# Rows of a table.
-
-
-def xor_rows(table: Tensor, rows: Tensor) -> Tensor:
-    found = torch.zeros(len(rows), table.shape[1], dtype=torch.int32)
-    for t, row in enumerate(rows.tolist()):
-        for v, entries in enumerate(table):
-            if row[v // 64] % 2**64 >> v % 64 & 1:
-                found[t] ^= entries
-    return found
+flip_places, parities, xor_rows = reference_places.flip_places, reference_places.parities, reference_places.xor_rows
 
 
 # Tables turned by a mask.

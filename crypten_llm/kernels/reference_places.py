@@ -1,5 +1,6 @@
-"""Kernels to read: bits at secret places in Python's integers (``kernels.reference``)."""
+"""Kernels to read: bits at secret places, and rows chosen by bits, in Python's integers (``kernels.reference``)."""
 
+import torch
 from torch import Tensor
 
 from crypten_llm.kernels.reference_words import as_words, integers
@@ -20,3 +21,14 @@ def parities(words: Tensor, turns: Tensor, sets: Tensor) -> Tensor:
         bits = [byte >> bit & 1 for byte in row for bit in range(8)]
         found += [sum(bits[p] for p in range(size) if chosen[(turn - p) % size]) % 2 for chosen in sets.tolist()]
     return as_words(found, (len(words), many))
+
+
+def xor_rows(table: Tensor, chosen: Tensor) -> Tensor:
+    rows, found = table.tolist(), []
+    for words in chosen.tolist():
+        total = [0] * table.shape[1]
+        for v, row in enumerate(rows):
+            if words[v // 64] >> v % 64 & 1:
+                total = [sum_ ^ entry for sum_, entry in zip(total, row, strict=True)]
+        found.append(total)
+    return torch.tensor(found, dtype=torch.int32).reshape(len(found), table.shape[1])

@@ -24,22 +24,6 @@ def _read(words: np.ndarray, opened: np.ndarray, steps: np.ndarray, out: np.ndar
             out[i, k] = np.int64(words[i, (opened[i] - steps[k]) & low])
 
 
-@compiled
-def _xor_rows(table: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-    for v in range(table.shape[0]):
-        word, bit = v >> 6, np.uint64(v & 63)
-        for t in range(rows.shape[0]):
-            if (rows[t, word] >> bit) & np.uint64(1):
-                for h in range(table.shape[1]):
-                    out[t, h] ^= table[v, h]
-
-
-def xor_rows(table: Tensor, rows: Tensor) -> Tensor:
-    out = np.zeros((rows.shape[0], table.shape[1]), dtype=np.int32)
-    _xor_rows(table.numpy(), rows.contiguous().numpy().view(np.uint64), out)
-    return torch.from_numpy(out)
-
-
 def turn_table(table: Tensor, places: Tensor, words: Tensor) -> Tensor:
     _turn(table.numpy(), _flat(places), words.numpy())
     return words

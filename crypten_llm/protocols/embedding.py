@@ -1,121 +1,149 @@
-"""Rows of the owner's table for tokens that only the client knows, by exclusive or.
+"""Rows of the owner's table for tokens that the client alone knows, by bits: the private embedding.
 
-Owns the table and the look-up. The client asks for a random set of rows, and for the same set with its token's row more
-or less: the exclusive or of the two answers is that row. What the owner sees is uniform; the other answer the client
-computes itself, from the table behind a mask.
+Owns ``own_table`` and ``look_up``. A token's row is the xor of the rows that its one-hot vector chooses. The client
+sends that vector xor a mask m, one bit an entry of the vocabulary, and the owner xors the rows so chosen. What is too
+much, the rows that m chooses, the client xors itself, out of a table hidden by R that it holds since the model was
+loaded; and the dealer tells it the same of R, padded. A row so shared by xor is opened behind an xor mask s, C = x xor
+s, and bit by bit C_j + (1 - 2 C_j) s_j is linear in bits that the dealer shares modulo what they count for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from crypten_llm.kernels.ring import low_bits
+from crypten_llm.kernels import ring
 from crypten_llm.protocols.dealer.roles import Runtime
-from crypten_llm.protocols.opening import Message, Opening
+from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret
 from crypten_llm.roles import CLIENT, OWNER
 
-WORD = 64  # rows that one word of a set tells of
-HELD = 32  # bits of what holds an entry
-PIECE = 1 << 22  # entries that are sent at a time
+WIDEST = 31  # bits of an entry
 
 
-@dataclass
 class OwnedTable:
-    """bits: of an entry, which has ``scale`` fractional ones, modulo 2^bits. held: int32 [V, H]: at the owner the
-    entries, at the client these xor a mask, at the dealer the mask (``None`` where nothing is computed).
+    """A table [V, H] that the owner knows, in entries of ``width`` bits; of fewer than 2^bits, at ``scale``.
+
+    plain: at the owner, entries modulo 2^width. hidden: the same xor R, at the client. mask: R, at the dealer. All are
+    int32. R is uniform and used for this table alone, so what the client holds is uniform too.
     """
 
-    shape: torch.Size
-    scale: int
-    bits: int
-    held: Tensor | None
+    def __init__(self, shape: tuple[int, int], scale: int, bits: int) -> None:
+        self.shape, self.scale, self.bits = shape, scale, bits
+        self.plain: Tensor | None = None
+        self.hidden: Tensor | None = None
+        self.mask: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """As many as it takes to lift a row to a wider ring once it has been looked up."""
+        return self.bits + self.scale + 2
 
 
 def own_table(
-    runtime: Runtime, value: Tensor | None, shape: Sequence[int], scale: int, bits: int
+    runtime: Runtime, value: Tensor | None, shape: tuple[int, int], scale: int, bits: int
 ) -> Protocol[OwnedTable]:
-    """value: float [V, H] at the owner, ``None`` elsewhere.
+    """An ``OwnedTable`` of numbers at most 2^bits. value: float [V, H] at the owner, ``None`` elsewhere.
 
-    Reveals: the table xor a mask that is used for nothing else, to the client. Cost: ``bits`` an entry, once.
-    Raises: Overflow for an entry that does not fit, with room to be lifted.
+    Reveals: nothing; the client is sent uniform bits. Error: half a unit of ``scale``.
+    Cost: the owner sends the client bits + scale + 2 bits an entry, once.
+    Raises: Overflow for an entry above 2^bits, which the owner alone can see, and for more than 31 bits.
     """
-    rows, hidden = shape
-    if value is not None and not value.abs().max() < 2.0 ** (bits - 2 - scale):  # nor NaN
-        raise Overflow(
-            f"an entry of the embedding is {value.abs().max():.3g}, and {bits} bits hold them below "
-            f"{2.0 ** (bits - 2 - scale):.3g}"
-        )
-    step, parts = max(1, PIECE // hidden), []
-    for start in range(0, rows, step):
-        piece = (min(step, rows - start), hidden)
-        mask = runtime.mask_of(OWNER, piece)
-        words = None
-        if value is not None:
-            assert mask is not None, "the owner draws the mask of its table"
-            own = low_bits((value[start : start + step].double() * 2**scale).round().long(), bits)
-            words = own ^ mask
-        (hidden_words,) = yield [Message(OWNER, piece, bits, words)]
-        parts.append(own if value is not None else mask if hidden_words is None else hidden_words)
-    return OwnedTable(torch.Size(shape), scale, bits, _joined(parts, bits))
+    table = OwnedTable(shape, scale, bits)
+    width = table.width
+    if width > WIDEST:
+        raise Overflow(f"a table of |x| < 2^{bits} at scale 2^{scale} needs {width} bits an entry; {WIDEST} are held")
+    mask = _narrow(runtime.mask_of(OWNER, (shape[0], (shape[1] + 1) // 2)), shape[1], width)
+    hidden = None
+    if value is not None:
+        entries = (value.double() * 2**scale).round()
+        if not entries.abs().max() <= 2 ** (width - 2):  # nor NaN
+            raise Overflow(f"an entry of {value.abs().max():.3g} does not fit a table of |x| < 2^{bits}")
+        assert mask is not None, "the owner draws the mask of its table"
+        table.plain = ring.low_bits(entries.int(), width)
+        hidden = table.plain ^ mask
+    (received,) = yield [Message(OWNER, shape, width, hidden)]
+    table.hidden = None if received is None else received.int()
+    table.mask = runtime.known_to_dealer(mask)
+    return table
 
 
-def _joined(parts: list[Any], bits: int) -> Tensor | None:
-    if parts[0] is None or parts[0].is_meta:
-        return None
-    return torch.cat([low_bits(part, bits).to(torch.int32) for part in parts])
+def _narrow(words: Tensor | None, columns: int, width: int) -> Tensor | None:
+    """Uniform words as int32 below 2^width, two of each."""
+    if words is None or words.is_meta:
+        return words
+    return ring.low_bits(words.view(torch.int32)[:, :columns], width)
 
 
 def look_up(runtime: Runtime, ids: Tensor | None, count: int, table: OwnedTable) -> Protocol[Secret]:
-    """The rows of ``count`` token ids, which only the client holds (``None`` elsewhere): [count, H] modulo 2^bits.
+    """Rows [count, H] for token ids [count] that only the client holds; ids is ``None`` elsewhere.
 
-    Reveals: to the owner, a set of rows that is uniform; to both, each entry's bits xor a fresh mask. Error: none.
-    Cost: 2 rounds; a token V bits from the client; an entry, of b bits, b each way, and dealer 32 + b (b + 1) / 2.
-    Raises: ValueError for an id that is not in the vocabulary.
-    Source: two-server private information retrieval (Chor et al., FOCS 1995), with the second server's copy masked and
-    its answer corrected by the dealer; bits to integers as in ABY's B2A (NDSS 2015), with the dealer's bits.
+    Reveals: one-hot vectors xor a uniform mask, to the owner; then rows xor a uniform mask, to both.
+    Error: none. Cost: 2 rounds; the client sends V bits a token (in whole words), each party b = ``table.width`` bits
+    an element; dealer b bits an element, and b (b + 1) / 2.
+    Raises: ValueError at the client for an id outside the vocabulary.
+    Source: private information retrieval by xor (Chor et al., FOCS 1995) with a second database that is hidden;
+    daBits (Rotaru and Wood, INDOCRYPT 2019), dealt modulo what each bit counts for.
     """
-    vocabulary, hidden = table.shape
-    shape, bits, kernels = (count, hidden), table.bits, runtime.kernels
-    size = (count, -(-vocabulary // WORD))
-    random = runtime.mask_of(CLIENT, size)
+    (vocabulary, hidden), width, kernels = table.shape, table.width, runtime.kernels
+    shape, words = (count, hidden), (count, ring.limbs(vocabulary))
+    mask = runtime.mask_of(CLIENT, words)
     asked = None
     if ids is not None:
-        assert random is not None, "the client draws its sets"
-        assert len(ids) == count, f"{len(ids)} token ids, {count} announced"
-        for token in ids.tolist():
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"token id {token} is not in a vocabulary of {vocabulary}")
-        asked = random.clone()
-        asked[torch.arange(count), ids // WORD] ^= torch.ones_like(ids) << ids % WORD
-    (seen,) = yield [Message(CLIENT, size, WORD, asked)]
+        assert mask is not None, "the client draws the mask of its tokens"
+        asked = mask ^ _one_hot(ids, count, vocabulary)
+    (seen,) = yield [Message(CLIENT, words, 64, asked)]
 
-    def answer(rows: Tensor | None) -> Tensor:
-        assert rows is not None and table.held is not None, "each knows its set and what it holds of the table"
-        return kernels.xor_rows(table.held, rows)
+    def rows(entries: Tensor | None, chosen: Tensor | None) -> Tensor:
+        assert entries is not None and chosen is not None, "who xors rows has the table and the choice"
+        return kernels.xor_rows(entries, chosen).long()
 
-    pad = runtime.deal_table(shape, HELD, lambda words: answer(random) ^ words)
+    def padded(pad: Tensor) -> Tensor:
+        return pad ^ kernels.pack(rows(table.mask, mask), width)
 
-    def padded(rows: Tensor | None) -> Tensor:
-        assert pad is not None, "both have been given a pad"
-        words = (answer(rows) ^ pad).long()
-        return (words[..., None] >> torch.arange(bits, device=words.device)) & 1
+    pad = runtime.deal_table((ring.packed_size(count * hidden, width),), 8, padded)
 
-    own = runtime.share((*shape, bits), lambda: padded(seen), lambda: padded(random))
-    (wire,) = yield [Opening(Secret(own, 0, 1, 1), function=True)]
-    dealt = [runtime.deal(shape, lambda j=j: wire.mask.held[..., j], bits - j).held for j in range(bits)]  # type: ignore[misc]
+    def own(entries: Tensor | None, chosen: Tensor | None) -> Tensor:
+        assert pad is not None, "parties have their parts of what pads a row"
+        return rows(entries, chosen) ^ kernels.unpack(pad, width, shape)
 
-    def share() -> Tensor:
-        total = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
-        for j, flip in enumerate(dealt):
-            bit = wire.seen[..., j]
-            total += (runtime.plus((1 - 2 * bit) * flip, bit)) << j
+    share = runtime.share(shape, lambda: own(table.plain, seen), lambda: own(table.hidden, mask))
+    return (yield from _as_words(runtime, share, table))
+
+
+def _as_words(runtime: Runtime, share: Tensor, table: OwnedTable) -> Protocol[Secret]:
+    """Additive shares of what xor shares of ``table.width`` bits stand for: [...] to [...]."""
+    width, shape = table.width, tuple(share.shape)
+    masks = [runtime.mask_of(party, shape) for party in (OWNER, CLIENT)]
+    known = [mask for mask in masks if mask is not None]  # a party's own; the dealer's both
+    sent = runtime.share(shape, lambda: ring.low_bits(share ^ known[0], width))
+    received = yield [Message(party, shape, width, runtime.held_by(party, sent)) for party in (OWNER, CLIENT)]
+    flips = []
+    for j in range(width):
+
+        def bit(j: int = j) -> Tensor:
+            return (known[0] ^ known[1]) >> j & 1
+
+        flips.append(runtime.deal(shape, bit, width - j).held)
+
+    def words() -> Tensor:
+        (theirs,) = (part for part in received if part is not None)
+        opened = sent ^ theirs
+        total = runtime.plus(torch.zeros_like(opened), opened)
+        for j, flip in enumerate(flips):
+            total += (1 - 2 * (opened >> j & 1)) * flip << j
         return total
 
-    return Secret(runtime.share(shape, share), table.scale, bits, bits - 2 - table.scale)
+    return Secret(runtime.share(shape, words), table.scale, width, table.bits)
+
+
+def _one_hot(ids: Tensor, count: int, vocabulary: int) -> Tensor:
+    """Words [count, V / 64 rounded up] in which the bit of each token is set."""
+    assert len(ids) == count, f"{len(ids)} token ids, {count} announced"
+    for token in ids.tolist():
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"token id {token} is not in a vocabulary of {vocabulary}")
+    hot = torch.zeros(count, ring.limbs(vocabulary), dtype=torch.int64)
+    hot[torch.arange(count), ids // 64] = torch.ones_like(ids) << ids % 64
+    return hot

@@ -144,7 +144,7 @@ class WireEngine(Engine):
         """A protocol: the owner's embedding table, made once."""
         if weight.table is None:
             weight.table = yield from embedding.own_table(
-                self.runtime, weight.value, weight.shape, self.config.hidden, self.config.embedding_width
+                self.runtime, weight.value, tuple(weight.shape), self.config.hidden, self.config.embedding_bits
             )
         return weight.table
 
