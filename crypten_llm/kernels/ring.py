@@ -169,6 +169,44 @@ class Kernels(Protocol):
     def coefficients(self, opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor) -> Tensor:
         """Words [2 modes, N]: the A_j of ``combine``, then the B_j."""
 
+    # The same where each mode has a frequency of its own, a whole number k_j; words [modes].
+
+    def cosines(self, mask: Tensor, shift: int, frequencies: Tensor, scales: Tensor) -> Tensor:
+        """Words [modes, 2, N]: scales_j, float64, times cos and sin of k_j times the angle, rounded to nearest."""
+
+    def add_cosines(
+        self,
+        opened: Tensor,
+        shift: int,
+        frequencies: Tensor,
+        coefficients: Tensor,
+        ups: Tensor,
+        shares: Tensor,
+        constant: int,
+    ) -> Tensor:
+        """constant + sum over j of (A_j shares[j, 0] + B_j shares[j, 1]) 2^ups_j, words [N].
+
+        A_j, B_j = coefficients_j times cos and sin of k_j times the angle, rounded; float64 coefficients [modes].
+        shares: words [modes, 2, N]. ups: words [modes], 0 to 63.
+        """
+
+    # Bits at secret places: rows of P bits, 8 a byte, the lowest first; P is a power of two from 8 on.
+
+    def flip_places(self, places: Tensor, words: Tensor) -> Tensor:
+        """words uint8 [N, P / 8]: bit places_i modulo P of row i is flipped; they are overwritten, and returned."""
+
+    def parities(self, words: Tensor, turns: Tensor, sets: Tensor) -> Tensor:
+        """Words [N, S], 0 or 1: the parity of those bits p of words_i for which sets[s, (turns_i - p) modulo P].
+
+        words: uint8 [N, P / 8]. turns: words [N]. sets: bool [S, P].
+        """
+
+    def xor_rows(self, table: Tensor, chosen: Tensor) -> Tensor:
+        """int32 [T, H]: the xor of those rows v of the table for which bit v modulo 64 of chosen[t, v // 64] is set.
+
+        table: int32 [V, H]. chosen: words [T, V / 64 rounded up], whose bits from V on count for nothing.
+        """
+
     # Tables turned by a mask. words: [N, 2^m] of a table; they are overwritten, and returned.
 
     def turn_table(self, table: Tensor, places: Tensor, words: Tensor) -> Tensor:
