@@ -199,6 +199,18 @@ def test_as_many_positions_as_the_result_holds():
     activated(torch.zeros(1, dtype=torch.int64), GELU, 4096)
 
 
+def test_the_fewest_positions_for_a_bound():
+    """Both sides of each step; and what no number of them holds."""
+    for activation in (SILU, GELU):
+        for positions in (32, 64, 256, 2048):
+            assert activation.positions(activation.bound(positions)) == positions
+            assert activation.positions(activation.bound(positions // 2) + 0.01) == positions
+    assert SILU.positions(188) == 256 and SILU.positions(0) == 32
+    for largest in (1800, 1e9, float("inf"), float("nan")):
+        with pytest.raises(Overflow, match="which 4096 positions reach"):
+            SILU.positions(largest)
+
+
 def test_nothing_is_revealed_by_the_flags():
     """They are shares as they come: a party's alone are as often 1 as 0, whether x is near the end or not."""
     for place in (0, 127):
