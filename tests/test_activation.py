@@ -87,6 +87,15 @@ def test_declared_errors():
 
 
 @ALL
+def test_what_is_opened_holds_the_function_wherever_it_counts(activation):
+    """Up to the far end of the last position inside, where the fit ends too."""
+    end = (activation.last + 1) * activation.unit
+    x = torch.linspace(-end, end, 10_001, dtype=torch.float64)
+    assert activation.fit.high * activation.unit == end
+    assert (activation.function(x) - activation.middle).abs().max() + activation.error < 2**activation.bits
+
+
+@ALL
 @pytest.mark.parametrize("positions", [32, 256])
 def test_both_ends_of_what_is_right(activation, positions):
     """From -P/2 to P/2 - 1; beyond, x is read modulo P."""

@@ -48,9 +48,9 @@ BLOCK = 1 << 14  # elements at a time
 class Activation:
     """One function f, and how it is cut.
 
-    function: the plaintext twin. unit = times / 2^halvings, of x = unit * x'. last: J, the last position inside.
-    middle, bits: |f(x) - middle| < 2^bits for all |x| <= (J + 1) unit. fit: its name in ``fits.EVEN_TARGETS``, of
-    f(x) - x / 2 as a function of x'.
+    name: in ``fits.EVEN_TARGETS`` that of f(x) - x / 2 as a function of x'. function: the plaintext twin. times,
+    halvings: x = unit * x' with unit = times / 2^halvings. last: J, the last position inside. middle, bits:
+    |f(x) - middle| < 2^bits for all |x| <= (J + 1) unit, errors included.
     """
 
     name: str
