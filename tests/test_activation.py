@@ -87,6 +87,15 @@ def test_declared_errors():
 
 
 @ALL
+def test_what_is_opened_holds_the_function_wherever_it_counts(activation):
+    """Up to the far end of the last position inside, where the fit ends too."""
+    end = (activation.last + 1) * activation.unit
+    x = torch.linspace(-end, end, 10_001, dtype=torch.float64)
+    assert activation.fit.high * activation.unit == end
+    assert (activation.function(x) - activation.middle).abs().max() + activation.error < 2**activation.bits
+
+
+@ALL
 @pytest.mark.parametrize("positions", [32, 256])
 def test_both_ends_of_what_is_right(activation, positions):
     """From -P/2 to P/2 - 1; beyond, x is read modulo P."""
@@ -197,6 +206,18 @@ def test_what_is_refused():
 def test_as_many_positions_as_the_result_holds():
     activated(torch.zeros(1, dtype=torch.int64), SILU, 2048)
     activated(torch.zeros(1, dtype=torch.int64), GELU, 4096)
+
+
+def test_the_fewest_positions_for_a_bound():
+    """Both sides of each step; and what no number of them holds."""
+    for activation in (SILU, GELU):
+        for positions in (32, 64, 256, 2048):
+            assert activation.positions(activation.bound(positions)) == positions
+            assert activation.positions(activation.bound(positions // 2) + 0.01) == positions
+    assert SILU.positions(188) == 256 and SILU.positions(0) == 32
+    for largest in (1800, 1e9, float("inf"), float("nan")):
+        with pytest.raises(Overflow, match="which 4096 positions reach"):
+            SILU.positions(largest)
 
 
 def test_nothing_is_revealed_by_the_flags():

@@ -41,7 +41,6 @@ RING = FRACTION + PERIOD  # of x', whose ring is the period of the cosines
 _RESULT = WIDTH - SCALE + FRACTION  # of f(x) at FRACTION bits, to which it is lifted
 _SUM = 2 * FRACTION  # fractional bits of the sum of cosines
 _GUARD = 1  # bits of a word beyond what its coefficient's size asks for
-_UNITS = 36  # fractional bits of stored coefficients
 BLOCK = 1 << 14  # elements at a time
 
 
@@ -49,9 +48,9 @@ BLOCK = 1 << 14  # elements at a time
 class Activation:
     """One function f, and how it is cut.
 
-    function: the plaintext twin. unit = times / 2^halvings, of x = unit * x'. last: J, the last position inside.
-    middle, bits: |f(x) - middle| < 2^bits for all |x| <= (J + 1) unit. fit: its name in ``fits.EVEN_TARGETS``, of
-    f(x) - x / 2 as a function of x'.
+    name: in ``fits.EVEN_TARGETS`` that of f(x) - x / 2 as a function of x'. function: the plaintext twin. times,
+    halvings: x = unit * x' with unit = times / 2^halvings. last: J, the last position inside. middle, bits:
+    |f(x) - middle| < 2^bits for all |x| <= (J + 1) unit, errors included.
     """
 
     name: str
@@ -78,6 +77,32 @@ class Activation:
     def bound(self, positions: int = 256) -> float:
         """``activate`` computes f(x) for |x| <= this, without raising a flag."""
         return (positions // 2 - MARGIN - 1) * self.unit
+
+    def positions(self, largest: float) -> int:
+        """The fewest positions for which |x| <= ``largest`` raises no flag.
+
+        Raises: Overflow where they leave the result's ring.
+        """
+        positions = LEAST
+        while not self.bound(positions) >= largest:  # nor NaN
+            positions *= 2
+            self.reach(positions)
+        return positions
+
+    def reach(self, positions: int) -> int:
+        """|x| < 2^reach for all that so many positions tell apart.
+
+        Raises: Overflow where that does not fit the result's ring, and for a number that is no number of positions.
+        """
+        if positions < LEAST or positions & (positions - 1):
+            raise Overflow(f"{self.name}: {positions} positions; give a power of two from {LEAST} on")
+        bits = (math.ceil(positions // 2 * self.unit) - 1).bit_length()
+        if bits + SCALE > WIDTH - 1:
+            raise Overflow(
+                f"{self.name}: |x| < 2^{bits}, which {positions} positions reach, at scale 2^{SCALE} does not fit a "
+                f"share valid modulo 2^{WIDTH}"
+            )
+        return bits
 
     @property
     def error(self) -> float:
@@ -125,11 +150,11 @@ class _Mode:
 @functools.cache
 def _modes(name: str) -> list[_Mode]:
     coefficients = fits.stored_even(name).coefficients.tolist()
-    sizes = [round(abs(a) * 2.0**_UNITS).bit_length() for a in coefficients]
+    sizes = [math.frexp(a)[1] for a in coefficients]  # |a| < 2^size
     modes = []
     for a, size in zip(coefficients, sizes, strict=True):
         up = max(0, sizes[0] - size - _GUARD)
-        dealt = (_SUM - up + size - _UNITS) // 2
+        dealt = (_SUM - up + size) // 2
         modes.append(_Mode(a, _SUM - up - dealt, dealt, up))
     return modes
 
@@ -156,14 +181,7 @@ def activate(
     Source: SHAFT (NDSS 2025) for cosines of a masked value, with free frequencies; one-hot vectors of the mask as in
     Attrapadung et al. (PoPETs 2022), XOR-shared, for the intervals.
     """
-    if positions < LEAST or positions & (positions - 1):
-        raise Overflow(f"{activation.name}: {positions} positions; give a power of two from {LEAST} on")
-    bits = (math.ceil(positions // 2 * activation.unit) - 1).bit_length()
-    if bits + SCALE > WIDTH - 1:
-        raise Overflow(
-            f"{activation.name}: |x| < 2^{bits}, which {positions} positions reach, at scale 2^{SCALE} does not fit a "
-            f"share valid modulo 2^{WIDTH}"
-        )
+    bits = activation.reach(positions)
     truncate = x.scale - FRACTION
     (wire,) = yield [Opening(x, truncate=truncate, ring=RING + truncate, function=True)]
     near = _near(runtime, wire, activation)
