@@ -144,7 +144,11 @@ class WireEngine(Engine):
         """A protocol: the owner's embedding table, made once."""
         if weight.table is None:
             weight.table = yield from embedding.own_table(
-                self.runtime, weight.value, (weight.shape[0], weight.shape[1]), self.config.hidden, self.config.embedding_bits
+                self.runtime,
+                weight.value,
+                (weight.shape[0], weight.shape[1]),
+                self.config.hidden,
+                self.config.embedding_bits,
             )
         return weight.table
 
