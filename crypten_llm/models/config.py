@@ -1,4 +1,4 @@
-"""The public facts of a model: its architecture, read from a Hugging Face config.json.
+"""The public facts of a model: its architecture, read from a Hugging Face config.json or a GGUF file's metadata.
 
 Owns which configurations are supported and every check on what is read of them; where families differ, ``family`` says
 so, and what becomes of fields that are not read, ``config_fields``. What would make the model compute something else is
@@ -17,6 +17,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.models.config_fields import check_unread
 from crypten_llm.models.family import FAMILIES, Family
 from crypten_llm.models.fields import integer, is_integer, number, read_json, short
+from crypten_llm.models.gguf_file import SUFFIX, is_gguf, read_config
 from crypten_llm.models.rope_config import RopeConfig, read_rope, refuse_partial_rotation
 from crypten_llm.models.windows import Windows, read_windows, write_windows
 
@@ -82,6 +83,11 @@ class LlamaConfig:
             raise UsageError(f"head_dim is {self.head_dim}; it must be even, since RoPE rotates pairs")
         if self.rope.type == "dynamic" and self.head_dim == 2:
             raise UsageError("head_dim is 2; rope type dynamic needs at least 4")
+        divisors = self.rope.divisors
+        if divisors is not None and len(divisors) != self.head_dim // 2:
+            raise UsageError(
+                f"rope type divided has {len(divisors)} divisors; a head of {self.head_dim} needs half as many"
+            )
 
     @property
     def family(self) -> Family:
@@ -176,12 +182,22 @@ class LlamaConfig:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> LlamaConfig:
-        """Read `path`/config.json; as in transformers, generation_config.json decides the end-of-sequence ids."""
+        """Read `path`/config.json; as in transformers, generation_config.json decides the end-of-sequence ids.
+
+        A GGUF file stands for a folder, with its own metadata.
+        """
         path = Path(path)
+        if is_gguf(path):
+            try:
+                return cls.from_dict(read_config(path))
+            except UsageError as error:
+                raise UsageError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder; give a model folder that holds config.json")
         if not (path / "config.json").exists():
-            raise UsageError(f"{path}: no config.json; give a Hugging Face model folder")
+            others = sorted(file.name for file in path.glob(f"*{SUFFIX}"))
+            what = f"the GGUF file itself, {path / others[0]}" if others else "a Hugging Face model folder"
+            raise UsageError(f"{path}: no config.json; give {what}")
         d = read_json(path / "config.json")
         if (path / "generation_config.json").exists():
             generation = read_json(path / "generation_config.json")
