@@ -216,6 +216,10 @@ def test_a_folder_with_tokenizer_model_alone(tmp_path, settings):
         assert ids == [1, *reference.encode(text)]
         assert found.decode(ids, skip_special_tokens=True) == text
     assert encode_prompt(found, "<s>The capital").count(1) == 1
+    known = tokenizer.digest(tmp_path)
+    assert known == tokenizer.digest_of(found) and len(known) == 64
+    found.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").exists() and tokenizer.digest(tmp_path / "saved") == known
 
 
 def test_a_digest_is_of_what_ids_stand_for(folder):

@@ -171,8 +171,9 @@ def _no_weights(folder: Path, single: str, index: str) -> str:
     if pickles:
         return (
             f"{folder}: only pickle checkpoints ({_shortened(pickles)}), which can run code when opened; if you trust "
-            'them, convert to safetensors: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+            'them, convert to safetensors: python -c "from transformers import AutoModelForCausalLM, AutoTokenizer; '
+            f"[part.from_pretrained('{folder}').save_pretrained('{folder}-safetensors') "
+            'for part in (AutoModelForCausalLM, AutoTokenizer)]"'
         )
     others = sorted(path.name for pattern in ("*.safetensors", "*.gguf") for path in folder.glob(pattern))
     found = f" but {_shortened(others)}" if others else ""

@@ -226,17 +226,22 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def digest(folder: Path) -> str | None:
-    """SHA-256 of which token each id stands for by ``tokenizer.json``, or in a GGUF file; None where it is not told.
+    """SHA-256 of which token each id stands for; None of a folder or GGUF file without a tokenizer, or with one that
+    the packages here cannot read.
 
-    Two files of one model agree, whichever release wrote them and whatever rules for splitting text they hold.
-    Raises UsageError for a file that cannot be read.
+    Two files of one model agree, whichever release wrote them, in whichever form, and whatever rules for splitting text
+    they hold. Raises UsageError for a ``tokenizer.json`` that cannot be read.
     """
     if is_gguf(folder):
-        return _hashed(gguf_tokenizer.vocabulary(folder)) if gguf_tokenizer.vocabulary(folder) else None
+        return _hashed(gguf_tokenizer.vocabulary(folder))
     path = folder / "tokenizer.json"
-    try:
-        if not (content := _json(path)):
+    if not path.exists():
+        try:
+            return _hashed(load(folder).get_vocab())
+        except UsageError:
             return None
+    try:
+        content = _json(path)
         vocabulary = content["model"]["vocab"]  # ids by token, or [token, score] in the order of ids
         tokens = {row[0]: i for i, row in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
         tokens |= {token["content"]: token["id"] for token in _added(content)}
@@ -245,10 +250,11 @@ def digest(folder: Path) -> str | None:
     return _hashed(tokens)
 
 
-def _hashed(tokens: dict[str, int]) -> str:
-    return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()
+def _hashed(tokens: dict[str, int]) -> str | None:
+    return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest() if tokens else None
 
 
 def digest_of(tokenizer: Any) -> str | None:
     """``digest`` of the folder that a tokenizer was loaded from."""
-    return digest(tokenizer.folder if isinstance(tokenizer, Tokenizer) else Path(tokenizer.name_or_path))
+    folder = tokenizer.folder if isinstance(tokenizer, Tokenizer) else Path(tokenizer.name_or_path)
+    return digest(folder) if (folder / "tokenizer.json").exists() else _hashed(tokenizer.get_vocab())
