@@ -250,6 +250,14 @@ def test_a_config_made_in_code_is_checked_too():
         LlamaConfig(97, 32, 48, 2, 4, 2, 8, model_type="qwen3", mlp_bias=True)
 
 
+@pytest.mark.parametrize(("model_type", "windows"), [("llama", (8, 8)), ("mistral", (8,)), ("qwen2", (8, None, 8))])
+def test_windows_that_no_such_model_has(model_type, windows):
+    with pytest.raises(
+        UsageError, match="^windows are .*(models of type 'llama' have none|one for each of the layers)"
+    ):
+        LlamaConfig(97, 32, 48, 2, 4, 2, 8, model_type=model_type, windows=windows)
+
+
 def write(folder, **files):
     for name, text in files.items():
         (folder / f"{name}.json").write_text(text if isinstance(text, str) else json.dumps(text))

@@ -69,6 +69,10 @@ class LlamaConfig:
         for name in _BIASES:
             if getattr(self, name) and name not in self.family.fields:
                 raise UsageError(f"{name} is True; models of type {self.model_type!r} have no such bias")
+        if self.windows and "sliding_window" not in self.family.fields:
+            raise UsageError(f"windows are {self.windows!r}; models of type {self.model_type!r} have none")
+        if self.windows and len(self.windows) != self.num_hidden_layers:
+            raise UsageError(f"windows are {short(self.windows)}; there must be one for each of the layers")
         # An id outside the vocabulary is never produced, so only the type matters.
         for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
             for token in ids:
