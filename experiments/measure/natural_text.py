@@ -129,7 +129,7 @@ def main() -> None:
 
     def save(name: str, row: dict) -> None:
         found[name] = row
-        sign(result, "wire")
+        sign(result)
         rows = [found[name] for name in prompts if name in found]
         result["summary"] = {**result.get("summary", {}), label: summary(rows)}
         kept.save(arguments.json, result)
