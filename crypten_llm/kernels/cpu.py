@@ -12,7 +12,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import dcf, ring, tables
+from crypten_llm.kernels import dcf, tables
 from crypten_llm.kernels.compiling import compiled
 
 _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
@@ -348,28 +348,7 @@ def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
 
 # Comparison keys, and tables.
 
-
-def compare_keys(alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, bits: int) -> list[Tensor]:
-    parts = [torch.empty(shape, dtype=dtype) for shape, dtype in ring.key_sizes(bits, alpha.shape[0])]
-    seeds, values, flags = parts
-    first, second = _unsigned(seed0), _unsigned(seed1)
-    made = _unsigned(seeds), _unsigned(values), flags.numpy()
-    dcf.generate(_unsigned(alpha), _unsigned(beta), first, second, bits, *made)
-    return parts
-
-
-def compare(seed: Tensor, common: list[Tensor], party: int, points: Tensor) -> Tensor:
-    seeds, values, flags = common
-    out = torch.zeros((*points.shape, dcf.WORDS), dtype=torch.int64)
-    corrections = _unsigned(seeds), _unsigned(values), flags.numpy()
-    dcf.evaluate(_unsigned(seed), *corrections, party, _unsigned(points), _unsigned(out))
-    return out
-
-
-def _unsigned(words: Tensor) -> np.ndarray:
-    return words.contiguous().numpy().view(np.uint64)
-
-
+compare_keys, compare = dcf.compare_keys, dcf.compare
 turn_table, read_table = tables.turn_table, tables.read_table
 turn_signs, read_signs = tables.turn_signs, tables.read_signs
 turn_bits, read_bits = tables.turn_bits, tables.read_bits
