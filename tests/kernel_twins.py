@@ -7,15 +7,21 @@ memory before is left in it. A device of one's own goes through the same tests: 
 
 import copy
 import inspect
+import itertools
+import math
+import random
 
 import numpy as np
 import pytest
 import torch
 
 from crypten_llm.kernels import cpu, reference, ring
+from crypten_llm.kernels.integers import wide
 
 EDGES = [0, 1, -1, 2**63 - 1, -(2**63), 2**62, 0x0123456789ABCDEF]
-OVERWRITTEN = {"turn_table": "words", "turn_signs": "words", "turn_bits": "words"}  # by what says so
+OVERWRITTEN = dict.fromkeys(
+    ["turn_table", "turn_signs", "turn_bits", "turned_exponents", "read_exponents"], "words"
+)  # by what says so
 
 
 def words(*shape, seed=0, bound=2**63):
@@ -45,6 +51,48 @@ def layouts(make, *shape):
         make(*lead, 2 * last)[..., ::2],
         make(*lead, 1).expand(*shape),
     ]
+
+
+# Numbers in limbs.
+
+
+def wide_edges(bits: int) -> list[int]:
+    """Zero, one, everything set, carries that run through all limbs and stop at the last one, the top bit."""
+    full = 2**bits - 1
+    limb = [2**64 - 1, 2**64] if bits > 64 else []
+    return [0, full, 1, full - 1, 2 ** (bits - 1), 2 ** (bits - 1) - 1, full ^ 1, *limb, full // 3, 2**32 - 1]
+
+
+def wide_words(bits: int, *shape: int, seed: int = 0) -> torch.Tensor:
+    """Uniform limbs, edges in front, in an order that the seed says."""
+    generator = random.Random(f"{bits} {seed}")
+    front = wide_edges(bits)
+    generator.shuffle(front)
+    count = math.prod(shape)
+    return wide((front + [generator.getrandbits(bits) for _ in range(count)])[:count], bits, shape)
+
+
+def wide_layouts(bits: int, *shape: int, seed: int = 0) -> list[torch.Tensor]:
+    """Limbs of a shape as they come, limbs lying apart, leading dimensions turned, in the middle of more, repeated."""
+    count = ring.limbs(bits)
+    made = wide_words(bits, *shape, seed=seed)
+    apart = torch.full((*shape, 2 * count), -1)
+    apart[..., ::2] = made
+    reverse = [*range(len(shape))[::-1], len(shape)]
+    middle = wide_words(bits, shape[0] + 2, *shape[1:], seed=seed)[1:-1]
+    return [
+        made,
+        apart[..., ::2],
+        wide_words(bits, *shape[::-1], seed=seed).permute(*reverse),
+        middle,
+        wide_words(bits, *shape[:-1], 1, seed=seed).expand(*shape, count),
+    ]
+
+
+def wide_pairs(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every edge beside every edge."""
+    left, right = zip(*itertools.product(wide_edges(bits), repeat=2), strict=True)
+    return wide(left, bits, (len(left),)), wide(right, bits, (len(right),))
 
 
 # A kernel and its twin.

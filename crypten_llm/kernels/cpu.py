@@ -1,7 +1,8 @@
 """Kernels for processors: compiled loops over words (signatures and meanings: ``kernels.ring``).
 
 Owns the loops, which Numba compiles on first use; ``python -m experiments.measure.ring_kernels`` times the products
-beside torch's and the memory's bandwidth. Tables and comparison keys are in ``kernels.tables`` and ``kernels.dcf``.
+beside torch's and the memory's bandwidth. Tables, comparison keys, and what is wider than a word are in
+``kernels.tables``, ``dcf``, and ``limbs``, ``ones`` and ``exponents``.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import dcf, tables
+from crypten_llm.kernels import dcf, exponents, limbs, ones, tables
 from crypten_llm.kernels.compiling import compiled
 
 _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
@@ -202,6 +203,8 @@ def _cut(
 
 
 def pack(words: Tensor, bits: int) -> Tensor:
+    if bits > 64:
+        return limbs.pack(words, bits)
     flat = _flat(words)
     if bits == 64:
         return torch.from_numpy(flat.copy().view(np.uint8))  # a strided view has no bytes of its own
@@ -211,6 +214,8 @@ def pack(words: Tensor, bits: int) -> Tensor:
 
 
 def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+    if bits > 64:
+        return limbs.unpack(data, bits, shape)
     if bits == 64 and data.storage_offset() % 8 == 0:
         return data.view(torch.int64).view(shape)
     return torch.from_numpy(_unpacked(data, bits, math.prod(shape)).reshape(shape))
@@ -346,9 +351,17 @@ def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(a), torch.from_numpy(b)
 
 
-# Comparison keys, and tables.
+# Comparison keys, tables, and what is wider than a word.
 
 compare_keys, compare = dcf.compare_keys, dcf.compare
 turn_table, read_table = tables.turn_table, tables.read_table
 turn_signs, read_signs = tables.turn_signs, tables.read_signs
 turn_bits, read_bits = tables.turn_bits, tables.read_bits
+hide_wide, show_wide = limbs.hide_wide, limbs.show_wide
+reduce_wide, widen = limbs.reduce_wide, limbs.widen
+add_wide, subtract_wide, multiply_wide = limbs.add_wide, limbs.subtract_wide, limbs.multiply_wide
+sum_wide, shift_wide, drop_wide = limbs.sum_wide, limbs.shift_wide, limbs.drop_wide
+add_ones, subtract_ones, sum_ones = limbs.add_ones, limbs.subtract_ones, limbs.sum_ones
+multiply_ones, power_ones = ones.multiply_ones, ones.power_ones
+rotate_ones, window_ones = ones.rotate_ones, ones.window_ones
+turned_exponents, read_exponents = exponents.turned_exponents, exponents.read_exponents

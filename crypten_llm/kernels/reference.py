@@ -6,33 +6,20 @@ down each time: ``% 2**bits``.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import reference_keys
+from crypten_llm.kernels import reference_keys, reference_wide
+from crypten_llm.kernels.integers import integers as _integers
+from crypten_llm.kernels.integers import signed as _signed
+from crypten_llm.kernels.integers import words as _words
 from crypten_llm.kernels.ring import DIGITS, SIGNS
 
-# Between tensors and integers.
-
-
-def _integers(words: Tensor) -> list[int]:
-    """The elements as unsigned 64-bit integers, in order."""
-    return [value % 2**64 for value in words.flatten().tolist()]
-
-
-def _signed(value: int, bits: int = 64) -> int:
-    """The integer in [-2^(bits-1), 2^(bits-1)) that is ``value`` modulo 2^bits."""
-    value %= 2**bits
-    return value - 2**bits if value >> (bits - 1) else value
-
-
-def _words(values: Iterable[int], shape: Iterable[int]) -> Tensor:
-    """Integers modulo 2^64 as words of ``shape``."""
-    return torch.tensor([_signed(value) for value in values], dtype=torch.int64).reshape(tuple(shape))
+# Elements, one after the other.
 
 
 def _places(words: Tensor) -> Iterator[tuple[int, ...]]:
@@ -85,19 +72,19 @@ def matmul_nn(x: Tensor, w: Tensor) -> Tensor:
     )
 
 
-# What travels: one long number, whose lowest ``bits`` are the first word.
+# What travels, and numbers in limbs.
 
-
-def pack(words: Tensor, bits: int) -> Tensor:
-    number = 0
-    for place, value in enumerate(_integers(words)):
-        number |= value % 2**bits << place * bits
-    return torch.tensor(list(number.to_bytes((words.numel() * bits + 7) // 8, "little")), dtype=torch.uint8)
-
-
-def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-    number = int.from_bytes(bytes(data.tolist()), "little")
-    return _words((number >> place * bits & 2**bits - 1 for place in range(math.prod(shape))), shape)
+pack, unpack = reference_wide.pack, reference_wide.unpack
+hide_wide, show_wide = reference_wide.hide_wide, reference_wide.show_wide
+reduce_wide, widen = reference_wide.reduce_wide, reference_wide.widen
+add_wide, subtract_wide = reference_wide.add_wide, reference_wide.subtract_wide
+multiply_wide, sum_wide = reference_wide.multiply_wide, reference_wide.sum_wide
+shift_wide, drop_wide = reference_wide.shift_wide, reference_wide.drop_wide
+add_ones, subtract_ones = reference_wide.add_ones, reference_wide.subtract_ones
+multiply_ones, sum_ones = reference_wide.multiply_ones, reference_wide.sum_ones
+power_ones, rotate_ones = reference_wide.power_ones, reference_wide.rotate_ones
+turned_exponents, read_exponents = reference_wide.turned_exponents, reference_wide.read_exponents
+window_ones = reference_wide.window_ones
 
 
 def hide(share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:

@@ -5,33 +5,20 @@ Owns the twins of ``kernels.dcf``, with which they share no code. A key is a bin
 equal, so their values cancel. Notation as in Figure 1 of Boyle et al. (EUROCRYPT 2021).
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
+from crypten_llm.kernels.integers import numbers, wide
 from crypten_llm.kernels.ring import Comparison, Group, key_sizes
 
 BLOCK = 8  # words of 64 bits
 SEED = 2  # words of a seed
 
 
-def _numbers(limbs: Tensor) -> list[int]:
-    """Unsigned integers from words [..., L], the lowest first."""
-    rows = limbs.reshape(-1, limbs.shape[-1]).tolist()
-    return [sum(word % 2**64 << 64 * place for place, word in enumerate(row)) for row in rows]
-
-
-def _limbs(numbers: Iterable[int], shape: tuple[int, ...]) -> Tensor:
-    """The inverse: words of ``shape``."""
-    words = [number >> 64 * place & 2**64 - 1 for number in numbers for place in range(shape[-1])]
-    return torch.tensor([word - (word >> 63 << 64) for word in words], dtype=torch.int64).reshape(shape)
-
-
-def _packed(numbers: list[int], bits: int) -> list[int]:
+def _packed(values: list[int], bits: int) -> list[int]:
     """Bytes of numbers one behind the other, the lowest bit first."""
-    whole = sum(number << place * bits for place, number in enumerate(numbers))
-    return list(whole.to_bytes((len(numbers) * bits + 7) // 8, "little"))
+    whole = sum(value << place * bits for place, value in enumerate(values))
+    return list(whole.to_bytes((len(values) * bits + 7) // 8, "little"))
 
 
 def _unpacked(data: list[int], bits: int, count: int) -> list[int]:
@@ -94,17 +81,17 @@ def order_of(group: Group) -> int:
 
 def compare_keys(comparison: Comparison, mask: Tensor, payload: Tensor, seed0: Tensor, seed1: Tensor) -> list[Tensor]:
     group, levels = comparison.group, comparison.levels
-    payloads = _numbers(payload)
-    roots = zip(_numbers(seed0), _numbers(seed1), strict=True)
+    payloads = numbers(payload)
+    roots = zip(numbers(seed0), numbers(seed1), strict=True)
     keys = [
         _key(comparison, r, payloads[group.count * n : group.count * (n + 1)], list(pair))
-        for n, (r, pair) in enumerate(zip(_numbers(mask), roots, strict=True))
+        for n, (r, pair) in enumerate(zip(numbers(mask), roots, strict=True))
     ]
     (_, seeds_type), *sizes = key_sizes(comparison, len(keys))
     assert seeds_type == torch.int64
-    seeds = _limbs((seed for key in keys for seed in key[0]), (len(keys), levels, SEED))
+    seeds = wide((seed for key in keys for seed in key[0]), 64 * SEED, (len(keys), levels))
     packed = [
-        [_packed([number for numbers in key[part] for number in numbers], bits) for key in keys]
+        [_packed([number for value in key[part] for number in value], bits) for key in keys]
         for part, bits in ((1, group.bits), (2, group.bits), (3, 2))
     ]
     rows = [torch.tensor(row, dtype=dtype).reshape(shape) for row, (shape, dtype) in zip(packed, sizes, strict=True)]
@@ -156,18 +143,18 @@ def compare(
     seeds, values, leaves, flags = common
     counts = [comparison.levels * group.count, len(comparison.leaves) * group.count, comparison.levels]
     shares = []
-    for n, (root, m) in enumerate(zip(_numbers(seed), _numbers(opened), strict=True)):
+    for n, (root, m) in enumerate(zip(numbers(seed), numbers(opened), strict=True)):
         rows = [part[n].tolist() for part in (values, leaves, flags)]
         corrections = [_unpacked(*row) for row in zip(rows, (group.bits, group.bits, 2), counts, strict=True)]
-        whole = _numbers(payload[n])
+        whole = numbers(payload[n])
         for threshold, stop in zip(comparison.thresholds, comparison.stops, strict=True):
             point = (m - threshold) % 2**width
-            found = _descend(comparison, point, stop, root, int(party), _numbers(seeds[n]), corrections)
+            found = _descend(comparison, point, stop, root, int(party), numbers(seeds[n]), corrections)
             signed = [-number if party else number for number in found]
             if point >> width - 1:
                 signed = [whole[c] - number for c, number in enumerate(signed)]
             shares += [number % order for number in signed]
-    return _limbs(shares, (opened.shape[0], len(comparison.thresholds), group.count, group.limbs))
+    return wide(shares, group.bits, (opened.shape[0], len(comparison.thresholds), group.count))
 
 
 def _descend(
@@ -178,8 +165,8 @@ def _descend(
     values, leaves, flags = corrections
     seed, sums, depth = root - root % 2, [0] * group.count, width - 1 - stop
 
-    def add(numbers: list[int], correction: list[int], place: int) -> None:
-        for c, number in enumerate(numbers):
+    def add(value: list[int], correction: list[int], place: int) -> None:
+        for c, number in enumerate(value):
             sums[c] += number + control * correction[place * group.count + c]
 
     for level in range(depth):

@@ -4,8 +4,14 @@ Owns the signatures. ``cpu`` implements them in compiled loops, ``reference`` sl
 is one more file with these functions. All are exact and alike to the last bit on every device, because two parties
 on different ones multiply their shares by what comes out. Tests hold each against its twin in ``reference``.
 
-*Words* are int64 tensors, read as integers modulo 2^64. Shapes: N elements; a table's words are of 8, 16, 32 or 64 bits
-(``TABLE_WORDS``). No function changes its arguments, but for those that say so.
+*Words* are int64 tensors, read as integers modulo 2^64. *Limbs* are words [..., L], the lowest first, of a number
+modulo 2^bits or modulo 2^q - 1: L = ``limbs(bits)``, and what is above the number in the highest is zero, in arguments
+and in results. Modulo 2^q - 1, with q from 64 to 512, 0 and 2^q - 1 are both zero, and both may be given. A result is
+what is left when all that is above the lowest q bits has been added to them, again until nothing is: the number from 1
+to 2^q - 1, or 0 if the sum or product of the arguments is 0 as an integer.
+
+Shapes: N elements; a table's words are of 8, 16, 32 or 64 bits (``TABLE_WORDS``). No function changes its arguments,
+but for those that say so.
 """
 
 from collections.abc import Sequence
@@ -19,6 +25,7 @@ from torch import Tensor
 TABLE_WORDS = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}  # how a table's words are held
 DIGITS = 4  # of a comparison by digits
 SIGNS = DIGITS + 1  # bits of the weighed sum of their signs
+MANTISSA = 14  # bits of the mantissas of exponents
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Group:
 
     @property
     def limbs(self) -> int:
-        return -(-self.bits // 64)
+        return limbs(self.bits)
 
 
 @dataclass(frozen=True)
@@ -95,11 +102,11 @@ class Kernels(Protocol):
     # What travels.
 
     def pack(self, words: Tensor, bits: int) -> Tensor:
-        """The low ``bits`` of each word, one behind the other: uint8 [ceil(N bits / 8)]."""
+        """The low ``bits`` of each word, one behind the other: uint8 [ceil(N bits / 8)]. Above 64 bits: of limbs."""
 
     def unpack(self, data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-        """The inverse of ``pack``: words of ``shape`` modulo 2^bits, non-negative below 64 bits; these may be the
-        memory of ``data``.
+        """The inverse of ``pack``: words of ``shape`` modulo 2^bits, non-negative below 64 bits, and limbs
+        [*shape, L] above 64; these may be the memory of ``data``.
         """
 
     def hide(self, share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -111,6 +118,89 @@ class Kernels(Protocol):
     def cut(self, opened: Tensor, count: int, offset: int, bits: int, lifted: bool) -> tuple[Tensor, Tensor | None]:
         """(opened >> count) - offset, unsigned; and (1 - bit ``bits - 1``) << (bits - count), ``None`` unless
         ``lifted``, for which bits - count is below 64.
+        """
+
+    # Numbers in limbs; bits > 64. Leading dimensions broadcast; limbs that an operand lacks are zero, and those above
+    # the result's count for nothing.
+
+    def hide_wide(self, share: Tensor, mask: Tensor, offset: int, bits: int, ones: bool) -> tuple[Tensor, Tensor]:
+        """share + mask + offset, as limbs [N, L] and packed: modulo 2^bits, or modulo 2^bits - 1 where ``ones``."""
+
+    def show_wide(self, value: Tensor, packed: Tensor, bits: int, ones: bool, shape: Sequence[int]) -> Tensor:
+        """What ``hide_wide`` gave here, limbs [N, L], plus what it packed at the other party: limbs [*shape, L]."""
+
+    def reduce_wide(self, words: Tensor, bits: int) -> Tensor:
+        """Limbs of any number and of any words, modulo 2^bits."""
+
+    def widen(self, words: Tensor, bits: int, signed: bool) -> Tensor:
+        """Words [...], read from 0 to 2^64 - 1 or from -2^63 to 2^63 - 1, as limbs [..., L]."""
+
+    def add_wide(self, a: Tensor, b: Tensor, bits: int) -> Tensor:
+        """a + b modulo 2^bits."""
+
+    def subtract_wide(self, a: Tensor, b: Tensor, bits: int) -> Tensor:
+        """a - b modulo 2^bits."""
+
+    def multiply_wide(self, a: Tensor, b: Tensor, bits: int) -> Tensor:
+        """a b modulo 2^bits."""
+
+    def sum_wide(self, a: Tensor, bits: int) -> Tensor:
+        """Limbs [..., 1, L] of the sums modulo 2^bits of [..., H, L], H below 2^31."""
+
+    def shift_wide(self, a: Tensor, count: int, bits: int) -> Tensor:
+        """a 2^count modulo 2^bits; without its low -count bits where ``count`` is negative."""
+
+    def drop_wide(self, a: Tensor, bits: int, count: int, up: bool) -> Tensor:
+        """a / 2^count modulo 2^(bits - count), rounded up or down; 0 <= count < bits. Words [...] if that is at most 64
+        bits, else limbs. Of two shares modulo 2^bits one is rounded up and one down: their sum is off by less than a
+        unit, 0 on average, and by nothing where no bit was lost.
+        """
+
+    # Modulo 2^q - 1, where a rotation of q bits is a product by a power of two. Leading dimensions broadcast.
+
+    def add_ones(self, a: Tensor, b: Tensor, q: int) -> Tensor:
+        """a + b."""
+
+    def subtract_ones(self, a: Tensor, b: Tensor, q: int) -> Tensor:
+        """a - b, as a + (2^q - 1 - b)."""
+
+    def multiply_ones(self, a: Tensor, b: Tensor, q: int) -> Tensor:
+        """a b."""
+
+    def sum_ones(self, words: Tensor, starts: Tensor, q: int) -> Tensor:
+        """Limbs [R, L]: the sums of words [N, L] from starts[j] up to starts[j + 1].
+
+        starts: int64 [R + 1], from 0 to N; a stretch may be empty, and is shorter than 2^31.
+        """
+
+    def power_ones(self, exponents: Tensor, q: int) -> Tensor:
+        """2^exponents, of any sign: int64 [...] to limbs [..., L]."""
+
+    def rotate_ones(self, words: Tensor, turns: Tensor, q: int) -> Tensor:
+        """words [..., L] times 2^turns, of any sign: int64 [...]."""
+
+    # Exponents: a number X modulo 2^bits, bits at most 54, stands for q X / 2^bits = X_i + X_f / 2^e of them, where 2^e
+    # is the smallest denominator, at most 2^20. mant(f) = round(2^MANTISSA 2^(f / 2^e)) for -2^e < f < 2^e.
+
+    def turned_exponents(self, mask: Tensor, rotation: Tensor, bits: int, q: int, words: Tensor) -> Tensor:
+        """words become mant(-r_f) 2^(rotation - r_i) - words, for r, the mask; they are returned.
+
+        mask, rotation: int64 [N], rotation from 0 to q - 1. words: limbs [N, L].
+        """
+
+    def read_exponents(self, words: Tensor, opened: Tensor, low: int, bits: int, q: int) -> Tensor:
+        """words become words mant(M_f) 2^(M_i + low), for M what was opened modulo 2^bits; they are returned.
+
+        words: limbs [N, L], low: any integer. Of shares of what ``turned_exponents`` is asked for, with M = y + r, come
+        shares of 2^(2 MANTISSA + q y / 2^bits + low + rotation) times 1 + d, |d| < 2^(1 - MANTISSA).
+        """
+
+    def window_ones(self, words: Tensor, turns: Tensor, starts: Tensor, q: int, bits: int, up: bool) -> Tensor:
+        """The top ``bits``, below q and at most 64, of words [N, L] times 2^turns[j] in stretch j: words [N].
+
+        With d = q - bits: x / 2^d, rounded up or down, modulo 2^bits. Of shares of V, 0 <= V < 2^q - 1, one rounded up
+        and one down, the sum modulo 2^bits is V / 2^d + error, -1 <= error <= 1 - 2^-d: less than a unit by rounding,
+        and 2^-d lost where the shares' sum passed 2^q - 1.
         """
 
     # Trigonometric sums: an angle is a word m times 2^shift, in units of 2^-64 turns.
@@ -194,6 +284,11 @@ def shift_right(x: Tensor, count: int) -> Tensor:
 def top_bit(x: Tensor, bits: int) -> Tensor:
     """Bit ``bits - 1`` of each word, 0 or 1."""
     return (x >> (bits - 1)) & 1
+
+
+def limbs(bits: int) -> int:
+    """Words that hold a number of ``bits``."""
+    return -(-bits // 64)
 
 
 def packed_size(count: int, bits: int) -> int:
