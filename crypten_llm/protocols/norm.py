@@ -63,7 +63,9 @@ def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int
     total = _sum_of_squares(runtime, lifted, squares, round(eps * size * 2 ** (2 * scale)))
     (sums,) = yield [WideOpening(total, rows, squares)]
     least = max(1, math.floor(math.log2(eps * size)) + 2 * scale)
-    scaled, power, beyond = normalized(runtime, sums, rows, squares, top, least, FACTORS)
+    raw = None if sums.public is None else sums.public.reshape(-1, sums.public.shape[-1])
+    mask = sums.mask.held.reshape(-1, sums.mask.held.shape[-1])
+    scaled, power, beyond = normalized(runtime, raw, mask, rows, squares, top, least, FACTORS)
     fit = fits.stored("inverse root")
     unit_wire, power_wire = yield [
         Opening(scaled, ring=FACTORS + fit.period, function=True),

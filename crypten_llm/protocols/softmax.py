@@ -114,7 +114,7 @@ def weigh(
         return kernels.drop_wide(found, q, exponents.dropped, runtime.rounds_up)
 
     (sum_wire,) = yield [WideOpening(runtime.share((rows, ring.limbs(narrow)), public_frame), (rows,), narrow)]
-    power, beyond = exponent(runtime, sum_wire, rows, narrow, LEAST, HEADROOM, q)
+    power, beyond = exponent(runtime, sum_wire.public, sum_wire.mask.held, narrow, LEAST, narrow - HEADROOM, q)
     power = runtime.plus(power, exponents.dropped)
     turn, beyond_wire = yield [
         ResidueOpening(power, rho, q),
