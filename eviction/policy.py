@@ -21,6 +21,7 @@ class Policy:
 
     acts: whether it does anything at all. One that does not is shown nothing, and all layers are alike under it.
     rebuilds_cache: whether the rows that it makes with ``fixed`` are the cache's own, not others beside them.
+    reads_scores: whether it reads the scores of rows that a prompt's token may not see.
     uneven: whether the steps of a period differ among themselves, see ``period``. budget_means: in words, what a budget
     is where it is not the rows that a step reads. held: settings that a search leaves alone, and the values that they
     have meanwhile, ``None`` for the default. style: colour, marker and line in charts, in matplotlib's words; without
@@ -39,6 +40,7 @@ class Policy:
     uses: ClassVar[tuple[str, ...]] = ()
     acts: ClassVar[bool] = True
     rebuilds_cache: ClassVar[bool] = False
+    reads_scores: ClassVar[bool] = False
     uneven: ClassVar[bool] = False
     budget_means: ClassVar[str] = ""
     held: ClassVar[Mapping[str, object]] = {}

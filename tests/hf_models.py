@@ -72,7 +72,27 @@ FAMILIES: dict[str, dict] = {
     ),
     "mistral": dict(model_type="mistral", sliding_window=None, head_dim=12),
     # A window as long as the context; prompts of tests fill both.
-    "mistral_window": dict(model_type="mistral", sliding_window=30, max_position_embeddings=30),
+    "mistral_whole": dict(model_type="mistral", sliding_window=30, max_position_embeddings=30),
+    "mistral_window": dict(model_type="mistral", sliding_window=5),
+    "mistral_window_of_two": dict(model_type="mistral", sliding_window=2, num_key_value_heads=1),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen2_options": dict(model_type="qwen2", head_dim=12, num_key_value_heads=4, tie_word_embeddings=True),
+    "qwen2_rope": dict(
+        model_type="qwen2", rope_parameters=dict(rope_type="linear", rope_theta=1e6, factor=2.0), rms_norm_eps=1e-2
+    ),
+    # The lower layer sees everything.
+    "qwen2_window": dict(model_type="qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    "qwen3_window": dict(
+        model_type="qwen3", head_dim=8, use_sliding_window=True, sliding_window=7, max_window_layers=0
+    ),
+    # The upper one does.
+    "qwen3_window_by_type": dict(
+        model_type="qwen3",
+        head_dim=8,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
 EVERY_CASE = CASES | FAMILIES
 

@@ -19,9 +19,9 @@ from crypten_llm.kernels import cpu, reference, ring
 from crypten_llm.kernels.integers import wide
 
 EDGES = [0, 1, -1, 2**63 - 1, -(2**63), 2**62, 0x0123456789ABCDEF]
-OVERWRITTEN = dict.fromkeys(
-    ["turn_table", "turn_signs", "turn_bits", "turned_exponents", "read_exponents"], "words"
-)  # by what says so
+OVERWRITTEN = dict.fromkeys(  # by what says so
+    ("turn_table", "turn_signs", "turn_bits", "flip_places", "turned_exponents", "read_exponents"), "words"
+)
 
 
 def words(*shape, seed=0, bound=2**63):

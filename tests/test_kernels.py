@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kernel_twins import EDGES, both, layouts, poison, same, table_words, words
 
 from crypten_llm.kernels import cpu, dcf, reference, ring
+from crypten_llm.kernels.reference_words import as_words, signed
 
 WIDTHS = [1, 7, 8, 13, 31, 32, 33, 63, 64]
 TABLES = sorted(ring.TABLE_WORDS)
@@ -64,9 +65,7 @@ def test_a_device_has_every_function_of_the_list(kernels):
 
 
 def test_every_function_of_the_list_is_held_against_its_twin():
-    """By a test of this file or its neighbours: by name, but for products, whose tests take both, and streams, which
-    have state.
-    """
+    """By name, in a file like this; but for products, whose tests take both, and streams, which have state."""
     text = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_kernels*.py"))
     assert [name for name in LIST if f'both("{name}",' not in text] == ["KeyStream", "matmul_nt", "matmul_nn"]
 
@@ -237,7 +236,7 @@ EIGHTHS = [(k << 61) + step for k in range(8) for step in (-1, 0, 1)]
 def angles(shift, *shape):
     """Random, with every eighth of a turn and its neighbours in front."""
     x = words(*shape, seed=shift)
-    near = torch.tensor([reference._signed(turn >> shift) for turn in EIGHTHS])[: x.numel()]
+    near = torch.tensor([signed(turn >> shift) for turn in EIGHTHS])[: x.numel()]
     x.view(-1)[: len(near)] = near
     return x
 
@@ -258,6 +257,7 @@ def test_trigonometric_sums(shift, modes, scale):
         assert dealt.shape == (2 * modes, count)
         for constant in (0, -5, 3 << 62, -(1 << 70)):
             both("combine", angle, shift, scale, cosine, sine, words(2 * modes, count), constant)
+        assert both("coefficients", angle, shift, scale, cosine, sine).shape == (2 * modes, count)
 
 
 def test_trigonometric_sums_of_any_layout():
@@ -317,8 +317,8 @@ def test_signs_of_every_digit_width(digit_bits):
         near = masks[:, None] + torch.tensor([-1, 0, 1, 1 << digit_bits])
         points = ring.low_bits(torch.cat([near, words(count, 5)], 1), low)
         total = sum(both("read_signs", share, points, digit_bits) for share in (mine, theirs))
-        signed = reference._words([reference._signed(int(v), ring.SIGNS) for v in total.flatten()], total.shape)
-        assert torch.equal(signed.sign(), (points - masks[:, None]).sign())
+        found = as_words([signed(int(v), ring.SIGNS) for v in total.flatten()], total.shape)
+        assert torch.equal(found.sign(), (points - masks[:, None]).sign())
     both("read_signs", table_words(16, 2, 1 << digit_bits), words(2, 0), digit_bits)
 
 

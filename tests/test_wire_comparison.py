@@ -9,7 +9,7 @@ from wire_parties import joined, open_wires, play, reconstruct, run, share, sign
 from crypten_llm.protocols import lookup, selection
 from crypten_llm.protocols.comparison import below, bit_opening, difference, ordered, times_bits
 from crypten_llm.protocols.opening import Opening
-from crypten_llm.protocols.secret import Overflow
+from crypten_llm.protocols.secret import Overflow, as_secret
 
 
 def less_than(x, thresholds, width, word=32):
@@ -141,3 +141,27 @@ def test_bits_times_numbers(width):
         return times_bits(runtime, bit, wire)
 
     assert torch.equal(reconstruct(run(job)), bits * x)
+
+
+@pytest.mark.parametrize(("size", "lifted"), [(19, 26), (5, 64), (30, 31)])
+def test_bits_times_lifted_numbers(size, lifted):
+    """Both ends of the range; and beyond it, where a lifted wire is garbage, a bit of 0 makes an exact zero of it."""
+    top = 2 ** (size - 2)
+    inside = torch.tensor([0, 1, -1, top, -top, top // 2]).repeat(40)
+    beyond = torch.tensor([2 * top, -2 * top, 2 * top - 1, top + 1]).repeat(60)
+    x, bits = torch.cat([inside, inside, beyond]), torch.tensor([0] * 240 + [1] * 240 + [0] * 240)
+
+    def job(runtime):
+        bit, wire = open_wires(
+            runtime,
+            [
+                bit_opening(share(runtime, bits, width=1, bits=1)),
+                Opening(share(runtime, x, width=size, bits=size - 2), lifted=lifted),
+            ],
+        )
+        return times_bits(runtime, bit, wire), as_secret(runtime, wire)
+
+    owner, client, _ = run(job).results
+    product, whole = (joined(mine, theirs) for mine, theirs in zip(owner, client, strict=True))
+    assert torch.equal(product, bits * x)
+    assert not torch.equal(whole, signed(x, lifted))

@@ -9,7 +9,7 @@ from wire_parties import CLIENT, DEALER, OWNER, run
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.engines.wire.numbers import SHOWN, SHOWN_FACTORS, WireConfig
+from crypten_llm.engines.wire.numbers import SHOWN, WireConfig
 from crypten_llm.kernels import ring
 from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
@@ -126,7 +126,7 @@ def test_what_is_shown_has_no_factor_in_common(outputs):
         value = run(job, engine=True).results[CLIENT]
     ((words, cut, width),) = seen
     assert [math.gcd(*row) for row in words.tolist()] == [1, 1]
-    assert cut > SHOWN_FACTORS[1] or outputs == 200, "what is dropped is more than a unit of a factor"
+    assert cut > 8
     close(value, PLAIN.linear(PLAIN.rms_norm(x, gamma, 1e-5, 1.0), weight), 3e-3)
 
 

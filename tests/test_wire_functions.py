@@ -1,6 +1,7 @@
 """Functions of one opening: trigonometric sums, comparisons and normalisation against their plaintext twins."""
 
 import math
+from dataclasses import replace
 
 import numba
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import joined, open_wires, run, share, value
 
-from crypten_llm.kernels import cpu, dcf, ring
+from crypten_llm.kernels import cpu, dcf, ring, trigonometry
 from crypten_llm.protocols import fits, smooth
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.secret import Overflow
@@ -80,7 +81,10 @@ def test_stored_fits_are_whole_units_that_floats_hold():
 def test_storing_writes_every_fit_again(tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "_STORED", tmp_path / "fits.json")
     monkeypatch.setattr(fits, "TARGETS", {"inverse root": fits.TARGETS["inverse root"]})
+    monkeypatch.setattr(fits, "EVEN_TARGETS", {"gelu": replace(fits.EVEN_TARGETS["gelu"], modes=2)})
     fits.store()
+    even = fits.stored_even.__wrapped__("gelu")
+    assert (even.modes, even.high) == (2, 5.0) and even.error < 0.013
     again, x = fits.stored.__wrapped__("inverse root"), grid((0.25, 1, 100))
     assert (again(x) - x**-0.5).abs().max() < 2e-6
 
@@ -123,16 +127,22 @@ def test_angles_are_computed_to_the_last_bits():
         for m, shift in ((np.uint64(turn).astype(np.int64), 0), (np.int64(turn >> 4), 4)):
             if shift and turn % 16:
                 continue
-            cosine, sine = cpu._cos_sin(m, shift)
+            cosine, sine = trigonometry._cos_sin(m, shift)
             assert abs(cosine - math.cos(angle)) < 1e-15 and abs(sine - math.sin(angle)) < 1e-15
 
 
 @pytest.mark.parametrize(
-    ("kernel", "types"), [("_cos_sin", "(int64, int64)"), ("_turned", "(f8[::1], f8[::1], uint64)")]
+    ("kernel", "types"),
+    [
+        ("_cos_sin", "(int64, int64)"),
+        ("_turned", "(f8[::1], f8[::1], uint64)"),
+        ("_combine", "(i8[::1], int64, float64, f8[::1], f8[::1], i8[:, ::1], i8[::1])"),
+        ("_add_cosines", "(i8[::1], int64, i8[::1], f8[::1], i8[::1], i8[:, :, ::1], i8[::1])"),
+    ],
 )
 def test_public_factors_do_not_depend_on_the_machine(kernel, types):
     """Both parties must agree on them to the last bit: no call of a mathematical library, nothing contracted."""
-    compiled = numba.njit(types, boundscheck=False)(getattr(cpu, kernel).py_func)  # a cached one shows no code
+    compiled = numba.njit(types, boundscheck=False)(getattr(trigonometry, kernel).py_func)  # a cached one shows no code
     (code,) = compiled.inspect_llvm().values()
     assert "fmul double" in code
     for word in ("llvm.cos", "llvm.sin", "@cos", "@sin", "llvm.fma", "llvm.fmuladd", "fmul fast", "contract"):

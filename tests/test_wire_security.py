@@ -9,6 +9,7 @@ from crypten_llm.insecure.audit import MaskReused
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.dealer.randomness import Stream
+from crypten_llm.protocols.embedding import look_up, own_table
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.secret import Secret
 from crypten_llm.protocols.smooth import normalize
@@ -63,6 +64,13 @@ def tokens(runtime, integers):
     play(runtime, products.lookup(runtime, ids if runtime.role == CLIENT else None, len(ids), matrix, bits=12))
 
 
+def embedded(runtime, integers):
+    """A table of 8 by 8 entries of 11 bits."""
+    ids = integers.clamp(min=0) % 8
+    table = play(runtime, own_table(runtime, runtime.held_by(OWNER, torch.eye(8)), (8, 8), 8, 1))
+    play(runtime, look_up(runtime, runtime.held_by(CLIENT, ids), len(ids), table))
+
+
 def weights(runtime, integers):
     value = integers.double().view(64, -1) if runtime.role == OWNER else None
     play(runtime, products.own(runtime, value, (64, COUNT // 64), 0))
@@ -78,6 +86,7 @@ PROTOCOLS = {  # what a party that sends anything sends, message by message, in 
     "products": (reopened_product, [[(COUNT, 64), (COUNT, 40)], [(COUNT, 64)], [(COUNT, 64)]]),
     "lifted products": (lifted_products, [[(COUNT, 30), (COUNT, 24)], [(COUNT, 64)]]),
     "token lookup": (tokens, [[(8 * COUNT, 32)]]),
+    "embedding": (embedded, [[(COUNT, 64)], [(8 * COUNT, 11)]]),
     "weights": (weights, [[(COUNT, 64)]]),
 }
 DEALT = {  # what the dealer sends the client, in order: the bits of the ring that the shares are valid in
@@ -94,6 +103,7 @@ DEALT = {  # what the dealer sends the client, in order: the bits of the ring th
         *[(COUNT, 64), (COUNT, 33)],  # the square
     ],
     "token lookup": [(8 * COUNT, 32)],
+    "embedding": [(8 * COUNT, 11), (COUNT * 11 * 12 // 2, 8)],  # what pads rows, and as bytes the shares of bits
 }
 
 
@@ -157,14 +167,17 @@ def assert_uniform(payload: bytes, bits: int, what: str) -> None:
 def test_what_the_parties_send_each_other_is_uniform(name, integers):
     job, messages = PROTOCOLS[name]
     outcomes = [run(job, integers, seed=seed) for seed in range(3)]
-    handed = [[(8 * 8, 64)]] if name == "token lookup" else []  # the owner's table, before the rows
-    senders = {"token lookup": {OWNER: handed, CLIENT: messages}, "weights": {OWNER: messages, CLIENT: []}}
+    senders = {
+        "token lookup": {OWNER: [[(8 * 8, 64)]], CLIENT: messages},  # the owner's table, before the rows
+        "embedding": {OWNER: [[(8 * 8, 11)], *messages[1:]], CLIENT: messages},
+        "weights": {OWNER: messages, CLIENT: []},
+    }
     for role, due in senders.get(name, {OWNER: messages, CLIENT: messages}).items():
         assert all(len(outcome.frames[role]) == len(due) for outcome in outcomes)
         for position, parts in enumerate(due):
             values = [cut(outcome.frames[role][position].payload, parts) for outcome in outcomes]
-            for same, (_, bits) in zip(zip(*values, strict=True), parts, strict=True):
-                if due is not handed:  # which is too little to tell
+            for same, (count, bits) in zip(zip(*values, strict=True), parts, strict=True):
+                if count > 8 * 8:  # which is too little to tell
                     assert_uniform(b"".join(same), bits, f"{name} of rank {role}, message {position}")
 
 

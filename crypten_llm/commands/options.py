@@ -43,7 +43,7 @@ def _settings_with_options() -> Any:
 
 def add_model_and_prompt(parser: Parser) -> None:
     parser.add_model()
-    what = "the client's tokenizer: a folder or hub id (default: the model's)"
+    what = "the client's tokenizer: a folder, GGUF file or hub id (default: the model's)"
     parser.add_argument("--tokenizer", help=what)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the client's text")

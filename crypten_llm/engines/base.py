@@ -8,6 +8,7 @@ in ``models`` knows which engine runs.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +38,7 @@ class Engine(ABC):
     name: str
     is_private: bool  # whether handles are secrets
     layer_error: float  # declared: of a layer's output on random inputs and weights of unit size (``bench``)
+    softmax_base: float = math.e  # scores are exponents of this
     dealer_follows: bool = False  # whether the dealer runs the same program, ahead of the parties' need
     dealer: Any = None  # or the engine's link to a dealer that answers requests
     rank: int
@@ -51,10 +53,11 @@ class Engine(ABC):
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Handle:
         """A weight that the owner holds: ``value`` is its float tensor at the owner and ``None`` elsewhere."""
 
-    def prepare(self, weight: Handle, norm: Handle = None) -> None:
+    def prepare(self, weight: Handle, norm: Handle = None, name: str = "") -> None:
         """Announces, while the model is loaded, that ``linear`` will meet ``weight``, or ``embed`` if it is a table.
 
-        norm: weight of the norm whose output it will multiply, ``None`` for other inputs.
+        norm: weight of the norm whose output it will multiply, ``None`` for other inputs. name: of the layer, such as
+        "q_proj".
         """
 
     def expect(self, verb: str, facts: dict, request: int) -> None:
@@ -92,8 +95,11 @@ class Engine(ABC):
         """Keys, or values, [kv_heads, T, head_dim] as the cache keeps them."""
         return x
 
-    def scores(self, query: Handle, keys: Handle) -> Handle:
-        """[kv_heads, M, head_dim] by cached [kv_heads, N, head_dim] to [kv_heads, M, N]."""
+    def scores(self, query: Handle, keys: Handle, mask: torch.Tensor | None = None) -> Handle:
+        """[kv_heads, M, head_dim] by cached [kv_heads, N, head_dim] to [kv_heads, M, N].
+
+        mask: public bool [M, N]; what is false in it will not be read, and may be anything.
+        """
         return self.matmul(query, keys.transpose(1, 2))
 
     def mix(self, weights: Handle, values: Handle) -> Handle:
@@ -118,7 +124,8 @@ class Engine(ABC):
 
     @required
     def softmax(self, scores: Handle, mask: torch.Tensor | None = None) -> Handle:
-        """Row-wise softmax of [..., N]; ``mask`` is a public bool [..., N], true where a key may be seen."""
+        """Row-wise softmax of [..., N], to ``softmax_base``; ``mask`` is a public bool [M, N], true where a key may be
+        seen."""
 
     @required
     def swiglu(self, gate: Handle, up: Handle) -> Handle:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crypten_llm.engines.wire.handles import Normed, OneHot
-from crypten_llm.engines.wire.layers import linear_bound, linear_of_norm_bound
-from crypten_llm.engines.wire.operations import bound_of
+from crypten_llm.engines.wire.layers import linear_bound
+from crypten_llm.engines.wire.operations import bound_of, unit
 from crypten_llm.insecure.finding import worst
 from crypten_llm.insecure.tracked import Tracked, TrackedEngine, doubled
+from crypten_llm.protocols.secret import as_secret
 
 if TYPE_CHECKING:
     from crypten_llm.links.transport import Transport
@@ -94,36 +95,34 @@ class CompareEngine(TrackedEngine):
     def rms_norm(self, x: Handle, weight: Handle, eps: float, scale: float) -> Handle:
         before = self._exact(self.settled(x))
         out = super().rms_norm(before.secret, weight, eps, scale)
-        row, root = self.see(out.unit), self.see(out.root)
+        row = self.see(as_secret(self.runtime, out.wire))
         if self.is_shown:
-            assert row is not None and root is not None, "the client sees both"
+            assert row is not None, "the client sees it"
             expected = self.twin.rms_norm(before.value, torch.ones(()), eps, scale)
             made, given = Tracked(out, expected), (before, weight, eps, scale)
             bound = bound_of("rms_norm")(self, made, *given)
             left = self._outside("rms_norm", list(given), made)
-            seen = row * root * x.shape[-1] ** 0.5
+            seen = row * x.shape[-1] ** 0.5
             self.findings.append(worst(self.meter.where, "rms_norm", seen, expected, bound, left))
         return out
 
     def linear(self, x: Handle, weight: Handle, bias: Handle = None) -> Handle:
         x = x.secret if isinstance(x, Tracked) else x
-        inputs = (self.see(x.unit), self.see(x.root)) if isinstance(x, Normed) else (self.see(x), None)
+        row = self.see(as_secret(self.runtime, x.wire) if isinstance(x, Normed) else x)
         out = super().linear(x, weight, bias)
         seen = self.see(out)
         if not self.is_shown:
             return out
         matrix = self._plain_weight(weight)
         added = 0 if bias is None else self._plain_weight(bias)
-        row, root = inputs
         assert row is not None, "the client sees every input"
+        name, c = "linear", self.config
         if isinstance(x, Normed):
-            assert root is not None, "the client sees every input"
-            folded = matrix * self._plain_weight(x.gamma) * x.size**0.5
-            bound = linear_of_norm_bound(self.config, row, root, folded, whole=x.whole is not None)
-            name, expected = "linear of a norm", root * (row @ folded.T) + added
+            name, matrix = "linear of a norm", matrix * self._plain_weight(x.gamma) * x.size**0.5
+            bound = linear_bound(60, c.weight, row, matrix)  # the row is the wire's own
         else:
-            bound = linear_bound(self.config, row, matrix)
-            name, expected = "linear", row @ matrix.T + added
+            bound = linear_bound(c.input_of(weight.name)[0], c.other_weight, row, matrix) + unit(c.hidden)
+        expected = row @ matrix.T + added
         self.findings.append(worst(self.meter.where, name, seen, expected, bound))
         return out
 

@@ -26,7 +26,7 @@ class OpenedEngine(WireEngine):
 
     name = "wire, opened"
     shown_dtype = torch.float64
-    shown_bits, shown_factors = 64, (None, None)  # all there are, of what goes on being computed with
+    shown_bits = 64  # all there are, of what goes on being computed with
     shown_what = "queries, keys and choices"
     shown_why = "trace of an eviction policy: nothing is private"
 
@@ -48,5 +48,5 @@ class OpenedEngine(WireEngine):
         if isinstance(x, Rows):
             x = self.rounds.run(contents(self, x))
         if isinstance(x, Weights):
-            x = x.weights
+            x = x.dense
         return self.shown.open_to_client(self, x, CLIENT, self.shown_what, self.shown_why)

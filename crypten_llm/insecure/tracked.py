@@ -21,7 +21,7 @@ import torch
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire import choosing
-from crypten_llm.engines.wire.handles import Reshaped, Rows, Scaled, Weights
+from crypten_llm.engines.wire.handles import Rows, Weights
 from crypten_llm.engines.wire.keeping import dropped
 from crypten_llm.engines.wire.operations import OPERATIONS, bound_of
 from crypten_llm.insecure.finding import FLOAT, Finding, outside, worst
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from eviction.operations import Handle
 
 
-HANDLES = (Secret, Scaled, Reshaped)
 LAYERS = ("embed", "linear", "rms_norm", "rotate", "swiglu", "residual")  # of the model, which goes on with the shares
 CHOICES = ("top", "best", "above")
 
@@ -98,7 +97,7 @@ class TrackedEngine(OpenedEngine):
         super().__init__(*arguments, **options)
         self.findings: list[Finding] = []
         self.chosen: list[Chosen] = []
-        self.twin = PlainEngine()
+        self.twin = PlainEngine(softmax_base=self.softmax_base)
 
     # How an operation runs.
 
@@ -136,7 +135,7 @@ class TrackedEngine(OpenedEngine):
         """What came from outside the policy is exact: both engines go on from what ``wire`` has."""
         if isinstance(argument, list):
             return [self.given(part) for part in argument]
-        if isinstance(argument, HANDLES):
+        if isinstance(argument, Secret):
             secret = self.settled(argument)
             value = self.see(secret)
             return Tracked(secret, value, None if value is None else torch.zeros_like(value))
@@ -159,11 +158,17 @@ class TrackedEngine(OpenedEngine):
             x, _, eps, _ = given
             return outside(self.config, name, x.value.square().sum(-1) + eps * x.shape[-1])
         if name != "softmax":
-            return outside(self.config, name, (made if name == "mix" else given[0]).value)
-        scores, mask = given[0].value, given[1] if len(given) > 1 else None
+            return self._outside_plain(name, given, made)
+        scores, mask = given[0].value * math.log(self.softmax_base), given[1] if len(given) > 1 else None
         rows = scores if mask is None else scores.masked_fill(~mask, -math.inf)
         seen = scores if mask is None else scores[mask.expand_as(scores)]
         return outside(self.config, name, seen) or outside(self.config, "softmax row", rows.logsumexp(-1))
+
+    def _outside_plain(self, name: str, given: list, made: Tracked) -> str:
+        if name == "swiglu":
+            gate, up = (outside(self.config, f"swiglu {which}", x.value) for which, x in zip(("gates", "up"), given))
+            return gate or up
+        return outside(self.config, name, (given[0] if name in ("scores",) else made).value)
 
     # Choices: both go on with that of ``wire``.
 
@@ -198,6 +203,10 @@ class TrackedEngine(OpenedEngine):
     def linear(self, x: Handle, weight: Handle, bias: Handle = None) -> Handle:
         return super().linear(x.secret if isinstance(x, Tracked) else x, weight, bias)
 
+    def scores(self, query: Handle, keys: Handle, mask: torch.Tensor | None = None) -> Handle:
+        """Of all entries, so that each can be looked at."""
+        return self.follow("scores", query, keys)
+
     def rows(self, x: Handle, values: bool = False) -> Handle:
         """New rows of the model are what the policy finds; they are followed from here on."""
         return self.follow("rows", x, values)
@@ -220,7 +229,7 @@ def _following(name: str) -> Callable:
 
 
 for _name in OPERATIONS:
-    if _name not in (*LAYERS, "cat", "rows"):
+    if _name not in (*LAYERS, "cat", "rows", "scores"):
         setattr(TrackedEngine, _name, _following(_name))
 
 

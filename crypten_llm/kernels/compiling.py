@@ -25,3 +25,5 @@ def _prefer_wide_vectors() -> None:
 _prefer_wide_vectors()
 # The decorator of every compiled loop, which is called with what its Python says.
 compiled: Callable[[Loop], Loop] = cast(Any, numba.njit(nogil=True, cache=True, boundscheck=False))
+# The decorator of a part of such loops that LLVM finds too long to put in place of its call.
+inlined: Callable[[Loop], Loop] = cast(Any, numba.njit(inline="always"))

@@ -1,8 +1,8 @@
 """Kernels for processors: compiled loops over words (signatures and meanings: ``kernels.ring``).
 
 Owns the loops, which Numba compiles on first use; ``python -m experiments.measure.ring_kernels`` times the products
-beside torch's and the memory's bandwidth. Tables, comparison keys, and what is wider than a word are in
-``kernels.tables``, ``dcf``, and ``limbs``, ``ones`` and ``exponents``.
+beside torch's and the memory's bandwidth. What is wider than a word is in ``limbs``, ``ones`` and ``exponents``; the others
+are in ``trigonometry``, ``tables``, ``places`` and ``keys``.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import dcf, exponents, limbs, ones, ring, tables
+from crypten_llm.kernels import exponents, keys, limbs, ones, places, tables, trigonometry
 from crypten_llm.kernels.compiling import compiled
 
 _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
@@ -257,113 +257,39 @@ def _keep(bits: int) -> np.int64:
     return np.int64(-1 if bits == 64 else (1 << bits) - 1)
 
 
-# Trigonometric sums.
+# Comparison keys, and what has modules of its own.
 
 
-@compiled
-def _cos_sin(m: np.int64 | np.uint64, shift: int) -> tuple[np.float64, np.float64]:
-    """cos and sin of m 2^shift / 2^64 turns, to about an ulp.
-
-    Additions and multiplications alone, which IEEE 754 fixes to the last bit: two parties whose machines have other
-    mathematical libraries get the same bits, and must, because what they compute from them multiplies their shares.
-    Polynomials of fdlibm (k_sin.c, k_cos.c) on an eighth of a turn either way.
-    """
-    turn = np.uint64(m) << np.uint64(shift)
-    quarter = (turn + np.uint64(1 << 61)) >> np.uint64(62)
-    x = np.float64(np.int64(turn - (quarter << np.uint64(62)))) * (2 * math.pi / 2.0**64)
-    z = x * x
-    p = 2.75573137070700676789e-06 + z * (-2.50507602534068634195e-08 + z * 1.58969099521155010221e-10)
-    p = 8.33333333332248946124e-03 + z * (-1.98412698298579493134e-04 + z * p)
-    sine = x + x * z * (-1.66666666666666324348e-01 + z * p)
-    p = -2.75573143513906633035e-07 + z * (2.08757232129817482790e-09 + z * -1.13596475577881948265e-11)
-    p = 4.16666666666666019037e-02 + z * (-1.38888888888741095749e-03 + z * (2.48015872894767294178e-05 + z * p))
-    cosine = 1.0 - z * (0.5 - z * p)
-    if quarter & np.uint64(1):
-        cosine, sine = -sine, cosine
-    if quarter & np.uint64(2):
-        cosine, sine = -cosine, -sine
-    return cosine, sine
+def compare_keys(alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, levels: int, modulus: int) -> list[Tensor]:
+    count, words = beta.shape
+    seeds = torch.empty(levels, count, 2, dtype=torch.int64)
+    values, leaves = (torch.empty(n, count, words, dtype=torch.int64) for n in (levels, levels + 1))
+    flags = torch.empty(levels, count, dtype=torch.uint8)
+    made = _unsigned(seeds), _unsigned(values), _unsigned(leaves), flags.numpy()
+    keys.generate(
+        _unsigned(alpha), _unsigned(beta), _unsigned(seed0), _unsigned(seed1), levels, np.uint64(modulus), *made
+    )
+    return [seeds, values, leaves, flags]
 
 
-@compiled
-def _waves(r: np.ndarray, shift: int, scale: float, out: np.ndarray) -> None:
-    modes = out.shape[0] // 2
-    for i in range(r.shape[0]):
-        c1, s1 = _cos_sin(r[i], shift)
-        c, s = c1, s1
-        for j in range(modes):
-            out[j, i] = np.int64(np.rint(scale * c))
-            out[modes + j, i] = np.int64(np.rint(scale * s))
-            c, s = c * c1 - s * s1, s * c1 + c * s1
-
-
-@compiled
-def _combine(
-    m: np.ndarray, shift: int, scale: float, cosine: np.ndarray, sine: np.ndarray, shares: np.ndarray, out: np.ndarray
-) -> None:
-    modes = cosine.shape[0]
-    for i in range(m.shape[0]):
-        c1, s1 = _cos_sin(m[i], shift)
-        c, s = c1, s1
-        total = np.int64(0)
-        for j in range(modes):
-            total += np.int64(np.rint(scale * (cosine[j] * c + sine[j] * s))) * shares[j, i]
-            total += np.int64(np.rint(scale * (cosine[j] * s - sine[j] * c))) * shares[modes + j, i]
-            c, s = c * c1 - s * s1, s * c1 + c * s1
-        out[i] += total
-
-
-@compiled
-def _turned(cosine: np.ndarray, sine: np.ndarray, m: np.uint64) -> tuple[np.ndarray, np.ndarray]:
-    c1, s1 = _cos_sin(m, 0)
-    c, s = c1, s1
-    a, b = np.empty_like(cosine), np.empty_like(sine)
-    for j in range(cosine.shape[0]):
-        a[j] = cosine[j] * c + sine[j] * s
-        b[j] = sine[j] * c - cosine[j] * s
-        c, s = c * c1 - s * s1, s * c1 + c * s1
-    return a, b
-
-
-def waves(mask: Tensor, shift: int, scale: float, modes: int) -> Tensor:
-    flat = _flat(mask)
-    out = np.empty((2 * modes, flat.size), dtype=np.int64)
-    _waves(flat, shift, scale, out)
-    return torch.from_numpy(out)
-
-
-def combine(
-    opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor, shares: Tensor, constant: int
-) -> Tensor:
-    flat = _flat(opened)
-    out = np.full(flat.size, constant % 2**64, dtype=np.uint64).view(np.int64)  # the sum fits, its terms need not
-    _combine(flat, shift, scale, cosine.numpy(), sine.numpy(), shares.numpy(), out)
-    return torch.from_numpy(out)
-
-
-def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-    a, b = _turned(cosine.numpy(), sine.numpy(), np.uint64(turns))
-    return torch.from_numpy(a), torch.from_numpy(b)
-
-
-# Comparison keys, tables, and what is wider than a word.
-
-
-def compare_keys(alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, bits: int) -> list[Tensor]:
-    parts = [torch.empty(shape, dtype=dtype) for shape, dtype in ring.key_sizes(bits, alpha.shape[0])]
-    seeds, values, flags = parts
-    first, second = _unsigned(seed0), _unsigned(seed1)
-    made = _unsigned(seeds), _unsigned(values), flags.numpy()
-    dcf.generate(_unsigned(alpha), _unsigned(beta), first, second, bits, *made)
-    return parts
-
-
-def compare(seed: Tensor, common: list[Tensor], party: int, points: Tensor) -> Tensor:
-    seeds, values, flags = common
-    out = torch.zeros((*points.shape, dcf.WORDS), dtype=torch.int64)
-    corrections = _unsigned(seeds), _unsigned(values), flags.numpy()
-    dcf.evaluate(_unsigned(seed), *corrections, party, _unsigned(points), _unsigned(out))
-    return out
+def compare(
+    seed: Tensor,
+    common: list[Tensor],
+    party: int,
+    opened: Tensor,
+    width: int,
+    thresholds: Tensor,
+    stops: Tensor,
+    modulus: int,
+) -> tuple[Tensor, Tensor]:
+    seeds, values, leaves, flags = common
+    shape = (opened.shape[0], thresholds.shape[0])
+    out = torch.empty(*shape, values.shape[-1], dtype=torch.int64)
+    tops = torch.empty(shape, dtype=torch.int64)
+    corrections = _unsigned(seeds), _unsigned(values), _unsigned(leaves), flags.contiguous().numpy()
+    points = _unsigned(opened), width, _unsigned(thresholds), stops.numpy()
+    keys.evaluate(_unsigned(seed), *corrections, party, *points, np.uint64(modulus), _unsigned(out), tops.numpy())
+    return out, tops
 
 
 def _unsigned(words: Tensor) -> np.ndarray:
@@ -373,6 +299,10 @@ def _unsigned(words: Tensor) -> np.ndarray:
 turn_table, read_table = tables.turn_table, tables.read_table
 turn_signs, read_signs = tables.turn_signs, tables.read_signs
 turn_bits, read_bits = tables.turn_bits, tables.read_bits
+waves, combine, turned = trigonometry.waves, trigonometry.combine, trigonometry.turned
+coefficients = trigonometry.coefficients
+cosines, add_cosines = trigonometry.cosines, trigonometry.add_cosines
+flip_places, parities, xor_rows = places.flip_places, places.parities, places.xor_rows
 hide_wide, show_wide = limbs.hide_wide, limbs.show_wide
 reduce_wide, widen = limbs.reduce_wide, limbs.widen
 add_wide, subtract_wide, multiply_wide = limbs.add_wide, limbs.subtract_wide, limbs.multiply_wide

@@ -70,8 +70,11 @@ def _turn(
 
 
 @compiled
-def _read(words: np.ndarray, opened: np.ndarray, low: int, bits: int, q: int, spare: int, rising: np.ndarray) -> None:
-    limbs, top, ring_mask = words.shape[1], (q - 1) % 64 + 1, (1 << bits) - 1
+def _read(
+    words: np.ndarray, opened: np.ndarray, low: int, bits: int, q: int, spare: int, rising: np.ndarray, limb: tuple
+) -> None:
+    """limb: as many zeros as there are limbs. Loops over a tuple's length, which its type has, take a fifth less."""
+    limbs, top, ring_mask = len(limb), (q - 1) % 64 + 1, (1 << bits) - 1
     twice = np.empty((1, 2 * limbs + 1), np.uint64)
     for i in range(words.shape[0]):
         scaled = (opened[i] & ring_mask) * q
@@ -85,7 +88,7 @@ def _read(words: np.ndarray, opened: np.ndarray, low: int, bits: int, q: int, sp
             carry = rest >> HALF
         fold(twice, 0, limbs - 1, carry, top)
         turn = (scaled >> bits) + low
-        write(twice, turn - q if turn >= q else turn, top, words, i)
+        write(twice, turn - q if turn >= q else turn, limbs - 1, top, words, i)
 
 
 def turned_exponents(mask: Tensor, rotation: Tensor, bits: int, q: int, words: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def turned_exponents(mask: Tensor, rotation: Tensor, bits: int, q: int, words: T
 
 def read_exponents(words: Tensor, opened: Tensor, low: int, bits: int, q: int) -> Tensor:
     rows, spare = rows_of(words), _spare(bits, q)
-    _read(rows, flat_of(opened), low % q, bits, q, spare, mantissas(bits - spare)[0])
+    _read(rows, flat_of(opened), low % q, bits, q, spare, mantissas(bits - spare)[0], (0,) * rows.shape[1])
     return _into(words, rows)
 
 

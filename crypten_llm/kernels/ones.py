@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.kernels.compiling import compiled
+from crypten_llm.kernels.compiling import compiled, inlined
 from crypten_llm.kernels.limbs import ALL, ONE, ZERO, added, flat_of, fold, product, rows_of, tensor_of, top_of
 
 
@@ -37,13 +37,12 @@ def _multiply_ones(a: np.ndarray, b: np.ndarray, top: int, out: np.ndarray) -> N
         fold(out, i, count - 1, carry, top)
 
 
-@compiled
-def write(twice: np.ndarray, turn: int, top: int, rows: np.ndarray, i: int) -> None:
+@inlined
+def write(twice: np.ndarray, turn: int, last: int, top: int, rows: np.ndarray, i: int) -> None:
     """rows[i] = the number in twice[0], rotated by ``turn`` bits, 0 to q - 1.
 
     twice: [1, 2 L + 1]; from its limb L - 1 on the number is written once more, behind its own last bit.
     """
-    last = rows.shape[1] - 1
     below, above = np.uint64(top - 1), np.uint64(64 - top)
     before, final = twice[0, 0], twice[0, last]
     twice[0, last] = final | ((before << below) << ONE)
@@ -70,7 +69,7 @@ def _rotate(turns: np.ndarray, q: int, rows: np.ndarray) -> None:
     for i in range(rows.shape[0]):
         for j in range(limbs):
             twice[0, j] = rows[i, j]
-        write(twice, turns[i] % q, top, rows, i)
+        write(twice, turns[i] % q, limbs - 1, top, rows, i)
 
 
 @compiled

@@ -2,36 +2,20 @@
 
 Owns the twins that other kernels are held against, bit by bit. It is hundreds of times slower than ``kernels.cpu``,
 shares no code with it, and is for tests and for readers. Integers have no width here, so where a ring ends is written
-down each time: ``% 2**bits``.
+down each time: ``% 2**bits``. Trigonometric sums and bits at secret places are in ``reference_trigonometry``
+and ``reference_places``.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import reference_wide
-from crypten_llm.kernels.integers import integers as _integers
-from crypten_llm.kernels.integers import signed as _signed
-from crypten_llm.kernels.integers import words as _words
+from crypten_llm.kernels import reference_places, reference_trigonometry, reference_wide
+from crypten_llm.kernels.reference_words import as_words, indices, integers, signed, write
 from crypten_llm.kernels.ring import DIGITS, SIGNS
-
-# Elements, one after the other.
-
-
-def _places(words: Tensor) -> Iterator[tuple[int, ...]]:
-    """Every index, the last dimension fastest."""
-    return product(*map(range, words.shape))
-
-
-def _write(words: Tensor, index: tuple[int, ...], value: int) -> None:
-    """words[index] = value modulo the width of a table's words, of which 8 bits are held unsigned."""
-    bits = 8 * words.element_size()
-    words[index] = value % 2**bits if words.dtype == torch.uint8 else _signed(value, bits)
-
 
 # Key streams.
 
@@ -61,7 +45,7 @@ def matmul_nn(x: Tensor, w: Tensor) -> Tensor:
     shape = (*x.shape[:-1], w.shape[-1])
     lefts = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]).tolist()
     rights = w.reshape(math.prod(w.shape[:-2]), *w.shape[-2:]).tolist()
-    return _words(
+    return as_words(
         (
             sum(row[k] * right[k][column] for k in range(x.shape[-1]))
             for left, right in zip(lefts, rights, strict=True)
@@ -88,97 +72,28 @@ window_ones = reference_wide.window_ones
 
 
 def hide(share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:
-    value = [(s + m + offset) % 2**bits for s, m in zip(_integers(share), _integers(mask), strict=True)]
-    words = _words(value, (share.numel(),))
+    value = [(s + m + offset) % 2**bits for s, m in zip(integers(share), integers(mask), strict=True)]
+    words = as_words(value, (share.numel(),))
     return words, pack(words, bits)
 
 
 def show(value: Tensor, packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-    theirs = _integers(unpack(packed, bits, (value.numel(),)))
-    return _words(((mine + other) % 2**bits for mine, other in zip(_integers(value), theirs, strict=True)), shape)
+    theirs = integers(unpack(packed, bits, (value.numel(),)))
+    return as_words(((mine + other) % 2**bits for mine, other in zip(integers(value), theirs, strict=True)), shape)
 
 
 def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    values = _integers(opened)
-    shown = _words((value - 2 ** (bits - 2) for value in values), opened.shape)
-    return shown, _words(((1 - (value >> bits - 1 & 1)) << bits for value in values), opened.shape)
+    values = integers(opened)
+    shown = as_words((value - 2 ** (bits - 2) for value in values), opened.shape)
+    return shown, as_words(((1 - (value >> bits - 1 & 1)) << bits for value in values), opened.shape)
 
 
-# Trigonometric sums. Floats are those of the compiled loops, operation by operation: the last bit counts.
+# Of modules of their own.
 
-_SINE = [  # of fdlibm, k_sin.c and k_cos.c: x + x^3 (S1 + ...), 1 - x^2 (1/2 - x^2 (C1 + ...)), the highest power first
-    1.58969099521155010221e-10,
-    -2.50507602534068634195e-08,
-    2.75573137070700676789e-06,
-    -1.98412698298579493134e-04,
-    8.33333333332248946124e-03,
-    -1.66666666666666324348e-01,
-]
-_COSINE = [
-    -1.13596475577881948265e-11,
-    2.08757232129817482790e-09,
-    -2.75573143513906633035e-07,
-    2.48015872894767294178e-05,
-    -1.38888888888741095749e-03,
-    4.16666666666666019037e-02,
-]
-
-
-def _horner(coefficients: list[float], z: float) -> float:
-    total = coefficients[0]
-    for coefficient in coefficients[1:]:
-        total = coefficient + z * total
-    return total
-
-
-def _cos_sin(m: int, shift: int) -> tuple[float, float]:
-    """cos and sin of m 2^shift / 2^64 turns."""
-    turn = m * 2**shift % 2**64
-    quarter = (turn + 2**61) % 2**64 // 2**62
-    x = float(_signed(turn - quarter * 2**62)) * (2 * math.pi / 2.0**64)
-    z = x * x
-    sine, cosine = x + x * z * _horner(_SINE, z), 1.0 - z * (0.5 - z * _horner(_COSINE, z))
-    return [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)][quarter]
-
-
-def _multiples(m: int, shift: int, modes: int) -> Iterator[tuple[float, float]]:
-    """cos and sin of 1 .. modes times the angle, each from the one before."""
-    first = c, s = _cos_sin(m, shift)
-    for _ in range(modes):
-        yield c, s
-        c, s = c * first[0] - s * first[1], s * first[0] + c * first[1]
-
-
-def waves(mask: Tensor, shift: int, scale: float, modes: int) -> Tensor:
-    columns = []
-    for m in _integers(mask):
-        cosines, sines = [], []
-        for c, s in _multiples(m, shift, modes):
-            cosines.append(round(scale * c))
-            sines.append(round(scale * s))
-        columns.append(cosines + sines)
-    return _words((column[row] for row in range(2 * modes) for column in columns), (2 * modes, mask.numel()))
-
-
-def combine(
-    opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor, shares: Tensor, constant: int
-) -> Tensor:
-    modes, rows, results = len(cosine), shares.tolist(), []
-    for i, m in enumerate(_integers(opened)):
-        total = constant
-        for j, (c, s) in enumerate(_multiples(m, shift, modes)):
-            a, b = cosine[j].item(), sine[j].item()
-            total += round(scale * (a * c + b * s)) * rows[j][i]
-            total += round(scale * (a * s - b * c)) * rows[modes + j][i]
-        results.append(total)
-    return _words(results, (len(results),))
-
-
-def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-    both = zip(_multiples(turns, 0, len(cosine)), cosine.tolist(), sine.tolist(), strict=True)
-    pairs = [(a * c + b * s, b * c - a * s) for (c, s), a, b in both]
-    made = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
-    return made[:, 0].clone(), made[:, 1].clone()
+waves, combine, turned = reference_trigonometry.waves, reference_trigonometry.combine, reference_trigonometry.turned
+coefficients = reference_trigonometry.coefficients
+cosines, add_cosines = reference_trigonometry.cosines, reference_trigonometry.add_cosines
+flip_places, parities, xor_rows = reference_places.flip_places, reference_places.parities, reference_places.xor_rows
 
 
 # Tables turned by a mask.
@@ -186,15 +101,15 @@ def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
 
 def turn_table(table: Tensor, places: Tensor, words: Tensor) -> Tensor:
     entries, moved = table.tolist(), places.tolist()
-    for i, v in _places(words):
-        _write(words, (i, v), entries[(v - moved[i]) % len(entries)] - int(words[i, v]))
+    for i, v in indices(words):
+        write(words, (i, v), entries[(v - moved[i]) % len(entries)] - int(words[i, v]))
     return words
 
 
 def read_table(words: Tensor, opened: Tensor, steps: Tensor) -> Tensor:
     size, places, moves = words.shape[1], opened.tolist(), steps.tolist()
     found = [int(words[i, (place - step) % size]) for i, place in enumerate(places) for step in moves]
-    return _words(found, (len(places), len(moves)))
+    return as_words(found, (len(places), len(moves)))
 
 
 # Comparison by digits. A word holds a field for each digit, the lowest digit's in the lowest bits: field j counts 2^j
@@ -214,14 +129,14 @@ def _digits(number: int, digit_bits: int) -> list[int]:
 
 
 def turn_signs(masks: Tensor, digit_bits: int, words: Tensor) -> Tensor:
-    digits = [_digits(mask, digit_bits) for mask in _integers(masks)]
-    for i, v in _places(words):
+    digits = [_digits(mask, digit_bits) for mask in integers(masks)]
+    for i, v in indices(words):
         made, place = 0, 0
         for j, field in enumerate(_fields(int(words[i, v]))):
             sign = (v > digits[i][j]) - (v < digits[i][j])
             made += (sign - field) % 2 ** (SIGNS - j) << place
             place += SIGNS - j
-        _write(words, (i, v), made)
+        write(words, (i, v), made)
     return words
 
 
@@ -231,23 +146,23 @@ def read_signs(words: Tensor, points: Tensor, digit_bits: int) -> Tensor:
         for point in row:
             places = _digits(point % 2**64, digit_bits)
             totals.append(sum(_fields(int(words[i, place]))[j] << j for j, place in enumerate(places)))
-    return _words(totals, points.shape)
+    return as_words(totals, points.shape)
 
 
 def turn_bits(masks: Tensor, tops: Tensor, words: Tensor) -> Tensor:
     bits = (words.shape[2] - 1).bit_length()
-    for i, t, v in _places(words):
-        below = _signed(v - int(masks[i, t]), bits) < 0
-        _write(words, (i, t, v), (below ^ int(tops.flatten()[i])) - int(words[i, t, v]))
+    for i, t, v in indices(words):
+        below = signed(v - int(masks[i, t]), bits) < 0
+        write(words, (i, t, v), (below ^ int(tops.flatten()[i])) - int(words[i, t, v]))
     return words
 
 
 def read_bits(words: Tensor, opened: Tensor, flips: Tensor, one: int) -> Tensor:
     found = []
-    for i, t in _places(opened):
+    for i, t in indices(opened):
         bit = int(words[i, t, int(opened[i, t])])
         found.append(one - bit if int(flips[i, t]) else bit)
-    return _words(found, opened.shape)
+    return as_words(found, opened.shape)
 
 
 # Comparison keys: a binary tree of seeds, whose node has a seed of 128 bits, of which the lowest is zero, and a control
@@ -293,15 +208,15 @@ def _children(seed: Pair) -> list[tuple[Pair, int, Pair]]:
 
 def compare_keys(alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, bits: int) -> list[Tensor]:
     payloads, first, second = (rows.reshape(-1, 2).tolist() for rows in (beta, seed0, seed1))
-    numbers = zip(_integers(alpha), payloads, first, second, strict=True)
+    numbers = zip(integers(alpha), payloads, first, second, strict=True)
     keys = [_key(limit, payload, one, other, bits) for limit, payload, one, other in numbers]
     count, levels = len(keys), range(bits)
     seeds = [word for level in levels for key in keys for word in key[level][0]]
     values = [word for level in range(bits + 1) for key in keys for word in key[level][1]]
     flags = [left + 2 * right for level in levels for key in keys for left, right in [key[level][2]]]
     return [
-        _words(seeds, (bits, count, 2)),
-        _words(values, (bits + 1, count, 2)),
+        as_words(seeds, (bits, count, 2)),
+        as_words(values, (bits + 1, count, 2)),
         torch.tensor(flags, dtype=torch.uint8).reshape(bits, count),
     ]
 
@@ -343,7 +258,7 @@ def compare(seed: Tensor, common: list[Tensor], party: int, points: Tensor) -> T
         for point in points[n].tolist():
             found = _descend(root, int(party), point % 2**64, 0, n, corrections)
             results += [sign * word for word in found]
-    return _words(results, (*points.shape, 2))
+    return as_words(results, (*points.shape, 2))
 
 
 def _descend(seed: Pair, control: int, point: int, level: int, n: int, corrections: list) -> tuple[int, int]:

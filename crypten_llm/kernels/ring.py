@@ -166,6 +166,47 @@ class Kernels(Protocol):
     def turned(self, cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
         """Coefficients float64 [modes] of f(x + shift) from those of f, for a shift of turns / 2^64."""
 
+    def coefficients(self, opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Words [2 modes, N]: the A_j of ``combine``, then the B_j."""
+
+    # The same where each mode has a frequency of its own, a whole number k_j; words [modes].
+
+    def cosines(self, mask: Tensor, shift: int, frequencies: Tensor, scales: Tensor) -> Tensor:
+        """Words [modes, 2, N]: scales_j, float64, times cos and sin of k_j times the angle, rounded to nearest."""
+
+    def add_cosines(
+        self,
+        opened: Tensor,
+        shift: int,
+        frequencies: Tensor,
+        coefficients: Tensor,
+        ups: Tensor,
+        shares: Tensor,
+        constant: int,
+    ) -> Tensor:
+        """constant + sum over j of (A_j shares[j, 0] + B_j shares[j, 1]) 2^ups_j, words [N].
+
+        A_j, B_j = coefficients_j times cos and sin of k_j times the angle, rounded; float64 coefficients [modes].
+        shares: words [modes, 2, N]. ups: words [modes], 0 to 63.
+        """
+
+    # Bits at secret places: rows of P bits, 8 a byte, the lowest first; P is a power of two from 8 on.
+
+    def flip_places(self, places: Tensor, words: Tensor) -> Tensor:
+        """words uint8 [N, P / 8]: bit places_i modulo P of row i is flipped; they are overwritten, and returned."""
+
+    def parities(self, words: Tensor, turns: Tensor, sets: Tensor) -> Tensor:
+        """Words [N, S], 0 or 1: the parity of those bits p of words_i for which sets[s, (turns_i - p) modulo P].
+
+        words: uint8 [N, P / 8]. turns: words [N]. sets: bool [S, P].
+        """
+
+    def xor_rows(self, table: Tensor, chosen: Tensor) -> Tensor:
+        """int32 [T, H]: the xor of those rows v of the table for which bit v modulo 64 of chosen[t, v // 64] is set.
+
+        table: int32 [V, H]. chosen: words [T, V / 64 rounded up], whose bits from V on count for nothing.
+        """
+
     # Tables turned by a mask. words: [N, 2^m] of a table; they are overwritten, and returned.
 
     def turn_table(self, table: Tensor, places: Tensor, words: Tensor) -> Tensor:
@@ -188,16 +229,35 @@ class Kernels(Protocol):
     def read_bits(self, words: Tensor, opened: Tensor, flips: Tensor, one: int) -> Tensor:
         """Words [N, T]: words[i, t, opened_it], or ``one`` less it where flips is 1."""
 
-    # Comparison keys (see ``kernels.dcf``).
+    # Comparison keys (see ``kernels.keys``). A payload is one number modulo ``modulus``, V = 1 word; or, for modulus 0,
+    # two numbers modulo 2^128, V = 4 words, limbs.
 
-    def compare_keys(self, alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, bits: int) -> list[Tensor]:
-        """What both parties' keys for x < alpha with payload beta have in common: seeds, values, flags.
+    def compare_keys(
+        self, alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, levels: int, modulus: int
+    ) -> list[Tensor]:
+        """What both parties' keys for x < alpha with payload beta have in common: seeds [levels, N, 2], values
+        [levels, N, V], leaves [levels + 1, N, V], flags uint8 [levels, N].
 
-        alpha: words [N] below 2^bits. beta: words [N, 2]. seed0, seed1: words [N, 2].
+        alpha: limbs [N, A] below 2^levels. beta: words [N, V]. seed0, seed1: words [N, 2].
         """
 
-    def compare(self, seed: Tensor, common: list[Tensor], party: int, points: Tensor) -> Tensor:
-        """This party's share of beta * 1{x < alpha} at K points of each of N keys: words [N, K, 2]; points [N, K]."""
+    def compare(
+        self,
+        seed: Tensor,
+        common: list[Tensor],
+        party: int,
+        opened: Tensor,
+        width: int,
+        thresholds: Tensor,
+        stops: Tensor,
+        modulus: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Of points p = opened - threshold modulo 2^width: this party's share of beta * 1{p' < alpha}, words [N, K, V],
+        and bit width - 1 of p, words [N, K].
+
+        opened: limbs [N, A]; thresholds: limbs [K, A]. p' and alpha are compared from bit width - 2 of p down to bit
+        stops_k, int64 [K]; alpha has ``levels`` bits from there down.
+        """
 
 
 # Short arithmetic that torch does alike on every device.
@@ -238,17 +298,6 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
                     raise ValueError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not broadcast")
                 result[place] = size
     return tuple(result)
-
-
-def key_sizes(bits: int, count: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what both parties' keys for ``count`` comparisons have in common, in the order they travel:
-    correction words of the seeds, of the values, and the left control bit and twice the right one.
-    """
-    return [
-        ((bits, count, 2), torch.int64),
-        ((bits + 1, count, 2), torch.int64),
-        ((bits, count), torch.uint8),
-    ]
 
 
 def on(device: torch.device | str) -> Kernels:

@@ -7,7 +7,8 @@ output a product takes, the family says.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -23,7 +24,21 @@ if TYPE_CHECKING:
     from eviction.operations import Handle
 
 
-Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, see ``rotary_tables``
+Tables = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, see ``rotary_tables``
+
+
+class Rotary(NamedTuple):
+    """The tables of queries and of keys: alike but for two factors.
+
+    An engine may want scores to another base than e; and the weights of queries have taken in all of the attention's
+    scale, 1/sqrt(head_dim). The factors give the scores the one, and queries and keys an equal part of the other, so
+    that as many fractional bits serve both.
+    """
+
+    query: Tables
+    key: Tables
+
+
 if TYPE_CHECKING:
     Module = Any  # CrypTen has no types
 else:
@@ -76,7 +91,8 @@ class Linear(EngineModule):
         super().__init__(engine)
         self.adopt("weight", parameters.get("weight"))
         self.adopt("bias", parameters.find("bias"))
-        engine.prepare(parameters.get("weight"), parameters.norm_before())
+        name = parameters.prefix.removesuffix(".").rpartition(".")[2]
+        engine.prepare(parameters.get("weight"), parameters.norm_before(), name)
 
     def forward(self, x: Handle) -> Handle:
         return self.engine.linear(x, self.weight, self.bias)
@@ -127,13 +143,14 @@ class Attention(EngineModule):
                 with engine.meter.operation("head norms", "norm"):
                     query, key = self.q_norm(query), self.k_norm(key)
             query_before, key_before = query, key
-            query, key = engine.rotate(query, *rotary), engine.rotate(key, *rotary)
+            query, key = engine.rotate(query, *rotary.query), engine.rotate(key, *rotary.key)
             query, key, value = cache.enter(query, key, value)
             cache.append(engine.rows(key), engine.rows(value, values=True))
             query = query.reshape(self.kv_heads, group * rows, self.head_dim)
         choice = cache.choose(query, query_before)
         with engine.meter.operation(f"{self.label} scores", "scores"):
-            scores = engine.scores(query, cache.keys)
+            hidden = None if mask is None or cache.policy.reads_scores else mask.repeat(group, 1)
+            scores = engine.scores(query, cache.keys, hidden)
             gathered = scores if choice is None else cache.engine.gather_scores(choice, scores)
         with engine.meter.operation(f"{self.label} softmax", "softmax"):
             weights = engine.softmax(gathered, None if mask is None else mask.repeat(group, 1))
@@ -184,7 +201,7 @@ class DecoderLayer(EngineModule):
             return self.engine.residual(x, self.mlp(normed))
 
 
-def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> Rotary:
+def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> Tables:
     """Cosines and sines for ``engine.rotate``; both are public.
 
     Shapes: frequencies [head_dim / 2] in radians per position (see ``rope``), positions [T], integers from 0; returns
@@ -193,6 +210,15 @@ def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> Rotary:
     angles = positions[:, None].to(torch.float32) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def rotary_for(engine: Engine, tables: Tables) -> Rotary:
+    """The tables of queries and keys for an engine."""
+    if engine.softmax_base == math.e:
+        return Rotary(tables, tables)
+    (cos, sin), unit, balance = tables, math.log(engine.softmax_base) ** -0.5, tables[0].shape[-1] ** 0.25
+    query, key = unit * balance, unit / balance
+    return Rotary((cos * query, sin * query), (cos * key, sin * key))
 
 
 class Llama(EngineModule):
@@ -207,7 +233,7 @@ class Llama(EngineModule):
         self.config = config
         self.frequencies, self.frequencies_hold = rope_frequencies(config), unchanged_up_to(config)
         self.adopt("embed_tokens", table)
-        engine.prepare(table)
+        engine.prepare(table, name="embed_tokens")
         self.blocks: list[DecoderLayer] = []
         for i in range(config.num_hidden_layers):
             layer = DecoderLayer(engine, config, body.within(f"layers.{i}"), i, scales)
@@ -215,14 +241,14 @@ class Llama(EngineModule):
             self.blocks.append(layer)
         self.register_module("norm", RMSNorm(engine, body.within("norm"), config.rms_norm_eps, scales))
         if config.tie_word_embeddings:
-            engine.prepare(table, head.norm_before())
+            engine.prepare(table, head.norm_before(), "lm_head")
         else:
             self.register_module("lm_head", Linear(engine, head))
 
     def new_cache(self) -> KVCache:
         config = self.config
         sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        return KVCache.empty(self.engine, config.num_hidden_layers, *sizes)
+        return KVCache.empty(self.engine, config.num_hidden_layers, *sizes, windows=config.windows)
 
     def forward(self, one_hot: Handle, cache: KVCache, last_only: bool = True, seq_len: int = 0) -> Handle:
         """Logits [T, V], or [1, V] of the last row, for one-hot rows [T, V]; their keys and values join the cache.
@@ -243,12 +269,13 @@ class Llama(EngineModule):
         rows = x.shape[0]
         positions = cache.extend(rows)
         rotary = self.rotary(positions, max(seq_len, cache.length))
-        mask = None
+        masks: dict = {}  # layers may keep different counts of rows, and look back differently far
         for index, layer_cache in enumerate(cache.layers):
-            length = len(layer_cache) + rows  # layers may keep different counts of rows
-            if rows > 1 and (mask is None or mask.shape[1] != length):
-                mask = causal_mask(rows, length)
-            x = self.through(index, x, rotary, layer_cache, mask)
+            layer_cache.slide()
+            seen = len(layer_cache) + rows, layer_cache.window
+            if rows > 1 and seen not in masks:
+                masks[seen] = causal_mask(rows, *seen)
+            x = self.through(index, x, rotary, layer_cache, masks.get(seen))
         return x
 
     def through(self, index: int, x: Handle, rotary: Rotary, cache: LayerCache, mask: torch.Tensor | None) -> Handle:
@@ -256,11 +283,11 @@ class Llama(EngineModule):
         return self.blocks[index](x, rotary, cache, mask)
 
     def rotary(self, positions: torch.Tensor, length: int) -> Rotary:
-        """Public cosines and sines [T, head_dim] of ``positions`` [T] in a sequence of ``length`` tokens."""
+        """Public cosines and sines, each [T, head_dim], of ``positions`` [T] in a sequence of ``length`` tokens."""
         frequencies = self.frequencies
         if length > self.frequencies_hold:
             frequencies = rope_frequencies(self.config, length)
-        return rotary_tables(frequencies, positions)
+        return rotary_for(self.engine, rotary_tables(frequencies, positions))
 
     def logits(self, x: Handle) -> Handle:
         with self.engine.meter.operation("final norm", "norm"):
@@ -271,9 +298,13 @@ class Llama(EngineModule):
             return self.lm_head(x)
 
 
-def causal_mask(rows: int, length: int) -> torch.Tensor:
-    """Public bool [rows, length]: the last ``rows`` of ``length`` cached rows, each seeing itself and those before."""
-    return torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+def causal_mask(rows: int, length: int, window: int | None = None) -> torch.Tensor:
+    """Public bool [rows, length]: the last ``rows`` of ``length`` cached rows, each seeing itself and those before.
+
+    window: how many of them, itself among them, it sees; ``None`` for all.
+    """
+    before = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+    return before if window is None else before.triu(length - rows - window + 1)
 
 
 def prepare(name: str, value: torch.Tensor, config: LlamaConfig) -> torch.Tensor:

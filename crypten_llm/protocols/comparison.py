@@ -83,20 +83,26 @@ def bit_opening(bits: Secret) -> Opening:
 
 
 def times_bits(runtime: Runtime, bit: Wire, x: Wire) -> Secret:
-    """b x for a bit opened modulo 2 (``bit_opening``) and a exact wire x, with broadcasting; local.
+    """b x for a bit opened modulo 2 (``bit_opening``) and a wire x, with broadcasting; local.
 
-    With b = B xor s: b x = B x + (1 - 2 B) s x, and the dealer shares s and s r. The result is valid where x is,
-    whatever ring the bit's shares were in.
+    With b = B xor s: b x = B x + (1 - 2 B) s x, and the dealer shares s, s r, and where x was lifted s times the bit
+    that tells its mask's wrap. The result is valid where x is, whatever ring the bit's shares were in. Where b = 0 it
+    is zero whatever the wire holds, so x need not be in its declared range there.
 
-    Error: none. Cost: dealer the bits of x's ring a bit, and an element of the result.
+    Error: none. Cost: dealer the w bits of x's ring a bit, and an element of the result; w - n more where x was lifted
+    from n bits.
     """
-    assert x.wrap is None, "bits multiply exact wires"
-    shape, mask, flipped = broadcast(bit.shape, x.shape), x.mask.held, bit.mask.held
+    shape, flipped, wrap = broadcast(bit.shape, x.shape), bit.mask.held, x.wrap
     flip = runtime.deal(bit.shape, lambda: flipped, x.width).held
-    masked = runtime.deal(shape, lambda: flipped * mask, x.width).held
+    masked = runtime.deal(shape, lambda: flipped * x.mask.held, x.width).held
+    wrapped = None if wrap is None else runtime.deal(shape, lambda: flipped * wrap.bit.held, x.width - wrap.size).held
 
     def share() -> Tensor:
-        return bit.seen * shares_of(runtime, x) + (1 - 2 * bit.seen) * (x.seen * flip - masked)
+        turned = x.seen * flip - masked
+        if wrap is not None and wrapped is not None:
+            assert wrap.coefficient is not None, "parties have opened it"
+            turned += wrap.coefficient * wrapped
+        return bit.seen * shares_of(runtime, x) + (1 - 2 * bit.seen) * turned
 
     return Secret(runtime.share(shape, share), x.scale, x.width, x.bits)
 

@@ -1,7 +1,8 @@
 """Fits of smooth functions by trigonometric sums, and what is stored of them.
 
 Owns the fits. A function is fitted on its domain alone: outside, the sum is bounded by its coefficients but otherwise
-meaningless, so a caller must guarantee the domain. Evaluating one on shares is ``smooth.evaluate``.
+meaningless, so a caller must guarantee the domain. Evaluating one on shares is ``smooth.evaluate``; what activations
+are made of has free frequencies (``frequencies``), and is evaluated in ``activation``.
 """
 
 import functools
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from crypten_llm.protocols.frequencies import CosineFit, search
 
 _GRIDS = 3000
 
@@ -108,10 +111,45 @@ TARGETS = {
     "sigmoid": Target(torch.sigmoid, -12.0, 12.0, 5, 20),
 }
 
+
+@dataclass(frozen=True)
+class EvenTarget:
+    """What a stored fit at free frequencies approximates: an even function on |x| <= high."""
+
+    function: Callable[[Tensor], Tensor]
+    high: float
+    modes: int
+
+    def fit(self, name: str) -> CosineFit:
+        return search(name, self.function, self.high, self.modes)
+
+
+def _silu_even(x: Tensor) -> Tensor:
+    """silu(2 x) - x."""
+    return x * x.tanh()
+
+
+def _gelu_even(x: Tensor) -> Tensor:
+    """gelu(x) - x / 2."""
+    return x / 2 * (x / math.sqrt(2)).erf()
+
+
+def _gelu_tanh_even(x: Tensor) -> Tensor:
+    """The same of the usual approximation."""
+    return x / 2 * (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh()
+
+
+EVEN_TARGETS = {
+    "silu": EvenTarget(_silu_even, 6.0, 7),
+    "gelu": EvenTarget(_gelu_even, 5.0, 4),
+    "gelu tanh": EvenTarget(_gelu_tanh_even, 5.0, 4),
+}
+
 # Both parties multiply their shares by numbers made of the coefficients, so one differing bit spoils everything; and
 # the last bits of a least-squares solution depend on the processor. So the fits are made once and stored, as integers
-# over 2^36. After a change of TARGETS: python -m crypten_llm.protocols.fits
+# over 2^36. After a change of targets: python -m crypten_llm.protocols.fits
 _STORED = Path(__file__).with_name("fits.json")
+_EVEN = "even "  # before the names of fits at free frequencies
 _UNIT = 2.0**-36
 
 
@@ -120,23 +158,44 @@ def stored(name: str) -> Fit:
     """The fit of that name in ``TARGETS``: "exp" serves exp(s / 2) for scores s within 36 of each other, "silu" is
     silu(x) - x / 2, which is even.
     """
-    entry, target = json.loads(_STORED.read_text("utf-8"))[name], TARGETS[name]
+    entry, target = _entry(name), TARGETS[name]
     constant = entry["constant"] * _UNIT
     cosine, sine = (torch.tensor(entry[part], dtype=torch.float64) * _UNIT for part in ("cosine", "sine"))
     norm = math.hypot(constant, *cosine.tolist(), *sine.tolist())
     return Fit(name, target.low, target.high, target.period, constant, cosine, sine, entry["error"], norm)
 
 
+@functools.cache
+def stored_even(name: str) -> CosineFit:
+    """The fit of that name in ``EVEN_TARGETS``."""
+    entry = _entry(_EVEN + name)
+    coefficients = torch.tensor(entry["coefficients"], dtype=torch.float64) * _UNIT
+    frequencies = torch.tensor(entry["frequencies"], dtype=torch.int64)
+    high = EVEN_TARGETS[name].high
+    return CosineFit(name, high, entry["constant"] * _UNIT, frequencies, coefficients, entry["error"])
+
+
+def _entry(name: str) -> dict:
+    return json.loads(_STORED.read_text("utf-8"))[name]
+
+
 def store() -> None:
-    """Fits every target again."""
-    entries = {}
+    """Fits every target again; half a minute."""
+    entries: dict[str, dict[str, object]] = {}
     for name, target in TARGETS.items():
         made = target.fit(name)
-        parts = {key: (getattr(made, key) / _UNIT).round().long().tolist() for key in ("cosine", "sine")}
-        parts = {"constant": round(made.constant / _UNIT), **parts}
-        entries[name] = {"error": float(f"{made.error:.2g}"), **parts}
+        parts = {"cosine": _units(made.cosine), "sine": _units(made.sine)}
+        entries[name] = {"error": float(f"{made.error:.2g}"), "constant": round(made.constant / _UNIT), **parts}
+    for name, wanted in EVEN_TARGETS.items():
+        even = wanted.fit(name)
+        parts = {"frequencies": even.frequencies.tolist(), "coefficients": _units(even.coefficients)}
+        entries[_EVEN + name] = {"error": float(f"{even.error:.2g}"), "constant": round(even.constant / _UNIT), **parts}
     lines = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
     _STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+
+
+def _units(numbers: Tensor) -> list[int]:
+    return (numbers / _UNIT).round().long().tolist()
 
 
 def rounding(function: Fit, fraction: int, dealt: int | None = None) -> float:

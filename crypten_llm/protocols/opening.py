@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -130,4 +131,9 @@ class Message:
         return Piece(self.shape, self.bits, cell, self.words, sender=self.sender), lambda words: words
 
 
-Request = Opening | Message
+class Request(Protocol):
+    """What a protocol yields: an opening of any kind, or a message."""
+
+    def prepare(self, runtime: Runtime, cell: Cell) -> tuple[Piece, Callable[[Tensor | None], Any]]:
+        """What travels, and what makes of the sum, ``None`` at the dealer, what the protocol is sent."""
+        ...

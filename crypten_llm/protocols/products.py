@@ -17,7 +17,7 @@ from crypten_llm.protocols.dealer.roles import Parts, Runtime
 from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, masked
-from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.roles import OWNER
 
 
 def check(bits: int, scale: int, width: int, what: str) -> None:
@@ -26,13 +26,48 @@ def check(bits: int, scale: int, width: int, what: str) -> None:
         raise Overflow(f"{what}: |x| < 2^{bits} at scale 2^{scale} does not fit a share valid modulo 2^{width}")
 
 
-def multiply(runtime: Runtime, x: Wire, y: Wire, scale: int | None = None, bits: int | None = None) -> Secret:
+GUARD = 4  # bits that are dealt of those that will be dropped: together they move the result by a 16th of its unit
+
+
+def _dealt(
+    runtime: Runtime,
+    shape: Sequence[int],
+    value: Callable[[], Tensor],
+    bits: int,
+    dropped: int = 0,
+    visible: Tensor | None = None,
+) -> Callable[[], Tensor]:
+    """Gives this party's shares of ``value()``, without the low bits of ``dropped`` that will not be missed, and where
+    ``visible``, a public mask of that shape, says that they are needed; zeros elsewhere.
+    """
+    cut = max(0, min(dropped - GUARD, bits - 1))
+
+    def short() -> Tensor:
+        found = value() if visible is None else value()[visible]
+        return (found + ((1 << cut) >> 1)) >> cut
+
+    count = shape if visible is None else (int(visible.sum()),)
+    held = runtime.deal(count, short, bits - cut).held
+
+    def shares() -> Tensor:
+        if visible is None:
+            return held << cut
+        found = held.new_zeros(tuple(shape))
+        found[visible] = held << cut
+        return found
+
+    return shares
+
+
+def multiply(
+    runtime: Runtime, x: Wire, y: Wire, scale: int | None = None, bits: int | None = None, dropped: int = 0
+) -> Secret:
     """x * y element-wise with broadcasting; local.
 
     Shapes: any two that broadcast. scale, bits: of the result, where the caller knows better than the sum of the
-    factors' (a power of two that was chosen to bring x into a range).
+    factors' (a power of two that was chosen to bring x into a range). dropped: low bits of it that the caller will drop.
 
-    Error: none. Cost: dealer, for an element of the result, the w bits of its ring; and where a factor was lifted from
+    Error: none; a 16th of a unit of what is left where bits are dropped. Cost: dealer, for an element of the result, the w bits of its ring; and where a factor was lifted from
     n bits, w - n, where both were, also w - n - n'.
     Raises: Overflow when the declared result does not fit the narrower of the two widths.
     Source: Beaver (CRYPTO 1991), with the factors' openings shared by all products as in Turbospeedz (ACNS 2019).
@@ -42,7 +77,11 @@ def multiply(runtime: Runtime, x: Wire, y: Wire, scale: int | None = None, bits:
     bits, width = x.bits + y.bits if bits is None else bits, min(x.width, y.width)
     check(bits, scale, width, "product")
     pairs = [
-        (sign, coefficients, runtime.deal(shape, functools.partial(operator.mul, left.held, right.held), width - up))
+        (
+            sign,
+            coefficients,
+            _dealt(runtime, shape, functools.partial(operator.mul, left.held, right.held), width - up, dropped - up),
+        )
         for sign, coefficients, up, left, right in _pairs(x, y)
         if up < width
     ]
@@ -51,7 +90,7 @@ def multiply(runtime: Runtime, x: Wire, y: Wire, scale: int | None = None, bits:
         total = x.seen * runtime.plus(masked(y), y.seen)
         total.addcmul_(masked(x), y.seen)
         for sign, coefficients, pair in pairs:
-            _add_times(total, sign, coefficients, pair.held)
+            _add_times(total, sign, coefficients, pair())
         return total
 
     return Secret(runtime.share(shape, share), scale, width, bits)
@@ -161,11 +200,21 @@ def _turned(runtime: Runtime, public: Tensor | None, own: Tensor) -> Tensor:
     return own if public is None else runtime.plus(-own, public)
 
 
-def matmul(runtime: Runtime, x: Wire, y: Wire | Operand, transposed: bool, bits: int) -> Secret:
+def matmul(
+    runtime: Runtime,
+    x: Wire,
+    y: Wire | Operand,
+    transposed: bool,
+    bits: int,
+    dropped: int = 0,
+    visible: Tensor | None = None,
+) -> Secret:
     """x @ y, or x @ y.T when ``transposed``, of two exact wires; local.
 
     Shapes: [..., M, K] by [..., K, N] or [..., N, K], the same batch, to [..., M, N]. bits: as in ``sum_of_squares``.
-    Error: none. Cost: dealer the bits of the narrower ring an element of the result.
+    dropped: as in ``multiply``. visible: public bool [..., M, N], entries that will be read; others are garbage.
+    Error: none, or as ``multiply``'s. Cost: dealer the bits of the narrower ring an element of the result, or those
+    that are not dropped and 4.
     Raises: Overflow when 2^bits does not fit the narrower width.
     """
     right = y if isinstance(y, Operand) else fold(runtime, y)
@@ -174,11 +223,11 @@ def matmul(runtime: Runtime, x: Wire, y: Wire | Operand, transposed: bool, bits:
     check(bits, scale, width, "matrix product")
     product = runtime.kernels.matmul_nt if transposed else runtime.kernels.matmul_nn
     shape = (*x.shape[:-1], right.shape[-2] if transposed else right.shape[-1])
-    dealt = runtime.deal(shape, lambda: product(x.mask.held, right.own), width)
+    dealt = _dealt(runtime, shape, lambda: product(x.mask.held, right.own), width, dropped, visible)
 
     def share() -> Tensor:  # the owner: X (Y - b0) - a0 Y + c0; the client: -X b1 - a1 Y + c1
         assert right.public is not None, "parties have opened both"
-        return product(x.seen, right.own) - product(x.mask.held, right.public) + dealt.held
+        return product(x.seen, right.own) - product(x.mask.held, right.public) + dealt()
 
     return Secret(runtime.share(shape, share), scale, width, bits)
 
@@ -199,10 +248,12 @@ class OwnedMatrix:
         self.mask: Tensor | None = None
 
 
-def own(runtime: Runtime, value: Tensor | None, shape: Sequence[int], scale: int) -> Protocol[OwnedMatrix]:
-    """An ``OwnedMatrix``. value: float [out, in] at the owner, ``None`` elsewhere.
+def own(
+    runtime: Runtime, value: Tensor | None, shape: Sequence[int], scale: int, bits: int = 64
+) -> Protocol[OwnedMatrix]:
+    """An ``OwnedMatrix``. value: float [out, in] at the owner, ``None`` elsewhere. bits: of the rings it is used in.
 
-    Cost: the owner sends the client 8 bytes an element, once.
+    Cost: the owner sends the client ``bits`` an element, once.
     Raises: Overflow for a weight that does not fit 32 bits.
     """
     made = OwnedMatrix(shape, scale)
@@ -214,60 +265,22 @@ def own(runtime: Runtime, value: Tensor | None, shape: Sequence[int], scale: int
             raise Overflow(f"a weight of {value.abs().max():.3g} does not fit 32 bits at scale 2^{scale}")
         assert mask is not None, "the owner draws the mask of its weights"
         words, made.plain = scaled.long() - mask, scaled.to(torch.int32)
-    (made.hidden,) = yield [Message(OWNER, tuple(shape), 64, words)]
+    (made.hidden,) = yield [Message(OWNER, tuple(shape), bits, words)]
     made.mask = runtime.known_to_dealer(mask)
     return made
 
 
-def linear(runtime: Runtime, x: Wire, matrix: OwnedMatrix, bits: int) -> Secret:
+def linear(runtime: Runtime, x: Wire, matrix: OwnedMatrix, bits: int, dropped: int = 0) -> Secret:
     """x @ W.T for a exact wire [T, in] and the owner's W [out, in]; local.
 
     The owner computes (X - a0) W, the client -a1 (W - R), and the dealer shares a1 R, masked afresh for every product.
-    bits: as in ``sum_of_squares``. Error: none.
-    Cost: dealer the bits of x's ring an element of the result; one product with plain weights at the owner, one of
+    bits: as in ``sum_of_squares``. dropped: as in ``multiply``. Error: none, or as ``multiply``'s.
+    Cost: dealer the bits of x's ring an element of the result, or those that are not dropped and 4; one product with plain weights at the owner, one of
     64-bit words at the client and at the dealer, neither of which needs the opening.
     Raises: Overflow when 2^bits does not fit the width.
     """
     shape = (*x.shape[:-1], matrix.shape[0])
-    return _by_owned(runtime, x, matrix, bits, shape, runtime.kernels.matmul_nt, "linear layer")
-
-
-def lookup(runtime: Runtime, ids: Tensor | None, count: int, matrix: OwnedMatrix, bits: int) -> Protocol[Secret]:
-    """Rows of the owner's [V, H] for token ids that only the client holds; ids is ``None`` elsewhere.
-
-    Reveals: one-hot rows plus a uniform mask, to the owner.
-    Error: none. Cost: 4 bytes for each of count * V words to the owner; dealer 32 bits an element of the result.
-    """
-    vocabulary, hidden = matrix.shape
-    width, product = 32, runtime.kernels.matmul_nn
-    check(bits, matrix.scale, width, "embedding")
-    mask = runtime.mask_of(CLIENT, (count, vocabulary))
-    hot = None
-    if ids is not None:
-        assert mask is not None, "the client draws the mask of its tokens"
-        assert len(ids) == count, f"{len(ids)} token ids, {count} announced"
-        for token in ids.tolist():
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"token id {token} is not in a vocabulary of {vocabulary}")
-        hot = mask.clone()
-        hot[torch.arange(count), ids] += 1
-    (seen,) = yield [Message(CLIENT, (count, vocabulary), width, hot)]
-
-    def masks() -> Tensor:
-        assert mask is not None and matrix.mask is not None, "the dealer knows both masks"
-        return product(mask, matrix.mask)
-
-    def owner() -> Tensor:
-        assert matrix.plain is not None, "the owner has the table"
-        return product(seen, matrix.plain) - dealt
-
-    def client() -> Tensor:
-        assert mask is not None and matrix.hidden is not None, "the client was sent the hidden table"
-        return -product(mask, matrix.hidden) - dealt
-
-    shape = (count, hidden)
-    dealt = runtime.deal(shape, masks, width).held
-    return Secret(runtime.share(shape, owner, client), matrix.scale, width, bits)
+    return _by_owned(runtime, x, matrix, bits, shape, runtime.kernels.matmul_nt, "linear layer", dropped)
 
 
 def times_owned(runtime: Runtime, x: Wire, vector: OwnedMatrix, bits: int) -> Secret:
@@ -287,6 +300,7 @@ def _by_owned(
     shape: Sequence[int],
     product: Callable[[Tensor, Tensor], Tensor],
     what: str,
+    dropped: int = 0,
 ) -> Secret:
     """``product``, which is linear in both, of a exact wire and the owner's weight: [...] to ``shape``."""
     assert x.wrap is None, "products with the owner's weights take exact wires"
@@ -300,11 +314,11 @@ def _by_owned(
 
     def owner() -> Tensor:
         assert weight.plain is not None, "the owner has the weights"
-        return product(x.seen - x.mask.held, weight.plain) - dealt
+        return product(x.seen - x.mask.held, weight.plain) - dealt()
 
     def client() -> Tensor:
         assert weight.hidden is not None, "the client was sent the hidden weights"
-        return -product(x.mask.held, weight.hidden) - dealt
+        return -product(x.mask.held, weight.hidden) - dealt()
 
-    dealt = runtime.deal(shape, masks, x.width).held
+    dealt = _dealt(runtime, shape, masks, x.width, dropped)
     return Secret(runtime.share(shape, owner, client), scale, x.width, bits)

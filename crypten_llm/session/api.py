@@ -61,6 +61,7 @@ class PrivateLlama:
         self._tokenizer: Any = None
         self._tokenizer_source: str | None = None
         self._no_tokenizer = False
+        self._is_guess = False  # the tokenizer's source: that of the client's --model, where the owner has its own
         self._compared: str | None = None
         # What runs now: an answer and its events, or two times None for what cannot be left early.
         self._running: tuple[Answer | None, Events | None] | None = None
@@ -88,8 +89,8 @@ class PrivateLlama:
     ) -> PrivateLlama:
         """Starts (or joins, under torchrun) the other parties and has the owner share its model.
 
-        model: "shipped", a folder, or a hub id; the owner's process alone opens the weights. tokenizer: the
-        client's, taken from ``model`` when not given. first: the request that will come first, so that a tape that
+        model: "shipped", a folder, a GGUF file, or a hub id; the owner's process alone opens the weights. tokenizer:
+        the client's, taken from ``model`` when not given. first: the request that will come first, so that a tape that
         does not fit it is refused before it is used. settings: fields of ``ProtocolConfig`` and ``LaunchConfig``.
 
         Raises UsageError for what cannot be used and PartyError when a party fails.
@@ -101,6 +102,7 @@ class PrivateLlama:
         loaded = checkpoint.load_tokenizer(tokenizer, launched.offline) if tokenizer else None
         llama = cls(protocol, launched, folder)
         llama._tokenizer, llama._tokenizer_source = loaded, tokenizer or model
+        llama._is_guess = not local and not tokenizer
         with llama._guarded():
             if first is not None and protocol.tape:
                 llama.party.expect("generate", first.plan(len(llama._ids_of(first))))
@@ -139,6 +141,8 @@ class PrivateLlama:
 
         Looked for once in a session: a hub may have to be asked. Raises UsageError for another model's tokenizer.
         """
+        if self._is_guess and self.party.tokens_digest is None:
+            return False
         if self._tokenizer is None and not self._no_tokenizer:
             assert self._tokenizer_source is not None, "from_pretrained says where it is"
             try:
@@ -152,6 +156,11 @@ class PrivateLlama:
     def _compare_tokens(self) -> None:
         """Raises UsageError when the client's ids stand for other tokens than the owner's, where both are known."""
         theirs = self.party.tokens_digest
+        if theirs is None and self._is_guess:
+            raise UsageError(
+                "the owner's model comes without a tokenizer, so nothing says which one it takes; give that model's "
+                "tokenizer with --tokenizer (tokenizer=), or token ids"
+            )
         if theirs is None or theirs == self._compared:
             return
         if tokenizers.digest_of(self._tokenizer) not in (None, theirs):

@@ -21,7 +21,7 @@ from crypten_llm.errors import CryptenLLMError, UsageError
 from crypten_llm.models.cache import KVCache
 from crypten_llm.models.checkpoint import expected_shapes
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.llama import DecoderLayer, Parameters, prepare, rotary_tables
+from crypten_llm.models.llama import DecoderLayer, Parameters, prepare, rotary_for, rotary_tables
 from crypten_llm.models.rope import rope_frequencies
 from crypten_llm.roles import OWNER
 from crypten_llm.session.generation import parse_policy
@@ -139,7 +139,7 @@ def _decode(
 ) -> Handle:
     """One token through all layers; unless the cache grows, it is left as it was."""
     newest = torch.tensor([config.max_position_embeddings - 1])
-    rotary = rotary_tables(rope_frequencies(config), newest)
+    rotary = rotary_for(layers[0].engine, rotary_tables(rope_frequencies(config), newest))
     before = None
     for layer, cache in zip(layers, caches, strict=True):
         used = cache if grows else cache.copy(before)

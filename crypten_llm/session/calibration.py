@@ -79,8 +79,14 @@ class _Recorder(PlainEngine):
         return mixed
 
     def swiglu(self, gate: Handle, up: Handle) -> Handle:
-        self._note("swiglu", gate)
+        self._note("swiglu gates", gate)
+        self._note("swiglu up", up)
         return super().swiglu(gate, up)
+
+    def residual(self, x: Handle, y: Handle) -> Handle:
+        out = super().residual(x, y)
+        self._note("residual", out)
+        return out
 
 
 @torch.no_grad()
@@ -89,9 +95,9 @@ def measure(config: LlamaConfig, weights: dict[str, torch.Tensor]) -> Ranges:
 
     Random tokens stand for a prompt, drawn with a fixed seed; they are no secret, and other text may reach further.
     """
-    context = config.context
-    count = min(ROWS, context)
-    recorder = _Recorder(context / count)
+    count = min(ROWS, config.context)
+    longest = max(config.context if window is None else window for window in config.windows or (None,))
+    recorder = _Recorder(max(longest / count, 1.0))
     ids = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
     model = Llama(recorder, config, weights)
     model(recorder.tokens(ids, len(ids), config.vocab_size), model.new_cache())

@@ -58,6 +58,13 @@ class Plan:
                 f"model's context is {context}; shorten the prompt by {needed - context} tokens or lower "
                 "max_new_tokens (--max-new-tokens)"
             )
+        shortest = min((window for window in config.windows if window is not None), default=context)
+        if needed > shortest and parse_policy(self.policy).acts:
+            raise UsageError(
+                f"policy {self.policy} chooses among all rows, but attention of this model looks back {shortest} "
+                f"tokens at most, and prompt and answer together may have {needed}; use policy full (--policy full) "
+                f"or shorten them by {needed - shortest}"
+            )
         return self
 
 

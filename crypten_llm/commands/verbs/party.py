@@ -12,7 +12,7 @@ HELP = "serve as the party that RANK says (owner, compute or dealer) until the c
 
 
 def options(parser: Parser) -> None:
-    parser.add_argument("--model", default="", help="what the owner shares: 'shipped', a folder, or a hub id")
+    parser.add_argument("--model", default="", help="what the owner shares: 'shipped', a folder, GGUF file or hub id")
     parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)  # in the place of all other options
     shared.add_settings(parser)
 

@@ -22,7 +22,7 @@ from crypten.mpc.provider.provider import TupleProvider  # noqa: E402
 from crypten_llm import compat
 from crypten_llm.engines.crypten import bridge
 from crypten_llm.engines.crypten.bridge import TransportCommunicator, crypten
-from crypten_llm.engines.wire.handles import Reshaped, Scaled, value
+from crypten_llm.engines.wire.handles import value
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.dealer.roles import Piece
@@ -120,13 +120,13 @@ class CryptenBeside:
         scale = units.bit_length() - 1
         if units != 1 << scale:
             raise UsageError(f"an MPCTensor at scale {units} has no whole number of fractional bits; re-encode it")
-        bits = self.engine.config.linear_bits if bits is None else bits
+        bits = self.engine.config.hidden_bits if bits is None else bits
         _check(bits, scale, "a secret")
         share = tensor.share.clone()  # CrypTen changes some of its tensors in place
         return Secret(self.engine.runtime.share(share.shape, lambda: share), scale, 64, bits)
 
     def _secret(self, handle: Handle) -> Secret:
-        if isinstance(handle, Secret | Scaled | Reshaped):
+        if isinstance(handle, Secret):
             return self.engine.rounds.run(value(self.engine, handle))
         raise UsageError(
             f"{type(handle).__name__} is no plain value of engine 'wire'; convert the result of an operation instead"

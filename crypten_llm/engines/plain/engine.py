@@ -1,5 +1,6 @@
 """Engine ``plain``: torch floats, one process, no privacy. The reference that every other engine is held against."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,10 @@ class PlainEngine(PlainSelection, Engine):
     layer_error = 1e-4
     meter: Meter
 
-    def __init__(self, device: torch.device | str = "cpu", meter: Meter | None = None) -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", meter: Meter | None = None, softmax_base: float = math.e
+    ) -> None:
+        self.softmax_base = softmax_base
         self.device = torch.device(device)
         self.meter = meter or Meter()
         self.rank = 0
@@ -54,6 +58,8 @@ class PlainEngine(PlainSelection, Engine):
     def softmax(self, scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         if mask is not None:
             scores = scores.masked_fill(~mask.to(self.device), -torch.inf)
+        if self.softmax_base != math.e:
+            scores = scores * math.log(self.softmax_base)
         return scores.softmax(-1)
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

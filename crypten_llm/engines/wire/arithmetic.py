@@ -17,10 +17,11 @@ from crypten_llm.engines.wire.numbers import ENOUGH, FACTOR, as_units, bits_for,
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.protocols import fits, lookup, products, smooth
 from crypten_llm.protocols.dealer.shapes import shape_only
+from crypten_llm.protocols.ladder import normalized
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret
-from crypten_llm.protocols.smooth import normalize
+from crypten_llm.protocols.wide import Opened
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -188,11 +189,13 @@ def reciprocal(engine: WireEngine, x: Handle, low: float, high: float) -> Protoc
     top = bits_for(high) + x.scale + 1
     if top > x.width - 1 or top < 2:
         raise Overflow(f"reciprocal: values up to {high:g} at scale 2^{x.scale} do not fit a ring of {x.width} bits")
-    segments = min(top // 2 + 1, (bits_for(high) + 1 - bits_for(low) + 3) // 2 + 1)
     (wire,) = yield [Opening(x, ring=top + 1, function=True)]
-    scaled, power = normalize(engine.runtime, wire, top, segments, [4**k for k in range(segments)])
-    doubled = Secret(scaled.share, top - 1, 64, 1)  # twice x 4^k / 2^top: 1/2 to 2
-    unit_wire, power_wire = yield [Opening(doubled, ring=top - 1 + fit.period, function=True), Opening(power)]
+    opened = Opened(None if wire.public is None else wire.public[..., None], wire.mask.map(lambda t: t[..., None]))
+    least, kept = max(1, bits_for(low) - 1 + x.scale), min(top, 26)
+    scaled, power, _ = normalized(engine.runtime, opened, x.shape, top + 1, top, least, kept, base=4)
+    doubled = Secret(scaled.share, kept - 1, scaled.width, 1)  # twice x 4^k / 2^top: 1/2 to 2
+    size = min(kept - 1 + fit.period, scaled.width)
+    unit_wire, power_wire = yield [Opening(doubled, ring=size, function=True), Opening(power, lifted=64)]
     inverse = smooth.evaluate(engine.runtime, unit_wire, fit, fraction=22, bits=2)
     (inverse_wire,) = yield [Opening(inverse, truncate=inverse.scale - f, lifted=64)]
     bits = 2 - bits_for(low)

@@ -6,6 +6,7 @@ is for eviction policies (``eviction.operations``), and reads what ``mix`` has o
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,32 +19,19 @@ from crypten_llm.engines.wire.handles import (
     Rows,
     Weights,
     alike,
-    lifted,
+    exact,
     lifted_from_bytes,
-    narrow,
     roomy,
     value,
 )
-from crypten_llm.engines.wire.numbers import (
-    DRAWN,
-    FACTOR,
-    MIXED_BITS,
-    ROOM,
-    ROOT_FRACTIONS,
-    ROW_BITS,
-    SPREAD_BITS,
-    SPREAD_SEGMENTS,
-    as_units,
-    bits_for,
-    times,
-)
+from crypten_llm.engines.wire.numbers import DRAWN, FACTOR, ROOM, TURNED, WireConfig, as_units, bits_for, times
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, as_secret, joined
-from crypten_llm.protocols.smooth import normalize
+from crypten_llm.protocols.softmax import MANTISSA, weigh
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -62,7 +50,7 @@ def rotate(engine: WireEngine, x: Handle, cos: torch.Tensor, sin: torch.Tensor) 
     Cost: none where the result fits x's ring; else 1 round, see ``roomy``.
     """
     p = engine.config.rope
-    x = yield from roomy(engine, (yield from value(engine, x)), p + 1, "rotate")
+    x = yield from roomy(engine, (yield from value(engine, x)), p + TURNED, "rotate")
     half = x.shape[-1] // 2
 
     def share() -> torch.Tensor:
@@ -70,7 +58,7 @@ def rotate(engine: WireEngine, x: Handle, cos: torch.Tensor, sin: torch.Tensor) 
         turned = torch.cat([-x.share[..., half:], x.share[..., :half]], -1)
         return x.share * cosine + turned * sine
 
-    return Secret(engine.runtime.share(x.shape, share), x.scale + p, x.width, x.bits)
+    return Secret(engine.runtime.share(x.shape, share), x.scale + p, x.width, x.bits + TURNED)
 
 
 def rounded_rows(engine: TrackedEngine, out: Tracked, x: Tracked, values: bool = False) -> torch.Tensor:
@@ -81,7 +69,7 @@ def rounded_rows(engine: TrackedEngine, out: Tracked, x: Tracked, values: bool =
 
 @operation(bound=rounded_rows)
 def rows(engine: WireEngine, x: Handle, values: bool = False) -> Protocol[Rows]:
-    """Their one opening joins the next message; values take a second one where they have bits to lose.
+    """Their one opening joins the next message.
 
     Error: a unit of ``key`` bits, of ``value`` bits for values, when they are opened.
     """
@@ -122,109 +110,105 @@ def _join(engine: WireEngine, handles: list, dim: int) -> Protocol[Secret]:
 
 def _scored(engine: TrackedEngine, out: Tracked, query: Tracked, keys: Tracked) -> torch.Tensor:
     """One unit of the query."""
-    far, f = keys.value.abs() + keys.error, engine.config.activation
+    far, f = keys.value.abs() + keys.error, engine.config.key
     own = unit(f) if query.secret.scale > f else 0.0
     return query.value.abs() @ keys.error.transpose(1, 2) + (query.error + own) @ far.transpose(1, 2)
 
 
-@operation(bound=_scored)
-def scores(engine: WireEngine, query: Handle, keys: Rows) -> Protocol[Secret]:
-    """Error: a unit of the query. Cost: 1 round for a query that was not scored before; keys that wait come along."""
+@operation(bound=_scored, domain=Domain("attention scores of policies", lambda c: -(2.0**6), lambda c: 2.0**6))
+def scores(engine: WireEngine, query: Handle, keys: Rows, mask: torch.Tensor | None = None) -> Protocol[Secret]:
+    """Error: a unit of the query. Cost: 1 round for a query that was not scored before; keys that wait come along.
+
+    mask: public bool [M, N], repeated for all heads: entries that are false will not be read.
+    """
     query = yield from value(engine, query)
     if query.opened is None:
-        (query.opened,) = yield [narrow(query, engine.config.activation)]
+        (query.opened,) = yield [exact(query, engine.config.key)]
     yield from settled(keys)
     operand = keys.operand
-    room = min(query.opened.width, operand.width) - query.opened.scale - operand.scale - 2
-    return products.matmul(engine.runtime, query.opened, operand, transposed=True, bits=min(6, room))
+    scale = query.opened.scale + operand.scale
+    room = min(query.opened.width, operand.width) - scale - 2
+    visible = None if mask is None else mask.expand(query.shape[0], *mask.shape)
+    drop = max(0, scale - MANTISSA)
+    return products.matmul(
+        engine.runtime, query.opened, operand, transposed=True, bits=room, dropped=drop, visible=visible
+    )
 
 
 def _weighed(engine: TrackedEngine, out: Tracked, scores: Tracked, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The fit of exp and a unit of 28 bits in each root, where the row's sum of exp(s - score_limit) is ``total``; a
-    unit of ``root`` bits after the row was scaled. Then a score's own error, which multiplies its weight, and the
-    largest of a row, which divides all of them.
+    """A score's unit, which multiplies its weight, with the mantissas' rounding; a unit of ``attention`` bits after the
+    row was scaled. Then a score's own error, and the largest of a row, which divides all of them.
     """
-    visible, errors = scores.value, scores.error
-    if mask is not None:
-        visible, errors = visible.masked_fill(~mask, -torch.inf), errors.masked_fill(~mask, 0.0)
-    turned = out.value * (errors + errors.amax(-1, keepdim=True)).expm1()
-    total = (visible - errors - engine.config.score_limit).exp().sum(-1, keepdim=True)
-    expected, fit = out.value + turned, fits.stored("exp")
-    slip = (fit.error + fits.rounding(fit, *ROOT_FRACTIONS) + unit(28)) / total.sqrt() + 2 * unit(engine.config.root)
-    own = 2 * expected.sqrt() * slip + slip**2
+    errors = scores.error if mask is None else scores.error.masked_fill(~mask, 0.0)
+    base = math.log(engine.softmax_base)
+    rounded = errors + (unit(MANTISSA) if scores.secret.scale > MANTISSA else 0.0)
+    turned = out.value * ((rounded + rounded.amax(-1, keepdim=True)) * base).expm1()
+    expected = out.value + turned
+    own = expected * 2 * unit(MANTISSA - 1) + 4 * unit(engine.config.attention) * (1.0 if mask is None else mask)
     own = 1.1 * (own + expected * own.sum(-1, keepdim=True))
-    return turned + (own if mask is None else own.masked_fill(~mask, 0.0))
+    return turned + own
 
 
 @operation(
     bound=_weighed,
-    domain=Domain("attention scores", lambda c: c.score_limit - 36, lambda c: c.score_limit),
+    domain=Domain("attention scores", lambda c: c.scores[0], lambda c: c.scores[1]),
     row=Domain("logarithms of a row's sum of exp(score)", lambda c: c.row_logarithms[0], lambda c: c.row_logarithms[1]),
 )
 def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None) -> Protocol[Weights]:
-    """From roots exp((s - limit) / 2), so that one fit serves every row and no maximum is needed.
-
-    The sum z of their squares says how large the row is. Each root is multiplied by the power of two that brings
-    z to [1/4, 1), opened, and squared: weights whose sum is that, with the resolution that the row needs.
-
-    Error: the fit's and a unit of 28 bits in each root, relative to the row's largest; a unit of ``root`` bits, for
-    scores and rows in the domain.
-    """
-    c, runtime, fit = engine.config, engine.runtime, fits.stored("exp")
-    half = Secret(scores.share, scores.scale + 1, scores.width, scores.bits)  # the same integers, read as s / 2
-    (wire,) = yield [Opening(half, ring=half.scale + fit.period, function=True)]
-    public, dealt = ROOT_FRACTIONS
-    root = smooth.evaluate(runtime, wire, fit, public, bits=1, shift=-c.score_limit / 2, dealt=dealt)
-    if mask is not None:
-        root.share = times(root.share, mask.long())
-    fraction, spread = 28, SPREAD_BITS  # z < 2^spread
-    top = 2 * fraction + spread
-    (root_wire,) = yield [lifted(root, fraction)]
-    total = products.sum_of_squares(runtime, root_wire, bits=spread)
-    (total_wire,) = yield [Opening(total, ring=top + 1, function=True)]
-    powers = [2**k for k in range(SPREAD_SEGMENTS)]
-    _, power = normalize(runtime, total_wire, top, SPREAD_SEGMENTS, powers)
-    (power_wire,) = yield [Opening(power)]
-    # root 2^k / 2^(spread / 2): the integers stay, their scale says it
-    scaled = products.multiply(runtime, root_wire, power_wire, scale=fraction + spread // 2, bits=1)
-    size = scaled.scale + scaled.bits + 2
-    (scaled_wire,) = yield [Opening(scaled, ring=size, truncate=scaled.scale - c.root, lifted=64)]
-    weights = products.square(runtime, scaled_wire)
-    weights.bits = 0
-    return Weights(weights)
+    """Scores are exponents of ``softmax_base``. Error and Cost: ``softmax.weigh``'s, for what the mask does not hide."""
+    c, shape = engine.config, scores.shape
+    heads, rows, length = shape[:-2].numel(), shape[-2], shape[-1]
+    if mask is None:
+        flat, counts = scores.share.reshape(-1), torch.full((heads * rows,), length)
+    else:
+        flat = scores.share.reshape(heads, rows * length)[:, mask.reshape(-1).nonzero()[:, 0]].reshape(-1)
+        counts = mask.sum(1).repeat(heads)
+    drop = scores.scale - MANTISSA
+    if drop < 0:
+        flat, drop = flat << -drop, 0
+    found = yield from weigh(engine.runtime, flat, drop, counts, c.exponents, c.attention, c.mixed_width)
+    engine.checks.note_opened(found.beyond)
+    return Weights(found.weights, shape, mask)
 
 
 def inverse_sum() -> float:
-    """Of 1 / sum of a row's weights, relative to a sum of 1, the largest: a unit of ``ROW_BITS`` bits of half of it,
-    and the reciprocal's fit."""
+    """Of 1 / sum of a row's weights, relative to a sum of 1, the largest: a unit of ``inverse`` bits of half of it, and
+    the reciprocal's fit."""
     fit = fits.stored("reciprocal")
-    return 2 * (unit(ROW_BITS) + fit.error + fits.rounding(fit, 22))
+    return 2 * (unit(WireConfig.inverse) + fit.error + fits.rounding(fit, 22))
 
 
 def _mixed(engine: TrackedEngine, out: Tracked, weights: Tracked, values: Tracked) -> torch.Tensor:
     """One unit of the product, for a sum of weights of 1/4 or more, and of the reciprocal of the sum that it is divided
     by, with the reciprocal's fit.
     """
-    own = 1.1 * (4 * unit(engine.config.activation + 3) + inverse_sum() * out.value.abs().max())
+    own = 1.1 * (4 * unit(engine.config.mixed) + inverse_sum() * out.value.abs().max())
     return own + weights.error @ (values.value.abs() + values.error) + weights.value @ values.error
 
 
 @operation(
     bound=_mixed,
-    domain=Domain("mixed values of attention", lambda c: -(2.0**MIXED_BITS), lambda c: 2.0**MIXED_BITS),
+    domain=Domain("mixed values of attention", lambda c: -(2.0**c.mixed_bits), lambda c: 2.0**c.mixed_bits),
 )
 def mix(engine: WireEngine, weights: Weights, values: Rows) -> Protocol[Secret]:
-    """Error: a unit of the result and of the reciprocal, for |results| below 2^``MIXED_BITS``."""
-    c, runtime, f, inverse = engine.config, engine.runtime, engine.config.activation + 3, fits.stored("reciprocal")
-    (wire,) = yield [Opening(weights.weights, ring=min(weights.weights.width, c.mixed_width))]
+    """Error: a unit of the result and of the reciprocal, for |results| below 2^``mixed_bits``."""
+    c, runtime, inverse = engine.config, engine.runtime, fits.stored("reciprocal")
+    (flat,) = yield [Opening(weights.flat, ring=c.mixed_width, function=True)]
+    wire = flat.map(weights.placed)
     yield from settled(values)
-    mixed = products.matmul(runtime, wire, values.operand, transposed=False, bits=MIXED_BITS)
+    drop = c.attention + c.value - c.mixed
+    mixed = products.matmul(runtime, wire, values.operand, transposed=False, bits=c.mixed_bits, dropped=drop)
     doubled = _row_sums(wire, wire.scale - 1, inverse.period)  # of twice the weights: 1/2 to 2
     total = smooth.evaluate(runtime, doubled, inverse, fraction=22, bits=2)
-    mixed_wire, total_wire = yield [lifted(mixed, f), lifted(total, ROW_BITS)]
+    size = c.attended_width + c.mixed + c.inverse - c.attended
+    mixed_wire, total_wire = yield [
+        Opening(mixed, drop, lifted=size),
+        Opening(total, total.scale - c.inverse, ring=total.scale + 4, lifted=size),
+    ]
     weights.wires = wire, total_wire
-    scale = f + ROW_BITS - 1  # the total's reciprocal is half of what is needed
-    return products.multiply(runtime, mixed_wire, total_wire, scale=scale, bits=c.linear_bits)
+    scale = c.mixed + c.inverse - 1  # the total's reciprocal is half of what is needed
+    dropped = scale - c.attended
+    return products.multiply(runtime, mixed_wire, total_wire, scale=scale, bits=c.mixed_bits, dropped=dropped)
 
 
 def _drawn(engine: TrackedEngine, out: Tracked, weights: Tracked, queries: torch.Tensor) -> torch.Tensor:
@@ -253,10 +237,11 @@ def mass(engine: WireEngine, weights: Weights, queries: torch.Tensor) -> Protoco
     keep = wire.width - wire.scale - growth - 2
     if keep < 6:
         raise Overflow(f"mass: {len(queries)} queries of weight {queries.abs().sum():g} in all: give 2^16 at most")
-    units, fraction = as_units(queries, max(0, min(FACTOR, 64 - wire.width + keep - inverse.scale)))
+    units, fraction = as_units(queries, max(0, min(FACTOR, inverse.width - wire.width + keep - inverse.scale)))
     turned = as_secret(engine.runtime, inverse)
-    turned = Secret(times(turned.share, units[:, None]), turned.scale + fraction, 64, inverse.bits + growth)
-    (turned_wire,) = yield [Opening(turned, truncate=max(0, turned.scale - keep))]
+    turned = Secret(times(turned.share, units[:, None]), turned.scale + fraction, inverse.width, inverse.bits + growth)
+    cut = max(0, turned.scale - keep)
+    (turned_wire,) = yield [Opening(turned, cut, ring=wire.width + cut)]
     row = turned_wire.transpose(1, 2)
     half = products.matmul(engine.runtime, row, wire, transposed=False, bits=growth)
     drawn = Secret(half.share, half.scale - 1, half.width, growth + 1)
@@ -303,23 +288,16 @@ def rearranged(operand: products.Operand, change: Change) -> products.Operand:
 
 
 def opened(engine: WireEngine, rows: Rows) -> Protocol[None]:
-    """Opens new rows. Values are not needed at once: where they have bits to lose, a first opening brings them to their
-    scale, and a second makes them rows.
-    """
+    """Opens new rows, in the ring of their products."""
     c, x = engine.config, rows.pending
     assert x is not None, "rows are opened once"
-    if not rows.values:
-        request = Opening(x, truncate=x.scale - c.key)
-    else:
-        if x.scale > c.value:
-            (wire,) = yield [lifted(x, c.value)]
-            x = as_secret(engine.runtime, wire)
-        request = Opening(x, ring=min(x.width, c.mixed_width))
-    (wire,) = yield [request]
+    scale, width = (c.value, c.mixed_width) if rows.values else (c.key, c.key_width)
+    cut = max(0, x.scale - scale)
+    (wire,) = yield [Opening(x, cut, ring=min(x.width, width + cut))]
     rows.settle(products.fold(engine.runtime, wire))
 
 
 def settled(*parts: Rows) -> Protocol[None]:
-    """Waits until these rows have been opened; values may take two rounds."""
+    """Waits until these rows have been opened."""
     while any(rows.pending is not None for rows in parts):
         yield []

@@ -145,9 +145,9 @@ class CostEngine(WireEngine):
         self._links.note("products", x.shape[:-1].numel() * weight.shape.numel())
         return super().linear(x, weight, bias)
 
-    def scores(self, query: Any, keys: Any) -> Any:
+    def scores(self, query: Any, keys: Any, mask: Any = None) -> Any:
         self._links.note("products", 2 * query.shape.numel() * keys.shape[1])
-        return super().scores(query, keys)
+        return super().scores(query, keys, mask)
 
     def mix(self, weights: Any, values: Any) -> Any:
         self._links.note("products", 2 * weights.shape.numel() * values.shape[-1])

@@ -16,13 +16,14 @@ import torch
 
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.wire import arithmetic, attention, choosing, gathering, keeping, layers  # noqa: F401
-from crypten_llm.engines.wire.handles import Handle, OneHot, Weight, awaited, settle, value
-from crypten_llm.engines.wire.numbers import SHOWN, SHOWN_FACTORS, WireConfig
+from crypten_llm.engines.wire.handles import Handle, OneHot, Weight, value
+from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels import ring
-from crypten_llm.protocols import products
+from crypten_llm.protocols import embedding, products
 from crypten_llm.protocols.dealer import roles
+from crypten_llm.protocols.flags import Flags
 from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.rounds import Protocol, Rounds
 from crypten_llm.protocols.secret import Overflow, Secret
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from crypten_llm.session.calibration import Ranges
 
 
-_REMEDIES = {  # the same model, or a smaller promise, within the range
-    "softmax row": "try a lower max_position_embeddings, to which rows are continued, or ",
-    "mix": "divide v_proj by a power of two and multiply o_proj by it, or ",
-}
+LEFT_DOMAIN = (
+    "a number of this prompt left the range in which engine 'wire' is right (attention scores, or hidden states), so its "
+    "answer is not given; 'debug-compare' on the owner's own prompts shows where"
+)
 
 
 class WireEngine(Engine):
@@ -49,7 +50,6 @@ class WireEngine(Engine):
     layer_error = 0.01
     shown_dtype = torch.float32  # of values that are opened
     shown_bits = SHOWN  # fractional bits of them
-    shown_factors: tuple[int | None, int | None] = SHOWN_FACTORS  # and of what they are a product of; see ``settle``
 
     def __init__(
         self,
@@ -66,10 +66,12 @@ class WireEngine(Engine):
         self.transport = transport
         self.rank = transport.rank
         self.config = config or WireConfig()
+        self.softmax_base = 2.0 ** (self.config.exponent / 256)
         self.dealer_follows = material is None
         self._material = material
         self.runtime = runtime or roles.make(transport, material)
         self.rounds = Rounds(self.runtime)
+        self.checks = Flags(self.runtime, self.rounds)
 
     @property
     def meter(self) -> Meter:
@@ -96,45 +98,72 @@ class WireEngine(Engine):
             what, low, high = limits[name]
             # The other parties are told why this one stops, so the message holds no measured number.
             if not low <= lowest <= highest <= high:
-                raise UsageError(
-                    f"this model's {what} leave the range of engine 'wire', {low:.3g} to {high:.3g}, on random "
-                    f"tokens; {_REMEDIES.get(name, '')}use engine 'crypten'"
-                )
+                raise UsageError(f"this model's {what} leave the range of engine 'wire', {low:.3g} to {high:.3g}")
         return {}
 
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Weight:
         return Weight(self.runtime.held_by(OWNER, value), shape)
 
-    def prepare(self, weight: Weight, norm: Weight | None = None) -> None:
-        scale = 1.0 if norm is None else weight.shape[1] ** 0.5
-        self.rounds.run(self.matrix(weight, norm, scale))
+    def prepare(self, weight: Weight, norm: Weight | None = None, name: str = "") -> None:
+        weight.name = name
+        if norm is not None:
+            norm.width = max(norm.width, self.config.width_of(name))
+        self.rounds.run(self.table(weight) if name == EMBEDDING else self.matrix(weight, norm))
 
-    def matrix(self, weight: Weight, gamma: Weight | None = None, scale: float = 1.0) -> Protocol[products.OwnedMatrix]:
-        """A protocol: the owner's weight as an operand, made once: W, or W * diag(gamma) * scale after a norm."""
-        key = gamma, scale
-        if key not in weight.matrices:
-            folded = weight.value
+    def matrix(
+        self, weight: Weight, gamma: Weight | None = None, scale: float | None = None
+    ) -> Protocol[products.OwnedMatrix]:
+        """A protocol: the owner's weight as an operand, made once: W, or W * diag(gamma) * sqrt(H) after a norm.
+
+        scale: multiplied in, in the place of sqrt(H). Raises UsageError, at the owner, for a linear layer whose result
+        could leave its range: after a norm no element is larger than a row of the weight is long.
+        """
+        if gamma not in weight.matrices:
+            c, folded, after = self.config, weight.value, gamma is not None or scale is not None
             if folded is not None:
                 if gamma is not None:
                     assert gamma.value is not None, "the owner has all weights"
-                    folded = folded * gamma.value
-                folded = folded * scale
-            made = yield from products.own(self.runtime, folded, weight.shape, self.config.weight)
-            weight.matrices[key] = made
-        return weight.matrices[key]
+                    folded = folded.double() * gamma.value
+                    self._check_lengths(weight.name, folded.norm(dim=1).max().item() * folded.shape[1] ** 0.5)
+                factor = weight.shape[-1] ** 0.5 if scale is None and after else scale or 1.0
+                folded = folded * factor
+            width = c.width_of(weight.name) if after else c.input_of(weight.name)[1]
+            fraction = c.weight if after else c.other_weight
+            weight.matrices[gamma] = yield from products.own(self.runtime, folded, weight.shape, fraction, width)
+        return weight.matrices[gamma]
+
+    def _check_lengths(self, name: str, longest: float) -> None:
+        what, limit = self.config.reach_of(name)
+        if not longest < limit:
+            raise UsageError(
+                f"{what} of this model may leave the range of engine 'wire', {limit:.3g}: a row of {name or 'a weight'}, "
+                "with its norm's weight, is longer than that"
+            )
+
+    def table(self, weight: Weight) -> Protocol[embedding.OwnedTable]:
+        """A protocol: the owner's embedding table, made once."""
+        if weight.table is None:
+            weight.table = yield from embedding.own_table(
+                self.runtime,
+                weight.value,
+                (weight.shape[0], weight.shape[1]),
+                self.config.hidden,
+                self.config.embedding_bits,
+            )
+        return weight.table
 
     def tokens(self, ids: torch.Tensor | None, count: int, vocab_size: int) -> OneHot:
         return OneHot(self.runtime.held_by(CLIENT, ids), count, vocab_size)
 
     def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Secret:
-        scale = self.config.activation
+        scale = self.config.hidden
 
         def words() -> torch.Tensor:
             assert value is not None, "its source has the value"
             return (value.double() * 2**scale).round().long()
 
         share = self.runtime.input(source, shape, words)
-        return Secret(share, scale, 64, self.config.linear_bits)
+        return Secret(share, scale, 64, self.config.hidden_bits)
 
     def matmul(self, x: Any, y: Any) -> Any:
         raise Overflow("engine wire multiplies through scores and mix, whose operands it keeps as wires")
@@ -151,9 +180,9 @@ class WireEngine(Engine):
         return self.rounds.run(self._show(x, rank))
 
     def _show(self, x: Handle, rank: int) -> Protocol[torch.Tensor | None]:
-        if (normed := awaited(x)) is not None:
-            yield from settle(self, normed, *self.shown_factors)
         x = yield from value(self, x)
+        if (yield from self.checks.any_set()):
+            raise UsageError(LEFT_DOMAIN)
         cut = max(0, x.scale - self.shown_bits)
         (other,) = yield [Message(OWNER + CLIENT - rank, tuple(x.shape), x.width - cut, x.share >> cut)]
         if other is None:

@@ -7,18 +7,18 @@ Shapes are those of ``eviction.operations.Operations``.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from crypten_llm.engines.wire.handles import Handle, Picks, Weights, roomy, value
-from crypten_llm.engines.wire.numbers import SCATTERED, bits_for, whole_bytes
+from crypten_llm.engines.wire.handles import Handle, Picks, Weights, at, roomy, value
+from crypten_llm.engines.wire.numbers import bits_for, whole_bytes
 from crypten_llm.engines.wire.operations import operation, unit, valued
 from crypten_llm.protocols import products
 from crypten_llm.protocols.opening import Opening, Request
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Secret, Wire, shares_of
+from crypten_llm.protocols.softmax import MANTISSA, OPENED
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -34,17 +34,20 @@ def gather(engine: WireEngine, picks: Secret, x: Handle) -> Protocol[Secret]:
     x = yield from value(engine, x)
     growth = 0 if isinstance(picks, Picks) else bits_for(picks.shape[-1]) + picks.bits - 1
     if isinstance(picks, Picks) and isinstance(x, Picks):  # they will pick something, in a ring that holds it
-        return Picks.of((yield from _pick(engine, picks, x, 1, engine.config.picks_width)))
+        return Picks.of((yield from _pick(engine, picks, x, 1, engine.config.mixed_width)))
     return (yield from _pick(engine, picks, x, x.bits + growth))
 
 
 def _gathered(engine: TrackedEngine, out: Tracked, choice: Choice, scores: Tracked) -> torch.Tensor:
-    return engine.twin.gather_scores(valued(choice), scores.error)
+    return engine.twin.gather_scores(valued(choice), scores.error + unit(MANTISSA))
 
 
 @operation(bound=_gathered)
 def gather_scores(engine: WireEngine, choice: Choice, scores: Secret) -> Protocol[Secret]:
-    """Error: none. Cost: that of ``gather`` for [G, k, C] by [G, C, M * size]; none without picks."""
+    """Error: a unit of the scores that softmax sees, of which it sees no more than ``OPENED`` bits, so that only these
+    are gathered. Cost: that of ``gather`` for [G, k, C] by [G, C, M * size]; none without picks.
+    """
+    scores = replace_bits(at(engine, scores, MANTISSA))
     parts = [scores[..., choice.rows]] if len(choice.rows) else []
     if choice.picks is not None:
         heads, queries, _ = scores.shape
@@ -52,8 +55,7 @@ def gather_scores(engine: WireEngine, choice: Choice, scores: Secret) -> Protoco
         stretch = scores[..., choice.first : choice.first + blocks * choice.size]
         stretch = stretch.reshape(heads, queries, blocks, choice.size).permute(0, 2, 1, 3)
         stretch = stretch.reshape(heads, blocks, queries * choice.size)
-        limit = bits_for(engine.config.score_limit)  # softmax sees scores modulo 2^(limit + 1) only
-        found = yield from _pick(engine, choice.picks, stretch, min(scores.bits, limit), spare=1)
+        found = yield from _pick(engine, choice.picks, stretch, 0, OPENED)
         found = found.reshape(heads, count, queries, choice.size).permute(0, 2, 1, 3)
         parts.append(found.reshape(heads, queries, count * choice.size))
     if len(parts) == 1:
@@ -63,24 +65,19 @@ def gather_scores(engine: WireEngine, choice: Choice, scores: Secret) -> Protoco
 
 
 def _scattered(engine: TrackedEngine, out: Tracked, choice: Choice, weights: Tracked, count: int) -> torch.Tensor:
-    """A unit of ``SCATTERED`` bits of each of the attended weights, whose sum is 1/4 or more when they are rounded."""
-    own: float | torch.Tensor = 0.0
-    if choice.picks is not None:
-        own = 4 * unit(SCATTERED) * (1 + weights.shape[-1] * (weights.value + weights.error))
-    return engine.twin.scatter_weights(valued(choice), weights.error + own, count)
+    """None of its own."""
+    return engine.twin.scatter_weights(valued(choice), weights.error, count)
 
 
 @operation(bound=_scattered)
 def scatter_weights(engine: WireEngine, choice: Choice, weights: Weights, count: int) -> Protocol[Weights]:
-    """Error: a unit of ``SCATTERED`` bits of each weight, where some were picked; ``mix`` divides by the rounded
-    ones' sum.
+    """Error: none. ``mix`` divides by the sum.
 
-    Cost: 1 round (none without picks): the G * M * count weights in a ring of 7 bytes each way with 5 of the dealer's
-    each, and the picks where ``gather_scores`` has not opened them; dealer the bits of a ring for each of
-    G * M * C * size results.
+    Cost: 1 round (none without picks): the G * M * count weights in their ring each way, and the picks where
+    ``gather_scores`` has not opened them wide enough; dealer the bits of that ring for each of G * M * C * size results.
     """
-    runtime, c = engine.runtime, engine.config
-    x, shape = weights.weights, (*weights.weights.shape[:-1], count)
+    runtime, width = engine.runtime, engine.config.mixed_width
+    x, shape = weights.dense, torch.Size((*weights.shape[:-1], count))
 
     def placed(share: torch.Tensor, found: torch.Tensor | None = None) -> torch.Tensor:
         """The weights of public rows at those rows, and of blocks at theirs."""
@@ -91,10 +88,9 @@ def scatter_weights(engine: WireEngine, choice: Choice, weights: Weights, count:
 
     if choice.picks is None:
         share = runtime.share(shape, lambda: placed(x.share))
-        return replace(weights, weights=Secret(share, x.scale, x.width, x.bits))
-    cut = max(0, x.scale - SCATTERED)
-    hot = yield from _hot_opening(engine, choice.picks, c.picks_width)
-    wire, *others = yield [Opening(x, ring=c.picks_width + cut, truncate=cut), *([hot] if hot else [])]
+        return Weights(Secret(share.reshape(-1), x.scale, x.width, x.bits), shape)
+    hot = yield from _hot_opening(engine, choice.picks, width)
+    wire, *others = yield [Opening(x, ring=width, function=True), *([hot] if hot else [])]
     if hot:
         (choice.picks.opened,) = others
     fixed = len(choice.rows)
@@ -107,7 +103,12 @@ def scatter_weights(engine: WireEngine, choice: Choice, weights: Weights, count:
     found = product(engine, choice.picks.opened.transpose(-1, -2), wire.map(by_block), x.bits)
     found = found.reshape(heads, blocks, queries, choice.size).permute(0, 2, 1, 3).reshape(heads, queries, -1)
     share = runtime.share(shape, lambda: placed(shares_of(runtime, wire), found.share))
-    return replace(weights, weights=Secret(share, wire.scale, found.width, x.bits))
+    return Weights(Secret(share.reshape(-1), wire.scale, found.width, x.bits), shape)
+
+
+def replace_bits(scores: Secret) -> Secret:
+    """Scores as softmax reads them: modulo 2^``OPENED``, whatever their size."""
+    return Secret(scores.share, scores.scale, min(scores.width, OPENED), 0)
 
 
 def hot_wire(engine: WireEngine, picks: Secret, width: int) -> Protocol[Wire]:
@@ -123,7 +124,7 @@ def _hot_opening(engine: WireEngine, picks: Secret, width: int) -> Protocol[Open
     if picks.opened is not None and picks.opened.width >= width:
         return None
     picks = yield from roomy(engine, picks, 0, "gather", width=width)
-    return Opening(picks, ring=min(picks.width, whole_bytes(max(width, engine.config.picks_width))))
+    return Opening(picks, ring=min(picks.width, max(width, engine.config.mixed_width)))
 
 
 def _pick(engine: WireEngine, picks: Secret, x: Secret, bits: int, width: int = 0, spare: int = 2) -> Protocol[Secret]:

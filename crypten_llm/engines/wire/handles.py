@@ -1,22 +1,21 @@
-"""What engine ``wire`` hands out beside ``Secret``, and what is behind it: values that wait for an opening, or that are
-more than one value.
+"""What engine ``wire`` hands out beside ``Secret``, and what is behind it: wires that several operations use, and rows
+that wait to be opened.
 
-Owns these handles, and the openings that operations have in common. Products of a norm's output wait until somebody
-needs them (``Scaled``), so that all of them travel together.
+Owns these handles, and the openings that operations have in common.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 import torch
 
-from crypten_llm.engines.wire.numbers import ROOM, ROW_BITS, WireConfig, whole_bytes
-from crypten_llm.protocols import products
+from crypten_llm.engines.wire.numbers import ROOM
+from crypten_llm.protocols import embedding, products
+from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, as_secret
@@ -29,13 +28,17 @@ Change = Callable[[torch.Tensor], torch.Tensor]  # linear
 
 
 class Weight:
-    """A model parameter: known to the owner in the clear, to the others by shape."""
+    """A model parameter: known to the owner in the clear, to the others by shape.
+
+    name: of the layer whose weight it is, once that is known. width: of a norm, the widest ring of what the linear
+    layers behind it give; 0 where there is none.
+    """
 
     def __init__(self, value: torch.Tensor | None, shape: Sequence[int]) -> None:
         self.value, self.shape = value, torch.Size(shape)
-        self.matrices: dict[
-            tuple[Weight | None, float], products.OwnedMatrix
-        ] = {}  # as an operand, by what is folded in
+        self.name, self.width = "", 0
+        self.matrices: dict[Weight | None, products.OwnedMatrix] = {}  # as an operand, by the norm that is folded in
+        self.table: embedding.OwnedTable | None = None  # as rows to look up
 
 
 @dataclass
@@ -53,101 +56,60 @@ class OneHot:
 
 @dataclass
 class Normed:
-    """x / rms(x) as unit * root * sqrt(H) * gamma: ``unit`` [..., H] has norm 1/2 to 1, ``root`` [..., 1] makes up for
-    the rest. ``gamma``: the norm's weight.
+    """x / rms(x) as wire * sqrt(H) * gamma: ``wire`` [..., H], rows of length 1 or less. gamma: the norm's weight."""
 
-    narrow, whole: wires of unit and of unit * root, once opened. waiting: products that need the root.
-    """
-
-    unit: Secret
-    root: Secret
+    wire: Wire
     gamma: Weight
-    narrow: Wire | None = None
-    whole: Wire | None = None
-    waiting: list[Scaled] = field(default_factory=list)
 
     @property
     def shape(self) -> torch.Size:
-        return self.unit.shape
+        return self.wire.shape
 
     @property
     def size(self) -> int:
         """H."""
-        return self.unit.shape[-1]
-
-    def fraction(self, config: WireConfig) -> int:
-        """Fractional bits of what has norm 1: an element is near 1 / sqrt(H)."""
-        return config.activation + round(math.log2(self.size) / 2)
-
-    def _view(self, change: Callable[[Secret], Secret]) -> Normed:
-        return Normed(change(self.unit), change(self.root), self.gamma)
+        return self.wire.shape[-1]
 
     def permute(self, *order: int) -> Normed:
         assert order[-1] == len(order) - 1, "the normed dimension stays the last"
-        return self._view(lambda part: part.permute(*order))
+        return Normed(self.wire.map(lambda t: t.permute(*order)), self.gamma)
 
     def reshape(self, *shape: int) -> Normed:
         assert shape[-1] == self.size, "the normed dimension stays the last"
-        return Normed(self.unit.reshape(*shape), self.root.reshape(*shape[:-1], 1), self.gamma)
+        return Normed(self.wire.reshape(*shape), self.gamma)
 
 
-class Scaled:
-    """A product that waits: raw * root, element-wise, to be opened together with the others of its norm."""
-
-    def __init__(self, raw: Secret, normed: Normed, bias: Weight | None) -> None:
-        self.raw, self.normed, self.bias = raw, normed, bias
-        self.value: Secret | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.raw.shape
-
-    def reshape(self, *shape: int) -> Reshaped:
-        return Reshaped(self, [("reshape", shape)])
-
-    def permute(self, *order: int) -> Reshaped:
-        return Reshaped(self, [("permute", order)])
-
-
-class Reshaped:
-    """A view of a ``Scaled`` that has not been computed yet."""
-
-    def __init__(self, source: Scaled, steps: list[tuple[str, tuple[int, ...]]]) -> None:
-        self.source, self.steps = source, steps
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.applied(torch.empty(self.source.shape, device="meta")).shape
-
-    def applied(self, value: Any) -> Any:
-        """The same view of ``value``, which has the source's shape."""
-        for name, arguments in self.steps:
-            value = getattr(value, name)(*arguments)
-        return value
-
-    def reshape(self, *shape: int) -> Reshaped:
-        return Reshaped(self.source, [*self.steps, ("reshape", shape)])
-
-    def permute(self, *order: int) -> Reshaped:
-        return Reshaped(self.source, [*self.steps, ("permute", order)])
-
-
-Handle = Secret | Normed | Scaled | Reshaped  # of one value, see ``value``
+Handle = Secret | Normed  # of one value, see ``value``
 
 
 @dataclass
 class Weights:
     """Softmax weights whose rows sum to between 1/4 and 1; ``mix`` divides by the sum.
 
+    flat: what the mask does not hide, one behind the other. shape, mask: of all, [heads, M, N] and public bool [M, N].
     wires: what ``mix`` opened: the weights, and 1 / (2 sum) [..., 1].
     """
 
-    weights: Secret
+    flat: Secret
+    shape: torch.Size
+    mask: torch.Tensor | None = None
     wires: tuple[Wire, Wire] | None = None
 
     @property
-    def shape(self) -> torch.Size:
-        return self.weights.shape
+    def dense(self) -> Secret:
+        """All weights; zero is what the mask hides."""
+        return self.flat.like(self.placed(self.flat.share))
+
+    def placed(self, flat: torch.Tensor) -> torch.Tensor:
+        """What is of the shape of ``flat``, where the weights are, and zeros."""
+        if flat.is_meta:
+            return shape_only(self.shape)
+        if self.mask is None:
+            return flat.reshape(self.shape)
+        heads = self.shape[:-2].numel()
+        dense = flat.new_zeros(heads, self.mask.numel())
+        dense[:, self.mask.reshape(-1)] = flat.reshape(heads, -1)
+        return dense.view(self.shape)
 
 
 class Picks(Secret):
@@ -263,80 +225,38 @@ class _Storage:
 # What to open.
 
 
-def narrow(x: Secret, scale: int) -> Opening:
+def exact(x: Secret, scale: int) -> Opening:
     """``x`` as an exact wire with at most ``scale`` fractional bits."""
     return Opening(x, truncate=max(0, x.scale - scale))
 
 
-def lifted(x: Secret, scale: int) -> Opening:
-    """``x`` as a wire modulo 2^64 with at most ``scale`` fractional bits."""
-    return Opening(x, truncate=max(0, x.scale - scale), lifted=64)
-
-
 def lifted_from_bytes(x: Secret, scale: int) -> Opening:
-    """As ``lifted``, opened in the fewest whole bytes that hold the declared |x|."""
-    size = min(x.width, whole_bytes(x.bits + x.scale + 2))
-    return Opening(x, ring=size, truncate=max(0, x.scale - scale), lifted=64)
+    """``x`` as a wire modulo 2^64 with at most ``scale`` fractional bits, opened in the fewest bits that hold the
+    declared |x|."""
+    return Opening(x, max(0, x.scale - scale), ring=min(x.width, x.bits + x.scale + 2), lifted=64)
 
 
 # What is behind a handle.
 
 
 def value(engine: WireEngine, x: Handle) -> Protocol[Secret]:
-    """The shares behind a handle."""
+    """The shares behind a handle; of a norm's output for what is no linear layer: its weight and sqrt(H) multiplied in.
+
+    Error: of that, half a unit of the weights. Cost: none, but of the owner's weight 8 bytes an element once; dealer
+    the bits of the ring an element.
+    """
     if isinstance(x, Secret):
         return x
-    if isinstance(x, Normed):
-        return (yield from whole(engine, x))
-    if isinstance(x, Scaled):
-        if x.value is None:
-            yield from settle(engine, x.normed)
-            assert x.value is not None, "a norm settles every product that waits for it"
-        return x.value
-    return x.applied((yield from value(engine, x.source)))
-
-
-def awaited(x: Handle | Weights) -> Normed | None:
-    """The norm that a handle waits for: it is a product, or a view of one, that has not been computed."""
-    source = getattr(x, "source", x)
-    return source.normed if isinstance(source, Scaled) and source.value is None else None
-
-
-def settle(
-    engine: WireEngine, normed: Normed, raw_bits: int | None = None, root_bits: int | None = None
-) -> Protocol[None]:
-    """Computes every product of this norm that waits: one round for all of them.
-
-    raw_bits, root_bits: fractional bits of the two factors. By default what keys have room for: their opening drops
-    all but ``key`` of these and of the rotation's bits, and has to leave room for scores.
-    """
-    waiting, normed.waiting = normed.waiting, []
-    raw_bits, root_bits = (bits or engine.config.activation + 1 for bits in (raw_bits, root_bits))
-    *wires, root = yield [*(lifted(item.raw, raw_bits) for item in waiting), lifted(normed.root, root_bits)]
-    for item, wire in zip(waiting, wires, strict=True):
-        item.value = products.multiply(engine.runtime, wire, root, bits=engine.config.linear_bits)
-        add_bias(engine, item.value, item.bias)
-
-
-def whole_wire(engine: WireEngine, x: Normed) -> Protocol[Wire]:
-    """x / |x| as an exact wire: the root multiplied in. Cost: 2 rounds, once."""
-    if x.whole is None:
-        f = x.fraction(engine.config)
-        unit, root = yield [lifted(x.unit, f), lifted(x.root, ROW_BITS)]
-        product = products.multiply(engine.runtime, unit, root, bits=1)
-        (x.whole,) = yield [narrow(product, f)]
-    return x.whole
-
-
-def whole(engine: WireEngine, x: Normed) -> Protocol[Secret]:
-    """The norm's output itself, for what is no linear layer: its weight and sqrt(H) are multiplied in.
-
-    Error: a unit of the normalised row, and half a unit of the weights, each times the other.
-    Cost: 2 rounds, and of the owner's weight 8 bytes an element once; dealer the bits of the ring an element.
-    """
-    wire: Wire = yield from whole_wire(engine, x)
     gamma = yield from engine.matrix(x.gamma, scale=x.size**0.5)
-    return products.times_owned(engine.runtime, wire, gamma, engine.config.linear_bits)
+    return products.times_owned(engine.runtime, x.wire, gamma, engine.config.bits_of(x.gamma.name))
+
+
+def at(engine: WireEngine, x: Secret, scale: int) -> Secret:
+    """x at that scale: with more bits, or with low bits dropped; local. Error: none, or a unit of that scale."""
+    drop = x.scale - scale
+    if drop <= 0:
+        return x.at_scale(scale)
+    return Secret(engine.runtime.drop(x.share, drop), scale, x.width - drop, x.bits)
 
 
 def add_bias(engine: WireEngine, x: Secret, bias: Weight | None) -> None:

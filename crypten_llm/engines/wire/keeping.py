@@ -47,7 +47,7 @@ def fixed(engine: WireEngine, x: Handle, values: bool = False) -> Protocol[Rows]
     the dealer's (of values 128, and a second opening). First 1 round where x's ring is too small for products.
     """
     c, x = engine.config, (yield from value(engine, x))
-    scale, width = (c.value, c.mixed_width) if values else (c.key, c.activation + c.key + 8)
+    scale, width = (c.value, c.mixed_width) if values else (c.key, c.key_width)
     if values or x.width - max(0, x.scale - scale) < width:
         x = yield from roomy(engine, x, 0, "fixed", width=max(x.scale, scale) - scale + width)
     return (yield from new_rows(engine, x.at_scale(max(scale, x.scale)), values))

@@ -9,28 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from crypten_llm.engines.wire.handles import (
-    Handle,
-    Normed,
-    OneHot,
-    Scaled,
-    Weight,
-    add_bias,
-    alike,
-    awaited,
-    lifted,
-    narrow,
-    settle,
-    value,
-    whole_wire,
-)
-from crypten_llm.engines.wire.numbers import ROW_BITS, SQUARES_BITS, SQUARES_SEGMENTS, WireConfig
+from crypten_llm.engines.wire.handles import Handle, Normed, OneHot, Weight, add_bias, alike, at, value
 from crypten_llm.engines.wire.operations import Domain, operation, unit
-from crypten_llm.protocols import fits, products, smooth
+from crypten_llm.protocols import embedding, products
+from crypten_llm.protocols.activation import SILU, activate
+from crypten_llm.protocols.norm import unit_rows
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
-from crypten_llm.protocols.secret import Secret, as_secret
-from crypten_llm.protocols.smooth import normalize
+from crypten_llm.protocols.secret import Secret
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -48,126 +34,103 @@ def _l1(x: torch.Tensor) -> float:
 
 def _embedded(engine: TrackedEngine, out: Tracked, one_hot: Tracked, weight: Tracked) -> float:
     """The table's rounding."""
-    return unit(engine.config.weight + 1)
+    return unit(engine.config.hidden + 1)
 
 
 @operation(bound=_embedded)
 def embed(engine: WireEngine, one_hot: OneHot, weight: Weight) -> Protocol[Secret]:
-    """Error: half a unit of the table. Cost: ``products.lookup``'s."""
-    matrix = yield from engine.matrix(weight)
-    return (yield from products.lookup(engine.runtime, one_hot.ids, one_hot.count, matrix, bits=6))
+    """Error: half a unit of the table. Cost: ``embedding.look_up``'s."""
+    table = yield from engine.table(weight)
+    return (yield from embedding.look_up(engine.runtime, one_hot.ids, one_hot.count, table))
 
 
-def linear_bound(c: WireConfig, x: torch.Tensor, weight: torch.Tensor) -> float:
-    """One unit of x at the weights' scale, and the weights' rounding."""
-    return unit(c.weight) * _l1(weight) + unit(c.weight + 1) * _l1(x)
-
-
-def linear_of_norm_bound(
-    c: WireConfig, row: torch.Tensor, root: torch.Tensor, folded: torch.Tensor, whole: bool
-) -> float:
-    """As ``linear_bound`` for unit rows by W * gamma * sqrt(H), ``folded``; the root rounded to the activations' scale,
-    and multiplied into the product, itself rounded, or before it (``whole``).
-    """
-    f, top = c.activation + round(torch.tensor(float(row.shape[-1])).log2().item() / 2), _largest(root)
-    rounded = unit(f) * _l1(folded) + unit(c.weight + 1) * (_l1(row) + row.shape[-1] * unit(f))
-    if whole:
-        slip = (unit(f) * (top + 1) + unit(ROW_BITS) * (_largest(row) + unit(f))) * _l1(folded)
-        return slip + unit(c.weight + 1) * (top * _l1(row) + 1)
-    product = _largest(row @ folded.T) + rounded
-    return (top + unit(c.activation)) * (rounded + unit(c.activation)) + unit(c.activation) * product
+def linear_bound(scale: int, weight_scale: int, x: torch.Tensor, weight: torch.Tensor) -> float:
+    """One unit of x, and the weights' rounding."""
+    return unit(scale) * _l1(weight) + unit(weight_scale + 1) * (_l1(x) + x.shape[-1] * unit(scale))
 
 
 @operation()
-def linear(engine: WireEngine, x: Handle, weight: Weight, bias: Weight | None = None) -> Protocol[Secret | Scaled]:
-    """Error: a unit of x, half a unit of the weights; after a norm also a unit of the product (``linear_bound``,
-    ``linear_of_norm_bound``).
+def linear(engine: WireEngine, x: Handle, weight: Weight, bias: Weight | None = None) -> Protocol[Secret]:
+    """Error: a unit of x, and half a unit of the weights (``linear_bound``).
 
-    Cost: 1 round, and one more after a norm.
+    Cost: none after a norm; else 1 round, x in a ring of ``attended_width`` or ``product_width`` bits.
     """
     c = engine.config
     if isinstance(x, Normed):
-        return (yield from _linear_of_norm(engine, x, weight, bias))
-    x = yield from value(engine, x)
-    (wire,) = yield [narrow(x, c.weight)]
-    matrix = yield from engine.matrix(weight)
-    out = products.linear(engine.runtime, wire, matrix, c.linear_bits)
+        matrix = yield from engine.matrix(weight, x.gamma)
+        out = products.linear(engine.runtime, x.wire, matrix, c.bits_of(weight.name))
+    else:
+        x = yield from value(engine, x)
+        scale, width = c.input_of(weight.name)
+        (wire,) = yield [Opening(x, max(0, x.scale - scale), ring=width + max(0, x.scale - scale))]
+        matrix = yield from engine.matrix(weight)
+        out = products.linear(engine.runtime, wire, matrix, c.hidden_bits, dropped=wire.scale + matrix.scale - c.hidden)
     add_bias(engine, out, bias)
     return out
 
 
-def _linear_of_norm(engine: WireEngine, x: Normed, weight: Weight, bias: Weight | None) -> Protocol[Secret | Scaled]:
-    """Unit rows times W * gamma * sqrt(H); the root is multiplied in later, or first where the output is large."""
-    c, matrix = engine.config, (yield from engine.matrix(weight, x.gamma, x.size**0.5))
-    if weight.shape[0] > 4 * x.size:
-        wire = yield from whole_wire(engine, x)
-        out = products.linear(engine.runtime, wire, matrix, c.linear_bits)
-        add_bias(engine, out, bias)
-        return out
-    if x.narrow is None:
-        (x.narrow,) = yield [narrow(x.unit, x.fraction(c))]
-    raw = products.linear(engine.runtime, x.narrow, matrix, c.linear_bits)
-    product = Scaled(raw, x, bias)
-    x.waiting.append(product)
-    return product
-
-
 def _normed(engine: TrackedEngine, out: Tracked, x: Tracked, weight: Tracked, eps: float, scale: float) -> float:
-    """One unit of x, which also turns the norm; the root's fit. Before the norm's weight."""
-    c, fit = engine.config, fits.stored("inverse root")
-    rms = x.value.square().mean(-1).sqrt().clamp_min(unit(c.activation)).min().item()
-    relative = 2 * (fit.error + fits.rounding(fit, 22))
-    largest = _largest(out.value)
-    return unit(c.activation) / rms * (1 + largest) * 1.1 + relative * largest
+    """One unit of x, which also turns the norm; a unit of the row. Before the norm's weight."""
+    c, size = engine.config, x.value.shape[-1]
+    length = (x.value.square().sum(-1) + eps * size).sqrt().min().item()
+    moved = unit(c.hidden) / length * 1.1 if x.secret.scale > c.hidden else 0.0
+    return size**0.5 * (moved * (1 + _largest(out.value)) + 1.2 * unit(c.row))
 
 
 @operation(
     bound=_normed,
-    domain=Domain("sums of squares of hidden states", lambda c: c.square_sums[0], lambda c: c.square_sums[1]),
+    domain=Domain("sums of squares of hidden states", lambda c: 0.0, lambda c: c.square_sums),
 )
 def rms_norm(engine: WireEngine, x: Handle, weight: Weight, eps: float, scale: float) -> Protocol[Normed]:
-    """Error: a unit of x over its root mean square; the root is good to 1e-5. Cost: 3 rounds."""
-    runtime, f, hidden = engine.runtime, engine.config.activation, x.shape[-1]
+    """Error: 1.2 units of ``row`` bits of the row divided by its length. Cost: ``norm.unit_rows``'s, and 1 round.
+
+    Of heads, which no linear layer takes, as of hidden states.
+    """
+    c = engine.config
     x = yield from value(engine, x)
-    (wire,) = yield [lifted(x, f)]
-    x.become(as_secret(runtime, wire))  # the opening lifted the residual too
-    top, segments = SQUARES_BITS, SQUARES_SEGMENTS
-    total = products.sum_of_squares(runtime, wire, bits=top - 2 * f)
-    total.share = runtime.plus(total.share, round(eps * hidden * 2**total.scale))
-    (square,) = yield [Opening(total, ring=top + 1, function=True)]
-    scaled, power = normalize(runtime, square, top, segments, [2**k for k in range(segments)])
-    unit_wire, power_wire = yield [Opening(scaled, ring=top + 1, function=True), Opening(power)]
-    root = smooth.evaluate(runtime, unit_wire, fits.stored("inverse root"), fraction=22, bits=2)
-    row = products.multiply(runtime, wire, power_wire, scale=top // 2, bits=1)  # of norm below one
-    return Normed(row, root, weight)
+    given = at(engine, x, c.hidden)
+    given = Secret(given.share, c.hidden, min(given.width, c.hidden_width), min(given.bits, c.hidden_bits))
+    width = weight.width or c.rotated_width
+    found = yield from unit_rows(engine.runtime, given, eps, c.hidden_bits, c.row, width)
+    if x.width < c.hidden_width:
+        x.become(found.lifted)
+    engine.checks.note(found.beyond)
+    (wire,) = yield [Opening(found.unit)]
+    return Normed(wire, weight)
 
 
 def _activated(engine: TrackedEngine, out: Tracked, gate: Tracked, up: Tracked) -> float:
-    """The fit of silu, one unit of its value at 16 bits, and one of ``up``."""
-    c, fit = engine.config, fits.stored("silu")
-    slip = fit.error + fits.rounding(fit, 22) + unit(16)
+    """The fit of silu, one unit of its value at ``up`` bits, and one of ``up``."""
+    c = engine.config
     silu = torch.nn.functional.silu(gate.value)
-    return slip * (_largest(up.value) + unit(c.activation + 2)) + unit(c.activation + 2) * _largest(silu)
+    slip = SILU.error + unit(c.up)
+    return slip * (_largest(up.value) + unit(c.up)) + unit(c.up) * _largest(silu)
 
 
 @operation(
-    bound=_activated, domain=Domain("gates", lambda c: fits.stored("silu").low, lambda c: fits.stored("silu").high)
+    bound=_activated,
+    gates=Domain("gates", lambda c: -SILU.bound(c.gates), lambda c: SILU.bound(c.gates)),
+    up=Domain("what gates are multiplied with", lambda c: -(2.0**c.up_bits), lambda c: 2.0**c.up_bits),
 )
 def swiglu(engine: WireEngine, gate: Handle, up: Handle) -> Protocol[Secret]:
-    """Error: the fit's, and a unit of 16 bits of silu and of ``up``. Cost: 2 rounds, and one where they wait."""
-    runtime, f, function = engine.runtime, engine.config.activation + 2, fits.stored("silu")
-    for x in (gate, up):
-        if (normed := awaited(x)) is not None:
-            yield from settle(engine, normed, f, ROW_BITS)
+    """Error: ``activation.activate``'s, and a unit of ``up`` bits of silu and of ``up``. Cost: 3 rounds."""
+    runtime, c = engine.runtime, engine.config
     gate, up = (yield from value(engine, gate)), (yield from value(engine, up))
-    gate_wire, up_wire = yield [Opening(gate, ring=gate.scale + function.period, function=True), lifted(up, f)]
-    activated = smooth.evaluate(runtime, gate_wire, function, fraction=22, bits=5)
-    half = activated.scale - gate.scale - 1  # x / 2, valid where the gate's share is
-    whole = Secret(
-        activated.share + (gate.share << half), activated.scale, min(activated.width, gate.width + half), activated.bits
-    )
-    (whole_wire,) = yield [lifted(whole, 16)]
-    return products.multiply(runtime, whole_wire, up_wire, bits=engine.config.linear_bits + 1)
+    width = 2 * c.up + c.product_width - c.product
+    up_size = c.up + c.up_bits + 2
+    running = engine.rounds.start(_opened(Opening(up, up.scale - c.up, ring=up_size + up.scale - c.up, lifted=width)))
+    half = Secret(gate.share, gate.scale + 1, gate.width, gate.bits)  # the same integers, read as gate / 2
+    activated, _ = yield from activate(runtime, half, SILU, c.gates)
+    drop = activated.scale - c.up
+    (wire,) = yield [Opening(activated, drop, lifted=width)]
+    assert running.is_done, "up was opened with the gate"
+    product = products.multiply(runtime, wire, running.result, dropped=2 * c.up - c.product)
+    return product
+
+
+def _opened(opening: Opening) -> Protocol:
+    (wire,) = yield [opening]
+    return wire
 
 
 def sum_of_two(engine: WireEngine, x: Secret, y: Secret, bits: int) -> Protocol[Secret]:
@@ -181,8 +144,17 @@ def summed(engine: TrackedEngine, out: Tracked, x: Tracked, y: Tracked) -> torch
     return x.error + y.error
 
 
-@operation(bound=summed)
+def _carried(engine: TrackedEngine, out: Tracked, x: Tracked, y: Tracked) -> torch.Tensor:
+    """A unit of ``hidden`` bits of what is added."""
+    return x.error + y.error + 2 * unit(engine.config.hidden)
+
+
+@operation(
+    bound=_carried, domain=Domain("hidden states", lambda c: -(2.0**c.hidden_bits), lambda c: 2.0**c.hidden_bits)
+)
 def residual(engine: WireEngine, x: Handle, y: Handle) -> Protocol[Secret]:
-    """As ``add``; the hidden state is declared below 2^residual_bits, however many layers are added up."""
-    x, y = (yield from value(engine, x)), (yield from value(engine, y))
-    return (yield from sum_of_two(engine, x, y, min(engine.config.residual_bits, max(x.bits, y.bits) + 1)))
+    """x + y in the ring of hidden states. Error: a unit of ``hidden`` bits. Cost: none."""
+    c = engine.config
+    x = at(engine, (yield from value(engine, x)), c.hidden)
+    y = at(engine, (yield from value(engine, y)), c.hidden)
+    return Secret(x.share + y.share, c.hidden, min(x.width, y.width, c.hidden_width), c.hidden_bits)

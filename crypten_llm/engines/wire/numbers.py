@@ -11,65 +11,149 @@ from functools import cached_property
 import torch
 
 from crypten_llm.kernels.ring import broadcast
+from crypten_llm.protocols.activation import FRACTION, RING, SILU
+from crypten_llm.protocols.softmax import MANTISSA, OPENED, Exponents
 
-ROOT_FRACTIONS = 29, 32  # of public and dealt factors: the fit's coefficients are large, so the dealt ones count more
-ROW_BITS = 19  # fractional bits of what is one number a row, where width allows
-MIXED_BITS = 4  # softmax weights, whose sum is 1/4 to 1, times the values: |x| < 2^4 is declared
-SQUARES_BITS = 58  # a hidden state's sum of squares, at twice the activation's fractional bits: below 2^58 is declared
-SQUARES_SEGMENTS = 20  # powers of four below that to which such a sum may fall
-SPREAD_BITS = 6  # a row's sum of exp(s - score_limit), over the scores of a softmax: below 2^6 is declared
-SPREAD_SEGMENTS = 28  # powers of four below that to which such a sum may fall
 PRECISION = 20  # bits of what is compared, with one for a difference; scores below 2^6 keep 13 fractional bits
 KEEPING = 24  # the same for ``top``, which cuts among the many rows of a prompt that draw next to nothing
 DRAWN = 24  # fractional bits of the attention that a row drew, where width allows
 FACTOR = 16  # fractional bits of public factors that are no multiples of a larger unit
 ENOUGH = 10  # the least of them for which a ring without room is left as it is
 ROOM = 16  # fractional bits that are left of a value whose ring became too small
+TURNED = 2  # bits that a rotation may add, tables and their factors together
 SHOWN = 16  # fractional bits of what is revealed
-SHOWN_FACTORS = 24, 29  # of its two factors, where it is a product: what is dropped of it is more than a factor's unit
-SCATTERED = 16  # fractional bits of softmax weights that go back to their rows
+EMBEDDING = "embed_tokens"  # what the table's layer is called
+LOGITS = ("lm_head", EMBEDDING)  # the layer that gives logits, which may be the table
 
 
 @dataclass(frozen=True)
 class WireConfig:
-    """Fractional bits and declared bounds; all parties must agree on them.
+    """Fractional bits and rings; all parties must agree on them.
 
-    activation, weight, key, value, rope, root (of softmax weights): fractional bits. *_bits: |x| < 2^bits is
-    declared (an overflow is refused). score_limit: softmax sees scores in [score_limit - 36, score_limit], and errors
-    grow as a row's largest falls (``attention.softmax``). What the mask hides may be anything.
+    Rings are planned backwards: dropping low bits costs as many bits of the ring, so what is opened needs the ring of
+    what will be made of it and the bits that are dropped on the way.
+
+    Fractional bits: hidden, of hidden states; row, of rows that a norm has divided by their length; weight, of the
+    weights that these meet; other_weight, of W_o and W_down; rope, of its tables; key, of queries and keys; value;
+    attention, of softmax weights; mixed, of what they mix before it is divided by their sum; inverse, of 1 / sum;
+    attended, of W_o's input; up; product, of silu(gate) * up; activation, of policies' values.
+
+    Bounds: hidden_bits, |x| < 2^hidden_bits of hidden states and of what is added to them; mixed_bits; up_bits;
+    logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of softmax's exponents.
     """
 
+    hidden: int = 16
+    row: int = 18
+    weight: int = 12
+    other_weight: int = 14
+    rope: int = 12
+    key: int = 13
+    value: int = 12
+    attention: int = 18
+    mixed: int = 14
+    inverse: int = 16
+    attended: int = 16
+    up: int = 13
+    product: int = 11
     activation: int = 14
-    weight: int = 16
-    key: int = 12
-    value: int = 18
-    rope: int = 13
-    root: int = 16
-    residual_bits: int = 11
-    linear_bits: int = 8
-    score_limit: float = 20.0
+    hidden_bits: int = 17
+    mixed_bits: int = 8
+    up_bits: int = 10
+    logit_bits: int = 16
+    embedding_bits: int = 4
+    gates: int = 256
+    exponent: int = 256
+
+    @cached_property
+    def exponents(self) -> Exponents:
+        return Exponents(self.exponent)
+
+    @cached_property
+    def hidden_width(self) -> int:
+        """Of the residual stream."""
+        return self.hidden + self.hidden_bits + 2
 
     @property
-    def row_logarithms(self) -> tuple[float, float]:
-        """Of a row's sum of exp(s), from and to, rounded inwards."""
-        low, high = (SPREAD_BITS - 2 * SPREAD_SEGMENTS) * math.log(2), SPREAD_BITS * math.log(2)
-        return self.score_limit + math.ceil(low), self.score_limit + math.floor(high)
+    def embedding_width(self) -> int:
+        """Of an entry of the embedding."""
+        return self.hidden + self.embedding_bits + 2
 
-    @property
-    def square_sums(self) -> tuple[float, float]:
-        """The sums of squares, eps and all, that a norm brings to [1/4, 1), from and to."""
-        high = SQUARES_BITS - 2 * self.activation
-        return 2.0 ** (high - 2 * SQUARES_SEGMENTS), 2.0**high
+    @cached_property
+    def attended_width(self) -> int:
+        """Of W_o's input: its product, at ``attended`` + ``other_weight`` bits, is dropped into the residual's."""
+        return self.hidden_width + self.attended + self.other_weight - self.hidden
+
+    @cached_property
+    def product_width(self) -> int:
+        """Of W_down's input."""
+        return self.hidden_width + self.product + self.other_weight - self.hidden
+
+    @cached_property
+    def key_width(self) -> int:
+        """Of queries and keys: their product, at twice ``key`` bits, is dropped to a score; one bit is for policies,
+        which compare scores below 2^7."""
+        return OPENED + 2 * self.key - MANTISSA + 1
+
+    @cached_property
+    def rotated_width(self) -> int:
+        """Of what queries and keys are before they are rotated, as a linear layer after a norm gives them."""
+        return self.key_width + self.row + self.weight + self.rope - self.key
+
+    @cached_property
+    def mlp_width(self) -> int:
+        """Of gate and up, as a linear layer after a norm gives them."""
+        return RING + self.row + self.weight + 1 - FRACTION
+
+    @cached_property
+    def logits_width(self) -> int:
+        return self.row + self.weight + self.logit_bits + 2
 
     @cached_property
     def mixed_width(self) -> int:
-        """The ring of softmax weights and values, in which their product fits."""
-        return 2 * self.root + self.value + MIXED_BITS + 2
+        """The ring of softmax weights and values, in which their product fits, undivided."""
+        return self.attention + self.value + self.mixed_bits + 2
 
-    @cached_property
-    def picks_width(self) -> int:
-        """The ring of picks: what scattered weights need to be multiplied by values."""
-        return self.mixed_width - 2 * self.root + SCATTERED
+    def input_of(self, name: str) -> tuple[int, int]:
+        """Fractional bits and ring of the input of a linear layer that is not after a norm."""
+        return (self.product, self.product_width) if name == "down_proj" else (self.attended, self.attended_width)
+
+    def bits_of(self, name: str) -> int:
+        """What is declared of the result of a linear layer after a norm: below 2^bits."""
+        if name in ("gate_proj", "up_proj"):
+            return self.up_bits
+        if name in LOGITS:
+            return self.logit_bits
+        return self.key_width - self.key - 2 - TURNED
+
+    def reach_of(self, name: str) -> tuple[str, float]:
+        """What the owner proves of that when it loads its weights: in words, and the limit."""
+        if name == "gate_proj":
+            return "gates", SILU.bound(self.gates)
+        what = {"up_proj": "what gates are multiplied with", "lm_head": "logits", EMBEDDING: "logits"}
+        return what.get(name, "queries, keys or values"), 2.0 ** self.bits_of(name)
+
+    def width_of(self, name: str) -> int:
+        """Of the result of a linear layer after a norm, by the layer's name; 64 for what is not of a decoder layer."""
+        if name in ("gate_proj", "up_proj"):
+            return self.mlp_width
+        return self.logits_width if name in LOGITS else self.rotated_width
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """What softmax may see, from and to."""
+        low, high = self.exponents.scores
+        return low * math.log(2), high * math.log(2)
+
+    @property
+    def row_logarithms(self) -> tuple[float, float]:
+        """Of a row's sum of exp(s), from and to."""
+        low, high = self.exponents.sums
+        return low * math.log(2), high * math.log(2)
+
+    @property
+    def square_sums(self) -> float:
+        """A hidden state's sum of squares, below this."""
+        return 2.0 ** (2 * self.hidden_bits - 1)
 
 
 def whole_bytes(bits: int) -> int:

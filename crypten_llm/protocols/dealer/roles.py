@@ -92,6 +92,7 @@ class Runtime(ABC):
     """One role's view: its streams, its link to the other party, and the material that it makes or uses."""
 
     role: ClassVar[int]
+    rounds_up: ClassVar[bool] = False  # of shares whose low bits are dropped one party's; the other rounds down
 
     def __init__(
         self, transport: Transport, keys: list[bytes], material: Any, device: torch.device | str = "cpu"
@@ -232,7 +233,6 @@ class Party(Runtime):
     """A compute party: it holds shares."""
 
     other: ClassVar[int]  # the other party
-    rounds_up: ClassVar[bool]  # what it drops of its shares; the other party rounds down
 
     def __init__(
         self, transport: Transport, keys: list[bytes], material: Any = None, device: torch.device | str = "cpu"

@@ -1,0 +1,37 @@
+"""Between tensors and Python's integers, for the kernels to read (``kernels.reference`` and its parts).
+
+Owns what those have in common. Integers have no width here, so where a ring ends is written down each time.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+
+
+def integers(words: Tensor) -> list[int]:
+    """The elements as unsigned 64-bit integers, in order."""
+    return [value % 2**64 for value in words.flatten().tolist()]
+
+
+def signed(value: int, bits: int = 64) -> int:
+    """The integer in [-2^(bits-1), 2^(bits-1)) that is ``value`` modulo 2^bits."""
+    value %= 2**bits
+    return value - 2**bits if value >> (bits - 1) else value
+
+
+def as_words(values: Iterable[int], shape: Iterable[int]) -> Tensor:
+    """Integers modulo 2^64 as words of ``shape``."""
+    return torch.tensor([signed(value) for value in values], dtype=torch.int64).reshape(tuple(shape))
+
+
+def indices(words: Tensor) -> Iterator[tuple[int, ...]]:
+    """Every index, the last dimension fastest."""
+    return product(*map(range, words.shape))
+
+
+def write(words: Tensor, index: tuple[int, ...], value: int) -> None:
+    """words[index] = value modulo the width of a table's words, of which 8 bits are held unsigned."""
+    bits = 8 * words.element_size()
+    words[index] = value % 2**bits if words.dtype == torch.uint8 else signed(value, bits)
