@@ -214,11 +214,17 @@ def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> Tables:
 
 def rotary_for(engine: Engine, tables: Tables) -> Rotary:
     """The tables of queries and keys for an engine."""
-    if engine.softmax_base == math.e:
-        return Rotary(tables, tables)
-    (cos, sin), unit, balance = tables, math.log(engine.softmax_base) ** -0.5, tables[0].shape[-1] ** 0.25
-    query, key = unit * balance, unit / balance
+    cos, sin = tables
+    query, key = score_factors(engine, cos.shape[-1])
     return Rotary((cos * query, sin * query), (cos * key, sin * key))
+
+
+def score_factors(engine: Engine, head_dim: int) -> tuple[float, float]:
+    """What an engine's rotated queries and keys are multiplied by."""
+    if engine.softmax_base == math.e:
+        return 1.0, 1.0
+    unit, balance = math.log(engine.softmax_base) ** -0.5, head_dim**0.25
+    return unit * balance, unit / balance
 
 
 class Llama(EngineModule):
