@@ -204,24 +204,25 @@ def comparison(runtime, integers):
 
 @pytest.mark.parametrize("integers", EXTREMES.values(), ids=EXTREMES)
 def test_comparison_keys_are_uniform(integers):
-    """Correction words, but for the seeds' cleared bit and the flags, of which each byte holds two bits."""
+    """Correction words of every level, but for the seeds' cleared bit, and the control bits of every level."""
     outcome = run(comparison, integers)
     assert_uniform(b"".join(frame.payload for frame in outcome.frames[OWNER]), 31, "opening")
     payload = b"".join(frame.payload for frame in outcome.frames[DEALER] if frame.target == OWNER)
-    levels = 31 - (30 - 16 - 6) - 1
-    seeds, values = 16 * levels * COUNT, 16 * (levels + 1) * COUNT
-    assert len(payload) == seeds + values + levels * COUNT
-    seed_words = np.frombuffer(payload[:seeds], np.uint64).reshape(-1, 2)
-    assert not (seed_words[:, 0] & 1).any()
-    assert_uniform(packed(seed_words[:, 0] >> 1, 63), 63, "seed corrections")
-    assert_uniform(seed_words[:, 1].tobytes(), 64, "seed corrections")
-    for level in range(levels + 1):  # each level by itself: the last one is the leaf's
-        part = slice(seeds + 16 * COUNT * level, seeds + 16 * COUNT * (level + 1))
-        assert_uniform(payload[part], 64, f"value corrections of level {level}")
-    flags = np.frombuffer(payload[seeds + values :], np.uint8).reshape(levels, COUNT)
+    levels, leaves = 31 - 30 + 2 * 8 + smooth.FINE - 3, 7
+    sizes = [16 * levels, 16 * levels, 16 * leaves, packed_size(levels, 2)]
+    assert len(payload) == COUNT * sum(sizes)
+    cuts = np.cumsum([COUNT * size for size in sizes])[:-1]
+    seeds, values, ends, flags = (part.reshape(COUNT, -1) for part in np.split(np.frombuffer(payload, np.uint8), cuts))
     for level in range(levels):
-        counts = np.bincount(flags[level], minlength=4)
-        assert len(counts) == 4 and surprise(counts) < 5, f"flags of level {level}"
+        words = seeds[:, 16 * level : 16 * level + 16].copy().view(np.uint64)
+        assert not (words[:, 0] & 1).any()
+        assert_uniform(packed(words[:, 0] >> 1, 63), 63, f"seed corrections of level {level}")
+        assert_uniform(words[:, 1].tobytes(), 64, f"seed corrections of level {level}")
+        assert_uniform(values[:, 16 * level : 16 * level + 16].tobytes(), 64, f"value corrections of level {level}")
+        counts = np.bincount(flags[:, level // 4] >> 2 * (level % 4) & 3, minlength=4)
+        assert surprise(counts) < 5, f"control bits of level {level}"
+    for leaf in range(leaves):
+        assert_uniform(ends[:, 16 * leaf : 16 * leaf + 16].tobytes(), 64, f"corrections of leaf {leaf}")
 
 
 def test_statistics_notice_what_is_not_uniform():
