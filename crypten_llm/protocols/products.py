@@ -26,7 +26,7 @@ def check(bits: int, scale: int, width: int, what: str) -> None:
         raise Overflow(f"{what}: |x| < 2^{bits} at scale 2^{scale} does not fit a share valid modulo 2^{width}")
 
 
-GUARD = 4  # bits that are dealt of those that will be dropped: together they move the result by a 16th of its unit
+GUARD = 4  # bits that are dealt of those that will be dropped: each dealt product moves a result by a 32nd of its unit
 
 
 def _dealt(
@@ -65,10 +65,12 @@ def multiply(
     """x * y element-wise with broadcasting; local.
 
     Shapes: any two that broadcast. scale, bits: of the result, where the caller knows better than the sum of the
-    factors' (a power of two that was chosen to bring x into a range). dropped: low bits of it that the caller will drop.
+    factors' (a power of two that was chosen to bring x into a range). dropped: low bits that the caller will drop.
 
-    Error: none; a 16th of a unit of what is left where bits are dropped. Cost: dealer, for an element of the result, the w bits of its ring; and where a factor was lifted from
-    n bits, w - n, where both were, also w - n - n'.
+    Error: none; where bits are dropped a 32nd of a unit of what is left for each product that is dealt, of which there
+    are one, two with a lifted factor, four with two.
+    Cost: dealer, for an element of the result, the w bits of its ring; and where a factor was lifted from n bits,
+    w - n, where both were, also w - n - n'. Of each d - 4 bits less where d are dropped.
     Raises: Overflow when the declared result does not fit the narrower of the two widths.
     Source: Beaver (CRYPTO 1991), with the factors' openings shared by all products as in Turbospeedz (ACNS 2019).
     """
@@ -275,8 +277,8 @@ def linear(runtime: Runtime, x: Wire, matrix: OwnedMatrix, bits: int, dropped: i
 
     The owner computes (X - a0) W, the client -a1 (W - R), and the dealer shares a1 R, masked afresh for every product.
     bits: as in ``sum_of_squares``. dropped: as in ``multiply``. Error: none, or as ``multiply``'s.
-    Cost: dealer the bits of x's ring an element of the result, or those that are not dropped and 4; one product with plain weights at the owner, one of
-    64-bit words at the client and at the dealer, neither of which needs the opening.
+    Cost: dealer the bits of x's ring an element of the result, or those that are not dropped and 4; one product with
+    plain weights at the owner, one of 64-bit words at the client and at the dealer, neither of which needs the opening.
     Raises: Overflow when 2^bits does not fit the width.
     """
     shape = (*x.shape[:-1], matrix.shape[0])
