@@ -38,6 +38,7 @@ class InfLLM(Policy):
     when: ClassVar[str] = "step"
     shared_over: ClassVar[str] = "layer"
     cost: ClassVar[str] = "one product over blocks, one top-k over blocks per layer; scores are opened once more"
+    goes_on: ClassVar[bool] = True
     style: ClassVar[tuple[str, str, str]] = ("#56B4E9", "^", "-")
     uses: ClassVar[tuple[str, ...]] = (
         *("scale", "total", "within", "contents", "take", "fixed", "top", "gather", "best"),
