@@ -108,7 +108,11 @@ class WireEngine(Engine):
         weight.name = name
         if norm is not None:
             norm.width = max(norm.width, self.config.width_of(name))
-        self.rounds.run(self.table(weight) if name == EMBEDDING else self.matrix(weight, norm))
+        if name == EMBEDDING:
+            self.rounds.run(self.table(weight))
+        else:
+            self.rounds.run(self.matrix(weight, norm))
+            weight.value = None  # a linear layer has one input, and takes integers from now on
 
     def matrix(
         self, weight: Weight, gamma: Weight | None = None, scale: float | None = None
@@ -119,17 +123,16 @@ class WireEngine(Engine):
         could leave its range: after a norm no element is larger than a row of the weight is long.
         """
         if gamma not in weight.matrices:
-            c, folded, after = self.config, weight.value, gamma is not None or scale is not None
-            if folded is not None:
-                if gamma is not None:
-                    assert gamma.value is not None, "the owner has all weights"
-                    folded = folded.double() * gamma.value
-                    self._check_lengths(weight.name, folded.norm(dim=1).max().item() * folded.shape[1] ** 0.5)
-                factor = weight.shape[-1] ** 0.5 if scale is None and after else scale or 1.0
-                folded = folded * factor
+            c, after = self.config, gamma is not None or scale is not None
+            factors: float | torch.Tensor = weight.shape[-1] ** 0.5 if scale is None and after else scale or 1.0
+            if weight.value is not None and gamma is not None:
+                assert gamma.value is not None, "the owner has all weights"
+                factors = gamma.value.double() * factors
+                self._check_lengths(weight.name, products.longest_row(weight.value, factors))
             width = c.width_of(weight.name) if after else c.input_of(weight.name)[1]
             fraction = c.weight if after else c.other_weight
-            weight.matrices[gamma] = yield from products.own(self.runtime, folded, weight.shape, fraction, width)
+            made = yield from products.own(self.runtime, weight.value, weight.shape, fraction, width, factors)
+            weight.matrices[gamma] = made
         return weight.matrices[gamma]
 
     def _check_lengths(self, name: str, longest: float) -> None:
