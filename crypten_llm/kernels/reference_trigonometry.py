@@ -88,13 +88,6 @@ def coefficients(opened: Tensor, shift: int, scale: float, cosine: Tensor, sine:
     return as_words((column[row] for row in range(2 * modes) for column in columns), (2 * modes, opened.numel()))
 
 
-def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-    both = zip(_multiples(turns, 0, len(cosine)), cosine.tolist(), sine.tolist(), strict=True)
-    pairs = [(a * c + b * s, b * c - a * s) for (c, s), a, b in both]
-    made = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
-    return made[:, 0].clone(), made[:, 1].clone()
-
-
 # Frequencies of one's own.
 
 
