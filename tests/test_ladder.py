@@ -13,7 +13,7 @@ from crypten_llm.kernels.ring import Comparison, Group, key_sizes, packed_size
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.protocols.ladder import FINE, below, exponent, normalize
-from crypten_llm.protocols.opening import Overflow
+from crypten_llm.protocols.secret import Overflow
 
 
 def opened(runtime, values: list[int], masks: list[int], width: int):

@@ -115,10 +115,8 @@ class Kernels(Protocol):
     def show(self, value: Tensor, packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
         """What ``hide`` gave here, words [N], plus what it packed at the other party, modulo 2^bits."""
 
-    def cut(self, opened: Tensor, count: int, offset: int, bits: int, lifted: bool) -> tuple[Tensor, Tensor | None]:
-        """(opened >> count) - offset, unsigned; and (1 - bit ``bits - 1``) << (bits - count), ``None`` unless
-        ``lifted``, for which bits - count is below 64.
-        """
+    def unwrap(self, opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """opened - 2^(bits - 2), and 2^bits where bit ``bits - 1`` is 0, else 0; for bits below 64."""
 
     # Numbers in limbs; bits > 64. Leading dimensions broadcast; limbs that an operand lacks are zero, and those above
     # the result's count for nothing.

@@ -15,7 +15,7 @@ from torch import Tensor
 from crypten_llm.kernels import ring
 from crypten_llm.kernels.ring import Comparison, Group
 from crypten_llm.protocols.dealer.roles import Runtime
-from crypten_llm.protocols.opening import Overflow
+from crypten_llm.protocols.secret import Overflow
 from crypten_llm.roles import CLIENT, OWNER
 
 FINE = 6  # a power of two is told from what is below it by more than 2^-FINE of itself

@@ -14,7 +14,7 @@ from crypten_llm.kernels.ring import Comparison, Group
 from crypten_llm.protocols.dealer.roles import Runtime
 from crypten_llm.protocols.fits import Fit
 from crypten_llm.protocols.ladder import below
-from crypten_llm.protocols.opening import Overflow, Secret, Wire
+from crypten_llm.protocols.secret import Overflow, Secret, Wire
 
 BLOCK = 1 << 14  # elements at a time, so that a block's shares stay in cache, and in memory
 FINE = 8  # a power of four is told from what is below it by more than 2^-FINE of itself
@@ -39,9 +39,8 @@ def evaluate(
     turns = round(shift * 2.0 ** (64 - function.period)) % 2**64
     cosine, sine = kernels.turned(function.cosine, function.sine, turns)
     constant = runtime.plus(0, round(function.constant * 2.0 ** (fraction + dealt)))
-    assert wire.mask is not None, "functions are of whole openings"
     mask = wire.mask.held.reshape(-1)
-    raw = None if wire.raw is None else wire.raw.reshape(-1)
+    raw = None if wire.public is None else wire.public.reshape(-1)
     blocks = []
     for part in runtime.blocks(mask.numel(), BLOCK):
 
@@ -76,10 +75,9 @@ def normalize(runtime: Runtime, wire: Wire, top: int, segments: int, table: list
     comparison = Comparison(
         size, tuple(1 << end for end in ends), tuple(max(0, end - FINE) for end in ends), Group(2, 64)
     )
-    assert wire.mask is not None, "functions are of whole openings"
     mask = wire.mask.held.reshape(-1)
     whole = mask if size == 64 else runtime.deal(mask.shape, lambda: mask).held
-    raw = wire.raw
+    raw = wire.public
 
     def constant() -> Tensor:
         """Shares of (1, r)."""
