@@ -1,4 +1,4 @@
-"""Functions of one opening: trigonometric sums, comparisons and normalisation against their plaintext twins."""
+"""Functions of one opening: trigonometric sums and normalisation against their plaintext twins."""
 
 import math
 from dataclasses import replace
@@ -7,12 +7,9 @@ import numba
 import numpy as np
 import pytest
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from wire_parties import joined, open_wires, run, share, value
 
-from crypten_llm.kernels import cpu, dcf, ring, trigonometry
+from crypten_llm.kernels import trigonometry
 from crypten_llm.protocols import fits, smooth
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.secret import Overflow
@@ -162,102 +159,6 @@ def test_a_function_wants_its_own_period():
 
     with pytest.raises(AssertionError, match=r"open exp modulo 2\^19"):
         run(job)
-
-
-# Comparisons.
-
-
-def chacha_block(constants: list[int], key: list[int]) -> list[int]:
-    """The ChaCha20 block with counter and nonce 0, as RFC 8439 (section 2.3) writes it."""
-    start = [*constants, *key, 0, 0, 0, 0]
-    x = start.copy()
-
-    def quarter(a, b, c, d):
-        for first, second, third, turn in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
-            x[first] = (x[first] + x[second]) % 2**32
-            mixed = x[third] ^ x[first]
-            x[third] = (mixed << turn | mixed >> (32 - turn)) % 2**32
-
-    for _ in range(10):
-        for i in range(4):
-            quarter(i, 4 + i, 8 + i, 12 + i)
-        for i in range(4):
-            quarter(i, 4 + (i + 1) % 4, 8 + (i + 2) % 4, 12 + (i + 3) % 4)
-    return [(a + b) % 2**32 for a, b in zip(x, start, strict=True)]
-
-
-def words_of(text: bytes) -> list[int]:
-    return np.frombuffer(text, "<u4").tolist()
-
-
-def test_the_block_function_is_chacha20():
-    """The compiled loop against a plain one, the plain one against OpenSSL; only the constant differs."""
-    generator = np.random.default_rng(0)
-    for _ in range(5):
-        key = generator.bytes(32)
-        stream = Cipher(algorithms.ChaCha20(key, bytes(16)), None).encryptor().update(bytes(64))
-        assert chacha_block(words_of(b"expand 32-byte k"), words_of(key)) == words_of(stream)
-    keys = generator.integers(0, 2**32, (4, 7), dtype=np.uint32)
-    blocks = np.empty((16, 7), np.uint32)
-    dcf.chacha_blocks(keys, blocks, 7)
-    for i in range(7):
-        assert blocks[:, i].tolist() == chacha_block(words_of(b"expand 16-byte k"), 2 * keys[:, i].tolist())
-
-
-def test_the_published_vector_for_a_zero_key_of_128_bits():
-    """draft-strombergson-chacha-test-vectors, TC1, 20 rounds."""
-    blocks = np.empty((16, 1), np.uint32)
-    dcf.chacha_blocks(np.zeros((4, 1), np.uint32), blocks, 1)
-    assert blocks[:, 0].tobytes().hex().startswith("89670952608364fd00b2f90936f031c8e756e15dba04b8493d00429259b20f46")
-
-
-def tensor(words: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(words).view(np.int64))
-
-
-def compared(alpha, beta, points, bits, seed=0):
-    generator = np.random.default_rng(seed)
-    seeds = [tensor(words) for words in generator.integers(0, 2**64, (2, len(alpha), 2), dtype=np.uint64)]
-    common = cpu.compare_keys(tensor(alpha), tensor(beta), *seeds, bits)
-    assert [(part.shape, part.dtype) for part in common] == ring.key_sizes(bits, len(alpha)), "sizes are announced"
-    return [cpu.compare(seeds[party], common, party, tensor(points)).numpy().view(np.uint64) for party in (0, 1)]
-
-
-@pytest.mark.parametrize("bits", [1, 2, 7, 8, 31, 32, 46, 63, 64])
-def test_shares_of_a_comparison(bits):
-    """Every pair of edges: the largest and smallest threshold and point, neighbours, and random ones."""
-    generator, top = np.random.default_rng(bits), 2**bits - 1
-    edges = sorted(
-        {0, 1, top, max(0, top - 1), top // 2, top // 2 + 1, *map(int, generator.integers(0, top, 6, np.uint64))}
-    )
-    near = {min(top, max(0, e + d)) for e in edges for d in (-1, 0, 1)}
-    alpha = np.array(edges, dtype=np.uint64)
-    points = np.broadcast_to(np.array(sorted(near), dtype=np.uint64), (len(edges), len(near)))
-    beta = generator.integers(0, 2**64, (len(edges), 2), dtype=np.uint64)
-    beta[0], beta[1] = (0, 2**64 - 1), (1, 2**63)
-    first, second = compared(alpha, beta, points, bits)
-    below = (points < alpha[:, None])[..., None]
-    assert np.array_equal(first + second, np.where(below, beta[:, None, :], np.uint64(0)))
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.integers(1, 64), st.data())
-def test_any_comparison(bits, data):
-    number = st.integers(0, 2**bits - 1)
-    alpha, point = data.draw(number), data.draw(number)
-    word = st.integers(0, 2**64 - 1)
-    beta = np.array([[data.draw(word), data.draw(word)]], np.uint64)
-    first, second = compared(
-        np.array([alpha], np.uint64), beta, np.array([[point]], np.uint64), bits, seed=alpha % 1000
-    )
-    assert (first + second).tolist() == [[beta[0].tolist() if point < alpha else [0, 0]]]
-
-
-def test_more_points_than_lanes():
-    alpha = np.arange(70, dtype=np.uint64) * np.uint64(3)
-    points = np.broadcast_to(np.arange(200, dtype=np.uint64), (70, 200))
-    first, second = compared(alpha, np.ones((70, 2), np.uint64), points, 8)
-    assert np.array_equal((first + second)[..., 0], (points < alpha[:, None]).astype(np.uint64))
 
 
 # Normalisation.

@@ -66,11 +66,11 @@ def exponent(
     A bit's shares modulo an even number have parities that are its shares by xor, so for an odd q the payload, and
     k's shares before the end, are modulo 2 q.
 
-    Reveals: nothing. Error: next to a power of four, k may be that of Z (1 + 2^-FINE); so may the second flag next to
-    2^top, and next to 2^base that of Z (1 + 2^(2 - FINE)); a Z by at most 2^(base + 2 - FINE) below zero may count
-    as zero, which has the second flag.
-    Cost: no message; dealer, to each party, a key of width - base - 3 + FINE levels at 16 + 1/4 bytes and log2 q bits,
-    and log2 q bits for each power; with its seeds drawn, not sent.
+    Reveals: nothing. Error: a Z by at most 2^-FINE of a power of two below it may count as not below it, for k and for
+    2^top, and by 2^(2 - FINE) for 2^base; a Z by at most 2^(base + 2 - FINE) below zero may have the second flag alone,
+    and one by as much below 2^(width - 1) both.
+    Cost: no message; dealer, to each party, a key of width - base - 3 + FINE levels at 16 + 1/4 bytes and the bits of
+    q, and these again for each power.
     """
     steps = range(base + 2, width - 1, 2)
     low = max(0, base + 2 - FINE)
