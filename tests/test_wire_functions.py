@@ -1,4 +1,4 @@
-"""Functions of one opening: trigonometric sums and normalisation against their plaintext twins."""
+"""Functions of one opening: trigonometric sums against their plaintext twins."""
 
 import math
 from dataclasses import replace
@@ -7,13 +7,11 @@ import numba
 import numpy as np
 import pytest
 import torch
-from wire_parties import joined, open_wires, run, share, value
+from wire_parties import open_wires, run, share, value
 
 from crypten_llm.kernels import trigonometry
 from crypten_llm.protocols import fits, smooth
 from crypten_llm.protocols.opening import Opening
-from crypten_llm.protocols.secret import Overflow
-from crypten_llm.protocols.smooth import normalize
 
 TARGETS = {
     "exp": torch.exp,
@@ -159,54 +157,3 @@ def test_a_function_wants_its_own_period():
 
     with pytest.raises(AssertionError, match=r"open exp modulo 2\^19"):
         run(job)
-
-
-# Normalisation.
-
-
-def normalized(integers: torch.Tensor, top: int, segments: int, size: int, table: list[int]):
-    def job(runtime):
-        secret = share(runtime, integers)
-        (wire,) = open_wires(runtime, [Opening(secret, ring=size, function=True)])
-        return normalize(runtime, wire, top, segments, table)
-
-    owner, client, _ = run(job).results
-    return [joined(mine, theirs) for mine, theirs in zip(owner, client, strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("top", "segments", "size"),
-    [(58, 20, 59), (62, 26, 63), (62, 26, 64), (63, 2, 64), (20, 5, 21), (20, 10, 40), (8, 1, 9)],
-)
-def test_normalize_over_all_segments(top, segments, size):
-    """z 4^k is exact, k what z's size says, but within 2^-8 of a power of four, where the next segment will do."""
-    ends = [2 ** (top - 2 * j) for j in range(segments + 2) if top >= 2 * j]
-    near = {end + offset for end in ends for offset in (-2, -1, 0, 1, 2, -(end >> 6), end >> 6, end // 3)}
-    integers = torch.tensor(sorted(z for z in near if 0 < z < 2**top))
-    generator = torch.Generator().manual_seed(top)
-    exponents = torch.rand(200, generator=generator, dtype=torch.float64) * (top - 0.01)
-    integers = torch.cat([integers, (2**exponents).long().clamp(min=1)])
-    table = [3 * k * k - 7 for k in range(segments)]
-    scaled, entry = normalized(integers, top, segments, size, table)
-    for z, found, looked_up in zip(integers.tolist(), scaled.tolist(), entry.tolist(), strict=True):
-        k = table.index(looked_up)
-        due = min(segments - 1, (top - z.bit_length()) // 2)
-        assert found == z * 4**k
-        if k != due:
-            assert abs(k - due) == 1
-            end = 2 ** (top - 2 * max(k, due))
-            assert abs(z - end) <= end >> 8
-        assert found < 2**top * (1 + 2**-8)
-        assert found >= 2**top // 4 * (1 - 2**-8) or z < 2 ** (top - 2 * segments + 2)
-
-
-def test_normalize_of_zero_stays_in_the_last_segment():
-    scaled, entry = normalized(torch.zeros(50, dtype=torch.int64), 58, 20, 59, list(range(20)))
-    assert (scaled == 0).all() and (entry == 19).all()
-
-
-def test_normalize_refuses_what_its_ring_cannot_hold():
-    with pytest.raises(Overflow, match="a value of 58 bits needs a ring of 59, not 58"):
-        normalized(torch.ones(1, dtype=torch.int64), 58, 20, 58, list(range(20)))
-    with pytest.raises(Overflow, match="12 segments do not fit a value of 20 bits"):
-        normalized(torch.ones(1, dtype=torch.int64), 20, 12, 21, list(range(12)))

@@ -1,10 +1,8 @@
 """Functions of one opened value that are computed from its mask's material. Nothing is opened here.
 
-Owns two. ``evaluate``: smooth functions as trigonometric sums. A value opened modulo its period is M = x + r with r
-uniform over the whole period, so M says nothing about x; and cos(w (M - r)) = cos(wM) [cos wr] + sin(wM) [sin wr] needs
-only shares of the cosines and sines of the mask, which the dealer has. ``normalize``: a positive secret of unknown size
-is brought to [1/4, 1), the first half of 1/z and 1/sqrt(z), by comparing it with all powers of four. Which power it was
-stays secret: the parties get shares of the scaled value and of the power's root.
+Owns ``evaluate``: smooth functions as trigonometric sums. A value opened modulo its period is M = x + r with r uniform
+over the whole period, so M says nothing about x; and cos(w (M - r)) = cos(wM) [cos wr] + sin(wM) [sin wr] needs only
+shares of the cosines and sines of the mask, which the dealer has.
 """
 
 import torch
