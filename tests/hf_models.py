@@ -6,6 +6,7 @@ random, biases and norm weights included: a bug in one that is zero or one could
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -138,6 +139,20 @@ def with_tokenizer(folder: Path) -> Path:
     folder, _ = tiny(folder, vocab_size=2048, num_hidden_layers=1, seed=3)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED / name, folder)
+    return folder
+
+
+GOES_ON = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+GOES_ON += "{% if add_generation_prompt %}[assistant]{% endif %}"
+"""A chat template that writes an answer as it was given."""
+
+
+def with_template(folder: Path, template: str = GOES_ON, layers: int = 1) -> Path:
+    """The folder of a tiny model of 400 tokens of context whose tokenizer, the shipped one's, has a chat template."""
+    folder, _ = tiny(folder, vocab_size=2048, num_hidden_layers=layers, seed=3, max_position_embeddings=400)
+    shutil.copy(SHIPPED / "tokenizer.json", folder)
+    config = json.loads((SHIPPED / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     return folder
 
 

@@ -21,6 +21,7 @@ from crypten_llm.links.meter import Meter
 from eviction.operations import Handle
 
 Method = TypeVar("Method")
+Result = TypeVar("Result")
 
 if TYPE_CHECKING:
     from crypten_llm.session.calibration import Ranges
@@ -41,6 +42,7 @@ class Engine(ABC):
     softmax_base: float = math.e  # scores are exponents of this
     dealer_follows: bool = False  # whether the dealer runs the same program, ahead of the parties' need
     dealer: Any = None  # or the engine's link to a dealer that answers requests
+    rounds: Any = None  # where programs can share rounds: what runs them side by side
     rank: int
 
     if TYPE_CHECKING:
@@ -155,6 +157,13 @@ class Engine(ABC):
                 f"engine {self.name!r} cannot run policy {policy.name}: it lacks {', '.join(missing)}; choose another "
                 "engine (--engine) or another policy (--policy)"
             )
+
+    def side_by_side(self, programs: list[Callable[[], Result]]) -> list[Result]:
+        """What each of these programs returns, which know nothing of each other.
+
+        They share rounds where the engine has such; elsewhere one runs after another.
+        """
+        return self.rounds.side_by_side(programs) if self.rounds else [program() for program in programs]
 
     def section(self, label: str) -> AbstractContextManager[None]:
         """Context around a stretch of the program whose randomness starts afresh: a prefill, a decode step."""

@@ -203,17 +203,26 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def encode_chat(tokenizer: Any, messages: list[dict]) -> list[int]:
-    """Token ids of a conversation as the tokenizer's chat template writes it, up to where the answer begins.
+    """Token ids of a conversation as ``render_chat`` writes it; raises UsageError as that does."""
+    return encode_rendered(tokenizer, render_chat(tokenizer, messages))
+
+
+def render_chat(tokenizer: Any, messages: list[dict]) -> str:
+    """A conversation as the tokenizer's chat template writes it, up to where the answer begins.
 
     Raises UsageError when there is no template, or it refuses the messages.
     """
     if not has_chat_template(tokenizer):
         raise UsageError("the tokenizer has no chat template; ask without --chat (chat=, messages=), as text")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and raises what it likes
         raise UsageError(f"the chat template cannot be applied ({first_line(error)}); ask without --chat") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes the special tokens
+
+
+def encode_rendered(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what a template wrote, the special tokens with it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def has_chat_template(tokenizer: Any) -> bool:

@@ -8,7 +8,7 @@ weights, the client's alone sees the prompt, the dealer sees shapes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -29,8 +29,8 @@ from crypten_llm.session.reveal import RevealLog
 if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine
     from crypten_llm.links.transport import Transport
+    from crypten_llm.models.cache import KVCache
     from crypten_llm.session.bench import Shape
-    from crypten_llm.session.request import Plan
 
 
 HEARTBEAT_SECONDS = 1.0  # between the owner's signs of life while it reads its weights
@@ -65,6 +65,7 @@ class Party:
         self.reveals = self.load_reveals = RevealLog()
         self.tokens_digest: str | None = None  # of the owner's tokenizer, where its model has one
         self.requests = 0
+        self.kept: dict[int, KVCache] = {}  # by conversation, what its next turn goes on with
         self.make_policy, self.make_model = make_policy, make_model
 
     @property
@@ -102,9 +103,31 @@ class Party:
         else:
             self.transport.meter = Meter()
 
-    def expect(self, verb: str, plan: Plan | Shape) -> None:
+    def expect(self, verb: str, *plans: generation.Plan | Shape) -> None:
         """Raises UsageError when the engine was prepared for another request; nothing has happened then."""
-        self.engine.expect(verb, asdict(plan), self.requests + 1)
+        for plan in plans:
+            self.engine.expect(verb, asdict(plan), self.requests + 1)
+
+    def caches(self, plans: Sequence[generation.Plan], turn: generation.Turn | None) -> list[KVCache]:
+        """New caches for a request, or the one of the conversation that it is a ``turn`` of, which is kept.
+
+        Raises PartyError when the turn goes on with another cache than is here.
+        """
+        if turn is None:
+            return [self.model.new_cache() for _ in plans]
+        if not turn.cached_tokens:
+            self.kept[turn.conversation] = self.model.new_cache()
+        cache = self.kept.get(turn.conversation)
+        if len(plans) != 1 or cache is None or cache.length != turn.cached_tokens:
+            raise PartyError(
+                f"rank {self.client} (client) goes on after {turn.cached_tokens} tokens of a conversation, of which "
+                f"{0 if cache is None else cache.length} are here; start all parties again"
+            )
+        return [cache]
+
+    def forget(self, conversation: int) -> None:
+        """Drops the cache of a conversation, if there is one."""
+        self.kept.pop(conversation, None)
 
     def load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """Shares the model. Only the owner's ``folder`` is opened; the others learn the configuration from it.
@@ -112,7 +135,7 @@ class Party:
         Raises UsageError for a folder that cannot be used.
         Reveals: the configuration and the norms' scales (see ``calibration``), to all.
         """
-        self.reveals = RevealLog()
+        self.reveals, self.kept = RevealLog(), {}
         with self.engine.meter.phase("load"):
             announced, weights = self._open_model(folder, progress) if self.is_owner else (self._await(progress), {})
             config, scales = LlamaConfig.from_dict(announced["config"]), announced["norm_scales"]
@@ -183,8 +206,12 @@ class Party:
                     self.load(folder, progress)
                 case "generate":
                     self.start_request()
-                    for _ in generation.run(self, generation.Plan(**request["plan"])):
+                    plans = [generation.Plan(**plan) for plan in request["plans"]]
+                    turn = generation.Turn(**request["turn"]) if request.get("turn") else None
+                    for _ in generation.together(self, plans, caches=self.caches(plans, turn)):
                         pass
+                case "forget":
+                    self.forget(request["conversation"])
                 case "bench":
                     bench.run(self, bench.Shape(**request["shape"]))
                 case "statistics":
@@ -203,10 +230,28 @@ class Party:
     def request_generate(
         self, plan: generation.Plan, answer: generation.Answer
     ) -> Generator[generation.Progress | generation.Step, None, None]:
-        """At the client: starts one request; its ``Progress`` and ``Step`` are to be read to their end."""
-        self.from_client({"verb": "generate", "plan": asdict(plan)})
+        """``request_together`` of one prompt."""
+        return self.request_together([plan], [answer])
+
+    def request_together(
+        self,
+        plans: Sequence[generation.Plan],
+        answers: Sequence[generation.Answer],
+        turn: generation.Turn | None = None,
+    ) -> Generator[generation.Progress | generation.Step, None, None]:
+        """At the client: starts one request; its ``Progress`` and ``Step`` are to be read to their end.
+
+        turn: where the one prompt goes on with a conversation, or begins one.
+        """
+        told = {"turn": asdict(turn)} if turn else {}
+        self.from_client({"verb": "generate", "plans": [asdict(plan) for plan in plans], **told})
         self.start_request()
-        return generation.run(self, plan, answer)
+        return generation.together(self, plans, answers, self.caches(plans, turn))
+
+    def request_forget(self, conversation: int) -> None:
+        """At the client: has all parties drop the cache of a conversation."""
+        self.from_client({"verb": "forget", "conversation": conversation})
+        self.forget(conversation)
 
     def request_bench(self, shape: Shape) -> dict:
         """At the client: times decode steps on random weights (see ``bench``)."""

@@ -105,6 +105,7 @@ class LaunchConfig:
     host: address at which the others reach this process (found by itself when empty).
     tls: folder of keys and certificates that put the links under TLS (see ``tls``); plain TCP when empty.
     offline: never ask a hub. verbose: tracebacks, and what the other parties print. progress: show progress bars.
+    shielded: local parties do not hear Ctrl-C, which reaches every process of a terminal; they end with the client.
     """
 
     timeout: float = _setting(
@@ -117,6 +118,7 @@ class LaunchConfig:
     offline: bool = _setting(False, "never ask a model hub")
     verbose: bool = _setting(False, "show tracebacks and what the other parties print")
     progress: bool = False  # no option: bars are for a terminal
+    shielded: bool = False  # no option: for a client that has another use for Ctrl-C than to end all
 
     def __post_init__(self) -> None:
         if not isinstance(self.timeout, int | float) or not 0 < self.timeout < math.inf:
