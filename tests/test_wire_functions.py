@@ -1,4 +1,4 @@
-"""Functions of one opening: trigonometric sums and normalisation against their plaintext twins."""
+"""Functions of one opening: trigonometric sums against their plaintext twins."""
 
 import math
 from dataclasses import replace
@@ -7,12 +7,11 @@ import numba
 import numpy as np
 import pytest
 import torch
-from wire_parties import joined, open_wires, run, share, value
+from wire_parties import open_wires, run, share, value
 
 from crypten_llm.kernels import trigonometry
 from crypten_llm.protocols import fits, smooth
 from crypten_llm.protocols.opening import Opening
-from crypten_llm.protocols.secret import Overflow
 
 TARGETS = {
     "reciprocal": lambda x: 1 / x,
