@@ -10,7 +10,7 @@ stays secret: the parties get shares of the scaled value and of the power's root
 import torch
 from torch import Tensor
 
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.fits import Fit
 from crypten_llm.protocols.secret import Secret, Wire
 
