@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_twins import EDGES, both, layouts, poison, same, table_words, words
 
 from crypten_llm.kernels import cpu, reference, ring
-from crypten_llm.kernels.reference_words import as_words, signed
+from crypten_llm.kernels.integers import as_words, signed
 
 WIDTHS = [1, 7, 8, 13, 31, 32, 33, 63, 64]
 TABLES = sorted(ring.TABLE_WORDS)

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from crypten_llm.kernels import reference_keys, reference_places, reference_trigonometry, reference_wide
-from crypten_llm.kernels.reference_words import as_words, indices, integers, signed, write
+from crypten_llm.kernels.integers import as_words, indices, integers, signed, write
 from crypten_llm.kernels.ring import DIGITS, SIGNS
 
 # Key streams.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from crypten_llm.kernels.reference_words import as_words, integers, signed
+from crypten_llm.kernels.integers import as_words, integers, signed
 
 _SINE = [  # of fdlibm, k_sin.c and k_cos.c: x + x^3 (S1 + ...), 1 - x^2 (1/2 - x^2 (C1 + ...)), the highest power first
     1.58969099521155010221e-10,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.kernels.ring import Comparison, Group
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import CLIENT, OWNER
 

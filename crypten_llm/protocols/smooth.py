@@ -8,7 +8,7 @@ which the dealer has.
 import torch
 from torch import Tensor
 
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.fits import Fit
 from crypten_llm.protocols.secret import Secret, Wire
 

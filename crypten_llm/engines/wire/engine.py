@@ -32,7 +32,7 @@ from crypten_llm.roles import CLIENT, OWNER
 if TYPE_CHECKING:
     from crypten_llm.links.meter import Meter
     from crypten_llm.links.transport import Transport
-    from crypten_llm.protocols.dealer.roles import Runtime
+    from crypten_llm.protocols.dealer.runtime import Runtime
     from crypten_llm.session.calibration import Ranges
 
 
