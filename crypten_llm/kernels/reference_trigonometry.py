@@ -6,7 +6,6 @@ Floats are those of the compiled loops, operation by operation: the last bit cou
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from crypten_llm.kernels.integers import as_words, integers, signed

@@ -1,8 +1,8 @@
 """Smooth functions of one opened value, as trigonometric sums. Nothing is opened here.
 
-Owns ``evaluate``. A value opened modulo its period is M = x + r with r uniform over the whole period, so M says nothing
-about x; and cos(w (M - r)) = cos(wM) [cos wr] + sin(wM) [sin wr] needs only shares of the cosines and sines of the mask,
-which the dealer has.
+Owns ``evaluate``. A value opened modulo its period is M = x + r with r uniform over the whole period, so M says
+nothing about x; and cos(w (M - r)) = cos(wM) [cos wr] + sin(wM) [sin wr] needs only shares of the cosines and sines of
+the mask, which the dealer has.
 """
 
 import torch

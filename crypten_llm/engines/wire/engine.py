@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 
 LEFT_DOMAIN = (
-    "a number of this prompt left the range in which engine 'wire' is right (attention scores, or hidden states), so its "
-    "answer is not given; 'debug-compare' on the owner's own prompts shows where"
+    "a number of this prompt left the range in which engine 'wire' is right (attention scores, or hidden states), so "
+    "its answer is not given; 'debug-compare' on the owner's own prompts shows where"
 )
 
 
@@ -133,8 +133,8 @@ class WireEngine(Engine):
         return weight.matrices[gamma]
 
     def _check_reach(self, weight: Weight, norm: Weight, bias: Weight | None) -> None:
-        """A norm's output, before its weight, is no longer than sqrt(H), so no product with a row of the weight is larger
-        than that times the row's length.
+        """A norm's output, before its weight, is no longer than sqrt(H), so no product with a row of the weight is
+        larger than that times the row's length.
         """
         reach = self.config.reach_of(weight.name)
         if reach is None or weight.value is None or norm.value is None:
