@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.products import row_blocks
 from crypten_llm.protocols.rounds import Protocol

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels.ring import broadcast
-from crypten_llm.protocols.dealer.roles import Parts, Runtime
+from crypten_llm.protocols.dealer.runtime import Parts, Runtime
 from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, masked
@@ -292,10 +292,9 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def longest_row(matrix: Tensor, factors: float | Tensor) -> float:
-    """The length of the longest row of matrix * factors: float [out, in] and one for each column."""
-    lengths = [(matrix[rows].double() * factors).norm(dim=1).max() for rows in row_blocks(matrix)]
-    return torch.stack(lengths).max().item()
+def row_lengths(matrix: Tensor, factors: Tensor) -> Tensor:
+    """Lengths [out], float64, of the rows of matrix * factors: float [out, in] and one for each column."""
+    return torch.cat([(matrix[rows].double() * factors).norm(dim=1) for rows in row_blocks(matrix)])
 
 
 def linear(runtime: Runtime, x: Wire, matrix: OwnedMatrix, bits: int, dropped: int = 0) -> Secret:
