@@ -27,7 +27,7 @@ from torch import Tensor
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import fits
 from crypten_llm.protocols.comparison import bit_opening, times_bits
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.frequencies import PERIOD, CosineFit
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import fits
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.ladder import normalized
 from crypten_llm.protocols.lookup import index_bits
 from crypten_llm.protocols.opening import Opening

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels.ring import broadcast
-from crypten_llm.protocols.dealer.roles import Parts, Runtime
+from crypten_llm.protocols.dealer.runtime import Parts, Runtime
 from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, masked
