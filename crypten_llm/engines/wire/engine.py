@@ -110,7 +110,11 @@ class WireEngine(Engine):
         if norm is not None:
             norm.width = max(norm.width, self.config.width_of(name))
             self._check_reach(weight, norm, bias)
-        self.rounds.run(self.table(weight) if name == EMBEDDING else self.matrix(weight, norm))
+        if name == EMBEDDING:
+            self.rounds.run(self.table(weight))
+        else:
+            self.rounds.run(self.matrix(weight, norm))
+            weight.value = None  # a linear layer has one input, and takes integers from now on
 
     def matrix(
         self, weight: Weight, gamma: Weight | None = None, scale: float | None = None
@@ -120,16 +124,15 @@ class WireEngine(Engine):
         scale: multiplied in, in the place of sqrt(H).
         """
         if gamma not in weight.matrices:
-            c, folded, after = self.config, weight.value, gamma is not None or scale is not None
-            if folded is not None:
-                if gamma is not None:
-                    assert gamma.value is not None, "the owner has all weights"
-                    folded = folded.double() * gamma.value
-                factor = weight.shape[-1] ** 0.5 if scale is None and after else scale or 1.0
-                folded = folded * factor
+            c, after = self.config, gamma is not None or scale is not None
+            factors: float | torch.Tensor = weight.shape[-1] ** 0.5 if scale is None and after else scale or 1.0
+            if weight.value is not None and gamma is not None:
+                assert gamma.value is not None, "the owner has all weights"
+                factors = gamma.value.double() * factors
             width = c.width_of(weight.name) if after else c.input_of(weight.name)[1]
             fraction = c.weight if after else c.other_weight
-            weight.matrices[gamma] = yield from products.own(self.runtime, folded, weight.shape, fraction, width)
+            made = yield from products.own(self.runtime, weight.value, weight.shape, fraction, width, factors)
+            weight.matrices[gamma] = made
         return weight.matrices[gamma]
 
     def _check_reach(self, weight: Weight, norm: Weight, bias: Weight | None) -> None:
@@ -139,7 +142,7 @@ class WireEngine(Engine):
         reach = self.config.reach_of(weight.name)
         if reach is None or weight.value is None or norm.value is None:
             return
-        most = (weight.value.double() * norm.value).norm(dim=1) * weight.shape[1] ** 0.5
+        most = products.row_lengths(weight.value, norm.value) * weight.shape[1] ** 0.5
         if bias is not None and bias.value is not None:
             most = most + bias.value.abs()
         what, limit = reach
