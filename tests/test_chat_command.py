@@ -2,13 +2,15 @@
 
 import io
 import os
+import shutil
 import signal
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 from hf_models import tiny, with_template
-from programs import Program
+from programs import Program, by_hand, free_port
 
 from crypten_llm import PrivateLlama
 from crypten_llm.commands import chat as chat_command
@@ -169,6 +171,25 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(model):
     assert err.count("number of generated tokens") == 2
     first, second = (line.split() for line in err.partition("turn ")[2].splitlines()[1:3])
     assert (first[0], second[0]) == ("1", "2") and int(first[3]) < 40 and int(second[1]) > 0
+
+
+def test_in_three_shells_the_client_talks(model, tmp_path):
+    """Each started by hand; the client has the tokenizer's folder alone, and only the owner's shell the model."""
+    folder = tmp_path / "public"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    port = free_port()
+    with ExitStack() as running:
+        for rank, extra in ((0, ["--model", model]), (2, [])):
+            arguments = ["-m", "crypten_llm", "party", *extra, "--threads", "1"]
+            running.enter_context(by_hand(3, *arguments, port=port, ranks=[rank])[0])
+        command = ["-m", "crypten_llm", "chat", "--tokenizer", folder, "--threads", "1", "--max-new-tokens", "1"]
+        client = running.enter_context(by_hand(3, *command, port=port, ranks=[1])[0])
+        client.process.stdin.write("\n".join(TEXTS) + "\n")
+        client.process.stdin.flush()
+        code, out, err = client.finish()
+    assert code == 0 and len(out.splitlines()) == 2
+    assert "until token 2, 1 (generation_config.json and the tokenizer)" in err
+    assert "that the cache holds" in err
 
 
 def test_ctrl_c_a_second_time_ends_the_chat(model):

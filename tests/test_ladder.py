@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import CLIENT, DEALER, OWNER, run
 
-from crypten_llm.kernels.integers import numbers, wide
+from crypten_llm.kernels.integers import wide
 from crypten_llm.kernels.ring import Comparison, Group, key_sizes, packed_size
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.shapes import shape_only
-from crypten_llm.protocols.ladder import FINE, below, exponent, normalize
-from crypten_llm.protocols.secret import Overflow
+from crypten_llm.protocols.ladder import FINE, below, exponent
 
 
 def opened(runtime, values: list[int], masks: list[int], width: int):
@@ -132,85 +131,6 @@ def test_any_value_of_any_ring(width, q, count, seed, data):
 def test_no_values():
     found, flags, _ = exponents([], [], 168, 8, 146, 256)
     assert (found, flags) == ([], [])
-
-
-# Normalisation.
-
-
-def normalized(values: list[int], masks: list[int], width: int, top: int, segments: int, limit: int):
-    """(4^k z, 2^k) modulo 2^width, and flags, of each value; what each role sent."""
-    mine = [random.Random(n).getrandbits(width) for n in range(len(masks))]
-
-    def job(runtime):
-        raw, mask = opened(runtime, values, masks, width)
-        if runtime.role == OWNER:
-            mask = wide(mine, width, (len(masks),))
-        if runtime.role == CLIENT:
-            mask = wide(((r - part) % 2**width for r, part in zip(masks, mine, strict=True)), width, (len(masks),))
-        return normalize(runtime, raw, mask, width, top, segments, limit)
-
-    outcome = run(job)
-    assert [tuple(part.shape[:1]) for part in outcome.results[DEALER]] == 3 * [(len(values),)]
-    (first, power, flags), (second, other, others) = outcome.results[OWNER], outcome.results[CLIENT]
-    found = [
-        [(a + b) % 2**width for a, b in zip(numbers(one), numbers(two), strict=True)]
-        for one, two in ((first, second), (power, other))
-    ]
-    return *found, (flags ^ others).tolist(), outcome
-
-
-@pytest.mark.parametrize(
-    ("width", "top", "segments", "limit"),
-    [(88, 84, 36, 65), (88, 84, 1, 50), (65, 64, 33, 40), (128, 100, 20, 90), (100, 60, 10, 51)],
-)
-def test_normalize_over_all_segments(width, top, segments, limit):
-    """4^k z is exact and 2^k goes with it; k is what the value's size says, but just below a power of four."""
-    draw = random.Random(width + segments)
-    values = {1, (1 << top) - 1} | {draw.getrandbits(bits) | 1 << bits - 1 for bits in range(1, top + 1)}
-    for end in [top - 2 * j for j in range(segments + 1) if top >= 2 * j] + [limit]:
-        values |= {(1 << end) + apart for apart in (-1, 0, 1, -(1 << end >> FINE), -(1 << end >> FINE) - 1)}
-    values = sorted(z for z in values if 0 < z < 1 << top)
-    pairs = [(z, mask) for z in values for mask in edges(z, width, draw)]
-    scaled, powers, flags, _ = normalized(*map(list, zip(*pairs, strict=True)), width, top, segments, limit)
-    for (z, mask), found, power, (negative, outside) in zip(pairs, scaled, powers, flags, strict=True):
-        where = f"{z:x} behind {mask % 2**width:x}"
-        k = power.bit_length() - 1
-        assert power == 1 << k and found == z << 2 * k, where
-        due = min(segments - 1, (top - z.bit_length()) // 2)
-        end = 1 << top - 2 * due
-        assert k == due or (k == due - 1 and end - (end >> FINE) <= z < end), where
-        assert not negative, where
-        assert outside == (z >= 1 << limit) or (1 << limit) - (1 << limit >> FINE) <= z < 1 << limit, where
-
-
-def test_normalize_of_what_has_no_place():
-    """Zero and what is too small stay in the last segment; what is negative, or above the limit, is flagged."""
-    draw = random.Random(0)
-    values = [0, 1, 3, -(1 << 40), -(1 << 87), -(1 << 87) + 1, (1 << 65), (1 << 84) + 5, (1 << 86) + (1 << 30)]
-    pairs = [(z, mask % 2**88) for z in values for mask in edges(z, 88, draw)]
-    scaled, powers, flags, _ = normalized(*map(list, zip(*pairs, strict=True)), 88, 84, 30, 65)
-    assert powers[:24] == [1 << 29] * 24 and scaled[:24] == [z << 58 for z, _ in pairs[:24]]
-    assert flags[:24] == 24 * [[0, 0]]
-    assert all(negative for negative, _ in flags[24:48])
-    assert all(outside for _, outside in flags[48:])
-
-
-def test_normalize_refuses_what_its_ring_cannot_hold():
-    for wrong, message in (
-        ((64, 60, 10, 40), "a ring of 65 to 128 bits, not 64"),
-        ((129, 60, 10, 40), "a ring of 65 to 128 bits, not 129"),
-        ((88, 88, 10, 40), "a value of 88 bits needs a ring of 89, not 88"),
-        ((88, 20, 12, 10), "12 segments do not fit a value of 20 bits: give at most 11"),
-    ):
-        with pytest.raises(Overflow, match=message):
-            normalized([1], [5], *wrong)
-
-
-def test_normalize_costs_what_its_docstring_says():
-    *_, outcome = normalized([5] * 3, [1, 2, 3], 88, 84, 30, 65)
-    levels = 88 - 84 + 2 * 30 + FINE - 3
-    row = 16 * levels + packed_size(levels, 2) + 22 * levels + 22 * (29 + 1)
-    assert outcome.cost() == (0, 0, 0, 3 * row, 3 * row)
 
 
 # Costs, and what is sent.

@@ -211,7 +211,7 @@ COSTS |= {
 }
 COSTS |= {
     fit.name: (evaluate(fit), plus(openings(N, rings=[14 + fit.period]), dealt(2 * fit.modes * N)))
-    for fit in (fits.stored("exp"), fits.stored("silu"))
+    for fit in (fits.stored("sigmoid"), fits.stored("reciprocal"))
 }
 
 

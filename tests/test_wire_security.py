@@ -36,7 +36,7 @@ def function(size):
     def job(runtime, integers):
         secret = share(runtime, integers, scale=size - 5, width=64)
         (wire,) = open_wires(runtime, [Opening(secret, ring=size, function=True)])
-        smooth.evaluate(runtime, wire, fits.stored("exp"), 22, bits=1)
+        smooth.evaluate(runtime, wire, fits.stored("sigmoid"), 22, bits=1)
 
     return job
 
@@ -87,7 +87,7 @@ DEALT = {  # what the dealer sends the client, in order: the bits of the ring th
     "lifted by one bit": [(2 * COUNT, 1)],
     "whole opening": [],
     "tiny ring": [],
-    "function": [(2 * fits.stored("exp").modes * COUNT, 64)],
+    "function": [(2 * fits.stored("sigmoid").modes * COUNT, 64)],
     "products": [(2 * COUNT, 24), (COUNT, 64), (COUNT, 24), (COUNT, 64)],  # lifting, masks, one with a bit, a square
     "lifted products": [
         *[(2 * COUNT, 34), (2 * COUNT, 40)],  # lifting

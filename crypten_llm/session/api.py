@@ -82,7 +82,7 @@ class PrivateLlama:
             environment = self._children.environment(CLIENT)
         with self._guarded():
             self._transport = self._joined = launch.join(protocol, launched, environment, self._children)
-            self.party = launch.make_party(self._transport, protocol)
+            self.party = launch.make_party(self._transport, protocol, launched)
 
     @classmethod
     def from_pretrained(

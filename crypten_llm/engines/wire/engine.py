@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crypten_llm.engines.base import Engine
-from crypten_llm.engines.wire import arithmetic, attention, choosing, gathering, keeping, layers  # noqa: F401
+from crypten_llm.engines.domain import Calibration
+from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, gathering, keeping, layers  # noqa: F401
 from crypten_llm.engines.wire.handles import Handle, OneHot, Weight, value
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
@@ -47,6 +48,7 @@ class WireEngine(Engine):
 
     name = "wire"
     is_private = True
+    tells_range = True
     layer_error = 0.01
     shown_dtype = torch.float32  # of values that are opened
     shown_bits = SHOWN  # fractional bits of them
@@ -92,14 +94,8 @@ class WireEngine(Engine):
 
     # What goes in.
 
-    def calibrate(self, measure: Callable[[], Ranges]) -> dict[str, float]:
-        limits = domains(self.config)
-        for name, (lowest, highest) in measure().limited.items():
-            what, low, high = limits[name]
-            # The other parties are told why this one stops, so the message holds no measured number.
-            if not low <= lowest <= highest <= high:
-                raise UsageError(f"this model's {what} leave the range of engine 'wire', {low:.3g} to {high:.3g}")
-        return {}
+    def calibrate(self, measure: Callable[[], Ranges]) -> Calibration:
+        return domain.calibrate(self.config, measure())
 
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Weight:
         return Weight(self.runtime.held_by(OWNER, value), shape)
@@ -223,15 +219,3 @@ def _method(operation: Operation) -> Callable:
 for _name, _operation in OPERATIONS.items():
     setattr(WireEngine, _name, _method(_operation))
 abc.update_abstractmethods(WireEngine)
-
-
-def domains(config: WireConfig) -> dict[str, tuple[str, float, float]]:
-    """What is limited, from where to where, by the operation, "softmax row" being softmax's of whole rows: beyond, its
-    result is wrong without a word.
-    """
-    found = {}
-    for name, operation in OPERATIONS.items():
-        for which, domain in operation.domains.items():
-            key = name if which == "domain" else f"{name} {which}"
-            found[key] = domain.what, domain.low(config), domain.high(config)
-    return found
