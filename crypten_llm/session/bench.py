@@ -76,7 +76,7 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
     name = f"bench {party.requests}"
     with engine.meter.phase("load"), engine.section(f"{name} weights"):
         layers, caches = _build(engine, config, shape)
-    reference = _build(PlainEngine(), config, shape) if party.is_client else None
+    reference = _build(PlainEngine(softmax_base=engine.softmax_base), config, shape) if party.is_client else None
     seconds, errors = [], []
     for step in range(WARM_UP + shape.steps):
         x = _random(FIRST_INPUT + step, (1, shape.hidden))

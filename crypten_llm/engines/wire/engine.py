@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from crypten_llm.session.calibration import Ranges
 
 
+_REMEDIES = {  # the same model, or a smaller promise, within the range
+    "softmax row": "try a lower max_position_embeddings, to which rows are continued, or ",
+    "mix": "divide v_proj by a power of two and multiply o_proj by it, or ",
+}
 LEFT_DOMAIN = (
     "a number of this prompt left the range in which engine 'wire' is right (attention scores, or hidden states), so its "
     "answer is not given; 'debug-compare' on the owner's own prompts shows where"
@@ -98,7 +102,10 @@ class WireEngine(Engine):
             what, low, high = limits[name]
             # The other parties are told why this one stops, so the message holds no measured number.
             if not low <= lowest <= highest <= high:
-                raise UsageError(f"this model's {what} leave the range of engine 'wire', {low:.3g} to {high:.3g}")
+                raise UsageError(
+                    f"this model's {what} leave the range of engine 'wire', {low:.3g} to {high:.3g}, on random "
+                    f"tokens; {_REMEDIES.get(name, '')}use engine 'crypten'"
+                )
         return {}
 
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Weight:
@@ -146,7 +153,7 @@ class WireEngine(Engine):
         if not most.max().item() < limit:
             raise UsageError(
                 f"{what} of this model may leave the range of engine 'wire', {limit:.3g}: a row of {weight.name}, with "
-                "its norm's weight, is longer than that"
+                "its norm's weight, is longer than that; use engine 'crypten'"
             )
 
     def table(self, weight: Weight) -> Protocol[embedding.OwnedTable]:
@@ -220,7 +227,8 @@ abc.update_abstractmethods(WireEngine)
 
 def domains(config: WireConfig) -> dict[str, tuple[str, float, float]]:
     """What is limited, from where to where, by the operation, "softmax row" being softmax's of whole rows: beyond, its
-    result is wrong without a word.
+    result is wrong. The engine sees scores, rows and sums of squares that leave theirs (``Flags``), and ends; of gates
+    and what they are multiplied with the owner has shown that they cannot.
     """
     found = {}
     for name, operation in OPERATIONS.items():

@@ -12,6 +12,7 @@ import torch
 
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.activation import FRACTION, RING, SILU
+from crypten_llm.protocols.ladder import FINE
 from crypten_llm.protocols.softmax import MANTISSA, OPENED, Exponents
 
 PRECISION = 20  # bits of what is compared, with one for a difference; scores below 2^6 keep 13 fractional bits
@@ -153,8 +154,8 @@ class WireConfig:
 
     @property
     def square_sums(self) -> float:
-        """A hidden state's sum of squares, below this."""
-        return 2.0 ** (2 * self.hidden_bits - 1)
+        """A hidden state's sum of squares, below this: from there on, it may be taken for 2^(2 hidden_bits - 1)."""
+        return (1 - 2.0**-FINE) * 2.0 ** (2 * self.hidden_bits - 1)
 
 
 def whole_bytes(bits: int) -> int:
