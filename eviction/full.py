@@ -15,4 +15,5 @@ class Full(Policy):
     shared_over: ClassVar[str] = "all"
     cost: ClassVar[str] = "none; attention over all rows"
     acts: ClassVar[bool] = False
+    goes_on: ClassVar[bool] = True
     style: ClassVar[tuple[str, str, str]] = ("#000000", "", "-")

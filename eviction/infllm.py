@@ -39,6 +39,7 @@ class InfLLM(Policy):
     shared_over: ClassVar[str] = "layer"
     cost: ClassVar[str] = "one product over blocks, one top-k over blocks per layer; scores are opened once more"
     reads_scores: ClassVar[bool] = True
+    goes_on: ClassVar[bool] = True
     style: ClassVar[tuple[str, str, str]] = ("#56B4E9", "^", "-")
     uses: ClassVar[tuple[str, ...]] = (
         *("scale", "total", "within", "contents", "take", "fixed", "top", "gather", "best"),

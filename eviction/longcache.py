@@ -40,6 +40,7 @@ class LongCache(Policy):
     when: ClassVar[str] = "step"
     shared_over: ClassVar[str] = "layer"
     cost: ClassVar[str] = "a second product over the cache, a maximum over span and heads, a top-k over spans"
+    goes_on: ClassVar[bool] = True
     style: ClassVar[tuple[str, str, str]] = ("#56B4E9", "v", "--")
     uses: ClassVar[tuple[str, ...]] = (
         *("fixed", "take", "largest", "public", "best"),

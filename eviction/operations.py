@@ -135,7 +135,7 @@ class Operations(Protocol):
         """Its inverse for softmax weights: [G, M, choice.count] to [G, M, count], zero at rows not chosen."""
 
     def softmax(self, scores: Handle, mask: torch.Tensor | None = None) -> Handle:
-        """Softmax weights, to ``softmax_base``, of [G, M, N]; mask: public bool [M, N], true where a row may be seen."""
+        """Softmax weights, to ``softmax_base``, of [G, M, N]; mask: public bool [M, N], true where a row is seen."""
 
     def mix(self, weights: Handle, rows: Handle) -> Handle:
         """Softmax weights [G, M, N] by rows [G, N, D] to [G, M, D]."""

@@ -20,6 +20,8 @@ class Policy:
     lengths; ``cost``, per step in words; ``uses``, the operations that an engine must have to run it.
 
     acts: whether it does anything at all. One that does not is shown nothing, and all layers are alike under it.
+    goes_on: whether it can go on with the cache of an earlier turn of a conversation, whose rows it then leaves as they
+    are (see the hook ``go_on``). why_not: in words, where it cannot.
     rebuilds_cache: whether the rows that it makes with ``fixed`` are the cache's own, not others beside them.
     reads_scores: whether it reads the scores of rows that a prompt's token may not see.
     uneven: whether the steps of a period differ among themselves, see ``period``. budget_means: in words, what a budget
@@ -39,6 +41,8 @@ class Policy:
     cost: ClassVar[str] = ""
     uses: ClassVar[tuple[str, ...]] = ()
     acts: ClassVar[bool] = True
+    goes_on: ClassVar[bool] = False
+    why_not: ClassVar[str] = "it would choose again among rows of which it has chosen"
     rebuilds_cache: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = False
     uneven: ClassVar[bool] = False
@@ -110,10 +114,14 @@ class Policy:
         """
         return None
 
-    # Hooks, for each layer, in the order in which they are called.
+    # Hooks, for each layer, in the order in which they are called. After an answer a further turn of the conversation
+    # may come, if the policy ``goes_on``: then ``go_on`` takes the place of ``begin``.
 
     def begin(self, ops: Operations, layer: Layer) -> None:
         """Before the first token."""
+
+    def go_on(self, ops: Operations, layer: Layer, turn_tokens: int) -> None:
+        """Before the first token of a further turn, of ``turn_tokens``; ``layer.prompt_tokens`` counts all of all."""
 
     def enter(
         self, ops: Operations, layer: Layer, query: Handle, key: Handle, value: Handle

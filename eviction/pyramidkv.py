@@ -31,7 +31,8 @@ class PyramidKV(SnapKV):
     style: ClassVar[tuple[str, str, str]] = ("#009E73", "d", "--")
 
     def kept(self, layer: Layer) -> int:
-        average, prompt, window = tokens(self.budget, layer.prompt_tokens), layer.prompt_tokens, self.window
+        prompt, window = self.prompt(layer), self.window
+        average = tokens(self.budget, prompt)
         if layer.layers == 1 or average >= prompt:
             return min(average, prompt)
         low = average // self.beta

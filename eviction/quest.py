@@ -48,6 +48,7 @@ class Quest(Policy):
     when: ClassVar[str] = "step"
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "a comparison per coordinate of the query, two products and a top-k over pages"
+    goes_on: ClassVar[bool] = True
     budget_means: ClassVar[str] = "as published leaves two layers whole"
     style: ClassVar[tuple[str, str, str]] = ("#0072B2", "s", "--")
     uses: ClassVar[tuple[str, ...]] = (

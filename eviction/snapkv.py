@@ -14,7 +14,8 @@ from eviction.settings import budget, fitting, tokens, whole
 @dataclass(frozen=True)
 class SnapKV(Policy):
     """Attention of the last ``window`` queries to the rows before them, summed, then averaged over ``kernel``
-    neighbours; the best rows stay, and the window. What is generated joins and stays.
+    neighbours; the best rows stay, and the window. What is generated joins and stays. A further turn of a conversation
+    is a prompt of its own: the rows that are there stay, and the choice is among those that it adds.
 
     budget: rows kept of the prompt, the window among them. kernel: odd.
 
@@ -32,6 +33,7 @@ class SnapKV(Policy):
     when: ClassVar[str] = "prefill"
     shared_over: ClassVar[str] = "kv head"
     cost: ClassVar[str] = "none after the prefill"
+    goes_on: ClassVar[bool] = True
     style: ClassVar[tuple[str, str, str]] = ("#009E73", "D", "-")
     uses: ClassVar[tuple[str, ...]] = ("mass", "within", "public", "top", "picks", "keep", "take")
 
@@ -44,6 +46,9 @@ class SnapKV(Policy):
     def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"budget": rows, "window": fitting(cls.window, rows / 2), **changed}
 
+    def go_on(self, ops: Operations, layer: Layer, turn_tokens: int) -> None:
+        layer.notes["held rows"], layer.notes["turn tokens"] = len(layer), turn_tokens
+
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         rows = seen.positions >= layer.prompt_tokens - self.window
         if rows.any():
@@ -51,15 +56,19 @@ class SnapKV(Policy):
 
     def kept(self, layer: Layer) -> int:
         """Rows that a layer keeps of the prompt."""
-        return tokens(self.budget, layer.prompt_tokens)
+        return tokens(self.budget, self.prompt(layer))
+
+    def prompt(self, layer: Layer) -> int:
+        """Tokens of the prompt, or of the turn that is now."""
+        return layer.notes.get("turn tokens", layer.prompt_tokens)
 
     def evict(self, ops: Operations, layer: Layer) -> None:
-        kept, mass = self.kept(layer), layer.notes.pop("mass")
-        if kept >= len(layer):
+        kept, mass, held = self.kept(layer), layer.notes.pop("mass"), layer.notes.get("held rows", 0)
+        if kept >= len(layer) - held:
             return
         window = min(self.window, kept)
-        older = mass[..., : len(layer) - window]
-        retain(ops, layer, self._pooled(ops, older), 0, kept - window, window)
+        older = mass[..., held : len(layer) - window]
+        retain(ops, layer, self._pooled(ops, older), held, kept - window, window)
 
     def _pooled(self, ops: Operations, x: Handle) -> Handle:
         """Sums over the kernel, beyond the ends zero: in the order of the averages, without their division."""

@@ -30,6 +30,7 @@ class StreamingLLM(Policy):
     when: ClassVar[str] = "prefill and step"
     shared_over: ClassVar[str] = "all"
     cost: ClassVar[str] = "none: public indices"
+    goes_on: ClassVar[bool] = True
     style: ClassVar[tuple[str, str, str]] = ("#999999", "<", "-")
     uses: ClassVar[tuple[str, ...]] = ("take",)
 

@@ -6,6 +6,7 @@ random, biases and norm weights included: a bug in one that is zero or one could
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -72,7 +73,27 @@ FAMILIES: dict[str, dict] = {
     ),
     "mistral": dict(model_type="mistral", sliding_window=None, head_dim=12),
     # A window as long as the context; prompts of tests fill both.
-    "mistral_window": dict(model_type="mistral", sliding_window=30, max_position_embeddings=30),
+    "mistral_whole": dict(model_type="mistral", sliding_window=30, max_position_embeddings=30),
+    "mistral_window": dict(model_type="mistral", sliding_window=5),
+    "mistral_window_of_two": dict(model_type="mistral", sliding_window=2, num_key_value_heads=1),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen2_options": dict(model_type="qwen2", head_dim=12, num_key_value_heads=4, tie_word_embeddings=True),
+    "qwen2_rope": dict(
+        model_type="qwen2", rope_parameters=dict(rope_type="linear", rope_theta=1e6, factor=2.0), rms_norm_eps=1e-2
+    ),
+    # The lower layer sees everything.
+    "qwen2_window": dict(model_type="qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    "qwen3_window": dict(
+        model_type="qwen3", head_dim=8, use_sliding_window=True, sliding_window=7, max_window_layers=0
+    ),
+    # The upper one does.
+    "qwen3_window_by_type": dict(
+        model_type="qwen3",
+        head_dim=8,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
 EVERY_CASE = CASES | FAMILIES
 
@@ -118,6 +139,20 @@ def with_tokenizer(folder: Path) -> Path:
     folder, _ = tiny(folder, vocab_size=2048, num_hidden_layers=1, seed=3)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED / name, folder)
+    return folder
+
+
+GOES_ON = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+GOES_ON += "{% if add_generation_prompt %}[assistant]{% endif %}"
+"""A chat template that writes an answer as it was given."""
+
+
+def with_template(folder: Path, template: str = GOES_ON, layers: int = 1) -> Path:
+    """The folder of a tiny model of 400 tokens of context whose tokenizer, the shipped one's, has a chat template."""
+    folder, _ = tiny(folder, vocab_size=2048, num_hidden_layers=layers, seed=3, max_position_embeddings=400)
+    shutil.copy(SHIPPED / "tokenizer.json", folder)
+    config = json.loads((SHIPPED / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     return folder
 
 

@@ -113,7 +113,9 @@ def test_mistakes_leave_the_session_usable(private):
         {},
         {"prompt": "a", "input_ids": [5]},
         {"prompt": "a", "policy": "none"},
-        {"prompt": ["a", "b"]},
+        {"prompt": ["a", 7]},
+        {"prompt": []},
+        {"prompt": ["a"], "batch_size": 0},
         {"prompt": 7},
         {"input_ids": [5], "chat": True},
         {"messages": []},
@@ -133,10 +135,10 @@ def test_mistakes_leave_the_session_usable(private):
     assert len(private.generate(input_ids=[5], max_new_tokens=1).token_ids) == 1
 
 
-@pytest.mark.parametrize("prompts", [["a", "b"], ("a",), {"a": 1}])
-def test_a_batch_of_prompts_is_one_clear_line(plain, prompts):
-    with pytest.raises(UsageError, match=f"the prompt is a {type(prompts).__name__}; give one text, and one request"):
-        plain.generate(prompts)
+@pytest.mark.parametrize("prompt", [{"a": 1}, b"a", 7])
+def test_what_is_no_prompt_is_one_clear_line(plain, prompt):
+    with pytest.raises(UsageError, match=f"the prompt is a {type(prompt).__name__}; give a text, or a list of texts"):
+        plain.generate(prompt)
 
 
 def test_threads_that_ask_at_once_leave_the_session_usable(private, plain):

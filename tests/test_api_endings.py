@@ -58,8 +58,8 @@ class Listener:
         self.heard.append(words)
 
 
-def asks_a_batch(llama):
-    llama.generate(input_ids=[[1171, 1182], [1193, 1204]])
+def asks_wrong_ids_in_a_batch(llama):
+    llama.generate(input_ids=[[5, 6], [991171, 7]])
 
 
 def asks_a_wrong_id(llama):
@@ -90,7 +90,7 @@ def samples_what_overflowed(llama):
 @pytest.mark.parametrize(
     "mistake",
     [
-        *(asks_a_batch, asks_a_wrong_id, opens_a_file, fails_otherwise, fails_as_another_session_does),
+        *(asks_wrong_ids_in_a_batch, asks_a_wrong_id, opens_a_file, fails_otherwise, fails_as_another_session_does),
         *(lacks_a_package, samples_what_overflowed),
     ],
 )

@@ -11,7 +11,8 @@ from crypten_llm import PrivateLlama
 from crypten_llm.commands.cli import main
 from crypten_llm.errors import UsageError
 from crypten_llm.models import checkpoint
-from crypten_llm.session.api import Detokenizer, Request
+from crypten_llm.session.api import Request
+from crypten_llm.session.text import Detokenizer
 
 PROMPT = "The passkey is 4711."
 

@@ -1,14 +1,18 @@
 """Weights arrive bit for bit, wrong checkpoints are named, and no pickle is ever opened or downloaded."""
 
 import json
+import shlex
+import subprocess
+import sys
 
 import huggingface_hub
 import pytest
 import torch
-from hf_models import CASES, EVERY_CASE, tiny
+from hf_models import CASES, EVERY_CASE, tiny, with_tokenizer
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
+from crypten_llm.commands import cli
 from crypten_llm.errors import UsageError
 from crypten_llm.models import checkpoint
 from crypten_llm.models.checkpoint import expected_shapes, load_tokenizer, load_weights, resolve_model
@@ -177,6 +181,23 @@ def test_pickles_are_not_opened(folder):
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     with pytest.raises(UsageError, match=r"only pickle checkpoints \(pytorch_model.bin\).*save_pretrained"):
         load(folder)
+
+
+def test_the_conversion_that_is_printed_gives_a_folder_that_runs(tmp_path, capsys):
+    folder = with_tokenizer(tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(tmp_path / "kept.safetensors")
+    with pytest.raises(UsageError) as caught:
+        load(folder)
+    _, _, code = shlex.split(str(caught.value).partition("convert to safetensors: ")[2])
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    (tmp_path / "kept.safetensors").rename(folder / "model.safetensors")
+    answers = []
+    for model in (folder, f"{folder}-safetensors"):
+        asked = ["--model", str(model), "--engine", "plain", "--prompt", "a key", "--max-new-tokens", "3", "--json"]
+        assert cli.main(["generate", *asked]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["token_ids"] == answers[1]["token_ids"] and answers[0]["text"] == answers[1]["text"]
 
 
 def test_no_weights(folder):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from crypten_llm.commands import cli
 from crypten_llm.commands.options import settings
 from crypten_llm.engines import check_engine
-from crypten_llm.engines.crypten.engine import CryptenConfig
+from crypten_llm.engines.crypten.domain import CryptenConfig, norm_scales
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.links.frames import HEADER
@@ -124,11 +124,12 @@ def test_the_attention_scale_is_folded_into_one_parameter_a_layer(tmp_path, case
     folder, _ = tiny(tmp_path, **FAMILIES[case])
     config = LlamaConfig.from_folder(folder)
     changed = {
-        name.partition("self_attn.")[2]
+        name.partition("self_attn.")[2].removesuffix(".weight")
         for name, value in checkpoint.load_weights(folder, config)
         if not torch.equal(prepare(name, value, config), value)
     }
-    assert changed == {"q_norm.weight" if "qwen3" in case else "q_proj.weight"}
+    assert changed - {"q_proj.bias"} == {"q_norm" if "qwen3" in case else "q_proj"}
+    assert ("q_proj.bias" in changed) == ("qwen2" in case)
 
 
 def normal(*size, seed=0):
@@ -265,7 +266,9 @@ def test_crypten_logits_are_close_to_plain(tmp_path, model):
     assert (value - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-@pytest.mark.parametrize("model", [options("qwen3"), options("qwen3_options")])
+@pytest.mark.parametrize(
+    "model", [options("qwen3"), options("qwen3_options"), options("qwen2_window"), options("mistral_window_of_two")]
+)
 def test_crypten_logits_of_another_family_are_close_to_plain(tmp_path, model):
     folder, _ = tiny(tmp_path, **model)
     expected = logits_in_pieces(load_plain(folder), IDS[:6], [4, 2], 6)
@@ -290,11 +293,11 @@ def test_every_norm_is_measured_for_its_scale(tmp_path):
     folder, _ = tiny(tmp_path, **FAMILIES["qwen3"])
     config = LlamaConfig.from_folder(folder)
     weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
-    before = measure(config, weights).norm_scales()
+    before = norm_scales(measure(config, weights))
     assert before.keys() == {name for name in weights if "norm" in name}
     query, key = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
     weights[query], weights[key] = weights[query] * 2**10, weights[key] / 2**10
-    after = measure(config, weights).norm_scales()
+    after = norm_scales(measure(config, weights))
     changed = {name: after[name] / before[name] for name in before if after[name] != before[name]}
     assert changed == {
         "model.layers.1.self_attn.q_norm.weight": 4.0**-10,

@@ -3,62 +3,13 @@
 import json
 
 import pytest
-from test_config import LLAMA_2_7B, SMALL
+from public_configs import LLAMA_2_7B, MISTRAL_7B_V03, QWEN_3_0_6B
+from test_config import SMALL
 
 from crypten_llm.errors import UsageError
 from crypten_llm.models.config import LlamaConfig
 
-QWEN_3_0_6B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 1024,
-    "initializer_range": 0.02,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 28,
-    "model_type": "qwen3",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-MISTRAL_7B_V03 = {
-    "architectures": ["MistralForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mistral",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.42.0.dev0",
-    "use_cache": True,
-    "vocab_size": 32768,
-}
+QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 2}
 QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 2}
 MISTRAL = {"model_type": "mistral", "num_key_value_heads": 2, "max_position_embeddings": 64}
 
@@ -82,10 +33,11 @@ def test_mistral():
     assert config.family.shapes(config) == llama.family.shapes(llama)
 
 
-@pytest.mark.parametrize("d", [QWEN_3_0_6B, MISTRAL_7B_V03])
-def test_round_trip(d):
-    config = LlamaConfig.from_dict(d)
-    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+def test_qwen_2():
+    """Biases of queries, keys and values alone, and no field that says so."""
+    config = LlamaConfig.from_dict(SMALL | QWEN2)
+    biases = {name.rpartition("layers.")[2] for name in config.family.shapes(config) if name.endswith("bias")}
+    assert biases == {f"{layer}.self_attn.{name}_proj.bias" for layer in (0, 1) for name in "qkv"}
 
 
 @pytest.mark.parametrize(
@@ -96,10 +48,13 @@ def test_round_trip(d):
         {"use_sliding_window": True, "sliding_window": None},
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},  # of 2 layers
         {"use_sliding_window": True, "sliding_window": 32768, "max_window_layers": 0},  # the whole context
+        {"use_sliding_window": False, "layer_types": ["full_attention"] * 2},
+        {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention"] * 2},
     ],
 )
-def test_windows_of_qwen3_that_hide_nothing(window):
-    given = SMALL | QWEN3
+@pytest.mark.parametrize("family", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_windows_of_qwen_that_hide_nothing(family, window):
+    given = SMALL | family
     config = LlamaConfig.from_dict(given | window)
     assert config == LlamaConfig.from_dict(given)
     assert LlamaConfig.from_dict(config.to_dict()) == config
@@ -112,26 +67,44 @@ def test_windows_of_mistral_that_hide_nothing():
     assert LlamaConfig.from_dict(config.to_dict()) == config
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        (MISTRAL | {"sliding_window": 16}, (16, 16)),
+        (MISTRAL | {"sliding_window": 16, "layer_types": [SLIDING] * 2}, (16, 16)),
+        (MISTRAL | {"max_position_embeddings": None}, (4096, 4096)),  # of 131,072, transformers' defaults
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, (None, 16)),
+        (QWEN3 | {"use_sliding_window": True, "max_window_layers": 0}, (4096, 4096)),
+        (QWEN3 | {"use_sliding_window": True, "sliding_window": 16, "layer_types": [SLIDING, FULL]}, (16, None)),
+    ],
+)
+def test_windows(fields, windows):
+    config = LlamaConfig.from_dict(SMALL | fields)
+    assert config.windows == windows
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 REFUSED = [
     (QWEN3 | {"architectures": ["LlamaForCausalLM"]}, r"architectures is .*Llama.*; only \['Qwen3ForCausalLM'\] is"),
-    (
-        QWEN3 | {"use_sliding_window": True, "num_hidden_layers": 29},
-        "sliding_window is 4096 in layer 28, for a context",
-    ),
-    (
-        QWEN3 | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
-        "sliding_window is 16 in layer 1, for a context of 32768; attention over a window is not supported.*its size",
-    ),
     (QWEN3 | {"use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers is '1'; it must be an integer"),
     (
         QWEN3 | {"use_sliding_window": True, "sliding_window": "16", "max_window_layers": 0},
         "sliding_window is '16'; it must be a positive integer",
     ),
-    (QWEN3 | {"layer_types": ["sliding_attention"]}, "layer_types is .*'sliding_attention'.*only 'full_attention'"),
+    (QWEN3 | {"use_sliding_window": True, "sliding_window": 1, "max_window_layers": 0}, "it must be at least 2"),
+    (QWEN3 | {"layer_types": [SLIDING, FULL]}, "layer_types is .*it must be full_attention for each of the 2 layers"),
+    (
+        QWEN3 | {"use_sliding_window": True, "layer_types": ["chunked_attention", FULL]},
+        "layer_types is .*it must be full_attention or sliding_attention for each of the 2 layers",
+    ),
+    (QWEN2 | {"attention_bias": True}, "attention_bias is True; this field is not supported"),
     (QWEN3 | {"mlp_bias": True}, "mlp_bias is True; this field is not supported"),
     (QWEN3 | {"attention_bias": 1}, "attention_bias is 1; it must be true or false"),
-    (MISTRAL | {"sliding_window": 16}, "sliding_window is 16 in layer 0, for a context of 64; attention over a window"),
-    (MISTRAL | {"max_position_embeddings": None}, "sliding_window is 4096 in layer 0, for a context of 131072"),
+    (MISTRAL | {"sliding_window": 16, "layer_types": [FULL, SLIDING]}, "layer_types .*must be sliding_attention for"),
+    (MISTRAL | {"sliding_window": 0}, "sliding_window is 0; it must be a positive integer"),
     (MISTRAL | {"attention_bias": True}, "attention_bias is True; this field is not supported"),
 ]
 

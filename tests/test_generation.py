@@ -184,14 +184,27 @@ def test_with_a_hidden_length_every_step_is_alike(gqa, end):
     assert [step.finish_reason for step in seen] == [None] * end + ["stop"]
 
 
-@pytest.mark.parametrize("message", [{"verb": "close"}, {"stop": 1}, {}, ["stop"], None])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"verb": "close"},
+        {"stop": 1},
+        {"stop": True},
+        {"stop": []},
+        {"stop": [1]},
+        {"stop": [False]},
+        {},
+        ["stop"],
+        None,
+    ],
+)
 def test_another_message_than_the_agreement(message):
     ours, theirs = socket.socketpair()
     roles = ("owner", "client")
     owner, client = Transport(0, roles, {1: ours}, timeout=5), Transport(1, roles, {0: theirs}, timeout=5)
     client.send_json(0, message)
     with pytest.raises(PartyError, match=r"rank 1 \(client\) sent something else than .* the same version"):
-        agree(Party(PlainEngine(), owner, 2), None)
+        agree(Party(PlainEngine(), owner, 2), {0: None})
     owner.close(), client.close()
 
 

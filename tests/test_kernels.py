@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_twins import EDGES, both, layouts, poison, same, table_words, words
 
-from crypten_llm.kernels import cpu, dcf, reference, ring
-from crypten_llm.kernels.reference_words import as_words, signed
+from crypten_llm.kernels import cpu, reference, ring
+from crypten_llm.kernels.integers import as_words, signed
 
 WIDTHS = [1, 7, 8, 13, 31, 32, 33, 63, 64]
 TABLES = sorted(ring.TABLE_WORDS)
@@ -270,13 +270,6 @@ def test_trigonometric_sums_of_any_layout():
             both("combine", angles(4, 8), 4, 2.0**22, part, sine, shares, 7)
 
 
-@pytest.mark.parametrize("modes", [0, 1, 5, 20])
-def test_coefficients_of_a_shifted_function(modes):
-    for turns in [turn % 2**64 for turn in EIGHTHS] + [0x0123456789ABCDEF, 0xFEDCBA9876543210]:
-        cosine, sine = both("turned", *coefficients(modes), turns)
-        assert cosine.dtype == torch.float64 and cosine.shape == sine.shape == (modes,)
-
-
 # Tables.
 
 
@@ -351,40 +344,3 @@ def test_bits_of_any_layout():
                 both("turn_bits", masks, tops, mine)
             for flips in layouts(lambda *shape: words(*shape) & 1, 6, 4):
                 both("read_bits", mine, masks, flips, 1)
-
-
-# Comparison keys.
-
-
-@pytest.mark.parametrize("bits", [1, 2, 7, 31, 32, 40, 63, 64])
-def test_comparison_keys(bits):
-    """The smallest and largest thresholds and points, neighbours, and random ones; payloads of any words."""
-    alpha = torch.cat([ring.low_bits(words(5, seed=bits), bits), ring.low_bits(torch.tensor([0, -1]), bits)])
-    beta, seeds = words(7, 2, seed=bits), [words(7, 2, seed=seed) for seed in (1, 2)]
-    common = both("compare_keys", alpha, beta, *seeds, bits)
-    assert [(part.shape, part.dtype) for part in common] == ring.key_sizes(bits, 7)
-    near = alpha[:, None] + torch.tensor([-1, 0, 1])
-    points = ring.low_bits(torch.cat([near, torch.tensor([0, -1]).expand(7, 2), words(7, 2, seed=3)], 1), bits)
-    total = sum(both("compare", seeds[party], common, party, points) for party in (0, 1))
-    order = -(2**63)  # unsigned words compare as signed ones whose top bit is flipped
-    below = (points ^ order) < (alpha[:, None] ^ order)
-    assert torch.equal(total, below[..., None] * beta[:, None, :])
-
-
-@pytest.mark.parametrize(("count", "many"), [(0, 3), (3, 0), (1, 1), (2, 35), (70, 1)])
-def test_comparisons_of_every_number(count, many):
-    """Fewer and more than are evaluated side by side, and none."""
-    assert 1 < dcf.LANES < 70
-    alpha, seeds = words(count) & 7, [words(count, 2, seed=seed) for seed in (1, 2)]
-    common = both("compare_keys", alpha, words(count, 2), *seeds, 3)
-    for party in (0, 1):
-        assert both("compare", seeds[party], common, party, words(count, many) & 7).shape == (count, many, 2)
-
-
-def test_comparisons_of_any_layout():
-    for alpha in layouts(lambda *shape: words(*shape) & 7, 4):
-        for pairs in layouts(words, 4, 2):
-            common = both("compare_keys", alpha, pairs, words(4, 2, seed=1), pairs, 3)
-    for points in layouts(lambda *shape: words(*shape) & 7, 4, 5):
-        for seed in layouts(words, 4, 2):
-            both("compare", seed, common, 1, points)

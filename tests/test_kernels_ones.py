@@ -8,6 +8,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_twins import both, called, layouts, wide_layouts, wide_pairs, wide_words, words
 
 from crypten_llm.kernels import cpu, exponents, reference, reference_wide, ring
@@ -240,7 +242,23 @@ def test_a_row_of_softmax():
         assert abs(found - unit * 2.0**score) < 1.01 + unit * 2.0**score * 2.0**-12
 
 
-# How numbers are folded.
+# Any q, and how numbers are folded.
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(64, 512), st.integers(0, 40), st.integers(0, 999), st.booleans())
+def test_any_q(q, count, seed, up):
+    bits = min(22, 14 + (q & -q).bit_length() - 1) - seed % 8
+    a, b = (wide_words(q, count, seed=seed + part) for part in (0, 1))
+    mask, rotation = words(count, seed=seed), words(count, seed=seed + 1) % q
+    starts = torch.tensor([0, count // 3, count // 3, count])
+    for name in ("add_ones", "subtract_ones", "multiply_ones"):
+        both(name, a, b, q)
+    both("power_ones", mask, q)
+    both("rotate_ones", a, mask, q)
+    both("sum_ones", a, starts, q)
+    both("window_ones", a, words(3, seed=seed), starts, q, min(64, 1 + seed % (q - 1)), up)
+    both("read_exponents", both("turned_exponents", mask, rotation, bits, q, a), mask, seed, bits, q)
 
 
 def test_nothing_but_zero_becomes_zero():

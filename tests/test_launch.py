@@ -106,6 +106,21 @@ def test_by_hand_a_client_with_another_models_tokenizer_is_told(model, tmp_path)
     assert owner == dealer == f"rank 1 (client) stopped: {ENDED}"
 
 
+@pytest.mark.parametrize("asked", [["--prompt-ids", IDS], ["--prompt", "text"]])
+def test_by_hand_a_client_whose_owner_has_no_tokenizer(model, expected, asked):
+    """Its own --model is 'shipped' by default, whose words these ids do not stand for."""
+    port, told = free_port(), []
+    with ExitStack() as running:
+        for rank, given in ((0, ["--model", model]), (1, [*asked, "--json"]), (2, [])):
+            (program,) = by_hand(3, *GENERATE, *given, "--timeout", 30, port=port, ranks=[rank])
+            told.append(running.enter_context(program))
+        codes, outs, errors = zip(*(program.finish() for program in told), strict=True)
+    if asked[0] == "--prompt-ids":
+        assert codes == (0, 0, 0) and json.loads(outs[1])["text"] == ""
+    else:
+        assert codes[1] == 2 and error_line(errors[1]).startswith("the owner's model comes without a tokenizer")
+
+
 def test_settings_that_differ(model):
     port = free_port()
     with ExitStack() as running:

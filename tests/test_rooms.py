@@ -16,7 +16,7 @@ CLASSES = {"Owner", "Client", "Dealer", "Party", "Counting"}
 
 # Where a role or a rank is read outside the dealer's room, by what the innermost function does with it.
 ROLES_READ = {
-    ("protocols/smooth.py", "below", "runtime.role"),  # a comparison key is evaluated for one of two parties
+    ("protocols/ladder.py", "below", "runtime.role"),  # a comparison key is evaluated for one of two parties
     ("protocols/selection.py", "by_pairs", "torch.arange(1 << rank.width) < count"),  # a value's rank, no party's
     ("engines/wire/engine.py", "__init__", "transport.rank"),  # every engine says which rank it is
 }

@@ -2,21 +2,32 @@
 
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from crypten_llm.errors import CryptenLLMError, UsageError
-from crypten_llm.session.sampling import Sampler, SamplingConfig
+from crypten_llm.session.sampling import Logprobs, Sampler, SamplingConfig
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0, -3.0, 1.0, 0.9])
 
 
-def reference(logits, temperature=1.0, top_k=None, top_p=1.0):
+def reference(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0, ids=()):
     """The distribution that transformers samples from."""
-    scores = TemperatureLogitsWarper(float(temperature))(None, logits[None].double())
+    scores = logits[None].double()
+    if repetition_penalty != 1 and ids:
+        scores = RepetitionPenaltyLogitsProcessor(repetition_penalty)(torch.tensor([list(ids)]), scores)
+    scores = TemperatureLogitsWarper(float(temperature))(None, scores)
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(None, scores)
     return scores[0].softmax(0)
 
 
@@ -29,6 +40,10 @@ SETTINGS = [
     {"top_p": 0.6},
     {"top_p": 0.999},
     {"temperature": 2.0, "top_k": 5, "top_p": 0.7},
+    {"min_p": 0.2},
+    {"temperature": 1.5, "min_p": 0.3},
+    {"temperature": 2.0, "top_k": 6, "top_p": 0.9, "min_p": 0.35},
+    {"min_p": 1.0},
 ]
 
 
@@ -50,6 +65,68 @@ def test_draws_follow_the_distribution(settings):
     assert (counts[expected == 0] == 0).all()
     deviation = (counts / draws - expected).abs()
     assert (deviation <= 4.5 * (expected * (1 - expected) / draws).sqrt() + 1e-12).all()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_settings_give_transformers_distribution(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
+    size = int(number(2, 60))
+    logits = torch.randn(size, generator=generator) * 3
+    ids = torch.randint(size, (int(number(1, 9)),), generator=generator).tolist()
+    settings = {
+        "temperature": number(0.3, 2),
+        "top_k": int(number(0, size + 3)),
+        "top_p": number(0.3, 1),
+        "min_p": number(0, 0.5),
+        "repetition_penalty": number(0.5, 2),
+    }
+    sampler = Sampler(SamplingConfig(do_sample=True, **settings), ids)
+    scores, tokens = sampler._penalized(logits.double()).sort(descending=True)
+    weights = torch.zeros(size, dtype=torch.float64)
+    weights[tokens] = sampler._filtered(scores)
+    torch.testing.assert_close(weights / weights.sum(), reference(logits, ids=ids, **settings))
+
+
+def test_the_penalty_is_on_what_prompt_and_answer_hold_once_each():
+    """Greedy: each token is the best that is not penalised below another; transformers' processor says which."""
+    logits = torch.tensor([3.0, 2.9, 2.8, -0.1, 1.0])
+    sampler, ids = Sampler(SamplingConfig(repetition_penalty=1.5), [4, 4]), [4, 4]
+    for _ in range(6):
+        scores = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([ids]), logits[None].double())
+        ids.append(sampler(logits))
+        assert ids[-1] == int(scores.argmax())
+    assert ids[2:5] == [0, 1, 2]
+    alone = Sampler(SamplingConfig(), [4])
+    assert [alone(logits) for _ in range(3)] == [0, 0, 0]
+
+
+def test_logprobs_are_the_models_own():
+    expected = LOGITS.double().log_softmax(0)
+    found = Logprobs.of(LOGITS, 4, 3)
+    assert found.token_id == 4 and found.logprob == pytest.approx(expected[4].item())
+    assert [token for token, _ in found.top] == [1, 3, 6]
+    assert [value for _, value in found.top] == pytest.approx(expected[[1, 3, 6]].tolist())
+    assert Logprobs.of(LOGITS, 4, 0).top == ()
+    assert len(Logprobs.of(LOGITS, 4, 99).top) == len(LOGITS)
+    assert [token for token, _ in Logprobs.of(torch.zeros(4), 0, 2).top] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "greedy"),
+        ({"do_sample": True}, "temperature 1"),
+        ({"do_sample": True, "temperature": 0}, "greedy"),
+        ({"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3}, None),
+        ({"repetition_penalty": 1.1}, "greedy, repetition_penalty 1.1"),
+    ],
+)
+def test_settings_in_words(settings, words):
+    assert str(SamplingConfig(**settings)) == (words or "temperature 0.7, top_k 5, top_p 0.9, min_p 0.1")
 
 
 def test_greedy():
@@ -124,6 +201,11 @@ def test_overflowed_logits(value):
         ({"top_p": 0}, "top_p is 0; it must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_p": None}, "top_p is None"),
+        ({"min_p": -0.1}, "min_p is -0.1; it must be from 0"),
+        ({"min_p": 2}, "min_p is 2; it must be from 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a positive number, 1 for none"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+        ({"do_sample": False, "min_p": 0.1}, "min_p is 0.1 but do_sample is false"),
         ({"seed": -1}, "seed is -1; it must be an integer from 0"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"do_sample": False, "temperature": 0.7}, "temperature is 0.7 but do_sample is false; leave it out"),

@@ -14,7 +14,15 @@ from crypten_llm.session.settings import Child, LaunchConfig, ProtocolConfig, sp
 
 CHANGED = {
     **{"engine": "crypten", "compute_parties": 4, "precision_bits": 12, "tape": "tapes", "timeout": 7.5, "threads": 3},
-    **{"network": "20ms,100", "host": "10.0.0.1", "tls": "keys", "offline": True, "verbose": True, "progress": True},
+    **{
+        "network": "20ms,100",
+        "host": "10.0.0.1",
+        "tls": "keys",
+        "offline": True,
+        "verbose": True,
+        "progress": True,
+        "shielded": True,
+    },
 }
 """Another value than the default for each setting; "tape" is for engine wire alone."""
 
@@ -24,10 +32,12 @@ def test_each_setting_is_covered_here():
     without = [
         setting.name for kind in (ProtocolConfig, LaunchConfig) for setting in fields(kind) if not setting.metadata
     ]
-    assert without == ["progress"], "bars follow the terminal; any other setting has an option"
+    assert without == ["progress", "shielded"], (
+        "bars follow the terminal, and chat has Ctrl-C; all others have an option"
+    )
 
 
-@pytest.mark.parametrize("name", sorted(CHANGED.keys() - {"progress"}))
+@pytest.mark.parametrize("name", sorted(CHANGED.keys() - {"progress", "shielded"}))
 @pytest.mark.parametrize("command", ["generate", "bench", "party"])
 def test_an_option_sets_its_setting_alone(command, name):
     value = CHANGED[name]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import sentencepieces
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
@@ -201,6 +202,24 @@ def test_a_model_file_without_its_package_names_it(tmp_path, monkeypatch, conten
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(UsageError, match=f"needs the package '{package}', .* pip install {package}'"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"legacy": True}])
+def test_a_folder_with_tokenizer_model_alone(tmp_path, settings):
+    """The library's own ids; text with several spaces, which transformers joins for some models, is its affair."""
+    reference = sentencepieces.train(tmp_path)
+    shutil.copy(SHIPPED / "config.json", tmp_path)
+    change(tmp_path / "tokenizer_config.json", **settings)
+    found = load_tokenizer(tmp_path)
+    for text in ("The capital of France", "12 naïve 日本 🙂", "the rounds of a layer."):
+        ids = found(text)["input_ids"]
+        assert ids == [1, *reference.encode(text)]
+        assert found.decode(ids, skip_special_tokens=True) == text
+    assert encode_prompt(found, "<s>The capital").count(1) == 1
+    known = tokenizer.digest(tmp_path)
+    assert known == tokenizer.digest_of(found) and len(known) == 64
+    found.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").exists() and tokenizer.digest(tmp_path / "saved") == known
 
 
 def test_a_digest_is_of_what_ids_stand_for(folder):

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import joined, open_wires, play, reconstruct, run, share, signed
 
+from crypten_llm.kernels.ring import packed_size
 from crypten_llm.protocols import products
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.secret import Overflow
-from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 
 NARROW, LIFTED, WHOLE = dict(size=48), dict(size=40, lifted=64), dict(size=64)
 KINDS = {"narrow": NARROW, "lifted": LIFTED, "whole": WHOLE}
@@ -111,12 +112,6 @@ def weight(runtime, integers, scale=8):
     return play(runtime, products.own(runtime, plain, integers.shape, scale))
 
 
-def looked_up(runtime, ids, count, matrix):
-    """Rows of the matrix for ids that the client alone is given."""
-    mine = ids if runtime.role == CLIENT else None
-    return play(runtime, products.lookup(runtime, mine, count, matrix, bits=8))
-
-
 @pytest.mark.parametrize("kind", ["narrow", "whole"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_linear(kind, rows):
@@ -161,28 +156,6 @@ def test_a_weight_that_32_bits_do_not_hold_is_refused():
         run(lambda runtime: play(runtime, products.own(runtime, torch.tensor([[torch.inf]]), (1, 1), 8)))
 
 
-def test_lookup_gives_the_rows_of_the_ids():
-    table, ids = integers(101, 6), torch.tensor([0, 100, 37, 37])
-
-    def job(runtime):
-        return looked_up(runtime, ids, 4, weight(runtime, table))
-
-    outcome = run(job)
-    assert torch.equal(reconstruct(outcome), table[ids])
-    assert (outcome.results[0].scale, outcome.results[0].width) == (8, 32)
-
-
-@pytest.mark.parametrize("wrong", [-1, 101])
-def test_lookup_refuses_an_id_outside_the_vocabulary(wrong):
-    table = integers(101, 6)
-
-    def job(runtime):
-        looked_up(runtime, torch.tensor([5, wrong]), 2, weight(runtime, table))
-
-    with pytest.raises(ValueError, match=f"token id {wrong} is not in a vocabulary of 101"):
-        run(job)
-
-
 def test_a_result_that_could_wrap_is_refused_by_name():
     x = torch.ones(2, 2, dtype=torch.int64)
 
@@ -202,8 +175,73 @@ def test_a_result_that_could_wrap_is_refused_by_name():
     refused("matrix product: ", products.matmul, narrow, WHOLE, transposed=False, bits=24)
     with pytest.raises(Overflow, match="linear layer: "):
         run(lambda runtime: products.linear(runtime, *wires(runtime, (x, narrow)), weight(runtime, x), bits=16))
-    with pytest.raises(Overflow, match="embedding: "):
-        run(lambda runtime: play(runtime, products.lookup(runtime, None, 1, weight(runtime, x), bits=24)))
+
+
+DROPS = pytest.mark.parametrize("dropped", [0, 3, 4, 5, 20, 46])
+
+
+def check_dropped(outcome, expected, dropped, dealt=1):
+    """Each dealt product is off by a 32nd of what is left after ``dropped`` bits; by nothing where none is left out."""
+    error = reconstruct(outcome) - expected
+    assert error.abs().max() <= (0 if dropped <= 4 else dealt * 2 ** (dropped - 5))
+    assert dropped <= 4 or error.any()
+
+
+@DROPS
+@pytest.mark.parametrize(("left", "right"), [("narrow", "narrow"), ("narrow", "lifted"), ("lifted", "lifted")])
+def test_products_whose_low_bits_will_be_dropped(left, right, dropped):
+    x, y = integers(30, 40), integers(30, 40, seed=1)
+    outcome = product_of(products.multiply, (x, KINDS[left]), (y, KINDS[right]), dropped=dropped)
+    check_dropped(outcome, x * y, dropped, 2 ** (left, right).count("lifted"))
+
+
+@DROPS
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrix_products_whose_low_bits_will_be_dropped(transposed, dropped):
+    x, y = integers(2, 9, 7), integers(2, 7, 8, seed=1)
+    inputs = (x, NARROW), (y.transpose(-1, -2).contiguous() if transposed else y, WHOLE)
+    outcome = product_of(products.matmul, *inputs, transposed=transposed, bits=27, dropped=dropped)
+    check_dropped(outcome, x @ y, dropped)
+
+
+@DROPS
+def test_linear_layers_whose_low_bits_will_be_dropped(dropped):
+    x, w = integers(9, 33), integers(20, 33, seed=1)
+
+    def job(runtime):
+        matrix = weight(runtime, w)
+        return products.linear(runtime, *wires(runtime, (x, NARROW)), matrix, bits=24, dropped=dropped)
+
+    check_dropped(run(job), x @ w.t(), dropped)
+
+
+@pytest.mark.parametrize("dropped", [0, 9])
+@pytest.mark.parametrize("share_of_entries", [0.0, 0.5, 1.0])
+def test_entries_that_nobody_reads_are_not_dealt(share_of_entries, dropped):
+    """Visible ones are right, wherever they are."""
+    x, y = integers(3, 9, 7), integers(3, 11, 7, seed=1)
+    visible = torch.rand((3, 9, 11), generator=torch.Generator().manual_seed(0)) < share_of_entries
+    outcome = product_of(
+        products.matmul, (x, NARROW), (y, NARROW), transposed=True, bits=27, dropped=dropped, visible=visible
+    )
+    error = (reconstruct(outcome) - x @ y.mT)[visible]
+    assert (error.abs() <= (2 ** (dropped - 5) if dropped else 0)).all()
+    assert outcome.sent(DEALER, CLIENT) == packed_size(int(visible.sum()), 48 - max(0, dropped - 4))
+
+
+@pytest.mark.parametrize("bits", [40, 48, 64])
+def test_weights_that_are_handed_over_in_the_bits_of_their_rings(bits):
+    x, w = integers(4, 33), integers(20, 33, seed=1)
+
+    def job(runtime):
+        plain = w.double() if runtime.role == OWNER else None
+        matrix = play(runtime, products.own(runtime, plain, w.shape, 0, bits))
+        (wire,) = wires(runtime, (x, dict(size=min(bits, 48))))
+        return products.linear(runtime, wire, matrix, bits=30)
+
+    outcome = run(job)
+    assert torch.equal(reconstruct(outcome), x @ w.t())
+    assert len(outcome.frames[OWNER][0].payload) == packed_size(w.numel(), bits)
 
 
 def test_matrix_products_take_exact_wires():

@@ -7,10 +7,11 @@ read, so that a typing error is answered at once.
 
 import crypten_llm
 from crypten_llm.commands.command_line import Parser, add_command, run
-from crypten_llm.commands.verbs import bench, cost, deal, debug_compare, doctor, generate, keys, party, trace
+from crypten_llm.commands.verbs import bench, chat, cost, deal, debug_compare, doctor, generate, keys, party, trace
 
 COMMANDS = {
     "generate": generate,
+    "chat": chat,
     "bench": bench,
     "deal": deal,
     "cost": cost,

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def add_model(self) -> None:
-        what = "'shipped', a Hugging Face folder, or a hub id (default: shipped)"
+        what = "'shipped', a Hugging Face folder, a GGUF file, or a hub id (default: shipped)"
         self.add_argument("--model", default="shipped", help=what)
 
     def add_policy_settings(self) -> None:

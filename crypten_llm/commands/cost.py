@@ -127,8 +127,8 @@ def predict(
     check_policy(plan.policy)
     plan.check(config)
     links = Links()
-    acts = generation.parse_policy(plan.policy).acts
-    make_model = Llama if acts else functools.partial(_AlikeLayers, links)
+    differ = generation.parse_policy(plan.policy).acts or len(set(config.windows)) > 1
+    make_model = Llama if differ else functools.partial(_AlikeLayers, links)
     there: Any = links  # stands for a transport
     party = Party(CostEngine(links), there, compute_parties=2, make_model=make_model)
     links.say({"config": config.to_dict(), "norm_scales": {}})

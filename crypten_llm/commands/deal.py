@@ -32,7 +32,7 @@ from crypten_llm.session.party import Party
 from crypten_llm.units import size
 
 if TYPE_CHECKING:
-    from crypten_llm.protocols.dealer.roles import Piece, Runtime
+    from crypten_llm.protocols.dealer.runtime import Piece, Runtime
 
 
 class _Absent:
@@ -57,7 +57,7 @@ def _generation(config: LlamaConfig, plan: Plan, requests: int) -> Iterator[dict
     yield {"config": config.to_dict(), "norm_scales": {}}
     for _ in range(requests):
         # With hidden length nobody stops early: the tape lasts for the longest answer.
-        yield {"verb": "generate", "plan": {**asdict(plan), "hide_length": True}}
+        yield {"verb": "generate", "plans": [{**asdict(plan), "hide_length": True}]}
     yield {"verb": "close"}
 
 

@@ -43,14 +43,51 @@ def _settings_with_options() -> Any:
 
 def add_model_and_prompt(parser: Parser) -> None:
     parser.add_model()
-    what = "the client's tokenizer: a folder or hub id (default: the model's)"
-    parser.add_argument("--tokenizer", help=what)
+    add_tokenizer(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the client's text")
     file = "a file with the client's text, one newline at its end left out; - for standard input"
     prompt.add_argument("--prompt-file", metavar="F", help=file)
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="the client's token ids; a file of ids after @")
     parser.add_chunk()
+
+
+def add_tokenizer(parser: Parser) -> None:
+    what = "the client's tokenizer: a folder, GGUF file or hub id (default: the model's)"
+    parser.add_argument("--tokenizer", help=what)
+
+
+def add_answer(parser: Parser) -> None:
+    """What ends an answer, and how its tokens are chosen."""
+    group = parser.add_argument_group("answer", "Not given, as the client's copy of generation_config.json has it.")
+    add = group.add_argument
+    usual = "(default: 32, or 256 with a chat template)"
+    add("--max-new-tokens", type=int, metavar="N", help=f"most tokens of an answer {usual}")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
+    eos = "token ids that end the answer (default: the client's tokenizer's and folder's); 'owner': what the owner says"
+    add("--eos-token-id", metavar="1,2|owner", help=eos)
+    add("--greedy", action="store_true", help="take the likeliest token, whatever the model's own defaults are")
+    add("--temperature", type=float, metavar="T", help="sample with this temperature")
+    add("--top-k", type=int, metavar="K", help="sample among the K best tokens")
+    add("--top-p", type=float, metavar="P", help="sample among the best tokens that hold probability P")
+    add("--min-p", type=float, metavar="P", help="sample among tokens at least P times as likely as the best")
+    add("--repetition-penalty", type=float, metavar="X", help="make tokens that were there less likely; 1 for none")
+    add("--seed", type=int, help="of the client's sampling; no secret depends on it")
+
+
+def answer(arguments: Any) -> dict:
+    """What ``add_answer`` added, as arguments of ``Request``."""
+    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if arguments.greedy and sampling:
+        raise UsageError(f"--greedy has no use for --{next(iter(sampling)).replace('_', '-')}; leave one out")
+    found = {name: getattr(arguments, name) for name in ("max_new_tokens", "repetition_penalty", "seed")}
+    eos = arguments.eos_token_id
+    if eos is not None:
+        found["eos_token_id"] = eos if eos == "owner" else whole_numbers("--eos-token-id", eos)
+    if arguments.greedy or sampling:
+        found["do_sample"] = not arguments.greedy
+    return {**found, **sampling, "stop": arguments.stop, "prefill_chunk": arguments.chunk, "policy": policy(arguments)}
 
 
 def prompt(arguments: Any) -> dict:

@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from crypten_llm.errors import CryptenLLMError
 from crypten_llm.models.tokenizer import has_chat_template
-from crypten_llm.session.api import PrivateLlama, Request, Result, check_policy
+from crypten_llm.session.api import PrivateLlama, check_policy
 from crypten_llm.session.bench import Shape
+from crypten_llm.session.defaults import FILE
 from crypten_llm.session.generation import Progress, Step
 from crypten_llm.session.report import cost_table, revealed_table
+from crypten_llm.session.request import OWNERS, Asked, Request, Result
 from crypten_llm.session.settings import ProtocolConfig, split
 from crypten_llm.units import size
 
@@ -33,13 +35,15 @@ def say(text: str = "") -> None:
 def show_generation(request: Request, model: str, tokenizer: str | None, as_json: bool, **settings: Any) -> Result:
     """Loads, streams the answer, prints what it cost and what it revealed; settings as for ``from_pretrained``."""
     protocol, launched = split(settings)
-    say(_who(protocol))
+    say(who(protocol))
     with PrivateLlama.from_pretrained(model, tokenizer=tokenizer, first=request, **settings) as llama:
         say(f"model shared in {llama.load_seconds:.1f} s")
         if request.prompt is not None and not request.chat and has_chat_template(llama.tokenizer):
             say("the tokenizer has a chat template, which is not applied to the prompt; --chat applies it")
-        _stream(llama, request, launched.progress, show_text=not as_json)
-        result = llama.result
+        asked = llama.prepare(request)
+        say_decoding(llama, asked)
+        _stream(llama, asked, launched.progress, show_text=not as_json)
+        (result,) = llama.result
     say()
     if protocol.is_private:
         say(cost_table(result.cost))
@@ -52,7 +56,25 @@ def show_generation(request: Request, model: str, tokenizer: str | None, as_json
     return result
 
 
-def _who(protocol: ProtocolConfig) -> str:
+def say_decoding(llama: PrivateLlama, asked: Asked) -> None:
+    """How tokens will be chosen and what ends the answer, and who says so."""
+    request, defaults = asked.request, llama.defaults
+    if request.eos_token_id is None:
+        source = defaults.stop_source
+    else:
+        source = "as the owner announces" if request.eos_token_id == OWNERS else "as asked for"
+    until = f"until token {', '.join(map(str, asked.stop_ids))} ({source})"
+    if not asked.stop_ids:
+        until = "and no token ends it: --eos-token-id says which would"
+    stops = f" or one of {len(request.stops)} stop texts" if request.stops else ""
+    used = [name for name in defaults.sampling if getattr(request, name) is None and name != "do_sample"]
+    source = f" ({FILE})" if used and (asked.sampling.do_sample or "repetition_penalty" in used) else ""
+    say(f"decoding: {asked.sampling}{source}, at most {asked.plan.max_new_tokens} tokens, {until}{stops}")
+    if defaults.not_followed:
+        say(f"{FILE} asks for {', '.join(defaults.not_followed)}, which is not followed here")
+
+
+def who(protocol: ProtocolConfig) -> str:
     if not protocol.is_private:
         return "engine plain: one process sees everything, nothing is private"
     names = protocol.roles
@@ -64,7 +86,7 @@ def _who(protocol: ProtocolConfig) -> str:
 
 
 @contextmanager
-def _closed(events: Any) -> Any:
+def closed(events: Any) -> Any:
     """Closed here, whatever ends its reading. Ctrl-C ends the other parties too, and is what is reported then."""
     try:
         yield events
@@ -76,10 +98,10 @@ def _closed(events: Any) -> Any:
         events.close()
 
 
-def _stream(llama: PrivateLlama, request: Request, progress: bool, show_text: bool) -> None:
+def _stream(llama: PrivateLlama, asked: Asked, progress: bool, show_text: bool) -> None:
     as_text = llama.has_tokenizer
     bar = tqdm(desc="prefill", unit="token", total=1, disable=not progress, leave=False)
-    with _closed(llama.stream(**vars(request))) as events:
+    with closed(llama.stream([asked.request])) as events:
         for event in events:
             match event:
                 case Progress(done, total):
@@ -89,7 +111,7 @@ def _stream(llama: PrivateLlama, request: Request, progress: bool, show_text: bo
                     if event.index == 0:
                         bar.close()
                         say(f"prefill in {event.seconds:.1f} s")
-                        hidden, total = not progress or show_text, request.max_new_tokens
+                        hidden, total = not progress or show_text, asked.plan.max_new_tokens
                         bar = tqdm(desc="decode", unit="token", total=total, disable=hidden, leave=False)
                     bar.update()
                     if show_text:
@@ -97,7 +119,7 @@ def _stream(llama: PrivateLlama, request: Request, progress: bool, show_text: bo
     bar.close()
     if show_text:
         print(flush=True)
-    result = llama.result
+    (result,) = llama.result
     pace = result.seconds["per_token"]
     say(
         f"{result.prompt_tokens} prompt tokens, {len(result.token_ids)} new ({result.finish_reason})"

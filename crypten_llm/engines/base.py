@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from crypten_llm.engines.domain import Calibration
 from crypten_llm.errors import UsageError
 from crypten_llm.links.meter import Meter
 from eviction.operations import Handle
 
 Method = TypeVar("Method")
+Result = TypeVar("Result")
 
 if TYPE_CHECKING:
     from crypten_llm.session.calibration import Ranges
@@ -39,8 +41,10 @@ class Engine(ABC):
     is_private: bool  # whether handles are secrets
     layer_error: float  # declared: of a layer's output on random inputs and weights of unit size (``bench``)
     softmax_base: float = math.e  # scores are exponents of this
+    tells_range: bool = False  # whether it tells both parties, with each value that is opened, if any left its range
     dealer_follows: bool = False  # whether the dealer runs the same program, ahead of the parties' need
     dealer: Any = None  # or the engine's link to a dealer that answers requests
+    rounds: Any = None  # where programs can share rounds: what runs them side by side
     rank: int
 
     if TYPE_CHECKING:
@@ -67,13 +71,13 @@ class Engine(ABC):
         number).
         """
 
-    def calibrate(self, measure: Callable[[], Ranges]) -> dict[str, float]:
-        """At the owner, before its weights are shared: public scales for the model's norms, by weight name.
+    def calibrate(self, measure: Callable[[], Ranges]) -> Calibration:
+        """At the owner, before its weights are shared: public scales for the model's norms, and how far its numbers go
+        beside the ranges of the engine's functions.
 
-        measure: runs the model in the clear, for an engine that wants to know. Raises UsageError when the model leaves
-        the domain of the engine's functions.
+        measure: runs the model in the clear, for an engine that wants to know.
         """
-        return {}
+        return Calibration(self.name)
 
     @required
     def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Handle:
@@ -155,6 +159,13 @@ class Engine(ABC):
                 f"engine {self.name!r} cannot run policy {policy.name}: it lacks {', '.join(missing)}; choose another "
                 "engine (--engine) or another policy (--policy)"
             )
+
+    def side_by_side(self, programs: list[Callable[[], Result]]) -> list[Result]:
+        """What each of these programs returns, which know nothing of each other.
+
+        They share rounds where the engine has such; elsewhere one runs after another.
+        """
+        return self.rounds.side_by_side(programs) if self.rounds else [program() for program in programs]
 
     def section(self, label: str) -> AbstractContextManager[None]:
         """Context around a stretch of the program whose randomness starts afresh: a prefill, a decode step."""

@@ -168,7 +168,10 @@ class TrackedEngine(OpenedEngine):
 
     def _outside_plain(self, name: str, given: list, made: Tracked) -> str:
         if name == "swiglu":
-            gate, up = (outside(self.config, f"swiglu {which}", x.value) for which, x in zip(("gates", "up"), given))
+            gate, up = (
+                outside(self.config, f"swiglu {which}", x.value)
+                for which, x in zip(("gates", "up"), given, strict=False)
+            )
             return gate or up
         return outside(self.config, name, (made if name in ("mix", "residual") else given[0]).value)
 

@@ -1,8 +1,8 @@
 """Kernels for processors: compiled loops over words (signatures and meanings: ``kernels.ring``).
 
 Owns the loops, which Numba compiles on first use; ``python -m experiments.measure.ring_kernels`` times the products
-beside torch's and the memory's bandwidth. What is wider than a word is in ``limbs``, ``ones`` and ``exponents``; the others
-are in ``trigonometry``, ``tables``, ``places`` and ``keys``.
+beside torch's and the memory's bandwidth. What is wider than a word is in ``limbs``, ``ones`` and
+``exponents``; the others are in ``trigonometry``, ``tables``, ``places`` and ``dcf``.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import exponents, keys, limbs, ones, places, tables, trigonometry
+from crypten_llm.kernels import dcf, exponents, limbs, ones, places, tables, trigonometry
 from crypten_llm.kernels.compiling import compiled
 
 _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
@@ -259,47 +259,11 @@ def _keep(bits: int) -> np.int64:
 
 # Comparison keys, and what has modules of its own.
 
-
-def compare_keys(alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, levels: int, modulus: int) -> list[Tensor]:
-    count, words = beta.shape
-    seeds = torch.empty(levels, count, 2, dtype=torch.int64)
-    values, leaves = (torch.empty(n, count, words, dtype=torch.int64) for n in (levels, levels + 1))
-    flags = torch.empty(levels, count, dtype=torch.uint8)
-    made = _unsigned(seeds), _unsigned(values), _unsigned(leaves), flags.numpy()
-    keys.generate(
-        _unsigned(alpha), _unsigned(beta), _unsigned(seed0), _unsigned(seed1), levels, np.uint64(modulus), *made
-    )
-    return [seeds, values, leaves, flags]
-
-
-def compare(
-    seed: Tensor,
-    common: list[Tensor],
-    party: int,
-    opened: Tensor,
-    width: int,
-    thresholds: Tensor,
-    stops: Tensor,
-    modulus: int,
-) -> tuple[Tensor, Tensor]:
-    seeds, values, leaves, flags = common
-    shape = (opened.shape[0], thresholds.shape[0])
-    out = torch.empty(*shape, values.shape[-1], dtype=torch.int64)
-    tops = torch.empty(shape, dtype=torch.int64)
-    corrections = _unsigned(seeds), _unsigned(values), _unsigned(leaves), flags.contiguous().numpy()
-    points = _unsigned(opened), width, _unsigned(thresholds), stops.numpy()
-    keys.evaluate(_unsigned(seed), *corrections, party, *points, np.uint64(modulus), _unsigned(out), tops.numpy())
-    return out, tops
-
-
-def _unsigned(words: Tensor) -> np.ndarray:
-    return words.contiguous().numpy().view(np.uint64)
-
-
+compare_keys, compare = dcf.compare_keys, dcf.compare
 turn_table, read_table = tables.turn_table, tables.read_table
 turn_signs, read_signs = tables.turn_signs, tables.read_signs
 turn_bits, read_bits = tables.turn_bits, tables.read_bits
-waves, combine, turned = trigonometry.waves, trigonometry.combine, trigonometry.turned
+waves, combine = trigonometry.waves, trigonometry.combine
 coefficients = trigonometry.coefficients
 cosines, add_cosines = trigonometry.cosines, trigonometry.add_cosines
 flip_places, parities, xor_rows = places.flip_places, places.parities, places.xor_rows

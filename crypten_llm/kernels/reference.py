@@ -13,8 +13,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import reference_places, reference_trigonometry, reference_wide
-from crypten_llm.kernels.reference_words import as_words, indices, integers, signed, write
+from crypten_llm.kernels import reference_keys, reference_places, reference_trigonometry, reference_wide
+from crypten_llm.kernels.integers import as_words, indices, integers, signed, write
 from crypten_llm.kernels.ring import DIGITS, SIGNS
 
 # Key streams.
@@ -90,7 +90,7 @@ def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 # Of modules of their own.
 
-waves, combine, turned = reference_trigonometry.waves, reference_trigonometry.combine, reference_trigonometry.turned
+waves, combine = reference_trigonometry.waves, reference_trigonometry.combine
 coefficients = reference_trigonometry.coefficients
 cosines, add_cosines = reference_trigonometry.cosines, reference_trigonometry.add_cosines
 flip_places, parities, xor_rows = reference_places.flip_places, reference_places.parities, reference_places.xor_rows
@@ -165,113 +165,6 @@ def read_bits(words: Tensor, opened: Tensor, flips: Tensor, one: int) -> Tensor:
     return as_words(found, opened.shape)
 
 
-# Comparison keys: a binary tree of seeds, whose node has a seed of 128 bits, of which the lowest is zero, and a control
-# bit. At a node off the path to alpha the parties' seeds and bits are equal, so their values cancel.
+# Comparison keys.
 
-Pair = tuple[int, ...]  # two words: a seed, or a value
-
-
-def _block(seed: Pair) -> list[int]:
-    """The 8 words of 64 bits of a ChaCha20 block under the seed twice, counter and nonce 0 (RFC 8439, section 2.3)."""
-    key = [half >> 32 * i & 2**32 - 1 for half in seed for i in (0, 1)]
-    start = [int.from_bytes(b"expand 16-byte k"[i : i + 4], "little") for i in range(0, 16, 4)]
-    start = [*start, *key, *key, 0, 0, 0, 0]
-    x = start.copy()
-
-    def quarter(a: int, b: int, c: int, d: int) -> None:
-        for first, second, third, turn in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
-            x[first] = (x[first] + x[second]) % 2**32
-            mixed = x[third] ^ x[first]
-            x[third] = (mixed << turn | mixed >> 32 - turn) % 2**32
-
-    for _ in range(10):
-        for i in range(4):
-            quarter(i, 4 + i, 8 + i, 12 + i)
-        for i in range(4):
-            quarter(i, 4 + (i + 1) % 4, 8 + (i + 2) % 4, 12 + (i + 3) % 4)
-    words = [(a + b) % 2**32 for a, b in zip(x, start, strict=True)]
-    return [low + (high << 32) for low, high in zip(words[::2], words[1::2], strict=True)]
-
-
-def _split(first: int, second: int) -> tuple[Pair, int]:
-    """A seed and its control bit."""
-    return (first - first % 2, second), first % 2
-
-
-def _children(seed: Pair) -> list[tuple[Pair, int, Pair]]:
-    """(seed, control bit, value) of the left child and of the right one. A leaf's value is what would be its left
-    child's.
-    """
-    block = _block(seed)
-    return [(*_split(*block[2 * side : 2 * side + 2]), tuple(block[4 + 2 * side : 6 + 2 * side])) for side in (0, 1)]
-
-
-def compare_keys(alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, bits: int) -> list[Tensor]:
-    payloads, first, second = (rows.reshape(-1, 2).tolist() for rows in (beta, seed0, seed1))
-    numbers = zip(integers(alpha), payloads, first, second, strict=True)
-    keys = [_key(limit, payload, one, other, bits) for limit, payload, one, other in numbers]
-    count, levels = len(keys), range(bits)
-    seeds = [word for level in levels for key in keys for word in key[level][0]]
-    values = [word for level in range(bits + 1) for key in keys for word in key[level][1]]
-    flags = [left + 2 * right for level in levels for key in keys for left, right in [key[level][2]]]
-    return [
-        as_words(seeds, (bits, count, 2)),
-        as_words(values, (bits + 1, count, 2)),
-        torch.tensor(flags, dtype=torch.uint8).reshape(bits, count),
-    ]
-
-
-def _key(alpha: int, beta: list[int], seed0: list[int], seed1: list[int], bits: int) -> list[tuple]:
-    """By level the corrections (of the seed, of the value, of both control bits); then that of the leaf's value.
-
-    Figure 1 of Boyle et al. (EUROCRYPT 2021), whose notation this keeps: V is what the parties' values so far differ
-    by on the path to alpha.
-    """
-    seeds = [_split(*(word % 2**64 for word in seed))[0] for seed in (seed0, seed1)]
-    controls, v, key = [0, 1], [0, 0], []
-    for level in range(bits):
-        bit = alpha >> bits - 1 - level & 1
-        nodes = [_children(seed) for seed in seeds]
-        lost = [node[1 - bit] for node in nodes]
-        kept = [node[bit] for node in nodes]
-        sign = -1 if controls[1] else 1
-        seed = tuple(a ^ b for a, b in zip(lost[0][0], lost[1][0], strict=True))
-        value = tuple(sign * (lost[1][2][w] - lost[0][2][w] - v[w] + bit * beta[w]) for w in (0, 1))
-        flags = tuple(nodes[0][side][1] ^ nodes[1][side][1] ^ (side == bit) for side in (0, 1))
-        v = [v[w] + kept[0][2][w] - kept[1][2][w] + sign * value[w] for w in (0, 1)]
-        seeds = [
-            tuple(a ^ t * b for a, b in zip(child[0], seed, strict=True))
-            for child, t in zip(kept, controls, strict=True)
-        ]
-        controls = [child[1] ^ t * flags[bit] for child, t in zip(kept, controls, strict=True)]
-        key.append((seed, value, flags))
-    leaves = [_children(seed)[0][2] for seed in seeds]
-    sign = -1 if controls[1] else 1
-    return [*key, (None, tuple(sign * (leaves[1][w] - leaves[0][w] - v[w]) for w in (0, 1)))]
-
-
-def compare(seed: Tensor, common: list[Tensor], party: int, points: Tensor) -> Tensor:
-    corrections, sign = [part.tolist() for part in common], -1 if party else 1
-    results = []
-    for n, (first, second) in enumerate(seed.tolist()):
-        root = _split(first % 2**64, second % 2**64)[0]
-        for point in points[n].tolist():
-            found = _descend(root, int(party), point % 2**64, 0, n, corrections)
-            results += [sign * word for word in found]
-    return as_words(results, (*points.shape, 2))
-
-
-def _descend(seed: Pair, control: int, point: int, level: int, n: int, corrections: list) -> tuple[int, int]:
-    """The sum of what a node and all below it on the way to ``point`` add, before the party's sign."""
-    seeds, values, flags = corrections
-    children, value = _children(seed), values[level][n]
-    if level == len(seeds):
-        own = children[0][2]
-        return own[0] + control * value[0], own[1] + control * value[1]
-    side = point >> len(seeds) - 1 - level & 1
-    child, bit, own = children[side]
-    if control:
-        child = tuple(a ^ b % 2**64 for a, b in zip(child, seeds[level][n], strict=True))
-        bit ^= flags[level][n] >> side & 1
-    below = _descend(child, bit, point, level + 1, n, corrections)
-    return own[0] + control * value[0] + below[0], own[1] + control * value[1] + below[1]
+compare_keys, compare = reference_keys.compare_keys, reference_keys.compare

@@ -15,6 +15,8 @@ but for those that say so.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -24,6 +26,56 @@ TABLE_WORDS = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64
 DIGITS = 4  # of a comparison by digits
 SIGNS = DIGITS + 1  # bits of the weighed sum of their signs
 MANTISSA = 14  # bits of the mantissas of exponents
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a comparison's payload is: ``count`` numbers modulo 2^bits, bits at most 128; or, where ``modulus`` is
+    given, one modulo that, from 2 to 2^16 - 1 (``residues``), where a 64-bit word taken modulo it is uniform but for
+    2^-48. As a tensor: limbs [..., count, limbs], the lowest word first.
+    """
+
+    count: int
+    bits: int
+    modulus: int = 0
+
+    @classmethod
+    def residues(cls, modulus: int) -> "Group":
+        assert 2 <= modulus < 2**16, f"a payload's modulus is from 2 to 2^16 - 1, not {modulus}"
+        return cls(1, (modulus - 1).bit_length(), modulus)
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.bits <= 128 and self.count * self.limbs <= 4, f"{self} does not fit a generator's two blocks"
+
+    @property
+    def limbs(self) -> int:
+        return limbs(self.bits)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What comparison keys are for; public.
+
+    Z is opened as M = Z + r modulo 2^width, and each Z - thresholds[k] is asked for its sign, its top bit modulo
+    2^width. That is the top bit of the point p = M - thresholds[k], xor that of r, xor whether p < r in the bits below
+    the top. The latter is decided without the lowest stops[k] bits: a number by at most 2^stops[k] below zero may
+    count as not negative, and one by as much below 2^(width - 1) as negative.
+    """
+
+    width: int
+    thresholds: tuple[int, ...]
+    stops: tuple[int, ...]
+    group: Group
+
+    @cached_property
+    def levels(self) -> int:
+        """Bits that a key compares."""
+        return self.width - 1 - min(self.stops, default=self.width - 1)
+
+    @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """The bits at which a comparison may stop, the highest first."""
+        return tuple(sorted(set(self.stops), reverse=True))
 
 
 class Bytes(Protocol):
@@ -163,9 +215,6 @@ class Kernels(Protocol):
         ``sine``, float64 [modes]. shares: words [2 modes, N].
         """
 
-    def turned(self, cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-        """Coefficients float64 [modes] of f(x + shift) from those of f, for a shift of turns / 2^64."""
-
     def coefficients(self, opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor) -> Tensor:
         """Words [2 modes, N]: the A_j of ``combine``, then the B_j."""
 
@@ -229,34 +278,29 @@ class Kernels(Protocol):
     def read_bits(self, words: Tensor, opened: Tensor, flips: Tensor, one: int) -> Tensor:
         """Words [N, T]: words[i, t, opened_it], or ``one`` less it where flips is 1."""
 
-    # Comparison keys (see ``kernels.keys``). A payload is one number modulo ``modulus``, V = 1 word; or, for modulus 0,
-    # two numbers modulo 2^128, V = 4 words, limbs.
+    # Comparison keys (see ``kernels.dcf``). Words above ``width`` bits of a mask or an opened value are ignored.
 
     def compare_keys(
-        self, alpha: Tensor, beta: Tensor, seed0: Tensor, seed1: Tensor, levels: int, modulus: int
+        self, comparison: Comparison, mask: Tensor, payload: Tensor, seed0: Tensor, seed1: Tensor
     ) -> list[Tensor]:
-        """What both parties' keys for x < alpha with payload beta have in common: seeds [levels, N, 2], values
-        [levels, N, V], leaves [levels + 1, N, V], flags uint8 [levels, N].
+        """What both parties' keys have in common, as ``key_sizes`` says.
 
-        alpha: limbs [N, A] below 2^levels. beta: words [N, V]. seed0, seed1: words [N, 2].
+        mask: r, limbs [N, A]. payload: of the group and below its modulus, [N, count, limbs]. seed0, seed1: words
+        [N, 2], uniform, each known to one party and the dealer.
         """
 
     def compare(
         self,
+        comparison: Comparison,
         seed: Tensor,
         common: list[Tensor],
         party: int,
         opened: Tensor,
-        width: int,
-        thresholds: Tensor,
-        stops: Tensor,
-        modulus: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Of points p = opened - threshold modulo 2^width: this party's share of beta * 1{p' < alpha}, words [N, K, V],
-        and bit width - 1 of p, words [N, K].
+        payload: Tensor,
+    ) -> Tensor:
+        """This party's shares in the group of payload * 1{Z - thresholds[k] is negative}: [N, K, count, limbs].
 
-        opened: limbs [N, A]; thresholds: limbs [K, A]. p' and alpha are compared from bit width - 2 of p down to bit
-        stops_k, int64 [K]; alpha has ``levels`` bits from there down.
+        opened: M, limbs [N, A]. payload: this party's shares of it, reduced, [N, count, limbs].
         """
 
 
@@ -298,6 +342,20 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
                     raise ValueError(f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not broadcast")
                 result[place] = size
     return tuple(result)
+
+
+def key_sizes(comparison: Comparison, count: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what both parties' keys for ``count`` values have in common, in the order they travel.
+
+    Correction words of the seeds at every level, [N, levels, 2]; and, packed in a row of bytes a key, of the values at
+    every level, of the leaves of each level where a comparison may stop, and of the control bits (left, then right).
+    """
+    levels, group = comparison.levels, comparison.group
+    packed = ((levels * group.count, group.bits), (len(comparison.leaves) * group.count, group.bits), (levels, 2))
+    return [
+        ((count, levels, 2), torch.int64),
+        *(((count, packed_size(numbers, bits)), torch.uint8) for numbers, bits in packed),
+    ]
 
 
 def on(device: torch.device | str) -> Kernels:

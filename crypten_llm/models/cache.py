@@ -2,7 +2,7 @@
 
 Owns what is kept between steps, and when a policy's hooks are called; one that does not act is shown nothing. A row's
 position (which RoPE used when the key was made) is apart from its index, so that rows can be dropped without touching
-the others.
+the others: a policy's, and those that have left a layer's window for good.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch
 from crypten_llm.errors import UsageError
 from eviction import FULL, Policy, PolicyError
 from eviction.operations import Layer, Seen
+from eviction.rows import take
 
 if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine
+    from crypten_llm.models.windows import Windows
     from eviction.operations import Choice, Handle, Operations
 
     class Able(Engine, Operations):
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class LayerCache:
-    """One layer's rows: ``keys`` and ``values`` [kv_heads, N, head_dim]; ``policy`` says which of them stay."""
+    """One layer's rows: ``keys`` and ``values`` [kv_heads, N, head_dim]; ``policy`` says which of them stay.
+
+    window: how many tokens, its own among them, a token of this layer sees; ``None`` for all.
+    """
 
     def __init__(
         self,
@@ -35,11 +40,13 @@ class LayerCache:
         values: Handle = None,
         layer: Layer | None = None,
         policy: Policy = FULL,
+        window: int | None = None,
     ) -> None:
         self.engine = cast("Able", engine)  # ``check_policy`` makes sure of it
         self.layer = Layer(0, 1, 0, 0, 0, 0) if layer is None else layer
         self.layer.keys, self.layer.values = keys, values
         self.policy = policy
+        self.window = window
         self.prefilled = False
         self._seen = 0
 
@@ -50,7 +57,7 @@ class LayerCache:
     def handed_to(self, policy: Policy, notes: dict, before: Layer | None = None) -> LayerCache:
         """A copy that another policy goes on with; notes: what it has noted of these rows."""
         layer = replace(self.layer, notes=dict(notes), before=before)
-        other = LayerCache(self.engine, self.keys, self.values, layer, policy)
+        other = LayerCache(self.engine, self.keys, self.values, layer, policy, self.window)
         other.prefilled, other._seen = self.prefilled, self._seen
         return other
 
@@ -68,6 +75,13 @@ class LayerCache:
     @property
     def label(self) -> str:
         return f"layer {self.layer.index}"
+
+    def slide(self) -> None:
+        """Drops the rows that no token to come sees; to be called before the next ones join."""
+        if self.window is None or len(self) < self.window:
+            return
+        assert not self.policy.acts, "a policy's rows fit the window, see ``Plan.check``"
+        take(self.engine, self.layer, torch.arange(len(self) - self.window + 1, len(self)))
 
     def append(self, keys: Handle, values: Handle) -> None:
         """Adds rows [kv_heads, T, head_dim] at the end."""
@@ -149,9 +163,21 @@ class KVCache:
     length: int = 0
 
     @classmethod
-    def empty(cls, engine: Engine, layers: int, heads: int = 0, kv_heads: int = 0, head_dim: int = 0) -> KVCache:
-        """A cache that keeps everything; a policy needs the sizes."""
-        caches = [LayerCache(engine, layer=Layer(i, layers, 0, heads, kv_heads, head_dim)) for i in range(layers)]
+    def empty(
+        cls,
+        engine: Engine,
+        layers: int,
+        heads: int = 0,
+        kv_heads: int = 0,
+        head_dim: int = 0,
+        windows: Windows = (),
+    ) -> KVCache:
+        """A cache that keeps everything that its layers' windows, if there are any, do not leave behind; a policy needs
+        the sizes."""
+        caches = [
+            LayerCache(engine, layer=Layer(i, layers, 0, heads, kv_heads, head_dim), window=window)
+            for i, window in enumerate(windows or (None,) * layers)
+        ]
         for below, cache in zip(caches, caches[1:], strict=False):
             cache.layer.before = below.layer
         return cls(caches)

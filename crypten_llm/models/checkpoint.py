@@ -1,8 +1,9 @@
-"""Model folders: finding or downloading them, their tokenizer, and reading their weights one tensor at a time.
+"""Model folders and GGUF files: finding or downloading them, their tokenizer, and reading their weights one by one.
 
 Owns every access to weight files, and only the model owner's process may call `load_weights`; the other parties know
-the shapes from the public config (`expected_shapes`). Weights are read from safetensors alone: a pickle can run code
-on load, so none is ever opened or downloaded. Names stay Hugging Face's ("model.layers.0.self_attn.q_proj.weight").
+the shapes from the public config (`expected_shapes`). Weights are read from safetensors and GGUF alone: a pickle can
+run code on load, so none is ever opened or downloaded. Names are Hugging Face's
+("model.layers.0.self_attn.q_proj.weight").
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from crypten_llm.errors import UsageError, first_line
-from crypten_llm.models import tokenizer
+from crypten_llm.models import gguf_file, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.hub import HUB_ID, download
+from crypten_llm.models.stored import Stored
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 
 _TEXT_PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS = ", ".join(_DTYPES.values())
 # Frequencies that old versions of transformers saved; they follow from the config.
 _DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 def resolve_model(name_or_path: str | Path, offline: bool = False) -> Path:
-    """The folder of a model: "shipped" (the one in this package), a local folder, or a Hugging Face hub id.
+    """Where a model is: "shipped" (the one in this package), a local folder or GGUF file, or a Hugging Face hub id.
 
     A hub id is downloaded to the local cache, safetensors weights included, unless `offline`, which only looks into
     that cache. A local folder wins over a hub id of the same name. Raises UsageError saying what to do.
@@ -64,16 +67,18 @@ def expected_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
 def load_weights(folder: str | Path, config: LlamaConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, float32 tensor) for each of `expected_shapes(config)`, in that order, reading one at a time.
 
+    folder: or a GGUF file, whose quantised weights become the floats that they stand for.
+
     The headers of all files are checked before this returns, so a wrong folder fails before any work is done.
     Tensors of a float32 file are mapped from it, copied only where written to. Raises UsageError listing every missing,
     unexpected or misshapen tensor; and while iterating, naming the first tensor with NaN or infinite values.
     """
-    files = _open(Path(folder))
+    files = gguf_file.stored(folder, config) if gguf_file.is_gguf(folder) else _open(Path(folder))
     expected = expected_shapes(config)
     _check_tensors(Path(folder), files, expected)
     if config.tie_word_embeddings and "lm_head.weight" in files:
         embedding = "model.embed_tokens.weight"
-        if not torch.equal(*(files[name].get_tensor(name) for name in ("lm_head.weight", embedding))):
+        if not torch.equal(*(files[name].read() for name in ("lm_head.weight", embedding))):
             raise UsageError(
                 f"{folder}: tie_word_embeddings is true but lm_head.weight differs from {embedding}; "
                 "set tie_word_embeddings to false in config.json if both are meant"
@@ -82,10 +87,10 @@ def load_weights(folder: str | Path, config: LlamaConfig) -> Iterator[tuple[str,
 
 
 def _read(
-    folder: Path, files: dict[str, safe_open], expected: dict[str, torch.Size]
+    folder: Path, files: dict[str, Stored], expected: dict[str, torch.Size]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name in expected:
-        tensor = files[name].get_tensor(name).to(torch.float32)
+        tensor = files[name].read().to(torch.float32)
         # Both extremes are NaN if any element is; no mask of the tensor's size is needed.
         if not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise UsageError(f"{folder}: {name} has NaN or infinite values; get a sound copy of the checkpoint")
@@ -101,17 +106,23 @@ def _resolve(name_or_path: str | Path, offline: bool, patterns: tuple[str, ...])
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
+    if gguf_file.is_gguf(path):
+        if not path.is_file():
+            raise UsageError(f"{name}: no such file; give a GGUF file, a model folder, a Hugging Face id or 'shipped'")
+        return path
     if name and path.exists():
-        raise UsageError(f"{name} is a file; give the model folder that holds config.json and *.safetensors")
+        raise UsageError(
+            f"{name} is a file; give the model folder that holds config.json and *.safetensors, or a GGUF file"
+        )
     if not HUB_ID.fullmatch(name):
         raise UsageError(f"{name!r}: no such folder; give a model folder, a Hugging Face id (owner/name) or 'shipped'")
     # Files in sub-folders are other formats of the same weights.
     return download(name, offline, patterns, ignore=("*/*",))
 
 
-def _open(folder: Path) -> dict[str, safe_open]:
-    """The open file that holds each tensor. Opening maps a file into memory, it reads no more than its header."""
-    holders: dict[str, safe_open] = {}
+def _open(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder. Opening maps a file into memory, it reads no more than its header."""
+    holders: dict[str, Stored] = {}
     index = _weight_files(folder)
     for file in dict.fromkeys(index.values()):
         path = folder / file
@@ -122,8 +133,14 @@ def _open(folder: Path) -> dict[str, safe_open]:
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} {_unreadable(path, error)}") from error
         # The single-file index names no tensor; a sharded one says which file counts.
-        holders |= {name: holder for name in holder.keys() if index.get(name, file) == file}
+        holders |= {name: _stored(holder, name) for name in holder.keys() if index.get(name, file) == file}
     return holders
+
+
+def _stored(holder: safe_open, name: str) -> Stored:
+    header = holder.get_slice(name)
+    kind = header.get_dtype()
+    return Stored(tuple(header.get_shape()), _DTYPES.get(kind, kind), kind in _DTYPES, lambda: holder.get_tensor(name))
 
 
 def _weight_files(folder: Path) -> dict[str, str]:
@@ -154,10 +171,11 @@ def _no_weights(folder: Path, single: str, index: str) -> str:
     if pickles:
         return (
             f"{folder}: only pickle checkpoints ({_shortened(pickles)}), which can run code when opened; if you trust "
-            'them, convert to safetensors: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+            'them, convert to safetensors: python -c "from transformers import AutoModelForCausalLM, AutoTokenizer; '
+            f"[part.from_pretrained('{folder}').save_pretrained('{folder}-safetensors') "
+            'for part in (AutoModelForCausalLM, AutoTokenizer)]"'
         )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    others = sorted(path.name for pattern in ("*.safetensors", "*.gguf") for path in folder.glob(pattern))
     found = f" but {_shortened(others)}" if others else ""
     return (
         f"{folder}: no {single} or {index}{found}; give a folder with safetensors weights (a hub model: run once "
@@ -171,7 +189,7 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"cannot be read as safetensors ({first_line(error)}); download it again"
 
 
-def _check_tensors(folder: Path, files: dict[str, safe_open], expected: dict[str, torch.Size]) -> None:
+def _check_tensors(folder: Path, files: dict[str, Stored], expected: dict[str, torch.Size]) -> None:
     """Raise one UsageError that lists everything about names, shapes and types that is not as expected."""
     missing = [name for name in expected if name not in files]
     accepted = expected.keys() | {"lm_head.weight"}  # with tied embeddings its value is compared later
@@ -179,20 +197,21 @@ def _check_tensors(folder: Path, files: dict[str, safe_open], expected: dict[str
     shapes, dtypes = [], []
     for name, shape in expected.items():
         if name in files:
-            found = files[name].get_slice(name)
-            if tuple(found.get_shape()) != shape:
-                shapes.append(f"{name} {found.get_shape()} instead of {list(shape)}")
-            if found.get_dtype() not in _DTYPES:
-                dtypes.append(f"{name} {found.get_dtype()}")
+            found = files[name]
+            if found.shape != shape:
+                shapes.append(f"{name} {list(found.shape)} instead of {list(shape)}")
+            if not found.known:
+                dtypes.append(f"{name} {found.kind}")
     problems = {
         "missing": missing,
         "unexpected": unexpected,
         "wrong shape": shapes,
-        f"not {', '.join(_DTYPES.values())}": dtypes,
+        f"not {_FLOATS if not gguf_file.is_gguf(folder) else 'of a type that can be read'}": dtypes,
     }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {_shortened(names)}" for what, names in problems.items() if names)
-        raise UsageError(f"{folder}: the weights do not fit config.json: {listed}")
+        said = "its metadata" if gguf_file.is_gguf(folder) else "config.json"
+        raise UsageError(f"{folder}: the weights do not fit {said}: {listed}")
 
 
 def _shortened(names: list[str], limit: int = 12) -> str:

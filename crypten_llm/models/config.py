@@ -1,48 +1,31 @@
-"""The public facts of a model: its architecture, read from a Hugging Face config.json.
+"""The public facts of a model: its architecture, read from a Hugging Face config.json or a GGUF file's metadata.
 
-Owns which configurations are supported and every check on them; where families differ, ``family`` says so. A field
-that would make the model compute something else is refused by name: silently wrong logits are worse than an error.
+Owns which configurations are supported and every check on what is read of them; where families differ, ``family`` says
+so, and what becomes of fields that are not read, ``config_fields``. What would make the model compute something else is
+refused by name: silently wrong logits are worse than an error.
 Everything here is known to all parties; weights and token ids have no place in this file, and it imports no tensor
 library.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from crypten_llm.errors import UsageError
+from crypten_llm.models.config_fields import check_unread
 from crypten_llm.models.family import FAMILIES, Family
 from crypten_llm.models.fields import integer, is_integer, number, read_json, short
+from crypten_llm.models.gguf_file import SUFFIX, is_gguf, read_config
 from crypten_llm.models.rope_config import RopeConfig, read_rope, refuse_partial_rotation
+from crypten_llm.models.windows import Windows, read_windows, write_windows
 
-# Fields of real config.json files that do not change the logits. Dropout is off at inference; pretraining_tp only
-# splits a product into slices; the third group steers generate(), which is not used here.
-_HARMLESS = frozenset(
-    """
-    architectures attention_dropout attn_implementation attn_pdrop embd_pdrop hidden_dropout resid_pdrop dtype
-    torch_dtype transformers_version transformers.js_config name_or_path use_cache initializer_range pretraining_tp
-    pad_token_id gradient_checkpointing neftune_noise_alpha is_llama_config unsloth_fixed unsloth_version
-    original_max_position_embeddings max_sequence_length model_max_length tokenizer_model_max_length
-    tokenizer_padding_side tokenizer_class padding_side
-
-    chunk_size_feed_forward finetuning_task id2label label2id num_labels problem_type is_decoder output_attentions
-    output_hidden_states return_dict tf_legacy_loss torchscript use_bfloat16 cross_attention_hidden_size prefix
-    task_specific_params sep_token_id unk_token_id decoder_start_token_id tensor_parallel base_model_name_or_path
-    ignore_keys_at_rope_validation
-
-    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
-    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
-    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p cache_implementation
-    """.split()
-)
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _READ = frozenset(_REQUIRED) | {
     *("model_type", "hidden_act", "activation", "num_key_value_heads", "head_dim", "max_position_embeddings"),
     *("rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "layer_types"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "quantization_config"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "auto_map"),
 }
 _ACTIVATIONS = {"hidden_act": ("silu", "swish"), "activation": ("silu", "swiglu")}  # spellings of the one there is
 _BIASES = ("attention_bias", "mlp_bias")
@@ -51,6 +34,8 @@ _BIASES = ("attention_bias", "mlp_bias")
 @dataclass(frozen=True)
 class LlamaConfig:
     """Architecture of one model; fields are named as in config.json, `eos_token_ids` is always a tuple.
+
+    windows: by layer, how many tokens, its own among them, a token sees; None for all, `()` where every layer sees all.
 
     Raises UsageError, naming the field, its value and what is supported, for anything that cannot be computed.
     """
@@ -71,6 +56,7 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     model_type: str = "llama"
+    windows: Windows = ()
 
     def __post_init__(self) -> None:
         _family(self.model_type)
@@ -83,6 +69,10 @@ class LlamaConfig:
         for name in _BIASES:
             if getattr(self, name) and name not in self.family.fields:
                 raise UsageError(f"{name} is True; models of type {self.model_type!r} have no such bias")
+        if self.windows and "sliding_window" not in self.family.fields:
+            raise UsageError(f"windows are {self.windows!r}; models of type {self.model_type!r} have none")
+        if self.windows and len(self.windows) != self.num_hidden_layers:
+            raise UsageError(f"windows are {short(self.windows)}; there must be one for each of the layers")
         # An id outside the vocabulary is never produced, so only the type matters.
         for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
             for token in ids:
@@ -97,6 +87,11 @@ class LlamaConfig:
             raise UsageError(f"head_dim is {self.head_dim}; it must be even, since RoPE rotates pairs")
         if self.rope.type == "dynamic" and self.head_dim == 2:
             raise UsageError("head_dim is 2; rope type dynamic needs at least 4")
+        divisors = self.rope.divisors
+        if divisors is not None and len(divisors) != self.head_dim // 2:
+            raise UsageError(
+                f"rope type divided has {len(divisors)} divisors; a head of {self.head_dim} needs half as many"
+            )
 
     @property
     def family(self) -> Family:
@@ -121,13 +116,14 @@ class LlamaConfig:
     def from_dict(cls, d: dict[str, Any]) -> LlamaConfig:
         """Read a parsed config.json of transformers 4 or 5, or what `to_dict` gave.
 
-        Absent fields get transformers' defaults for the family. Raises UsageError as the class does, and for any field
-        not known to be harmless whose value is set.
+        Absent fields get transformers' defaults for the family. Raises UsageError as the class does, and for a set
+        field that is not read and may change the model (see ``config_fields``).
         """
         if not isinstance(d, dict):
             raise UsageError(f"a model config must be a JSON object, not {type(d).__name__}")
         family = _family(d.get("model_type"))
         _refuse_other_functions(d, family)
+        check_unread(d, _READ | family.fields)
         given = {name: value for name, value in d.items() if value is not None}
         if missing := [name for name in _REQUIRED if name not in given]:
             raise UsageError(f"{', '.join(missing)} missing; a model's config must give them")
@@ -159,8 +155,7 @@ class LlamaConfig:
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             model_type=d["model_type"],
         )
-        _refuse_windows(config, d)
-        return config
+        return replace(config, windows=read_windows(family.windows, d, config.num_hidden_layers, config.context))
 
     @classmethod
     def from_sizes(
@@ -191,12 +186,22 @@ class LlamaConfig:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> LlamaConfig:
-        """Read `path`/config.json; as in transformers, generation_config.json decides the end-of-sequence ids."""
+        """Read `path`/config.json; as in transformers, generation_config.json decides the end-of-sequence ids.
+
+        A GGUF file stands for a folder, with its own metadata.
+        """
         path = Path(path)
+        if is_gguf(path):
+            try:
+                return cls.from_dict(read_config(path))
+            except UsageError as error:
+                raise UsageError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder; give a model folder that holds config.json")
         if not (path / "config.json").exists():
-            raise UsageError(f"{path}: no config.json; give a Hugging Face model folder")
+            others = sorted(file.name for file in path.glob(f"*{SUFFIX}"))
+            what = f"the GGUF file itself, {path / others[0]}" if others else "a Hugging Face model folder"
+            raise UsageError(f"{path}: no config.json; give {what}")
         d = read_json(path / "config.json")
         if (path / "generation_config.json").exists():
             generation = read_json(path / "generation_config.json")
@@ -211,9 +216,8 @@ class LlamaConfig:
         """The JSON object that the model owner sends to the other parties; `from_dict` gives the config back."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         rope, eos = values.pop("rope"), values.pop("eos_token_ids")
-        # The absence of a window means one in some families, and all of these read the field.
-        whole = {"sliding_window": None} if "sliding_window" in self.family.fields else {}
-        return {**values, "rope_parameters": rope.to_dict(), "eos_token_id": list(eos), **whole}
+        seen = write_windows(values.pop("windows"), self.family.fields)
+        return {**values, "rope_parameters": rope.to_dict(), "eos_token_id": list(eos), **seen}
 
 
 def _family(model_type: Any) -> Family:
@@ -230,32 +234,4 @@ def _refuse_other_functions(d: dict[str, Any], family: Family) -> None:
     for name, spellings in _ACTIVATIONS.items():
         if d.get(name) not in (None, *spellings):
             raise UsageError(f"{name} is {short(d[name])}; only 'silu' is supported")
-    if d.get("quantization_config"):
-        raise UsageError(
-            f"quantization_config is {short(d['quantization_config'])}; quantized checkpoints are not supported, "
-            "use the float16, bfloat16 or float32 weights of this model"
-        )
     refuse_partial_rotation("partial_rotary_factor", d)
-    layers = d.get("layer_types") or []
-    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
-        raise UsageError(f"layer_types is {short(layers)}; only 'full_attention' in every layer is supported")
-    for name, value in d.items():
-        # Names with an underscore are transformers' own bookkeeping; an unset field asks for nothing, but 0 may.
-        is_set = value is not False and (bool(value) or value == 0)
-        if is_set and name not in _READ | family.fields | _HARMLESS and not name.startswith("_"):
-            raise UsageError(
-                f"{name} is {short(value)}; this field is not supported and may change what the model computes "
-                "(supported: absent, null or false). If it does not, remove it from config.json"
-            )
-
-
-def _refuse_windows(config: LlamaConfig, d: dict[str, Any]) -> None:
-    """Raise UsageError where a layer's window is shorter than the context; one that is not hides nothing."""
-    for layer in range(config.num_hidden_layers):
-        window = config.family.window(d, layer)
-        if window is not None and integer("sliding_window", window) < config.context:
-            raise UsageError(
-                f"sliding_window is {window} in layer {layer}, for a context of {config.context}; attention over a "
-                "window is not supported. For prompts and answers that fit the window together, set "
-                "max_position_embeddings in config.json to its size"
-            )

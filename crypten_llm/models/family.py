@@ -1,9 +1,9 @@
 """Model families: what each is made of, as data. Nothing else asks which model this is.
 
 Owns, for each ``model_type`` of a config.json: which weights there are, of which shape, in order of computation; which
-of them have a bias; which norms there are, and which products take their output; the window of attention; the accepted
-``architectures``, the fields that the family reads beside those that all have, and their defaults; and where the
-attention's scale, 1/sqrt(head_dim), is folded when weights are loaded. It imports no tensor library.
+of them have a bias; which norms there are, and which products take their output; how a window of attention is written;
+the accepted ``architectures``, the fields that the family reads beside those that all have, and their defaults; and
+where the attention's scale, 1/sqrt(head_dim), is folded when weights are loaded. It imports no tensor library.
 
 A model family, in four steps:
 
@@ -13,23 +13,23 @@ A model family, in four steps:
    ``llama``, which finds its weight as they do (``Parameters.find``). ``after`` names the norm before a product; an
    engine may fold that norm's weight into the product's.
 2. Its ``defaults`` are transformers' for absent fields; its ``fields`` are those that change what this family computes
-   and that ``config.LlamaConfig`` or ``window`` reads. Any other set field is refused, unless the config knows it as
-   harmless. A window shorter than the context is refused too: nothing computes one.
+   and that ``config.LlamaConfig`` or ``windows`` reads. What becomes of the others is said in ``config_fields``.
 3. In tests/hf_models.py an entry of ``FAMILIES`` for each of its options. Configs, weights and logits (to 1e-4, on
    engine ``plain``, every parameter random) are then held against transformers' model of that type.
-4. In tests/test_family.py its real config.json, and every field of it that would change the function, refused; in
-   tests/test_engines.py and tests/test_wire_engine.py one model on engines ``crypten`` and ``wire``.
+4. In tests/public_configs.py its real config.json, in tests/test_family.py every field of it that would change the
+   function, refused; in tests/test_engines.py and tests/test_wire_engine.py one model on engines ``crypten`` and
+   ``wire``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from crypten_llm.errors import UsageError
+from crypten_llm.models.windows import Reading, by_layer, everywhere, nowhere
 
 if TYPE_CHECKING:
     from crypten_llm.models.config import LlamaConfig
@@ -44,23 +44,21 @@ class Part:
     """One weight of a layer: the checkpoint's name below "model.layers.N.", without ".weight".
 
     shape: names of its dimensions; products are x @ W.T, W [out, in]. after: the norm whose output it multiplies,
-    ``None`` for other inputs. bias: the config field, true or false, that gives it a bias.
+    ``None`` for other inputs. bias: whether it has one, or the config field that says so, true or false.
     """
 
     name: str
     shape: tuple[str, ...]
     after: str | None = None
-    bias: str | None = None
+    bias: str | bool = False
+
+    def has_bias(self, config: LlamaConfig) -> bool:
+        return getattr(config, self.bias) if isinstance(self.bias, str) else self.bias
 
 
 _BEFORE_ATTENTION = Part("input_layernorm", ("hidden",))
-_PROJECTIONS = tuple(
-    Part(f"self_attn.{name}", (out, "hidden"), after="input_layernorm", bias="attention_bias")
-    for name, out in (("q_proj", "query"), ("k_proj", "key_value"), ("v_proj", "key_value"))
-)
 _HEAD_NORMS = (Part(_QUERY_NORM, ("head",)), Part("self_attn.k_norm", ("head",)))
 _AFTER_ATTENTION = (
-    Part("self_attn.o_proj", ("hidden", "query"), bias="attention_bias"),
     Part("post_attention_layernorm", ("hidden",)),
     Part("mlp.gate_proj", ("ffn", "hidden"), after="post_attention_layernorm", bias="mlp_bias"),
     Part("mlp.up_proj", ("ffn", "hidden"), after="post_attention_layernorm", bias="mlp_bias"),
@@ -68,22 +66,16 @@ _AFTER_ATTENTION = (
 )
 
 
-def _no_window(given: Mapping[str, Any], layer: int) -> None:
-    return None
-
-
-def _window_everywhere(given: Mapping[str, Any], layer: int) -> Any:
-    return given.get("sliding_window", 4096)
-
-
-def _window_of_upper_layers(given: Mapping[str, Any], layer: int) -> Any:
-    """None unless ``use_sliding_window``, and then in layers from ``max_window_layers`` on."""
-    if not given.get("use_sliding_window"):
-        return None
-    first = given.get("max_window_layers", 28)
-    if not isinstance(first, int):
-        raise UsageError(f"max_window_layers is {first!r}; it must be an integer")
-    return given.get("sliding_window", 4096) if layer >= first else None
+def _layer(
+    *between: Part, projections_bias: str | bool = "attention_bias", output_bias: str | bool = "attention_bias"
+) -> tuple[Part, ...]:
+    """Of a decoder; ``between``: parts between the projections and the products of their results."""
+    projections = (
+        Part(f"self_attn.{name}", (out, "hidden"), after="input_layernorm", bias=projections_bias)
+        for name, out in (("q_proj", "query"), ("k_proj", "key_value"), ("v_proj", "key_value"))
+    )
+    output = Part("self_attn.o_proj", ("hidden", "query"), bias=output_bias)
+    return (_BEFORE_ATTENTION, *projections, *between, output, *_AFTER_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -92,15 +84,14 @@ class Family:
 
     architectures: values of that field, the usual one first. defaults: of config.json fields that are absent, where
     families differ; ``None`` follows from the sizes. fields: of config.json, read for this family and not for all.
-    window: from config.json and a layer's index, how many keys, its own among them, a token sees in that layer;
-    ``None`` for all.
+    windows: how its config.json says how far attention looks back.
     """
 
     architectures: tuple[str, ...]
     layer: tuple[Part, ...]
     defaults: Mapping[str, Any]
     fields: frozenset[str] = frozenset()
-    window: Callable[[Mapping[str, Any], int], Any] = _no_window
+    windows: Reading = nowhere
 
     def shapes(self, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         """Every parameter of a model with its shape, in order of computation.
@@ -120,7 +111,7 @@ class Family:
             for part in self.layer:
                 name, shape = f"model.layers.{layer}.{part.name}", tuple(sizes[size] for size in part.shape)
                 found[f"{name}.weight"] = shape
-                if part.bias and getattr(config, part.bias):
+                if part.has_bias(config):
                     found[f"{name}.bias"] = shape[:1]
         found[f"{FINAL_NORM}.weight"] = (config.hidden_size,)
         if not config.tie_word_embeddings:
@@ -149,13 +140,13 @@ class Family:
         return 1 / math.sqrt(config.head_dim) if folds else 1.0
 
 
-_LLAMA_LAYER = (_BEFORE_ATTENTION, *_PROJECTIONS, *_AFTER_ATTENTION)
+_WINDOW_FIELDS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers"})
 
 FAMILIES = {
     "llama": Family(
         # The second spelling is that of the first conversions of LLaMA.
         architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
-        layer=_LLAMA_LAYER,
+        layer=_layer(),
         defaults={
             "max_position_embeddings": 2048,
             "num_key_value_heads": None,
@@ -167,7 +158,7 @@ FAMILIES = {
     ),
     "mistral": Family(
         architectures=("MistralForCausalLM",),
-        layer=_LLAMA_LAYER,
+        layer=_layer(),
         defaults={
             "max_position_embeddings": 131072,
             "num_key_value_heads": 8,
@@ -176,11 +167,24 @@ FAMILIES = {
             "eos_token_id": 2,
         },
         fields=frozenset({"sliding_window"}),
-        window=_window_everywhere,
+        windows=everywhere,
+    ),
+    "qwen2": Family(
+        architectures=("Qwen2ForCausalLM",),
+        layer=_layer(projections_bias=True, output_bias=False),
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
+            "head_dim": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        fields=_WINDOW_FIELDS,
+        windows=by_layer,
     ),
     "qwen3": Family(
         architectures=("Qwen3ForCausalLM",),
-        layer=(_BEFORE_ATTENTION, *_PROJECTIONS, *_HEAD_NORMS, *_AFTER_ATTENTION),
+        layer=_layer(*_HEAD_NORMS),
         defaults={
             "max_position_embeddings": 32768,
             "num_key_value_heads": 32,
@@ -188,7 +192,7 @@ FAMILIES = {
             "bos_token_id": None,
             "eos_token_id": None,
         },
-        fields=frozenset({"attention_bias", "use_sliding_window", "sliding_window", "max_window_layers"}),
-        window=_window_of_upper_layers,
+        fields=_WINDOW_FIELDS | {"attention_bias"},
+        windows=by_layer,
     ),
 }

@@ -214,11 +214,17 @@ def rotary_tables(frequencies: torch.Tensor, positions: torch.Tensor) -> Tables:
 
 def rotary_for(engine: Engine, tables: Tables) -> Rotary:
     """The tables of queries and keys for an engine."""
-    if engine.softmax_base == math.e:
-        return Rotary(tables, tables)
-    (cos, sin), unit, balance = tables, math.log(engine.softmax_base) ** -0.5, tables[0].shape[-1] ** 0.25
-    query, key = unit * balance, unit / balance
+    cos, sin = tables
+    query, key = score_factors(engine, cos.shape[-1])
     return Rotary((cos * query, sin * query), (cos * key, sin * key))
+
+
+def score_factors(engine: Engine, head_dim: int) -> tuple[float, float]:
+    """What an engine's rotated queries and keys are multiplied by."""
+    if engine.softmax_base == math.e:
+        return 1.0, 1.0
+    unit, balance = math.log(engine.softmax_base) ** -0.5, head_dim**0.25
+    return unit * balance, unit / balance
 
 
 class Llama(EngineModule):
@@ -248,7 +254,7 @@ class Llama(EngineModule):
     def new_cache(self) -> KVCache:
         config = self.config
         sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        return KVCache.empty(self.engine, config.num_hidden_layers, *sizes)
+        return KVCache.empty(self.engine, config.num_hidden_layers, *sizes, windows=config.windows)
 
     def forward(self, one_hot: Handle, cache: KVCache, last_only: bool = True, seq_len: int = 0) -> Handle:
         """Logits [T, V], or [1, V] of the last row, for one-hot rows [T, V]; their keys and values join the cache.
@@ -269,12 +275,13 @@ class Llama(EngineModule):
         rows = x.shape[0]
         positions = cache.extend(rows)
         rotary = self.rotary(positions, max(seq_len, cache.length))
-        mask = None
+        masks: dict = {}  # layers may keep different counts of rows, and look back differently far
         for index, layer_cache in enumerate(cache.layers):
-            length = len(layer_cache) + rows  # layers may keep different counts of rows
-            if rows > 1 and (mask is None or mask.shape[1] != length):
-                mask = causal_mask(rows, length)
-            x = self.through(index, x, rotary, layer_cache, mask)
+            layer_cache.slide()
+            seen = len(layer_cache) + rows, layer_cache.window
+            if rows > 1 and seen not in masks:
+                masks[seen] = causal_mask(rows, *seen)
+            x = self.through(index, x, rotary, layer_cache, masks.get(seen))
         return x
 
     def through(self, index: int, x: Handle, rotary: Rotary, cache: LayerCache, mask: torch.Tensor | None) -> Handle:
@@ -297,9 +304,13 @@ class Llama(EngineModule):
             return self.lm_head(x)
 
 
-def causal_mask(rows: int, length: int) -> torch.Tensor:
-    """Public bool [rows, length]: the last ``rows`` of ``length`` cached rows, each seeing itself and those before."""
-    return torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+def causal_mask(rows: int, length: int, window: int | None = None) -> torch.Tensor:
+    """Public bool [rows, length]: the last ``rows`` of ``length`` cached rows, each seeing itself and those before.
+
+    window: how many of them, itself among them, it sees; ``None`` for all.
+    """
+    before = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+    return before if window is None else before.triu(length - rows - window + 1)
 
 
 def prepare(name: str, value: torch.Tensor, config: LlamaConfig) -> torch.Tensor:

@@ -40,6 +40,8 @@ def rope_frequencies(config: LlamaConfig, length: int = 0) -> torch.Tensor:
     if rope.type == "linear":
         assert rope.factor is not None, "RopeConfig asks for it"
         return frequencies / rope.factor
+    if rope.type == "divided":
+        return frequencies / torch.tensor(rope.divisors, dtype=torch.float32)
     if rope.type == "llama3":
         return _llama3(config, frequencies)
     return frequencies

@@ -11,11 +11,11 @@ from typing import Any
 from crypten_llm.errors import UsageError
 from crypten_llm.models.fields import integer, number, short
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "divided")
 
 _ROPE_READ = {
     *("type", "rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
-    *("original_max_position_embeddings", "partial_rotary_factor"),
+    *("original_max_position_embeddings", "partial_rotary_factor", "divisors"),
 }
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -24,9 +24,10 @@ _ORIGINAL = "original_max_position_embeddings"
 class RopeConfig:
     """Rotary position embedding: base wavelength `theta` and how it is stretched beyond the trained context.
 
-    `factor` is the stretch of linear, dynamic and llama3. The last three fields belong to llama3, and stay None
-    otherwise; linear may have the last of them (see `LlamaConfig.context`). Raises UsageError on a value that is
-    missing or out of range.
+    `factor` is the stretch of linear, dynamic and llama3. The next three fields belong to llama3, and stay None
+    otherwise; linear may have the last of them (see `LlamaConfig.context`). `divisors` belong to divided, GGUF's form
+    of llama3: one for each frequency, head_dim / 2 of them. Raises UsageError on a value that is missing or out of
+    range.
     """
 
     theta: float = 10000.0
@@ -35,12 +36,16 @@ class RopeConfig:
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    divisors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         number("rope_theta", self.theta)
         if self.type not in ROPE_TYPES:
             raise UsageError(f"rope type is {self.type!r}; supported are {', '.join(ROPE_TYPES)}")
-        if self.type != "default":
+        if self.type == "divided":
+            for divisor in self.divisors or (None,):
+                number("a divisor of rope type divided", divisor)
+        elif self.type != "default":
             number(f"factor of rope type {self.type}", self.factor, least=1)
         original = self.original_max_position_embeddings
         if self.type == "llama3" or original is not None:
@@ -63,6 +68,7 @@ class RopeConfig:
             "low_freq_factor": self.low_freq_factor,
             "high_freq_factor": self.high_freq_factor,
             "original_max_position_embeddings": self.original_max_position_embeddings,
+            "divisors": None if self.divisors is None else list(self.divisors),
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -87,7 +93,9 @@ def read_rope(given: dict[str, Any], max_position_embeddings: int) -> RopeConfig
         if theta is not None and values.get("rope_theta", theta) != theta:
             raise UsageError(f"rope_theta is {theta!r} but {field}.rope_theta is {values['rope_theta']!r}; keep one")
         # Values that the type does not use are dropped, as transformers does.
-        used = {"factor": values.get("factor")} if kind in ("linear", "dynamic", "llama3") else {}
+        used: dict[str, Any] = {"factor": values.get("factor")} if kind in ("linear", "dynamic", "llama3") else {}
+        if kind == "divided":
+            used["divisors"] = _listed(field, values.get("divisors"))
         if kind in ("linear", "llama3"):
             used[_ORIGINAL] = _original_context(field, values, given)
         if kind == "llama3":
@@ -99,6 +107,12 @@ def read_rope(given: dict[str, Any], max_position_embeddings: int) -> RopeConfig
     if len(set(found.values())) > 1:
         raise UsageError(f"rope_scaling is {given['rope_scaling']!r} but rope_parameters say otherwise; keep one")
     return next(iter(found.values()), RopeConfig(theta=10000.0 if theta is None else theta))
+
+
+def _listed(field: str, divisors: Any) -> tuple:
+    if not isinstance(divisors, list) or not divisors:
+        raise UsageError(f"{field}.divisors is {short(divisors)}; rope type divided needs a list of them")
+    return tuple(divisors)
 
 
 def _original_context(field: str, values: dict, given: dict) -> Any:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from crypten_llm.errors import UsageError, first_line
+from crypten_llm.models import gguf_tokenizer
+from crypten_llm.models.gguf_file import is_gguf
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder without any of these has no tokenizer."""
@@ -113,18 +115,21 @@ def load(folder: Path) -> Any:
       them;
     - with a setting that is not known to change nothing (``split_special_tokens``, spaces cleaned up, ...).
 
-    Code that comes with the folder is never run. Raises UsageError when there is no tokenizer or it does not load.
+    A GGUF file's own is written into a folder of its own first (``gguf_tokenizer``). Code that comes with the folder is
+    never run. Raises UsageError when there is no tokenizer or it does not load.
     """
-    if not any((folder / file).exists() for file in FILES):
+    name, by_file = folder, is_gguf(folder)
+    if not by_file and not any((folder / file).exists() for file in FILES):
         raise UsageError(f"{folder}: no tokenizer ({', '.join(FILES)}); give token ids with --prompt-ids instead")
     try:
+        folder = gguf_tokenizer.folder(folder) if by_file else folder
         names = _as_it_stands(folder)
         return _of_transformers(folder) if names is None else Tokenizer(folder, names)
     except UsageError:
         raise
     except Exception as error:  # both libraries raise anything here, from KeyError to their own types
         raise UsageError(
-            f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); "
+            f"{name}: the tokenizer cannot be loaded ({first_line(error)}); "
             "repair it, or give token ids with --prompt-ids instead"
         ) from error
 
@@ -198,17 +203,26 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def encode_chat(tokenizer: Any, messages: list[dict]) -> list[int]:
-    """Token ids of a conversation as the tokenizer's chat template writes it, up to where the answer begins.
+    """Token ids of a conversation as ``render_chat`` writes it; raises UsageError as that does."""
+    return encode_rendered(tokenizer, render_chat(tokenizer, messages))
+
+
+def render_chat(tokenizer: Any, messages: list[dict]) -> str:
+    """A conversation as the tokenizer's chat template writes it, up to where the answer begins.
 
     Raises UsageError when there is no template, or it refuses the messages.
     """
     if not has_chat_template(tokenizer):
         raise UsageError("the tokenizer has no chat template; ask without --chat (chat=, messages=), as text")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and raises what it likes
         raise UsageError(f"the chat template cannot be applied ({first_line(error)}); ask without --chat") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes the special tokens
+
+
+def encode_rendered(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what a template wrote, the special tokens with it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -221,23 +235,35 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def digest(folder: Path) -> str | None:
-    """SHA-256 of which token each id stands for by ``tokenizer.json``; None of a folder that has none.
+    """SHA-256 of which token each id stands for; None of a folder or GGUF file without a tokenizer, or with one that
+    the packages here cannot read.
 
-    Two files of one model agree, whichever release wrote them and whatever rules for splitting text they hold.
-    Raises UsageError for a file that cannot be read.
+    Two files of one model agree, whichever release wrote them, in whichever form, and whatever rules for splitting text
+    they hold. Raises UsageError for a ``tokenizer.json`` that cannot be read.
     """
+    if is_gguf(folder):
+        return _hashed(gguf_tokenizer.vocabulary(folder))
     path = folder / "tokenizer.json"
-    try:
-        if not (content := _json(path)):
+    if not path.exists():
+        try:
+            return _hashed(load(folder).get_vocab())
+        except UsageError:
             return None
+    try:
+        content = _json(path)
         vocabulary = content["model"]["vocab"]  # ids by token, or [token, score] in the order of ids
         tokens = {row[0]: i for i, row in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
         tokens |= {token["content"]: token["id"] for token in _added(content)}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{path}: not a usable tokenizer ({first_line(error)}); download it again") from error
-    return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()
+    return _hashed(tokens)
+
+
+def _hashed(tokens: dict[str, int]) -> str | None:
+    return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest() if tokens else None
 
 
 def digest_of(tokenizer: Any) -> str | None:
     """``digest`` of the folder that a tokenizer was loaded from."""
-    return digest(tokenizer.folder if isinstance(tokenizer, Tokenizer) else Path(tokenizer.name_or_path))
+    folder = tokenizer.folder if isinstance(tokenizer, Tokenizer) else Path(tokenizer.name_or_path)
+    return digest(folder) if (folder / "tokenizer.json").exists() else _hashed(tokenizer.get_vocab())

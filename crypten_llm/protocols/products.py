@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels.ring import broadcast
-from crypten_llm.protocols.dealer.roles import Parts, Runtime
+from crypten_llm.protocols.dealer.runtime import Parts, Runtime
 from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, masked
@@ -26,7 +26,7 @@ def check(bits: int, scale: int, width: int, what: str) -> None:
         raise Overflow(f"{what}: |x| < 2^{bits} at scale 2^{scale} does not fit a share valid modulo 2^{width}")
 
 
-GUARD = 4  # bits that are dealt of those that will be dropped: together they move the result by a 16th of its unit
+GUARD = 4  # bits that are dealt of those that will be dropped: each dealt product moves a result by a 32nd of its unit
 
 
 def _dealt(
@@ -65,10 +65,12 @@ def multiply(
     """x * y element-wise with broadcasting; local.
 
     Shapes: any two that broadcast. scale, bits: of the result, where the caller knows better than the sum of the
-    factors' (a power of two that was chosen to bring x into a range). dropped: low bits of it that the caller will drop.
+    factors' (a power of two that was chosen to bring x into a range). dropped: low bits that the caller will drop.
 
-    Error: none; a 16th of a unit of what is left where bits are dropped. Cost: dealer, for an element of the result, the w bits of its ring; and where a factor was lifted from
-    n bits, w - n, where both were, also w - n - n'.
+    Error: none; where bits are dropped a 32nd of a unit of what is left for each product that is dealt, of which there
+    are one, two with a lifted factor, four with two.
+    Cost: dealer, for an element of the result, the w bits of its ring; and where a factor was lifted from n bits,
+    w - n, where both were, also w - n - n'. Of each d - 4 bits less where d are dropped.
     Raises: Overflow when the declared result does not fit the narrower of the two widths.
     Source: Beaver (CRYPTO 1991), with the factors' openings shared by all products as in Turbospeedz (ACNS 2019).
     """
@@ -249,9 +251,15 @@ class OwnedMatrix:
 
 
 def own(
-    runtime: Runtime, value: Tensor | None, shape: Sequence[int], scale: int, bits: int = 64
+    runtime: Runtime,
+    value: Tensor | None,
+    shape: Sequence[int],
+    scale: int,
+    bits: int = 64,
+    factors: float | Tensor = 1.0,
 ) -> Protocol[OwnedMatrix]:
     """An ``OwnedMatrix``. value: float [out, in] at the owner, ``None`` elsewhere. bits: of the rings it is used in.
+    factors: multiplied in by the owner, a number or one for each column [in].
 
     Cost: the owner sends the client ``bits`` an element, once.
     Raises: Overflow for a weight that does not fit 32 bits.
@@ -260,14 +268,33 @@ def own(
     mask = runtime.mask_of(OWNER, shape)
     words = None
     if value is not None:
-        scaled = (value.double() * 2**scale).round()
-        if not scaled.abs().max() < 2**31:  # nor NaN
-            raise Overflow(f"a weight of {value.abs().max():.3g} does not fit 32 bits at scale 2^{scale}")
         assert mask is not None, "the owner draws the mask of its weights"
-        words, made.plain = scaled.long() - mask, scaled.to(torch.int32)
+        words, made.plain = mask, torch.empty(tuple(shape), dtype=torch.int32)
+        for rows in row_blocks(value):
+            scaled = (value[rows].double() * factors).mul_(2**scale).round_()
+            largest = scaled.abs().max()
+            if not largest < 2**31:  # nor NaN
+                raise Overflow(f"a weight of {largest / 2**scale:.3g} does not fit 32 bits at scale 2^{scale}")
+            made.plain[rows] = scaled
+            words[rows] = scaled.long() - mask[rows]  # in the place of R, which is of no more use here
     (made.hidden,) = yield [Message(OWNER, tuple(shape), bits, words)]
     made.mask = runtime.known_to_dealer(mask)
     return made
+
+
+BLOCK = 1 << 18  # elements that are made integers at a time: a few copies of them fit a core's cache
+
+
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Stretches of rows, so that what is computed of a large matrix takes no copies of the whole of it."""
+    size = max(1, BLOCK // max(1, matrix[:1].numel()))
+    for start in range(0, matrix.shape[0], size):
+        yield slice(start, start + size)
+
+
+def row_lengths(matrix: Tensor, factors: Tensor) -> Tensor:
+    """Lengths [out], float64, of the rows of matrix * factors: float [out, in] and one for each column."""
+    return torch.cat([(matrix[rows].double() * factors).norm(dim=1) for rows in row_blocks(matrix)])
 
 
 def linear(runtime: Runtime, x: Wire, matrix: OwnedMatrix, bits: int, dropped: int = 0) -> Secret:
@@ -275,8 +302,8 @@ def linear(runtime: Runtime, x: Wire, matrix: OwnedMatrix, bits: int, dropped: i
 
     The owner computes (X - a0) W, the client -a1 (W - R), and the dealer shares a1 R, masked afresh for every product.
     bits: as in ``sum_of_squares``. dropped: as in ``multiply``. Error: none, or as ``multiply``'s.
-    Cost: dealer the bits of x's ring an element of the result, or those that are not dropped and 4; one product with plain weights at the owner, one of
-    64-bit words at the client and at the dealer, neither of which needs the opening.
+    Cost: dealer the bits of x's ring an element of the result, or those that are not dropped and 4; one product with
+    plain weights at the owner, one of 64-bit words at the client and at the dealer, neither of which needs the opening.
     Raises: Overflow when 2^bits does not fit the width.
     """
     shape = (*x.shape[:-1], matrix.shape[0])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.ladder import exponent
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
@@ -116,7 +116,7 @@ def weigh(
         return kernels.drop_wide(found, q, exponents.dropped, runtime.rounds_up)
 
     (sum_wire,) = yield [WideOpening(runtime.share((rows, ring.limbs(narrow)), public_frame), (rows,), narrow)]
-    power, beyond = exponent(runtime, sum_wire, rows, narrow, LEAST, HEADROOM, q)
+    power, beyond = exponent(runtime, sum_wire.public, sum_wire.mask.held, narrow, LEAST, narrow - HEADROOM, q)
     power = runtime.plus(power, exponents.dropped)
     turn, beyond_wire = yield [
         ResidueOpening(power, rho, q),

@@ -1,4 +1,4 @@
-"""``PrivateLlama``: load, generate, stream. What the command line and the notebooks are made of.
+"""``PrivateLlama``: load, generate, stream, chat. What the command line and the notebooks are made of.
 
 Owns the client's side of a run: it starts or joins the parties, turns text into token ids and back, samples, and
 gathers the cost. The process that calls it is the client; under torchrun it is whichever party its rank says.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import fields, replace
-from statistics import median
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,12 +23,14 @@ from crypten_llm.models import tokenizer as tokenizers
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import launch
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import Answer, Plan, Progress, Step
+from crypten_llm.session.chat import Chat
+from crypten_llm.session.defaults import Defaults
+from crypten_llm.session.folder import ClientFolder
+from crypten_llm.session.generation import Answer, Plan, Progress, Step, Turn
 from crypten_llm.session.party import Party
 from crypten_llm.session.report import Cost
-from crypten_llm.session.request import Detokenizer, Request, Result, check_ids, check_policy
-from crypten_llm.session.sampling import Sampler
-from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, check_names, split
+from crypten_llm.session.request import Asked, Request, Result, Taken, check_ids, check_policy, requests_of, result_of
+from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 
 ENDED_SESSION = "this session has ended, by close() or an error; open another with PrivateLlama.from_pretrained()"
 BUSY = "another stream of this session is still being read; read it to its end or close it"
-UNLEAVABLE = (None, None)
+UNLEAVABLE: tuple[Sequence[Answer], None] = ((), None)
+BATCH = 8
+"""Prompts that share rounds, where more are given and nothing else is said."""
 Events = Generator[Progress | Step, None, None]
 
 
@@ -58,12 +61,11 @@ class PrivateLlama:
         self._children: launch.LocalParties | None = None
         self._joined: Transport | None = None
         self._transport: Transport | None = None
-        self._tokenizer: Any = None
-        self._tokenizer_source: str | None = None
-        self._no_tokenizer = False
-        self._compared: str | None = None
-        # What runs now: an answer and its events, or two times None for what cannot be left early.
-        self._running: tuple[Answer | None, Events | None] | None = None
+        self._folder = ClientFolder("", launched.offline)
+        self._conversations = 0
+        self.result: Any = None  # of the last request: a ``Result``, or several
+        # What runs now: answers and their events, or ``UNLEAVABLE`` for what cannot be left early.
+        self._running: tuple[Sequence[Answer], Events | None] | None = None
         self._claiming = threading.Lock()  # of several threads that ask at once, one finds the parties free
         if not protocol.is_private:
             torch.set_num_threads(launched.thread_count(1))
@@ -80,7 +82,7 @@ class PrivateLlama:
             environment = self._children.environment(CLIENT)
         with self._guarded():
             self._transport = self._joined = launch.join(protocol, launched, environment, self._children)
-            self.party = launch.make_party(self._transport, protocol)
+            self.party = launch.make_party(self._transport, protocol, launched)
 
     @classmethod
     def from_pretrained(
@@ -88,8 +90,8 @@ class PrivateLlama:
     ) -> PrivateLlama:
         """Starts (or joins, under torchrun) the other parties and has the owner share its model.
 
-        model: "shipped", a folder, or a hub id; the owner's process alone opens the weights. tokenizer: the
-        client's, taken from ``model`` when not given. first: the request that will come first, so that a tape that
+        model: "shipped", a folder, a GGUF file, or a hub id; the owner's process alone opens the weights. tokenizer:
+        the client's, taken from ``model`` when not given. first: the request that will come first, so that a tape that
         does not fit it is refused before it is used. settings: fields of ``ProtocolConfig`` and ``LaunchConfig``.
 
         Raises UsageError for what cannot be used and PartyError when a party fails.
@@ -100,10 +102,10 @@ class PrivateLlama:
         folder = str(checkpoint.resolve_model(model, launched.offline)) if local else ""
         loaded = checkpoint.load_tokenizer(tokenizer, launched.offline) if tokenizer else None
         llama = cls(protocol, launched, folder)
-        llama._tokenizer, llama._tokenizer_source = loaded, tokenizer or model
+        llama._folder = ClientFolder(tokenizer or model, launched.offline, loaded, is_guess=not local and not tokenizer)
         with llama._guarded():
             if first is not None and protocol.tape:
-                llama.party.expect("generate", first.plan(len(llama._ids_of(first))))
+                llama.party.expect("generate", first.plan(len(first.ids(lambda: llama.tokenizer)), llama.defaults))
             llama.party.request_load(folder, launched.progress)
         llama.load_seconds = perf_counter() - started
         return llama
@@ -127,11 +129,7 @@ class PrivateLlama:
 
         Raises UsageError when there is none, or when its ids stand for other tokens than those of the owner's model.
         """
-        if self._tokenizer is None:
-            assert self._tokenizer_source is not None, "from_pretrained says where it is"
-            self._tokenizer = checkpoint.load_tokenizer(self._tokenizer_source, self.launch.offline)
-        self._compare_tokens()
-        return self._tokenizer
+        return self._folder.tokenizer(self.party.tokens_digest)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -139,120 +137,137 @@ class PrivateLlama:
 
         Looked for once in a session: a hub may have to be asked. Raises UsageError for another model's tokenizer.
         """
-        if self._tokenizer is None and not self._no_tokenizer:
-            assert self._tokenizer_source is not None, "from_pretrained says where it is"
-            try:
-                self._tokenizer = checkpoint.load_tokenizer(self._tokenizer_source, self.launch.offline)
-            except UsageError:
-                self._no_tokenizer = True
-        if self._tokenizer is not None:
-            self._compare_tokens()
-        return self._tokenizer is not None
+        return self._folder.has_tokenizer(self.party.tokens_digest)
 
-    def _compare_tokens(self) -> None:
-        """Raises UsageError when the client's ids stand for other tokens than the owner's, where both are known."""
-        theirs = self.party.tokens_digest
-        if theirs is None or theirs == self._compared:
-            return
-        if tokenizers.digest_of(self._tokenizer) not in (None, theirs):
-            raise UsageError(
-                f"the tokenizer of {str(self._tokenizer_source)!r} is not the owner's model's: the same ids stand for "
-                "other tokens; give that model's tokenizer with --tokenizer (tokenizer=), or token ids and a folder "
-                "without a tokenizer"
-            )
-        self._compared = theirs
+    @property
+    def defaults(self) -> Defaults:
+        """What the client's own copy of the model's files says of answers: what ends them, how tokens are chosen."""
+        return self._folder.defaults(self.party.tokens_digest)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of ``prompt``, as ``generate`` uses them (see ``tokenizer.encode_prompt``)."""
         return tokenizers.encode_prompt(self.tokenizer, prompt)
 
-    def _ids_of(self, request: Request) -> list[int]:
-        return request.ids(lambda: self.tokenizer)
-
-    def stream(self, prompt: str | None = None, **arguments: Any) -> Generator[Progress | Step, None, Result]:
+    def stream(
+        self, prompt: Any = None, *, batch_size: int = BATCH, **arguments: Any
+    ) -> Generator[Progress | Step, None, Result | list[Result]]:
         """Yields ``Progress`` while the prompt is prefilled and then a ``Step`` per token; ``result`` follows.
 
-        arguments: fields of ``Request``. The other parties wait while the reader does something with a token, and see
-        how long. With ``hide_length`` they do not: every ``Step`` comes after the last step was run, all at once. When
-        the next request comes, or the end of the session, they see in any case.
+        prompt: a text, a list of texts, or a list of ``Request``; of several, ``batch_size`` at a time share their
+        rounds, ``Step.prompt`` says whose token it is, and the result is a list. arguments: fields of ``Request``.
 
-        A stream that is left early ends the answer at the next token, with ``hide_length`` after all steps, and only
+        The other parties wait while the reader does something with a token, and see how long. With ``hide_length``
+        they do not: every ``Step`` comes after the last step was run, all at once. When the next request comes, or the
+        end of the session, they see in any case.
+
+        A stream that is left early ends its answers at the next token, with ``hide_length`` after all steps, and only
         then goes on what left it: also an exception or Ctrl-C in the reader's loop. The next request may follow.
 
         Raises UsageError for a request that cannot be run, or when the session has ended.
         """
-        check_names("argument", arguments, [field.name for field in fields(Request)])
-        return self._stream(Request(prompt, **arguments))
+        requests, several = requests_of(prompt, arguments)
+        if type(batch_size) is not int or batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size!r}; it must be 1 or more")
+        return self._stream(requests, several, 1 if self.protocol.tape else batch_size)  # a tape is for one at a time
 
-    def _stream(self, request: Request) -> Generator[Progress | Step, None, Result]:
+    def _stream(
+        self, requests: list[Request], several: bool, size: int
+    ) -> Generator[Progress | Step, None, Result | list[Result]]:
         self._check_free()
-        ids = check_ids(self._ids_of(request), self.config.vocab_size)
-        plan = request.plan(len(ids)).check(self.config)
-        answer = Answer(ids, Sampler(request.sampling()), self.config.eos_token_ids)
-        text = Detokenizer(self.tokenizer if self.has_tokenizer else None)
-        steps: list[Step] = []
-        ranks: list[dict] = []
-        events = self._events(plan, answer, ranks)
-        self._claim(answer, events)
+        asked = [self.prepare(request) for request in requests]
+        results: list[Result] = []
+        for start in range(0, len(asked), size):
+            results += yield from self.run(asked[start : start + size], start)
+        self.result = found = results if several else results[0]
+        return found
+
+    def prepare(self, request: Request, ids: list[int] | None = None, before: Sequence[int] = ()) -> Asked:
+        """What ``request`` comes down to; ids: of a turn of a conversation, after ``before`` that the cache holds.
+
+        Raises UsageError for what this model, or this client's tokenizer, cannot run.
+        """
+        ids = request.ids(lambda: self.tokenizer) if ids is None else ids
+        check_ids(ids, self.config.vocab_size)
+        plan = request.plan(len(ids), self.defaults).check(self.config, len(before))
+        if request.stops and not self.has_tokenizer:
+            raise UsageError("stop is a text, and there is no tokenizer to make text of tokens; give one (--tokenizer)")
+        stop_ids = request.stop_ids(self.defaults, self.config.eos_token_ids)
+        return Asked(request, ids, plan, request.sampling(self.defaults), stop_ids, before)
+
+    def run(
+        self, asked: Sequence[Asked], first: int = 0, turn: Turn | None = None, taken: Taken | None = None
+    ) -> Generator[Progress | Step, None, list[Result]]:
+        """Runs these side by side, as one request to the other parties; returns a result of each.
+
+        first: number of the first prompt. turn: of a conversation. taken: is filled with what comes of them.
+        """
+        tokenizer = self.tokenizer if self.has_tokenizer else None
+        taken = Taken() if taken is None else taken
+        taken.answers = answers = [each.answer(tokenizer) for each in asked]
+        steps: list[list[Step]] = [[] for _ in asked]
+        taken.steps = steps
+        plans = [each.plan for each in asked]
+        events = self._events(plans, answers, taken.ranks, turn)
+        self._claim(answers, events)
         try:
-            self.party.expect("generate", plan)
+            self.party.expect("generate", *plans)
             with self._guarded():
                 for event in events:
                     if isinstance(event, Step):
-                        event = replace(event, text=text.push(event.token_id, event.finish_reason is not None))
-                        steps.append(event)
+                        steps[event.prompt].append(event)
+                        event = replace(event, prompt=first + event.prompt)
                     yield event
-            if answer.abandoned:
+            if answers[0].abandoned:
                 raise UsageError(ENDED_SESSION)
-            reason = steps[-1].finish_reason
-            assert reason is not None, "the last token ends the answer"
-            decode = [step.seconds for step in steps[1:]]
-            self.result = result = Result(
-                text=text.text,
-                token_ids=[step.token_id for step in steps],
-                prompt_tokens=len(ids),
-                engine=self.protocol.engine,
-                policy=plan.policy,
-                finish_reason=reason,
-                seconds={
-                    "load": self.load_seconds,
-                    "prefill": steps[0].seconds,
-                    "per_token": median(decode) if decode else None,
-                },
-                cost=Cost(ranks, self.party.compute_parties),
-                revealed=self.party.reveals.as_list(),
-            )
+            return self.results(asked, taken)
         except GeneratorExit:
-            if not answer.abandoned:
+            if not answers[0].abandoned:
                 self._leave_stream()
             raise
         finally:
-            if not answer.abandoned:
+            if not answers[0].abandoned:
                 self._running = None
-        return result
 
-    def _events(self, plan: Plan, answer: Answer, ranks: list[dict]) -> Events:
+    def results(self, asked: Sequence[Asked], taken: Taken) -> list[Result]:
+        """What came of the last request, which has ended."""
+        ranks = taken.ranks or self.party.collect_statistics()
+        cost, revealed = Cost(ranks, self.party.compute_parties), self.party.reveals.as_list()
+        facts = self.protocol.engine, self.load_seconds, cost, revealed, len(asked)
+        made = zip(asked, taken.answers, taken.steps, strict=True)
+        return [each.result(answer, steps, *facts) for each, answer, steps in made]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests can still be made, now or when the one that runs has ended."""
+        return not self.protocol.is_private or self._transport is not None
+
+    def _events(self, plans: list[Plan], answers: list[Answer], ranks: list[dict], turn: Turn | None) -> Events:
         """Runs one request to its end, putting every rank's counters into ``ranks``.
 
         With ``hide_length`` nothing is left to be sent when the first ``Step`` is yielded.
         """
         held: list[Step] = []
-        for event in self.party.request_generate(plan, answer):
-            if plan.hide_length and isinstance(event, Step):
+        hides = any(plan.hide_length for plan in plans)
+        for event in self.party.request_together(plans, answers, turn):
+            if hides and isinstance(event, Step):
                 held.append(event)
             else:
                 yield event
         ranks += self.party.collect_statistics()
         yield from held
 
-    def _leave_stream(self) -> None:
-        """Ends the answer that is being read, if any: the other parties still follow its plan."""
+    def _leave_stream(self, at_once: bool = False) -> None:
+        """Ends the answers that are being read, if any: the other parties still follow their plan.
+
+        at_once: what nobody follows any more ends here.
+        """
         if self._running is None or self._running == UNLEAVABLE:
             return
-        (answer, events), self._running = self._running, None
-        assert answer is not None and events is not None, "what can be left early is an answer and its events"
-        answer.abandoned = True
-        if self._transport is None:
+        (answers, events), self._running = self._running, None
+        assert answers and events is not None, "what can be left early is answers and their events"
+        for answer in answers:
+            answer.abandoned = True
+        if not self.is_open or at_once:
             events.close()
             return
         with self._guarded():
@@ -261,25 +276,38 @@ class PrivateLlama:
 
     def _check_free(self) -> None:
         """Raises UsageError when no request can be made now."""
-        if self.protocol.is_private and self._transport is None:
+        if not self.is_open:
             raise UsageError(ENDED_SESSION)
         if self._running is not None:
             raise UsageError(BUSY)
 
-    def _claim(self, answer: Answer | None, events: Events | None) -> None:
+    def _claim(self, answers: Sequence[Answer], events: Events | None) -> None:
         """Makes this what the parties do now. Raises UsageError, and leaves it be, when they do something."""
         with self._claiming:
             self._check_free()
-            self._running = answer, events
+            self._running = answers, events
 
-    def generate(self, prompt: str | None = None, **arguments: Any) -> Result:
-        """The whole answer; arguments as for ``stream``."""
-        with contextlib.closing(self.stream(prompt, **arguments)) as events:
-            while True:
-                try:
-                    next(events)
-                except StopIteration as ended:  # with its own result: another thread's may be the session's by now
-                    return ended.value
+    def generate(self, prompt: Any = None, *, batch_size: int = BATCH, **arguments: Any) -> Any:
+        """The whole answer, a ``Result``, or a list of them for several prompts; arguments as for ``stream``."""
+        return result_of(self.stream(prompt, batch_size=batch_size, **arguments))
+
+    def chat(self, system: str | None = None, **arguments: Any) -> Chat:
+        """A conversation, whose cache all parties keep, so that a turn costs its own tokens alone; see ``Chat``.
+
+        system: what stands before all turns. arguments: of every turn, fields of ``Request``.
+
+        Raises UsageError where there is no chat template, or for arguments with which no conversation can go on.
+        """
+        self._check_free()
+        self._conversations += 1
+        return Chat(self, self._conversations, system, arguments)
+
+    def forget(self, conversation: int) -> None:
+        """Has all parties drop the cache of a conversation; nothing in a session that has ended."""
+        if self.is_open:
+            self._check_free()
+            with self._guarded():
+                self.party.request_forget(conversation)
 
     def bench(self, shape: Shape) -> tuple[dict, Cost]:
         """Times decode steps on random weights; needs no model (see ``bench.run``). Returns figures and cost."""
@@ -335,7 +363,7 @@ class PrivateLlama:
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.abort(words)
-        self._leave_stream()
+        self._leave_stream(at_once=True)
         cause = self._children.cause_of(error) if self._children else error
         self._stop_children(failed=True)
         return cause

@@ -21,7 +21,7 @@ from crypten_llm.errors import CryptenLLMError, UsageError
 from crypten_llm.models.cache import KVCache
 from crypten_llm.models.checkpoint import expected_shapes
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.llama import DecoderLayer, Parameters, prepare, rotary_for, rotary_tables
+from crypten_llm.models.llama import DecoderLayer, Parameters, prepare, rotary_for, rotary_tables, score_factors
 from crypten_llm.models.rope import rope_frequencies
 from crypten_llm.roles import OWNER
 from crypten_llm.session.generation import parse_policy
@@ -111,8 +111,11 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> tuple[list[Deco
     """Decoder layers and (keys, values) of each layer's cache, all held by the owner."""
     is_owner = engine.rank == OWNER
 
+    query_factor, key_factor = score_factors(engine, config.head_dim)
+
     def rows(seed: int, size: tuple[int, ...], values: bool = False) -> Handle:
-        return engine.rows(engine.secret(_random(seed, size) if is_owner else None, size, OWNER), values)
+        factor = 1.0 if values else key_factor
+        return engine.rows(engine.secret(_random(seed, size) * factor if is_owner else None, size, OWNER), values)
 
     handles = {}
     for seed, (name, size) in enumerate(expected_shapes(config).items()):
@@ -129,7 +132,8 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> tuple[list[Deco
     for i, layer in enumerate(cache.layers):
         if layer.policy.acts:
             query = (kv_heads, heads // kv_heads, dim)
-            layer.show_last(engine.secret(_random(FIRST_QUERY + i, query) if is_owner else None, query, OWNER))
+            last = _random(FIRST_QUERY + i, query) * query_factor if is_owner else None
+            layer.show_last(engine.secret(last, query, OWNER))
     cache.end_prompt()
     return layers, cache.layers
 

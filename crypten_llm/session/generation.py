@@ -1,29 +1,34 @@
-"""Prefill and decode: the loop that turns a secret prompt into tokens that only the client reads.
+"""Prefill and decode: the loop that turns secret prompts into tokens that only the client reads.
 
 Owns the order of events, which is public and the same for every prompt of one length. All compute parties run it
-together; the client alone has token ids, samples, and decides to stop.
+together; the client alone has token ids, samples, and decides to stop. Several prompts take their steps side by side,
+and one prompt is several of which there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 import eviction
 from crypten_llm.errors import UsageError
+from crypten_llm.session.sampling import Logprobs
 
 if TYPE_CHECKING:
     from crypten_llm.models.cache import KVCache
     from crypten_llm.models.config import LlamaConfig
     from crypten_llm.session.party import Party
+    from crypten_llm.session.text import Detokenizer
     from eviction.operations import Handle
 
 
 DEFAULT_CHUNK = 128
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -47,27 +52,52 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", str(parse_policy(self.policy)))
 
-    def check(self, config: LlamaConfig) -> Plan:
-        """Itself, if the model ``config`` can run it; raises UsageError otherwise."""
+    def check(self, config: LlamaConfig, behind: int = 0) -> Plan:
+        """Itself, if the model ``config`` can run it after ``behind`` tokens; raises UsageError otherwise."""
         if self.prompt_tokens < 1:
             raise UsageError("the prompt is empty; give at least one token")
-        needed, context = self.prompt_tokens + self.max_new_tokens, config.context
+        needed, context = behind + self.prompt_tokens + self.max_new_tokens, config.context
+        if needed > context and behind:
+            raise UsageError(
+                f"the conversation has {behind + self.prompt_tokens} tokens and {self.max_new_tokens} more are asked "
+                f"for, but the model's context is {context}; begin a new one (/reset) or lower max_new_tokens "
+                "(--max-new-tokens)"
+            )
         if needed > context:
             raise UsageError(
                 f"the prompt has {self.prompt_tokens} tokens and {self.max_new_tokens} more are asked for, but the "
                 f"model's context is {context}; shorten the prompt by {needed - context} tokens or lower "
                 "max_new_tokens (--max-new-tokens)"
             )
+        shortest = min((window for window in config.windows if window is not None), default=context)
+        if needed > shortest and parse_policy(self.policy).acts:
+            raise UsageError(
+                f"policy {self.policy} chooses among all rows, but attention of this model looks back {shortest} "
+                f"tokens at most, and prompt and answer together may have {needed}; use policy full (--policy full) "
+                f"or shorten them by {needed - shortest}"
+            )
         return self
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where a request stands in a conversation, whose cache every party keeps; public.
+
+    conversation: its number in this session. cached_tokens: that its cache holds already; 0 begins it anew.
+    """
+
+    conversation: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Step:
     """One generated token, as streamed to command line, API and notebooks.
 
-    text: what this token adds to the answer (the client holds back bytes of an unfinished character).
-    seconds: for this step; the first one holds the prefill. rounds, bytes_sent: online, this party, so far.
-    finish_reason: ``None``, ``"stop"`` or ``"length"``.
+    text: what this token adds to the answer (the client holds back bytes of an unfinished character, and what a stop
+    string may begin with). seconds: for this step; the first one holds the prefill. rounds, bytes_sent: online, this
+    party, so far. finish_reason: ``None``, ``"stop"`` or ``"length"``. prompt: which of several prompts it answers.
+    logprobs: where they were asked for.
     """
 
     index: int
@@ -77,6 +107,8 @@ class Step:
     rounds: int
     bytes_sent: int
     finish_reason: str | None = None
+    prompt: int = 0
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -91,90 +123,226 @@ class Progress:
 class Answer:
     """What the client alone knows of an answer in the making.
 
-    choose: the sampler, [V] logits to an id. stop_ids: tokens that end the answer. abandoned: set when nobody reads
-    on; the answer then ends at the next token, as the others see it.
+    choose: the sampler, [V] logits to an id. stop_ids: tokens that end the answer. text: makes text of it and ends it
+    at a stop string, where there is a tokenizer. logprobs: how many of the best tokens each step tells, ``None`` for
+    nothing. abandoned: set when nobody reads on; the answer then ends at the next token, as the others see it.
     """
 
     prompt_ids: list[int]
     choose: Callable[[torch.Tensor], int]
     stop_ids: tuple[int, ...] = ()
+    text: Detokenizer | None = None
+    logprobs: int | None = None
     abandoned: bool = False
-    token_id: int = -1
+    token_ids: list[int] = field(default_factory=list)  # those drawn; the model has seen all but the last
     finished: bool = False
 
-    def take(self, logits: torch.Tensor) -> None:
-        """Draws the next token. A finished answer keeps its stop token, and draws all the same: it takes as long."""
+    @property
+    def token_id(self) -> int:
+        """The last token, which the model sees next; it stays the last when the answer has ended."""
+        return self.token_ids[-1]
+
+    def take(self, logits: torch.Tensor, last: bool = False) -> tuple[str, Logprobs | None]:
+        """Draws the next token, the ``last`` or not; returns what it adds to the text, and its probability.
+
+        A finished answer keeps its tokens, and does all this for nothing: it takes as long.
+        """
         drawn = int(self.choose(logits))
-        if not self.finished:
-            self.token_id, self.finished = drawn, drawn in self.stop_ids
+        likely = None if self.logprobs is None else Logprobs.of(logits, drawn, self.logprobs)
+        if self.finished:
+            if self.text:
+                self.text.again()
+            return "", None
+        self.token_ids.append(drawn)
+        self.finished = drawn in self.stop_ids
+        if self.text is None:
+            return "", likely
+        text = self.text.push(drawn, self.finished or last)
+        self.finished |= self.text.stopped
+        return text, likely
 
 
-@torch.inference_mode()
+class _Sequence:
+    """One prompt at one party: its plan, its cache, and at the client its answer."""
+
+    def __init__(self, party: Party, plan: Plan, answer: Answer | None, cache: KVCache) -> None:
+        self.party, self.plan, self.answer, self.cache = party, plan, answer, cache
+        self.behind = cache.length  # tokens of the conversation that the cache holds already
+        self._last: Handle = None
+
+    def begin(self) -> None:
+        policy, plan, reveals = self.party.make_policy(self.plan.policy), self.plan, self.party.reveals
+        if self.behind:
+            go_on(self.cache, plan.prompt_tokens)
+        else:
+            self.cache.follow(policy, plan.prompt_tokens)
+        more = f", after {self.behind} that the cache holds" if self.behind else ""
+        reveals.public(f"prompt length: {plan.prompt_tokens} tokens{more}", "shapes and rounds depend on it")
+        limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
+        reveals.public(f"request: {limits}", "all parties run the same program")
+
+    def end(self, steps: int) -> None:
+        counted = "upper bound of the answer's length" if self.plan.hide_length else "number of generated tokens"
+        why = "each token is one decode step that all parties run"
+        self.party.reveals.public(f"{counted}: {steps}", why)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.plan.prompt_tokens // self.plan.chunk)
+
+    def prefill(self, chunk: int) -> int:
+        """Brings a chunk of the prompt into the cache; returns how many tokens it has."""
+        start = chunk * self.plan.chunk
+        stop = min(start + self.plan.chunk, self.plan.prompt_tokens)
+        rows = self._tokens(None if self.answer is None else self.answer.prompt_ids[start:stop], stop - start)
+        length = self.behind + self.plan.prompt_tokens
+        self._last = self.party.model.extend(rows, self.cache, seq_len=length)[-1:]
+        return stop - start
+
+    def first(self) -> torch.Tensor | None:
+        """Ends the prompt; the logits [1, V] after it at the client, ``None`` elsewhere."""
+        self.cache.end_prompt()
+        last, self._last = self._last, None
+        return self._open(self.party.model.logits(last))
+
+    def step(self) -> torch.Tensor | None:
+        """The same after the last token."""
+        ids = None if self.answer is None else [self.answer.token_id]
+        return self._open(self.party.model(self._tokens(ids, 1), self.cache))
+
+    def _tokens(self, ids: list[int] | None, count: int) -> Handle:
+        engine, vocab_size = self.party.engine, self.party.model.config.vocab_size
+        return engine.tokens(None if ids is None else torch.tensor(ids), count, vocab_size)
+
+    def _open(self, logits: Handle) -> torch.Tensor | None:
+        party = self.party
+        with party.engine.meter.operation("reveal of the logits to the client", "reveal"):
+            what, why = "logits of each generated token", "the client samples its own answer"
+            return party.reveals.open_to_client(party.engine, logits, party.client, what, why)
+
+
+def go_on(cache: KVCache, prompt_tokens: int) -> None:
+    """Makes ``cache`` ready for as many further tokens of its conversation; what is in it stays as it is.
+
+    Raises UsageError when its policy cannot go on.
+    """
+    for layer_cache in cache.layers:
+        layer_cache.prefilled = False
+        layer_cache.layer.prompt_tokens = cache.length + prompt_tokens
+        check_chat(layer_cache.policy)
+        layer_cache.policy.go_on(layer_cache.engine, layer_cache.layer, prompt_tokens)
+
+
 def run(
     party: Party, plan: Plan, answer: Answer | None = None, cache: KVCache | None = None
 ) -> Generator[Progress | Step, None, None]:
-    """Follows ``plan`` on this party; at the client, which alone has an ``answer``, yields each of its tokens.
+    """``together`` of one prompt."""
+    return together(party, [plan], None if answer is None else [answer], None if cache is None else [cache])
+
+
+@torch.inference_mode()
+def together(
+    party: Party,
+    plans: Sequence[Plan],
+    answers: Sequence[Answer] | None = None,
+    caches: Sequence[KVCache] | None = None,
+) -> Generator[Progress | Step, None, None]:
+    """Follows ``plans`` on this party, side by side; at the client, which alone has ``answers``, yields their tokens.
 
     Once started it must be read to its end, or the parties lose step: see ``Answer.abandoned``. The others wait while
     a reader does something with a token, so one who hides the length reads all before (``PrivateLlama.stream``).
 
-    cache: an empty one of the model's, for who wants to look at it; a new one by default.
+    caches: new ones by default. One that holds rows is gone on with: the prompt follows what it holds.
 
     Reveals: to the client the logits of each generated token; to all the number of steps, unless ``hide_length``.
+    Cost: the rounds of the longest prompt, then those of the longest answer; the bytes of all.
+    Raises: UsageError for a policy that does not fit.
     """
     engine, model, meter = party.engine, party.model, party.engine.meter
-    cache = model.new_cache() if cache is None else cache
-    cache.follow(party.make_policy(plan.policy), plan.prompt_tokens)
-    party.reveals.public(f"prompt length: {plan.prompt_tokens} tokens", "shapes and rounds depend on it")
-    limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
-    party.reveals.public(f"request: {limits}", "all parties run the same program")
-    for index in range(plan.max_new_tokens):
-        started, last = perf_counter(), index + 1 == plan.max_new_tokens
+    caches = [model.new_cache() for _ in plans] if caches is None else caches
+    known: Sequence[Answer | None] = [None] * len(plans) if answers is None else answers
+    live = dict(enumerate(map(_Sequence, [party] * len(plans), plans, known, caches)))
+    if len(plans) > 1:
+        party.reveals.public(f"{len(plans)} prompts at once", "they share rounds")
+    for sequence in live.values():
+        sequence.begin()
+    index = 0
+    while live:
+        started = perf_counter()
         section = engine.section(f"request {party.requests} token {index}")
         with meter.phase("decode" if index else "prefill"), section:
             if index == 0:
-                logits = yield from _prefill(party, plan, cache, answer)
-            else:
-                logits = model(_tokens(party, None if answer is None else [answer.token_id], 1), cache)
-            value = _open(party, logits)
-        if answer is not None:
-            assert value is not None, "the client sees the logits"
-            ended = answer.finished
-            answer.take(value[0])
-            online = meter.snapshot().online
-            reason = "stop" if answer.finished else "length" if last else None
-            seconds = perf_counter() - started
-            if not ended:
-                yield Step(index, answer.token_id, "", seconds, online.rounds, online.bytes_sent, reason)
-        if not last and not plan.hide_length:
+                yield from _prefill(party, list(live.values()))
+            values = _side_by_side(party, [s.step if index else s.first for s in live.values()])
+        asked, ending = {}, set()
+        for (place, sequence), value in zip(list(live.items()), values, strict=True):
+            last = index + 1 == sequence.plan.max_new_tokens
+            if (answer := sequence.answer) is not None:
+                assert value is not None, "the client sees the logits"
+                ended = answer.finished
+                text, likely = answer.take(value[0], last)
+                online = meter.snapshot().online
+                reason = "stop" if answer.finished else "length" if last else None
+                seconds = perf_counter() - started
+                counts = online.rounds, online.bytes_sent
+                if not ended:
+                    yield Step(index, answer.token_id, text, seconds, *counts, reason, place, likely)
+            if last:
+                ending.add(place)
+            elif not sequence.plan.hide_length:
+                asked[place] = sequence.answer
+        index += 1
+        if asked:
             with meter.phase("decode"), meter.operation("whether the answer goes on", "stop or go"):
-                if agree(party, None if answer is None else answer.finished or answer.abandoned):
-                    break
-    counted = "upper bound of the answer's length" if plan.hide_length else "number of generated tokens"
-    party.reveals.public(f"{counted}: {index + 1}", "each token is one decode step that all parties run")
+                ending |= agree(party, asked)
+        for place in sorted(ending):
+            live.pop(place).end(index)
 
 
-def _prefill(party: Party, plan: Plan, cache: KVCache, answer: Answer | None) -> Generator[Progress, None, Handle]:
-    """Brings the prompt into ``cache`` chunk by chunk, yielding ``Progress``; returns the last row's logits."""
-    for start in range(0, plan.prompt_tokens, plan.chunk):
-        stop = min(start + plan.chunk, plan.prompt_tokens)
-        rows = _tokens(party, None if answer is None else answer.prompt_ids[start:stop], stop - start)
-        last = party.model.extend(rows, cache, seq_len=plan.prompt_tokens)[-1:]
-        if answer is not None:
-            yield Progress(stop, plan.prompt_tokens)
-    cache.end_prompt()
-    return party.model.logits(last)
+def _prefill(party: Party, sequences: list[_Sequence]) -> Generator[Progress, None, None]:
+    """Brings the prompts into their caches chunk by chunk, at the client yielding ``Progress``."""
+    done, total = 0, sum(sequence.plan.prompt_tokens for sequence in sequences)
+    for chunk in range(max(sequence.chunks for sequence in sequences)):
+        programs = [partial(s.prefill, chunk) for s in sequences if chunk < s.chunks]
+        done += sum(_side_by_side(party, programs))
+        if sequences[0].answer is not None:
+            yield Progress(done, total)
 
 
-def agree(party: Party, flag: bool | None) -> bool:
-    """The client's public ``flag``, at every compute party; ``None`` at the others."""
-    if party.transport is None:
-        assert flag is not None, "one process is the client too"
-        return flag
-    message = party.transport.announce(party.client, party.peers, None if flag is None else {"stop": flag})
-    if not isinstance(message.get("stop"), bool):
+def _side_by_side(party: Party, programs: Sequence[Callable[[], Result]]) -> list[Result]:
+    if len(programs) == 1:
+        return [programs[0]()]
+    with party.engine.meter.operation("prompts side by side", "shared"):
+        return party.engine.side_by_side(list(programs))
+
+
+def agree(party: Party, answers: Mapping[int, Answer | None]) -> set[int]:
+    """Which of these answers end here, by their place: the client's public decision, at every compute party.
+
+    answers: by place; ``None`` at all parties but the client.
+    """
+    mine = None
+    if None not in answers.values():
+        mine = {"stop": [place for place, a in answers.items() if a and (a.finished or a.abandoned)] or False}
+    message = mine if party.transport is None else party.transport.announce(party.client, party.peers, mine)
+    assert message is not None, "one process is the client too"
+    stop = message.get("stop")
+    if stop is False:
+        return set()
+    if not isinstance(stop, list) or not stop or not all(type(place) is int and place in answers for place in stop):
+        assert party.transport is not None, "what it says itself is right"
         raise party.transport.unexpected(party.client, "whether the answer goes on")
-    return message["stop"]
+    return set(stop)
+
+
+def check_chat(policy: eviction.Policy) -> None:
+    """Raises UsageError for a policy that cannot go on with a conversation."""
+    if not policy.goes_on:
+        able = ", ".join(name for name, kind in eviction.POLICIES.items() if kind.goes_on)
+        raise UsageError(
+            f"policy {policy.name} cannot go on with the cache of an earlier turn: {policy.why_not}; chat with one of "
+            f"{able} (--policy)"
+        )
 
 
 def parse_policy(text: str, *assignments: str) -> eviction.Policy:
@@ -186,13 +354,3 @@ def parse_policy(text: str, *assignments: str) -> eviction.Policy:
         return eviction.parse(text, *assignments)
     except eviction.PolicyError as error:
         raise UsageError(str(error)) from None
-
-
-def _tokens(party: Party, ids: list[int] | None, count: int) -> Handle:
-    return party.engine.tokens(None if ids is None else torch.tensor(ids), count, party.model.config.vocab_size)
-
-
-def _open(party: Party, logits: Handle) -> torch.Tensor | None:
-    with party.engine.meter.operation("reveal of the logits to the client", "reveal"):
-        why = "the client samples its own answer"
-        return party.reveals.open_to_client(party.engine, logits, party.client, "logits of each generated token", why)

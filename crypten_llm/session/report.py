@@ -3,10 +3,16 @@
 Owns the arithmetic on the parties' counters and the cost table. It counts nothing itself.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from crypten_llm.roles import CLIENT
 from crypten_llm.units import size
+
+if TYPE_CHECKING:
+    from crypten_llm.session.request import Result
 
 PHASES = ("load", "prefill", "decode")
 ONLINE = ("prefill", "decode")
@@ -94,6 +100,37 @@ def cost_table(cost: Cost) -> str:
 def _line(phase: str, kind: str, row: dict) -> str:
     sent, dealer = size(row["bytes_sent"]), size(row["dealer_bytes"])
     return f"{phase:<9}{kind:<12}{row['rounds']:>9,}{sent:>14}{dealer:>11}{row['seconds']:>10.2f}"
+
+
+def turns_table(turns: list[Result]) -> str:
+    """What each turn of a conversation cost."""
+    named = (
+        f"{'turn':<6}{'cached':>8}{'new':>6}{'answer':>8}{'rounds':>9}{'sent a party':>14}{'dealer':>11}{'seconds':>10}"
+    )
+    lines = [named]
+    for number, turn in enumerate(turns, 1):
+        cost = turn.cost
+        seconds = sum(cost.seconds(phase) for phase in ONLINE)
+        lines.append(
+            f"{number:<6}{turn.cached_tokens:>8}{turn.prompt_tokens:>6}{len(turn.token_ids):>8}{cost.rounds():>9,}"
+            f"{size(max(cost.bytes_sent())):>14}{size(cost.dealer_bytes()):>11}{seconds:>10.2f}"
+        )
+    return "\n".join(lines)
+
+
+def ledger(loaded: list[dict], requests: list[list[dict]]) -> list[dict]:
+    """What was revealed in all requests of a session; loaded: when the model was shared, which each of them lists."""
+
+    def key(entry: dict) -> tuple:
+        return entry["what"], entry["to"], entry["why"]
+
+    before = {key(entry): entry["times"] for entry in loaded}
+    found = {key(entry): dict(entry) for entry in loaded}
+    for revealed in requests:
+        for entry in revealed:
+            more = entry["times"] - before.get(key(entry), 0)
+            found.setdefault(key(entry), {**entry, "times": 0})["times"] += more
+    return list(found.values())
 
 
 def revealed_table(revealed: list[dict]) -> str:

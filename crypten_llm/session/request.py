@@ -1,46 +1,73 @@
-"""What is asked of a session and what comes back: requests, results, and the text of an answer in the making.
+"""What is asked of a session and what comes back: requests, their settings, and results.
 
 Owns what can be refused without a model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from statistics import median
 from typing import Any
 
 from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import encode_chat, encode_prompt
-from crypten_llm.session.generation import DEFAULT_CHUNK, Plan, parse_policy
+from crypten_llm.session.defaults import Defaults
+from crypten_llm.session.generation import DEFAULT_CHUNK, Answer, Plan, Step, parse_policy
 from crypten_llm.session.report import Cost
-from crypten_llm.session.sampling import SamplingConfig
+from crypten_llm.session.sampling import Logprobs, Sampler, SamplingConfig
+from crypten_llm.session.settings import check_names
+from crypten_llm.session.text import Detokenizer, check_stops
+
+NEW_TOKENS, NEW_TOKENS_OF_CHAT = 32, 256
+LEFT = "left"
+"""Why an answer ended of which nobody read on."""
+NONE = Defaults()
+OWNERS = "owner"
+"""As ``eos_token_id``: take what the owner announces. Said by the client, never assumed."""
 
 
 @dataclass(frozen=True)
 class Request:
     """What ``generate`` and ``stream`` take; what can be refused without a model is refused here.
 
-    prompt or input_ids: text, or token ids used as they are. max_new_tokens, do_sample, temperature, top_k, top_p,
-    seed: as in transformers; without ``do_sample`` decoding is greedy. hide_length: run all steps alike and show the
-    answer after the last, so that only the client knows where it ended. prefill_chunk: prompt tokens per pass.
-    policy: a KV-cache eviction policy. chat: the prompt is what a user says, and the tokenizer's chat template is
-    applied to it. messages: or a whole conversation as transformers takes it, [{"role": "user", "content": text}, ...].
+    prompt or input_ids: text, or token ids used as they are. chat: the prompt is what a user says, and the tokenizer's
+    chat template is applied to it, after ``system`` if that is given. messages: or a whole conversation as transformers
+    takes it, [{"role": "user", "content": text}, ...].
+
+    max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in transformers; what is not
+    given is as the client's copy of the model's generation_config.json has it, or else greedy, 32 tokens, 256 where a
+    chat template is used. seed: of the draws. logprobs: tell every token's probability, and as many of the best.
+
+    stop: text that ends the answer, which ends before it; or several. eos_token_id: ids that end it, one or several;
+    not given, those of the client's own tokenizer and folder, and never another party's, unless this is "owner".
+
+    hide_length: run all steps alike and show the answer after the last, so that only the client knows where it ended.
+    prefill_chunk: prompt tokens per pass. policy: a KV-cache eviction policy.
 
     Raises UsageError for a value out of range.
     """
 
     prompt: str | None = None
     input_ids: list[int] | None = None
-    max_new_tokens: int = 32
-    do_sample: bool = False
-    temperature: float = 1.0
+    max_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
     top_k: int | None = None
-    top_p: float = 1.0
+    top_p: float | None = None
     seed: int | None = None
     hide_length: bool = False
     prefill_chunk: int = DEFAULT_CHUNK
     policy: str = "full"
     chat: bool = False
     messages: list[dict] | None = None
+    system: str | None = None
+    stop: str | list[str] | tuple[str, ...] = ()
+    eos_token_id: int | list[int] | tuple[int, ...] | str | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.prompt, self.input_ids, self.messages)) != 1:
@@ -49,12 +76,14 @@ class Request:
             )
         if self.chat and self.prompt is None:
             raise UsageError("chat applies the chat template to a text; give a prompt (--prompt or --prompt-file)")
+        if self.system is not None and not self.chat:
+            raise UsageError("system is a message of a chat; say chat as well (--chat), or put it first in messages")
         if self.messages is not None:
             _check_messages(self.messages)
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise UsageError(
-                f"the prompt is a {type(self.prompt).__name__}; give one text, and one request after the other (token "
-                "ids are input_ids, a conversation is messages)"
+                f"the prompt is a {type(self.prompt).__name__}; give a text, or a list of texts (token ids are "
+                "input_ids, a conversation is messages)"
             )
         if self.prompt is not None and not self.prompt.strip():
             raise UsageError("the prompt is empty; give some text")
@@ -62,27 +91,115 @@ class Request:
             raise UsageError("the prompt is empty; give at least one token id")
         for name in ("max_new_tokens", "prefill_chunk"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not (value is None and name == "max_new_tokens") and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} is {value!r}; it must be 1 or more")
+        if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
+            raise UsageError(
+                f"logprobs is {self.logprobs!r}; it must be a number of tokens, 0 for the chosen one alone"
+            )
         check_policy(self.policy)
-        self.sampling()
+        check_stops(self.stop)
+        self.stop_ids(NONE, ())
+        SamplingConfig(**{"do_sample": True, **self._given(("do_sample", *_DRAWN))})
+        if self.do_sample is False:
+            self.sampling()
 
-    def ids(self, tokenizer: Any) -> list[int]:
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return check_stops(self.stop)
+
+    @property
+    def templated(self) -> bool:
+        """Whether a chat template is used."""
+        return self.chat or self.messages is not None
+
+    def ids(self, tokenizer: Callable[[], Any]) -> list[int]:
         """Token ids of what is asked; ``tokenizer()`` gives the client's, where one is needed."""
-        if self.messages is not None or self.chat:
-            return encode_chat(tokenizer(), self.messages or [{"role": "user", "content": self.prompt}])
-        return encode_prompt(tokenizer(), self.prompt) if self.prompt is not None else one_row(self.input_ids)
+        if self.chat:
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            return encode_chat(tokenizer(), [*system, {"role": "user", "content": self.prompt}])
+        if self.messages is not None:
+            return encode_chat(tokenizer(), self.messages)
+        if self.prompt is not None:
+            return encode_prompt(tokenizer(), self.prompt)
+        rows = rows_of(self.input_ids)
+        if len(rows) > 1:
+            raise UsageError(f"input_ids holds {len(rows)} prompts; a request is one, ask for several with generate()")
+        return rows[0]
 
-    def sampling(self) -> SamplingConfig:
-        return SamplingConfig(self.do_sample, self.temperature, self.top_k, self.top_p, self.seed)
+    def sampling(self, defaults: Defaults = NONE) -> SamplingConfig:
+        """How tokens are chosen. Raises UsageError for what greedy decoding, given or default, would ignore."""
+        samples = defaults.sampling.get("do_sample", False) if self.do_sample is None else self.do_sample
+        usable = (name for name in defaults.sampling if samples or name == "repetition_penalty")
+        model = {name: defaults.sampling[name] for name in usable}
+        return SamplingConfig(**{**model, **self._given(_DRAWN), "do_sample": samples})
 
-    def plan(self, prompt_tokens: int) -> Plan:
-        return Plan(prompt_tokens, self.max_new_tokens, self.prefill_chunk, self.hide_length, self.policy)
+    def _given(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def stop_ids(self, defaults: Defaults, owners: tuple[int, ...]) -> tuple[int, ...]:
+        """What ends the answer beside its text; ``owners``: what the owner announced, used where it was asked for."""
+        if self.eos_token_id is None:
+            return defaults.stop_ids
+        if self.eos_token_id == OWNERS:
+            return owners
+        given = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
+        if isinstance(given, str) or not all(type(token) is int and token >= 0 for token in given):
+            raise UsageError(
+                f"eos_token_id is {self.eos_token_id!r}; give a token id, several, or 'owner' for what the owner "
+                "announces"
+            )
+        return tuple(given)
+
+    def plan(self, prompt_tokens: int, defaults: Defaults = NONE) -> Plan:
+        usual = defaults.max_new_tokens or (NEW_TOKENS_OF_CHAT if self.templated else NEW_TOKENS)
+        new = usual if self.max_new_tokens is None else self.max_new_tokens
+        return Plan(prompt_tokens, new, self.prefill_chunk, self.hide_length, self.policy)
+
+
+_DRAWN = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")
+
+
+def requests_of(prompt: Any, arguments: dict[str, Any]) -> tuple[list[Request], bool]:
+    """The requests that arguments of ``generate`` make, and whether there are several, which one in a list is too.
+
+    prompt: a text, a list of texts or a list of ``Request``. input_ids: a row of ids, or rows. messages: a
+    conversation, or a list of them. All other arguments hold for each.
+
+    Raises UsageError for an argument that there is not, and for what ``Request`` refuses.
+    """
+    check_names("argument", arguments, [each.name for each in fields(Request)])
+    several: list[Any] | None = None
+    if isinstance(prompt, list | tuple):
+        if all(isinstance(each, Request) for each in prompt) and not arguments:
+            several = list(prompt)
+        elif not any(isinstance(each, Request) for each in prompt):
+            several = [Request(each, **arguments) for each in prompt]
+        else:
+            raise UsageError("a list of prompts holds texts alone, or Requests alone, which bring their own arguments")
+    elif isinstance(messages := arguments.get("messages"), list | tuple) and _is_nested(messages):
+        several = [Request(prompt, **{**arguments, "messages": each}) for each in messages]
+    elif prompt is None and (ids := arguments.get("input_ids")) is not None and len(rows := rows_of(ids)) > 1:
+        several = [Request(**{**arguments, "input_ids": row}) for row in rows]
+    if several is None:
+        return [Request(prompt, **arguments)], False
+    if not several:
+        raise UsageError("the list of prompts is empty; give at least one")
+    return several, True
+
+
+def _is_nested(messages: list | tuple) -> bool:
+    return bool(messages) and all(isinstance(each, list | tuple) for each in messages)
 
 
 @dataclass(frozen=True)
 class Result:
-    """An answer, what it cost and what was revealed for it."""
+    """An answer, what it cost and what was revealed for it.
+
+    prompts: how many shared its rounds; ``seconds``, ``cost`` and ``revealed`` are of all these together.
+    cached_tokens: of its conversation, that the cache held already. decoding: how tokens were chosen, in words.
+    stop_ids: what would have ended it.
+    """
 
     text: str
     token_ids: list[int]
@@ -93,11 +210,19 @@ class Result:
     seconds: dict
     cost: Cost
     revealed: list[dict]
+    decoding: str = "greedy"
+    stop_ids: tuple[int, ...] = ()
+    logprobs: list[Logprobs] | None = None
+    prompts: int = 1
+    cached_tokens: int = 0
 
     def to_dict(self) -> dict:
         """The JSON object that ``generate --json`` prints."""
+        likely = None if self.logprobs is None else [asdict(step) for step in self.logprobs]
+        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "cost"}
         return {
-            **{field.name: getattr(self, field.name) for field in fields(self) if field.name != "cost"},
+            **plain,
+            "logprobs": likely,
             "online": {"rounds": self.cost.rounds(), "bytes_sent": self.cost.bytes_sent()},
             "offline": {"bytes": self.cost.dealer_bytes(), "rounds": self.cost.dealer_rounds()},
             "peak_memory_bytes": self.cost.peak_bytes(),
@@ -105,24 +230,77 @@ class Result:
         }
 
 
-class Detokenizer:
-    """Text of a growing list of tokens, holding back bytes of a character that is not complete yet."""
+@dataclass
+class Taken:
+    """What has come of a request so far, also of one that nobody reads on."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.text = ""
+    answers: list[Answer] = field(default_factory=list)
+    steps: list[list[Step]] = field(default_factory=list)
+    ranks: list[dict] = field(default_factory=list)  # every rank's counters, once it has ended
 
-    def push(self, token_id: int, last: bool) -> str:
-        """What ``token_id`` adds to the text that may be shown; the last token adds whatever is left."""
-        if self.tokenizer is None:
-            return ""
-        self.ids.append(token_id)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if text.endswith("\ufffd") and not last:
-            return ""
-        new, self.text = text[len(self.text) :], text
-        return new
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that can be run: its ids, its public plan, and what decides its tokens.
+
+    before: ids that the conversation's cache holds already.
+    """
+
+    request: Request
+    ids: list[int]
+    plan: Plan
+    sampling: SamplingConfig
+    stop_ids: tuple[int, ...]
+    before: Sequence[int] = ()
+
+    def answer(self, tokenizer: Any) -> Answer:
+        """Where the answer grows; tokenizer: the client's, if it has one."""
+        choose = Sampler(self.sampling, [*self.before, *self.ids])
+        text = None if tokenizer is None else Detokenizer(tokenizer, self.request.stops)
+        return Answer(self.ids, choose, self.stop_ids, text, self.request.logprobs)
+
+    def result(
+        self,
+        answer: Answer,
+        steps: list[Step],
+        engine: str,
+        load_seconds: float,
+        cost: Cost,
+        revealed: list[dict],
+        prompts: int,
+    ) -> Result:
+        """What came of it; steps: those that were read, of which the last ends the answer if it was read to its end."""
+        decode = [step.seconds for step in steps[1:]]
+        return Result(
+            text="" if answer.text is None else answer.text.text,
+            token_ids=answer.token_ids,
+            prompt_tokens=len(self.ids),
+            engine=engine,
+            policy=self.plan.policy,
+            finish_reason=(steps[-1].finish_reason if steps else None) or LEFT,
+            seconds={
+                "load": load_seconds,
+                "prefill": steps[0].seconds if steps else None,
+                "per_token": median(decode) if decode else None,
+            },
+            cost=cost,
+            revealed=revealed,
+            decoding=str(self.sampling),
+            stop_ids=self.stop_ids,
+            logprobs=None if self.request.logprobs is None else [s.logprobs for s in steps if s.logprobs],
+            prompts=prompts,
+            cached_tokens=len(self.before),
+        )
+
+
+def result_of(events: Generator[Any, None, Any]) -> Any:
+    """Reads a stream to its end; returns its own result: another thread's may be the session's by now."""
+    with contextlib.closing(events):
+        while True:
+            try:
+                next(events)
+            except StopIteration as ended:
+                return ended.value
 
 
 def check_policy(name: str) -> None:
@@ -130,14 +308,11 @@ def check_policy(name: str) -> None:
     parse_policy(name)
 
 
-def one_row(ids: Any) -> list[int]:
-    """Ids as a list; tensors and a batch of one are taken as transformers takes them."""
+def rows_of(ids: Any) -> list[list[int]]:
+    """Ids as rows; a tensor, and a row that is in no list, are taken as transformers takes them."""
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    if not any(isinstance(row, list) for row in ids):
-        return ids
-    if len(ids) > 1:
-        raise UsageError(f"input_ids holds {len(ids)} prompts; ask one at a time")
-    return ids[0]
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
+    return [list(row) for row in rows] if rows and all(isinstance(row, list | tuple) for row in rows) else [rows]
 
 
 def check_ids(ids: list[int], vocab_size: int) -> list[int]:

@@ -6,6 +6,7 @@ decides only which token the client picks, so a repeatable seed is a feature her
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,20 @@ import torch
 
 from crypten_llm.errors import CryptenLLMError, UsageError
 
+FILTERS = ("temperature", "top_k", "top_p", "min_p")
+"""What greedy decoding has no use for."""
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Greedy by default; with `do_sample`, temperature, then top-k, then top-p, as in transformers.
+    """Greedy by default; with `do_sample`, temperature, then top-k, top-p and min-p, as in transformers.
 
     temperature: divides the logits; 0 means greedy, the limit it tends to.
     top_k: keep the k best tokens, and those equal to the last of them; None or 0 keeps all.
     top_p: keep the best tokens until their probabilities reach this sum, at least one; 1 keeps all.
+    min_p: keep tokens at least this share as likely as the best; 0 keeps all.
+    repetition_penalty: of tokens that prompt or answer hold, logits above 0 are divided by it, others multiplied,
+    before all else and in greedy decoding too; 1 changes nothing.
     seed: of the draws; None takes a fresh one.
 
     Raises UsageError naming the value that is out of range, or that greedy decoding would ignore.
@@ -31,6 +38,8 @@ class SamplingConfig:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
@@ -41,24 +50,48 @@ class SamplingConfig:
             raise UsageError(f"top_k is {self.top_k!r}; it must be a positive integer, or 0 to keep all tokens")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p is {self.min_p!r}; it must be from 0 (keeps all) to 1")
+        if not _is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < float("inf"):
+            raise UsageError(
+                f"repetition_penalty is {self.repetition_penalty!r}; it must be a positive number, 1 for none"
+            )
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 2**63):
             raise UsageError(f"seed is {self.seed!r}; it must be an integer from 0 to 2^63 - 1")
         if not self.do_sample:
-            ignored = {"temperature": self.temperature not in (0, 1), "top_k": self.top_k, "top_p": self.top_p != 1}
-            for name, is_set in ignored.items():
-                if is_set:
+            ignored = {
+                "temperature": self.temperature not in (0, 1),
+                "top_k": self.top_k,
+                "top_p": self.top_p != 1,
+                "min_p": self.min_p,
+            }
+            for name in FILTERS:
+                if ignored[name]:
                     raise UsageError(f"{name} is {getattr(self, name)!r} but do_sample is false; leave it out")
 
     @property
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0
 
+    def __str__(self) -> str:
+        """In words, for who looks on: "greedy", or "temperature 0.7, top_p 0.9"; the seed is the caller's own."""
+        shown = [] if not self.greedy else ["greedy"]
+        if not self.greedy:
+            shown.append(f"temperature {self.temperature:g}")
+            neutral = {"top_k": (None, 0), "top_p": (1,), "min_p": (0,)}
+            shown += [f"{n} {getattr(self, n):g}" for n, none in neutral.items() if getattr(self, n) not in none]
+        if self.repetition_penalty != 1:
+            shown.append(f"repetition_penalty {self.repetition_penalty:g}")
+        return ", ".join(shown)
+
 
 class Sampler:
-    """Draws one token a call; a fresh one with the same seed and logits repeats the same tokens."""
+    """Draws one token a call; a fresh one with the same seed, ids and logits repeats the same tokens."""
 
-    def __init__(self, config: SamplingConfig) -> None:
+    def __init__(self, config: SamplingConfig, ids: Iterable[int] = ()) -> None:
+        """ids: of the prompt, and of all before it that the model has seen; the drawn tokens join them."""
         self.config = config
+        self._seen = set(ids)
         self._generator = torch.Generator()
         if config.seed is None:
             self._generator.seed()
@@ -67,10 +100,15 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor) -> int:
         """Token id for logits [vocab_size]. Ties go to the lower id. Raises CryptenLLMError on NaN or +inf."""
+        drawn = self._draw(logits)
+        self._seen.add(drawn)
+        return drawn
+
+    def _draw(self, logits: torch.Tensor) -> int:
         if not (logits < float("inf")).all():
             raise CryptenLLMError("the logits hold NaN or infinite values: the model's computation overflowed")
         # A stable order on the CPU in float64 makes a draw the same on every machine.
-        scores, tokens = logits.detach().cpu().double().sort(descending=True, stable=True)
+        scores, tokens = self._penalized(logits.detach().cpu().double()).sort(descending=True, stable=True)
         if self.config.greedy:
             return int(tokens[0])
         probabilities = self._filtered(scores)
@@ -78,6 +116,16 @@ class Sampler:
         # The first token whose cumulated probability exceeds the draw; clamped against rounding at the very end.
         rank = torch.searchsorted(probabilities.cumsum(0), draw * probabilities.sum(), right=True)
         return int(tokens[min(int(rank), int(probabilities.count_nonzero()) - 1)])
+
+    def _penalized(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [vocab_size] with the penalty on those of tokens that were seen."""
+        penalty = self.config.repetition_penalty
+        if penalty == 1 or not self._seen:
+            return scores
+        seen = torch.tensor(sorted(self._seen))
+        penalized = scores.clone()
+        penalized[seen] = torch.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        return penalized
 
     def _filtered(self, scores: torch.Tensor) -> torch.Tensor:
         """Weights of the draw from scores in descending order, [vocab_size] both; what is filtered out has 0."""
@@ -90,7 +138,30 @@ class Sampler:
             better = probabilities.cumsum(0) - probabilities
             better[0] = 0  # the best token stays, whatever the rounding
             probabilities = probabilities.masked_fill(better >= self.config.top_p, 0)
+        if self.config.min_p:
+            # What was left out before changes all others' shares alike, so their ratio to the best is as it was.
+            probabilities = probabilities.masked_fill(probabilities < self.config.min_p * probabilities[0], 0)
         return probabilities
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Of one step, as the model gives them, before penalty, temperature and filters: natural logarithms.
+
+    logprob: of the token that was drawn. top: the best tokens' ids and theirs, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, token_id: int, count: int) -> Logprobs:
+        """From logits [vocab_size], with the ``count`` best tokens; ties go to the lower id."""
+        found = logits.detach().cpu().double().log_softmax(0)
+        values, ids = found.sort(descending=True, stable=True)
+        best = zip(ids[:count].tolist(), values[:count].tolist(), strict=True)
+        return cls(token_id, float(found[token_id]), tuple(best))
 
 
 def _is_number(value: Any) -> bool:

@@ -1,9 +1,10 @@
-"""``generate``: a private answer to a prompt."""
+"""``generate``: a private answer to a prompt, or to each of a file of prompts."""
 
 from typing import Any
 
 from crypten_llm.commands import options as shared
 from crypten_llm.commands.command_line import Parser
+from crypten_llm.errors import UsageError
 
 HELP = "answer a prompt that nobody else sees, with weights that you do not see"
 
@@ -12,11 +13,14 @@ def options(parser: Parser) -> None:
     shared.add_model_and_prompt(parser)
     add = parser.add_argument
     add("--chat", action="store_true", help="apply the tokenizer's chat template to the text, as a user's message")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="(default: 32)")
-    add("--temperature", type=float, metavar="T", help="sample with this temperature instead of greedy decoding")
-    add("--top-k", type=int, metavar="K", help="sample among the K best tokens")
-    add("--top-p", type=float, metavar="P", help="sample among the best tokens that hold probability P")
-    add("--seed", type=int, help="of the client's sampling; no secret depends on it")
+    add("--system", metavar="TEXT", help="a system message before it, with --chat")
+    file = "a file of prompts, one JSON object a line: prompt or messages, and at will id and max_new_tokens"
+    add("--prompts", metavar="F.jsonl", help=file)
+    out = "where the answers go, one JSON object a line; those that are there already are kept"
+    add("--out", metavar="F.jsonl", help=out)
+    add("--batch-size", type=int, metavar="N", help="prompts of --prompts that share their rounds (default: 8)")
+    shared.add_answer(parser)
+    add("--logprobs", type=int, metavar="K", help="with --json, --out: each token's log-probability and the K best's")
     what = "run all N steps, then show the answer at once: only the client knows its length"
     add("--hide-length", action="store_true", help=what)
     shared.add_policy(parser)
@@ -27,20 +31,28 @@ def options(parser: Parser) -> None:
 def run(arguments: Any) -> None:
     if not shared.asks(arguments):
         return
+    asked = shared.answer(arguments)
+    asked |= {name: getattr(arguments, name) for name in ("chat", "system", "logprobs", "hide_length")}
+    where = {"model": arguments.model, "tokenizer": arguments.tokenizer, **shared.settings(arguments)}
+    if arguments.prompts is not None:
+        _answer_file(arguments, asked, where)
+        return
+    for option in ("out", "batch_size"):
+        if getattr(arguments, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} belongs to a file of prompts; give that with --prompts")
     from crypten_llm.commands.show import show_generation
-    from crypten_llm.session.api import Request
+    from crypten_llm.session.request import Request
 
-    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    request = Request(
-        **shared.prompt(arguments),
-        **sampling,
-        do_sample=bool(sampling),
-        seed=arguments.seed,
-        max_new_tokens=arguments.max_new_tokens,
-        hide_length=arguments.hide_length,
-        prefill_chunk=arguments.chunk,
-        policy=shared.policy(arguments),
-        chat=arguments.chat,
-    )
-    show_generation(request, arguments.model, arguments.tokenizer, arguments.json, **shared.settings(arguments))
+    show_generation(Request(**shared.prompt(arguments), **asked), as_json=arguments.json, **where)
+
+
+def _answer_file(arguments: Any, asked: dict, where: dict) -> None:
+    if any(given is not None for given in (arguments.prompt, arguments.prompt_file, arguments.prompt_ids)):
+        raise UsageError("--prompts is a file of prompts; leave --prompt, --prompt-file and --prompt-ids out")
+    if arguments.out is None:
+        raise UsageError("--prompts needs --out F.jsonl, where the answers go")
+    if arguments.json:
+        raise UsageError("--json is of one answer; those of --prompts are in --out")
+    from crypten_llm.commands.prompts import answer_file
+
+    answer_file(arguments.prompts, arguments.out, asked, arguments.batch_size, **where)

@@ -1,6 +1,7 @@
 """``party``: every party but the client, started by hand or by the client of a local run."""
 
 import argparse
+import signal
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,7 @@ HELP = "serve as the party that RANK says (owner, compute or dealer) until the c
 
 
 def options(parser: Parser) -> None:
-    parser.add_argument("--model", default="", help="what the owner shares: 'shipped', a folder, or a hub id")
+    parser.add_argument("--model", default="", help="what the owner shares: 'shipped', a folder, GGUF file or hub id")
     parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)  # in the place of all other options
     shared.add_settings(parser)
 
@@ -33,6 +34,8 @@ def _serve_parent(arguments: Any) -> None:
     end_with_parent()
     told = Child.from_json(arguments.child)
     arguments.verbose = told.launch.verbose
+    if told.launch.shielded:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     from crypten_llm.session.api import PrivateLlama
 
     PrivateLlama.serve(told.model, **asdict(told.protocol), **asdict(told.launch))

@@ -21,7 +21,6 @@ from crypten_llm.protocols.ladder import normalized
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret
-from crypten_llm.protocols.wide import Opened
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -190,9 +189,10 @@ def reciprocal(engine: WireEngine, x: Handle, low: float, high: float) -> Protoc
     if top > x.width - 2 or top < 2:
         raise Overflow(f"reciprocal: values up to {high:g} at scale 2^{x.scale} do not fit a ring of {x.width} bits")
     (wire,) = yield [Opening(x, ring=top + 2, function=True)]
-    opened = Opened(None if wire.public is None else wire.public[..., None], wire.mask.map(lambda t: t[..., None]))
+    raw = None if wire.public is None else wire.public.reshape(-1, 1)
     least, kept = max(0, bits_for(low) - 1 + x.scale), min(top, 26)
-    scaled, power, _ = normalized(engine.runtime, opened, x.shape, top + 2, top, least, kept, base=4)
+    mask = wire.mask.held.reshape(-1, 1)
+    scaled, power, _ = normalized(engine.runtime, raw, mask, x.shape, top + 2, top, least, kept, base=4)
     doubled = Secret(scaled.share, kept - 1, scaled.width, 1)  # twice x 4^k / 2^top: 1/2 to 2
     size = min(kept - 1 + fit.period, scaled.width)
     unit_wire, power_wire = yield [Opening(doubled, ring=size, function=True), Opening(power, lifted=64)]

@@ -157,7 +157,7 @@ def _weighed(engine: TrackedEngine, out: Tracked, scores: Tracked, mask: torch.T
     row=Domain("logarithms of a row's sum of exp(score)", lambda c: c.row_logarithms[0], lambda c: c.row_logarithms[1]),
 )
 def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None) -> Protocol[Weights]:
-    """Scores are exponents of ``softmax_base``. Error and Cost: ``softmax.weigh``'s, for what the mask does not hide."""
+    """Scores are exponents of ``softmax_base``. Error, Cost: ``softmax.weigh``'s, for what the mask does not hide."""
     c, shape = engine.config, scores.shape
     heads, rows, length = shape[:-2].numel(), shape[-2], shape[-1]
     if mask is None:

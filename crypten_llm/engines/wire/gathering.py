@@ -74,7 +74,7 @@ def scatter_weights(engine: WireEngine, choice: Choice, weights: Weights, count:
     """Error: none. ``mix`` divides by the sum.
 
     Cost: 1 round (none without picks): the G * M * count weights in their ring each way, and the picks where
-    ``gather_scores`` has not opened them wide enough; dealer the bits of that ring for each of G * M * C * size results.
+    ``gather_scores`` has not opened them wide enough; dealer the bits of that ring for each of G * M * C * size.
     """
     runtime, width = engine.runtime, engine.config.mixed_width
     x, shape = weights.dense, torch.Size((*weights.shape[:-1], count))

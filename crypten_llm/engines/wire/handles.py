@@ -297,10 +297,12 @@ def _has_room(x: Secret, growth: int) -> bool:
 
 
 def _widened(engine: WireEngine, values: list[tuple[Secret, int]], what: str) -> Protocol[None]:
-    """Each value opened to 64 bits, all in one round; with it, by how many bits what is made of it will be larger."""
+    """Each value opened to 64 bits, all in one round; with each, by how many bits what is made of it will grow."""
     for x, _ in values:
         if not _has_room(x, 0):
-            raise Overflow(f"{what}: |x| < 2^{x.bits} at scale 2^{x.scale} does not fit a share valid modulo 2^{x.width}")
+            raise Overflow(
+                f"{what}: |x| < 2^{x.bits} at scale 2^{x.scale} does not fit a share valid modulo 2^{x.width}"
+            )
     if not values:
         return
     wires = yield [lifted(x, ROOM) for x, _ in values]

@@ -38,9 +38,9 @@ class WireConfig:
     attention, of softmax weights; mixed, of what they mix before it is divided by their sum; inverse, of 1 / sum;
     attended, of W_o's input; up; product, of silu(gate) * up; activation, of policies' values.
 
-    Bounds: hidden_bits, |x| < 2^hidden_bits of hidden states and of what is added to them; key_bits, of queries, keys and
-    values as eviction policies compute with them, while the model itself needs no bound on these; mixed_bits; up_bits;
-    logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of softmax's
+    Bounds: hidden_bits, |x| < 2^hidden_bits of hidden states and of what is added to them; key_bits, of queries, keys
+    and values as eviction policies compute with them, while the model itself needs no bound on these; mixed_bits;
+    up_bits; logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of softmax's
     exponents.
     """
 

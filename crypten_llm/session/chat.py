@@ -1,0 +1,195 @@
+"""A conversation in turns: what was said, and the cache that all parties keep of it.
+
+Owns that a turn goes on exactly where the last one ended. The whole conversation is written anew by the model's own
+chat template at each turn; only where that begins with what the cache holds is the rest alone asked for: by its ids,
+or by its text where the model wrote its answer in other tokens than the tokenizer would. Where it does not, the cache
+begins anew, which is told first: with what it costs, and never silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from crypten_llm.errors import UsageError
+from crypten_llm.models.tokenizer import encode_rendered, render_chat
+from crypten_llm.session.generation import Answer, Progress, Step, Turn, check_chat, parse_policy
+from crypten_llm.session.request import Request, Result, Taken, result_of
+from crypten_llm.session.settings import check_names
+from crypten_llm.units import size
+
+if TYPE_CHECKING:
+    from crypten_llm.session.api import PrivateLlama
+    from crypten_llm.session.settings import ProtocolConfig
+
+_NOT_OF_A_CHAT = ("prompt", "input_ids", "messages", "chat", "system")
+
+
+@dataclass(frozen=True)
+class Restart:
+    """The cache begins anew: the conversation as its template writes it now does not begin with what the cache holds.
+
+    shared: tokens up to the first difference, of ``cached`` in the cache. prompt_tokens: to be prefilled now, all of
+    the conversation. seconds, bytes_sent: what that will about take, by the prefills of the turns so far; ``None``
+    before.
+    """
+
+    shared: int
+    cached: int
+    prompt_tokens: int
+    seconds: float | None = None
+    bytes_sent: int | None = None
+
+    def __str__(self) -> str:
+        cost = ""
+        if self.seconds is not None and self.bytes_sent is not None:
+            sent = f" and {size(self.bytes_sent)} sent a party" if self.bytes_sent else ""
+            cost = f", about {self.seconds:.1f} s{sent}"
+        return (
+            "the chat template writes the turns so far otherwise than the cache has them, from token "
+            f"{self.shared + 1} of {self.cached}: the cache begins anew ({self.prompt_tokens} tokens to prefill{cost})"
+        )
+
+
+def check(request: Request, protocol: ProtocolConfig) -> None:
+    """Raises UsageError for what no conversation can go on with; needs no model."""
+    if protocol.tape:
+        raise UsageError(
+            "a tape is dealt for a prompt of known length, and a chat has turns of any; leave --tape (tape=) out"
+        )
+    if request.hide_length:
+        raise UsageError(
+            "hide_length hides nothing in a chat: the next turn's length tells that of the answer; leave it out"
+        )
+    check_chat(parse_policy(request.policy))
+
+
+class Chat:
+    """A conversation with the model of a session; made by ``PrivateLlama.chat``.
+
+    ``send`` or ``stream`` a text, as often as wanted; ``messages`` has what was said. All parties keep the cache of
+    keys and values as shares, so that a turn costs its own tokens and the answer's, not those of all turns before. A
+    policy leaves rows of earlier turns as they are; one that cannot is refused.
+
+    A stream that is left early leaves what was read of the answer in the conversation. ``close`` (or a with block) has
+    the parties drop the cache.
+    """
+
+    def __init__(self, llama: PrivateLlama, number: int, system: str | None, arguments: dict[str, Any]) -> None:
+        """Raises UsageError where there is no chat template, or for arguments with which no conversation can go on."""
+        known = [field.name for field in fields(Request) if field.name not in _NOT_OF_A_CHAT]
+        check_names("argument", arguments, known)
+        self._llama, self._number, self._arguments = llama, number, arguments
+        check(self._request("a"), llama.protocol)
+        self._cached: list[int] = []  # ids that the parties' cache holds
+        self._written, self._spoken = "", [0]  # the conversation to the end of the last answer: its text, its tokens
+        self._spent: tuple[int, float, int] = (0, 0.0, 0)  # on prefills so far: tokens, seconds, bytes sent
+        self.results: list[Result] = []  # of each turn; one that was left early has the reason "left"
+        self.reset(system)
+        render_chat(llama.tokenizer, [*self.messages, {"role": "user", "content": "a"}])
+
+    def reset(self, system: str | None = None) -> None:
+        """Begins a new conversation, after ``system`` if that is given; the cache begins anew with the next turn."""
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        self._cached, self._written = [], ""
+
+    @property
+    def system(self) -> str | None:
+        """The text before all turns."""
+        first = self.messages[:1]
+        return first[0]["content"] if first and first[0]["role"] == "system" else None
+
+    def _request(self, text: str) -> Request:
+        return Request(text, chat=True, **self._arguments)
+
+    def stream(self, text: str) -> Generator[Restart | Progress | Step, None, Result]:
+        """The answer to what the user says next: as ``PrivateLlama.stream``, and a ``Restart`` first where one is due.
+
+        Raises UsageError for a turn that cannot be run, which leaves the conversation as it was.
+        """
+        llama, request = self._llama, self._request(text)
+        llama._check_free()
+        said = [*self.messages, {"role": "user", "content": text}]
+        rendered = render_chat(llama.tokenizer, said)
+        ids = self._continued(rendered)
+        before, restart = self._cached, None
+        if before and (ids[: len(before)] != before or len(ids) == len(before)):
+            shared = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(ids))
+            restart, before = Restart(shared, len(before), len(ids), *self._price(len(ids))), []
+        asked = llama.prepare(request, ids[len(before) :], before)
+        if restart is not None:
+            yield restart
+        taken, read = Taken(), list[str]()
+        try:
+            events = llama.run([asked], turn=Turn(self._number, len(before)), taken=taken)
+            yield from self._read(events, read)
+        finally:
+            self._note(said, rendered, ids, taken.answers[0] if taken.answers else None, "".join(read))
+            if taken.answers and llama.is_open:
+                self._count(llama.results([asked], taken)[0])
+        llama.result = self.results[-1]
+        return self.results[-1]
+
+    def _read(self, events: Generator[Progress | Step, None, Any], read: list[str]) -> Iterator[Progress | Step]:
+        """The events, noting the texts that were handed on."""
+        with contextlib.closing(events):
+            for event in events:
+                if isinstance(event, Step):
+                    read.append(event.text)
+                yield event
+
+    def _continued(self, rendered: str) -> list[int]:
+        """Ids of what the template wrote, which begin with what the cache holds if any ids of this text do."""
+        tokenizer = self._llama.tokenizer
+        ids = encode_rendered(tokenizer, rendered)
+        if not self._cached or ids[: len(self._cached)] == self._cached or not self._written:
+            return ids
+        rest = rendered.removeprefix(self._written)
+        more = encode_rendered(tokenizer, rest)
+        if len(rest) == len(rendered) or not more or ids[-len(more) :] != more:
+            return ids
+        return [*self._spoken, *more]
+
+    def _note(self, said: list[dict], rendered: str, ids: list[int], answer: Answer | None, text: str) -> None:
+        """Takes what was said into the conversation, and notes what the parties' cache holds of it."""
+        drawn = [] if answer is None else answer.token_ids
+        if drawn:
+            self.messages = [*said, {"role": "assistant", "content": text}]
+        cache, held = self._llama.party.kept.get(self._number), [*ids, *drawn[:-1]]
+        self._cached = held if cache is not None and cache.length == len(held) else []
+        decode = self._llama.tokenizer.decode
+        # The last token may add nothing: the template writes what ends an answer itself.
+        whole = [own for own in (drawn[:-1], drawn) if decode(own, skip_special_tokens=True) == text]
+        if whole:
+            self._written, self._spoken = rendered + text, [*ids, *whole[0]]
+        else:  # cut at a stop string, or left before the end of a character
+            self._written = ""
+
+    def _count(self, result: Result) -> None:
+        self.results.append(result)
+        if result.seconds["prefill"] is not None:
+            tokens, seconds, sent = self._spent
+            bytes_sent = max(result.cost.bytes_sent(("prefill",)))
+            self._spent = tokens + result.prompt_tokens, seconds + result.seconds["prefill"], sent + bytes_sent
+
+    def _price(self, tokens: int) -> tuple[float | None, int | None]:
+        spent, seconds, sent = self._spent
+        return (seconds * tokens / spent, sent * tokens // spent) if spent else (None, None)
+
+    def send(self, text: str) -> Result:
+        """The whole answer to what the user says next."""
+        return result_of(self.stream(text))
+
+    def close(self) -> None:
+        """Has all parties drop the cache. A turn that comes later begins it anew."""
+        if self._cached:
+            self._cached = []
+            self._llama.forget(self._number)
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
