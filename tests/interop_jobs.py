@@ -11,7 +11,8 @@ from crypten_llm.errors import UsageError
 from crypten_llm.insecure.audit import audited
 from crypten_llm.protocols.dealer.roles import ROLES
 from crypten_llm.protocols.dealer.tape import Tape
-from crypten_llm.protocols.opening import Opening, Secret, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Secret, as_secret
 from crypten_llm.session.reveal import RevealLog
 
 PRECISION = 15

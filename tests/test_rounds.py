@@ -11,7 +11,9 @@ from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.links.frames import HEADER
 from crypten_llm.protocols import products, selection
 from crypten_llm.protocols.comparison import ordered
-from crypten_llm.protocols.opening import Opening, Rounds, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Rounds
+from crypten_llm.protocols.secret import as_secret
 
 BASES = [torch.arange(-3, 4), torch.arange(5), torch.full((11,), 2)]
 PARTIES = (OWNER, CLIENT)

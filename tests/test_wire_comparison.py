@@ -8,7 +8,8 @@ from wire_parties import joined, open_wires, play, reconstruct, run, share, sign
 
 from crypten_llm.protocols import lookup, selection
 from crypten_llm.protocols.comparison import below, bit_opening, difference, ordered, times_bits
-from crypten_llm.protocols.opening import Opening, Overflow
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Overflow
 
 
 def less_than(x, thresholds, width, word=32):

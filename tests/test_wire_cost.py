@@ -7,7 +7,8 @@ from wire_parties import CLIENT, OWNER, check_cost, open_wires, play, plus, run,
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.links.frames import HEADER
 from crypten_llm.protocols import fits, products, smooth
-from crypten_llm.protocols.opening import Opening, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import as_secret
 from crypten_llm.protocols.smooth import normalize
 
 N = 60
@@ -109,11 +110,11 @@ COSTS = {  # name: (job, (rounds, bytes owner to client, client to owner, dealer
     "whole opening": (opening(64), openings(N)),
     "narrow opening": (opening(33, truncate=4), plus(openings(N, rings=[33]), dealt(N, 33 - 4))),
     "opening of a narrow share": (opening(41), openings(N, rings=[41])),
-    "lifted opening": (opening(47, truncate=4, lifted=True), plus(openings(N, rings=[47]), dealt(N), dealt(N))),
+    "lifted opening": (opening(47, truncate=4, lifted=64), plus(openings(N, rings=[47]), dealt(N), dealt(N))),
     "truncated whole opening": (opening(64, truncate=4), plus(openings(N), dealt(N, 60))),
     "opening for a function": (opening(17, function=True), openings(N, rings=[17])),
     "opening of bits": (opening(1, function=True), openings(N, rings=[1])),
-    "as_secret": (lambda runtime: as_secret(runtime, wire(runtime, N, lifted=True)), openings(N, lifted=[True])),
+    "as_secret": (lambda runtime: as_secret(runtime, wire(runtime, N, lifted=64)), openings(N, lifted=[True])),
     "multiply": (multiply(False, False), plus(openings(N, N), dealt(N))),
     "multiply in the narrower ring": (
         multiply(False, False, rings=(SHORT, 33)),
@@ -133,7 +134,7 @@ COSTS = {  # name: (job, (rounds, bytes owner to client, client to owner, dealer
     ),
     "square": (unary(products.square, N, ring=SHORT), plus(openings(N, rings=[SHORT]), dealt(N, SHORT))),
     "square of a lifted wire": (
-        unary(products.square, N, lifted=True),
+        unary(products.square, N, lifted=64),
         plus(openings(N, lifted=[True]), *[dealt(N)] * 2),
     ),
     "sum of squares": (
@@ -141,7 +142,7 @@ COSTS = {  # name: (job, (rounds, bytes owner to client, client to owner, dealer
         plus(openings(60, rings=[SHORT]), dealt(6, SHORT)),
     ),
     "sum of squares of a lifted wire": (
-        unary(products.sum_of_squares, 6, 10, lifted=True, bits=20),
+        unary(products.sum_of_squares, 6, 10, lifted=64, bits=20),
         plus(openings(60, lifted=[True]), dealt(6), dealt(60)),
     ),
     "matmul": (matmul(False), plus(openings(30, 40), dealt(24))),

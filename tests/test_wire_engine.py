@@ -14,7 +14,7 @@ from crypten_llm.kernels import ring
 from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
-from crypten_llm.protocols.opening import Overflow
+from crypten_llm.protocols.secret import Overflow
 
 PLAIN = PlainEngine()
 UNIT = 2.0**-14  # of an activation

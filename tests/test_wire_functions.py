@@ -13,7 +13,8 @@ from wire_parties import joined, open_wires, run, share, value
 
 from crypten_llm.kernels import cpu, dcf, ring
 from crypten_llm.protocols import fits, smooth
-from crypten_llm.protocols.opening import Opening, Overflow
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Overflow
 from crypten_llm.protocols.smooth import normalize
 
 TARGETS = {

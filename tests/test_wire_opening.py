@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from wire_parties import joined, open_wires, run, share, signed, value
+from wire_parties import joined, open_wires, reconstruct, run, share, signed, value
 
-from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Overflow, Secret, as_secret
 
 
 def edges(size: int, count: int = 60) -> torch.Tensor:
@@ -29,11 +30,11 @@ def cuts(size):
 @pytest.mark.parametrize("size", range(8, 65))
 def test_every_ring_and_truncation(size):
     integers = edges(size)
-    openings = [dict(truncate=cut, lifted=lifted) for cut in cuts(size) for lifted in (False, True)]
+    openings = [dict(truncate=cut, lifted=lifted) for cut in cuts(size) for lifted in (0, 33, 64)]
     owner, client, _ = run(opened, integers, size, *openings).results
     for mine, theirs, options in zip(owner, client, openings, strict=True):
         cut = options["truncate"]
-        assert mine.width == (64 if options["lifted"] or size == 64 and not cut else size - cut)
+        assert mine.width == max(options["lifted"], size - cut)
         error = joined(mine, theirs).double() - integers.double() / 2**cut
         # A whole unit up or down never happens; without truncation nothing does. Floats hold 53 bits of a word.
         slack = 2.0 ** max(0, size - 2 - cut - 53)
@@ -43,7 +44,7 @@ def test_every_ring_and_truncation(size):
 def test_a_truncation_is_exact_or_one_unit_off_and_unbiased():
     """1,000 units and 1/4, 40,000 times: rounded down to 1,000 three times of four, else up to 1,001."""
     integers = torch.full((40_000,), 1000 * 2**16 + 2**14)
-    outcome = run(opened, integers, 48, dict(truncate=16), dict(truncate=16, lifted=True))
+    outcome = run(opened, integers, 48, dict(truncate=16), dict(truncate=16, lifted=64))
     for mine, theirs in zip(*outcome.results[:2], strict=True):
         rounded = joined(mine, theirs)
         up = (rounded == 1001).double().mean().item()
@@ -53,7 +54,7 @@ def test_a_truncation_is_exact_or_one_unit_off_and_unbiased():
 
 def test_whole_multiples_are_truncated_exactly():
     integers = torch.arange(-50, 50) * 2**10
-    mine, theirs = (r[0] for r in run(opened, integers, 40, dict(truncate=10, lifted=True)).results[:2])
+    mine, theirs = (r[0] for r in run(opened, integers, 40, dict(truncate=10, lifted=64)).results[:2])
     assert torch.equal(joined(mine, theirs), torch.arange(-50, 50))
 
 
@@ -62,7 +63,7 @@ def test_a_share_opens_in_a_narrower_ring():
 
     def job(runtime):
         secret = share(runtime, edges(20), width=64)
-        (wire,) = open_wires(runtime, [Opening(secret, ring=20, lifted=True)])
+        (wire,) = open_wires(runtime, [Opening(secret, ring=20, lifted=64)])
         return as_secret(runtime, wire)
 
     outcome = run(job)
@@ -107,24 +108,53 @@ def test_openings_that_could_wrap_are_refused_before_anything_is_sent():
     refused(dict(bits=4, width=32), r"valid modulo 2\^32 cannot be opened modulo 2\^33", ring=33)
     refused(dict(bits=4, width=32), "cannot drop 31 bits of an opening of 32", truncate=31)
     refused(dict(bits=4, width=32), "cannot drop -1 bits", truncate=-1)
-    refused(dict(bits=4, width=32), "an opening for a function drops no bits", truncate=3, function=True)
+    refused(dict(bits=4, width=32), "an opening for a function is not lifted", lifted=64, function=True)
 
 
 def test_the_largest_declared_value_is_not_refused():
     def job(runtime):
         secret = share(runtime, torch.tensor([2**38 - 1, -(2**38 - 1)]), bits=38, width=40)
-        return as_secret(runtime, open_wires(runtime, [Opening(secret, lifted=True)])[0])
+        return as_secret(runtime, open_wires(runtime, [Opening(secret, lifted=64)])[0])
 
     assert joined(*run(job).results[:2]).tolist() == [2**38 - 1, 1 - 2**38]
 
 
-def test_an_opening_for_a_function_makes_no_wire():
-    def job(runtime):
-        (wire,) = open_wires(runtime, [Opening(share(runtime, torch.tensor([3]), width=8), function=True)])
-        as_secret(runtime, wire)
+@pytest.mark.parametrize("size", [1, 2, 9, 63, 64])
+def test_an_opening_for_a_function_fills_its_ring(size):
+    integers = torch.randint(-(2**62), 2**62, (50,)) * 3
 
-    with pytest.raises(AssertionError, match="opened for a function is no wire"):
-        run(job)
+    def job(runtime):
+        (wire,) = open_wires(runtime, [Opening(share(runtime, integers, width=64), ring=size, function=True)])
+        return as_secret(runtime, wire)
+
+    owner, client, _ = run(job).results
+    assert torch.equal(signed(owner.share + client.share - integers, size), torch.zeros_like(integers))
+
+
+@pytest.mark.parametrize(("size", "lifted"), [(2, 64), (20, 34), (35, 64), (63, 64), (40, 40), (40, 30)])
+def test_what_lifting_is_dealt(size, lifted):
+    """Two numbers modulo as many bits as are gained; nothing where none are."""
+
+    def job(runtime):
+        open_wires(runtime, [Opening(share(runtime, torch.zeros(11, dtype=torch.int64), width=size), lifted=lifted)])
+
+    rounds, *sent = run(job).cost()
+    packed = -(-22 * max(0, lifted - size) // 8)
+    assert (rounds, sent) == (1, [-(-11 * size // 8)] * 2 + [0, packed])
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 35])
+def test_what_leaves_the_lifted_range_stays_large(size):
+    """Up to three times the range, a lifted number is never a small wrong one: whoever checks sizes will see it."""
+    quarter = 2 ** (size - 2)
+    beyond = torch.arange(quarter + 1, 3 * quarter) if size < 9 else torch.randint(quarter + 1, 3 * quarter, (300,))
+    integers = torch.cat([beyond, -beyond, torch.tensor([quarter, -quarter])]).repeat(40)
+
+    def job(runtime):
+        (wire,) = open_wires(runtime, [Opening(share(runtime, integers, width=size, bits=size - 2), lifted=64)])
+        return as_secret(runtime, wire)
+
+    assert (reconstruct(run(job)).abs() >= quarter).all()
 
 
 def test_views_of_secrets_and_wires():
@@ -134,7 +164,7 @@ def test_views_of_secrets_and_wires():
     def job(runtime):
         secret = share(runtime, x, width=32)
         views = [secret.permute(2, 0, 1), secret.transpose(0, 1), secret.reshape(6, 4), secret[1:], -secret]
-        wires = open_wires(runtime, [Opening(secret, lifted=True), Opening(secret)])
+        wires = open_wires(runtime, [Opening(secret, lifted=64), Opening(secret)])
         turned = [view for wire in wires for view in (wire.transpose(1, 2), wire.reshape(6, 4))]
         return views + [as_secret(runtime, wire) for wire in turned]
 

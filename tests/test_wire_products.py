@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from wire_parties import open_wires, play, reconstruct, run, share, signed
 
 from crypten_llm.protocols import products
-from crypten_llm.protocols.opening import Opening, Overflow
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Overflow
 from crypten_llm.roles import CLIENT, OWNER
 
-NARROW, LIFTED, WHOLE = dict(size=48), dict(size=40, lifted=True), dict(size=64)
+NARROW, LIFTED, WHOLE = dict(size=48), dict(size=40, lifted=64), dict(size=64)
 KINDS = {"narrow": NARROW, "lifted": LIFTED, "whole": WHOLE}
 
 
@@ -26,10 +27,7 @@ def wires(runtime, *inputs):
     """One round that opens (integers, kind) pairs without truncation, so that products are exact."""
     return open_wires(
         runtime,
-        [
-            Opening(share(runtime, x, width=kind["size"], bits=12), lifted=kind.get("lifted", False))
-            for x, kind in inputs
-        ],
+        [Opening(share(runtime, x, width=kind["size"], bits=12), lifted=kind.get("lifted", 0)) for x, kind in inputs],
     )
 
 
@@ -173,9 +171,9 @@ def test_a_result_that_could_wrap_is_refused_by_name():
         run(lambda runtime: play(runtime, products.lookup(runtime, None, 1, weight(runtime, x), bits=24)))
 
 
-def test_matrix_products_take_narrow_wires():
+def test_matrix_products_take_exact_wires():
     x = torch.ones(2, 2, dtype=torch.int64)
-    with pytest.raises(AssertionError, match="matrix products take narrow wires"):
+    with pytest.raises(AssertionError, match="matrix products take exact wires"):
         product_of(products.matmul, (x, LIFTED), (x, NARROW), transposed=False, bits=20)
 
 

@@ -9,7 +9,8 @@ from crypten_llm.insecure.audit import MaskReused
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.dealer.randomness import Stream
-from crypten_llm.protocols.opening import Opening, Secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Secret
 from crypten_llm.protocols.smooth import normalize
 
 COUNT = 4096
@@ -42,7 +43,7 @@ def function(size):
 def reopened_product(runtime, integers):
     """A product of a wire with itself and with another, opened again: three openings that hang together."""
     first, second = (share(runtime, integers, bits=20) for _ in range(2))
-    wires = open_wires(runtime, [Opening(first), Opening(second, lifted=True, ring=40)])
+    wires = open_wires(runtime, [Opening(first), Opening(second, lifted=64, ring=40)])
     open_wires(runtime, [Opening(products.multiply(runtime, *wires))])
     open_wires(runtime, [Opening(products.square(runtime, wires[0]))])
 
@@ -61,7 +62,7 @@ def weights(runtime, integers):
 
 PROTOCOLS = {  # what a party that sends anything sends, message by message, in (words, bits of each)
     "narrow opening": (ordinary(37, truncate=9), [[(COUNT, 37)]]),
-    "lifted opening": (ordinary(48, truncate=16, lifted=True), [[(COUNT, 48)]]),
+    "lifted opening": (ordinary(48, truncate=16, lifted=64), [[(COUNT, 48)]]),
     "whole opening": (ordinary(64), [[(COUNT, 64)]]),
     "tiny ring": (lambda runtime, x: ordinary(8, bits=1)(runtime, x % 2), [[(COUNT, 8)]]),
     "function": (function(19), [[(COUNT, 19)]]),
@@ -311,7 +312,7 @@ def test_no_word_is_sent_twice_when_everything_is_zero():
     def job(runtime):
         zero = runtime.share((COUNT,), lambda: torch.zeros(COUNT, dtype=torch.int64))
         for _ in range(3):
-            openings = [Opening(Secret(zero, 0, 64, 1)), Opening(Secret(zero, 0, 64, 1), truncate=8, lifted=True)]
+            openings = [Opening(Secret(zero, 0, 64, 1)), Opening(Secret(zero, 0, 64, 1), truncate=8, lifted=64)]
             open_wires(runtime, [*openings, Opening(Secret(zero, 0, 64, 1), function=True)])
 
     outcome = run(job)

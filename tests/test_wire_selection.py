@@ -8,7 +8,7 @@ from wire_parties import CLIENT, DEALER, OWNER, run
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire.choosing import PAIRS
-from crypten_llm.protocols.opening import Overflow
+from crypten_llm.protocols.secret import Overflow
 from eviction.operations import Choice
 
 PLAIN = PlainEngine()

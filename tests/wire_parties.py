@@ -20,7 +20,9 @@ from crypten_llm.insecure.audit import audited
 from crypten_llm.links.frames import HEADER, KIND_NAMES
 from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer import roles
-from crypten_llm.protocols.opening import Opening, Rounds, Secret, Wire
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Rounds
+from crypten_llm.protocols.secret import Secret, Wire
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 
 TIMEOUT = 20.0

@@ -18,7 +18,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.links.network import Network
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama
-from crypten_llm.protocols.opening import Secret
+from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation
 from crypten_llm.session.api import check_policy

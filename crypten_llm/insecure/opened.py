@@ -17,7 +17,7 @@ from crypten_llm.session.reveal import RevealLog
 
 if TYPE_CHECKING:
     from crypten_llm.links.transport import Transport
-    from crypten_llm.protocols.opening import Secret
+    from crypten_llm.protocols.secret import Secret
     from eviction.operations import Handle
 
 

@@ -26,7 +26,7 @@ from crypten_llm.engines.wire.keeping import dropped
 from crypten_llm.engines.wire.operations import OPERATIONS, bound_of
 from crypten_llm.insecure.finding import FLOAT, Finding, outside, worst
 from crypten_llm.insecure.opened import OpenedEngine
-from crypten_llm.protocols.opening import Secret
+from crypten_llm.protocols.secret import Secret
 from eviction.operations import Choice
 
 if TYPE_CHECKING:

@@ -190,15 +190,11 @@ def _show(value: np.ndarray, keep: np.int64, out: np.ndarray) -> None:
 
 
 @compiled
-def _cut(
-    opened: np.ndarray, count: np.int64, offset: np.int64, bits: np.int64, shown: np.ndarray, unwrapped: np.ndarray
-) -> None:
-    low = np.int64((1 << (64 - count)) - 1) if count else np.int64(-1)
+def _unwrap(opened: np.ndarray, offset: np.int64, bits: int, shown: np.ndarray, wrap: np.ndarray) -> None:
     for i in range(opened.shape[0]):
         word = opened[i]
-        shown[i] = ((word >> count) & low) - offset
-        if unwrapped.shape[0]:
-            unwrapped[i] = (1 - ((word >> (bits - 1)) & 1)) << (bits - count)
+        shown[i] = word - offset
+        wrap[i] = (1 - ((word >> (bits - 1)) & 1)) << bits
 
 
 def pack(words: Tensor, bits: int) -> Tensor:
@@ -241,12 +237,11 @@ def show(value: Tensor, packed: Tensor, bits: int, shape: Sequence[int]) -> Tens
     return torch.from_numpy(out.reshape(shape))
 
 
-def cut(opened: Tensor, count: int, offset: int, bits: int, lifted: bool) -> tuple[Tensor, Tensor | None]:
+def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     flat, shape = _flat(opened), tuple(opened.shape)
-    shown = np.empty(flat.size, dtype=np.int64)
-    unwrapped = np.empty(flat.size if lifted else 0, dtype=np.int64)
-    _cut(flat, np.int64(count), np.int64(offset), np.int64(bits), shown, unwrapped)
-    return torch.from_numpy(shown.reshape(shape)), torch.from_numpy(unwrapped.reshape(shape)) if lifted else None
+    shown, wrap = np.empty(flat.size, dtype=np.int64), np.empty(flat.size, dtype=np.int64)
+    _unwrap(flat, np.int64(1 << (bits - 2)), bits, shown, wrap)
+    return torch.from_numpy(shown.reshape(shape)), torch.from_numpy(wrap.reshape(shape))
 
 
 def _flat(words: Tensor) -> np.ndarray:

@@ -110,12 +110,10 @@ def show(value: Tensor, packed: Tensor, bits: int, shape: Sequence[int]) -> Tens
     return _words(((mine + other) % 2**bits for mine, other in zip(_integers(value), theirs, strict=True)), shape)
 
 
-def cut(opened: Tensor, count: int, offset: int, bits: int, lifted: bool) -> tuple[Tensor, Tensor | None]:
+def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     values = _integers(opened)
-    shown = _words(((value >> count) - offset for value in values), opened.shape)
-    if not lifted:
-        return shown, None
-    return shown, _words(((1 - (value >> bits - 1 & 1)) << bits - count for value in values), opened.shape)
+    shown = _words((value - 2 ** (bits - 2) for value in values), opened.shape)
+    return shown, _words(((1 - (value >> bits - 1 & 1)) << bits for value in values), opened.shape)
 
 
 # Trigonometric sums. Floats are those of the compiled loops, operation by operation: the last bit counts.

@@ -56,10 +56,8 @@ class Kernels(Protocol):
     def show(self, value: Tensor, packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
         """What ``hide`` gave here, words [N], plus what it packed at the other party, modulo 2^bits."""
 
-    def cut(self, opened: Tensor, count: int, offset: int, bits: int, lifted: bool) -> tuple[Tensor, Tensor | None]:
-        """(opened >> count) - offset, unsigned; and (1 - bit ``bits - 1``) << (bits - count), ``None`` unless
-        ``lifted``, for which bits - count is below 64.
-        """
+    def unwrap(self, opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """opened - 2^(bits - 2), and 2^bits where bit ``bits - 1`` is 0, else 0; for bits below 64."""
 
     # Trigonometric sums: an angle is a word m times 2^shift, in units of 2^-64 turns.
 
@@ -128,6 +126,11 @@ def shift_right(x: Tensor, count: int) -> Tensor:
 def top_bit(x: Tensor, bits: int) -> Tensor:
     """Bit ``bits - 1`` of each word, 0 or 1."""
     return (x >> (bits - 1)) & 1
+
+
+def limbs(bits: int) -> int:
+    """Words that hold a number of ``bits``."""
+    return -(-bits // 64)
 
 
 def packed_size(count: int, bits: int) -> int:

@@ -18,7 +18,9 @@ from torch import Tensor
 from crypten_llm.kernels import ring
 from crypten_llm.kernels.ring import DIGITS, SIGNS, broadcast
 from crypten_llm.protocols.dealer.roles import Parts, Runtime
-from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, shares_of
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Overflow, Secret, Wire, shares_of
 
 BLOCK = 1 << 14  # comparisons at a time
 SIGN_WORD = 16  # bits of a word that holds the signs of all digits
@@ -27,7 +29,7 @@ SIGN_WORD = 16  # bits of a word that holds the signs of all digits
 def below(runtime: Runtime, wire: Wire, thresholds: Sequence[int], width: int) -> Protocol[Secret]:
     """1{x < t} for an opened x [...] and public integers t: [..., thresholds], shares of ``width`` bits.
 
-    wire: x as a narrow wire modulo 2^l; |x - t| < 2^(l - 1) is the caller's word.
+    wire: x as a exact wire modulo 2^l; |x - t| < 2^(l - 1) is the caller's word.
 
     Reveals: one opening, of the weighed sum of signs, behind a fresh uniform mask.
     Error: none.
@@ -36,10 +38,10 @@ def below(runtime: Runtime, wire: Wire, thresholds: Sequence[int], width: int) -
     Source: digit-wise comparison as in CrypTFlow2 (Rathee et al., CCS 2020, section 3.1), with the dealer's tables in
     place of oblivious transfer and a weighed sum of signs in place of a tree of products.
     """
-    assert len(wire.masks) == 1, "comparisons take narrow wires"
+    assert wire.wrap is None, "comparisons take exact wires"
     kernels, low, many = runtime.kernels, wire.width - 1, len(thresholds)
     digit_bits, shape = max(1, -(-low // DIGITS)), (*wire.shape, many)
-    mask, points, tops = wire.first.reshape(-1), None, None
+    mask, points, tops = wire.mask.held.reshape(-1), None, None
     if wire.public is not None:
         limits = torch.tensor(list(thresholds), dtype=torch.int64, device=wire.public.device)
         moved = wire.public.reshape(-1, 1) - limits
@@ -55,7 +57,7 @@ def below(runtime: Runtime, wire: Wire, thresholds: Sequence[int], width: int) -
             signs.append(kernels.read_signs(words, points[part], digit_bits))
     total = Secret(runtime.share(shape, lambda: torch.cat(signs).view(shape)), 0, SIGNS, DIGITS)
     (opened,) = yield [Opening(total, ring=SIGNS, function=True)]
-    bits, raw = [], None if opened.raw is None else opened.raw.reshape(-1, many)
+    bits, raw = [], None if opened.public is None else opened.public.reshape(-1, many)
     for part in runtime.blocks(mask.numel(), BLOCK):
 
         def turned(words: Tensor, part: slice = part) -> Tensor:
@@ -69,10 +71,10 @@ def below(runtime: Runtime, wire: Wire, thresholds: Sequence[int], width: int) -
 
 
 def difference(x: Wire, y: Wire) -> Wire:
-    """x - y as a narrow wire, for narrow wires of one ring, with broadcasting; local."""
+    """x - y as a exact wire, for exact wires of one ring, with broadcasting; local."""
     assert (x.width, x.scale) == (y.width, y.scale), "differences are of wires of one ring"
     public = None if x.public is None or y.public is None else x.public - y.public
-    return Wire(public, [(-1, Parts(x.first - y.first))], x.scale, x.width, max(x.bits, y.bits) + 1)
+    return Wire(public, Parts(x.mask.held - y.mask.held), x.scale, x.width, max(x.bits, y.bits) + 1)
 
 
 def bit_opening(bits: Secret) -> Opening:
@@ -81,22 +83,20 @@ def bit_opening(bits: Secret) -> Opening:
 
 
 def times_bits(runtime: Runtime, bit: Wire, x: Wire) -> Secret:
-    """b x for a bit opened modulo 2 (``bit_opening``) and a narrow wire x, with broadcasting; local.
+    """b x for a bit opened modulo 2 (``bit_opening``) and a exact wire x, with broadcasting; local.
 
     With b = B xor s: b x = B x + (1 - 2 B) s x, and the dealer shares s and s r. The result is valid where x is,
     whatever ring the bit's shares were in.
 
     Error: none. Cost: dealer the bits of x's ring a bit, and an element of the result.
     """
-    assert len(x.masks) == 1, "bits multiply narrow wires"
-    assert bit.mask is not None, "the bit is a whole opening"
-    shape, mask, flipped = broadcast(bit.shape, x.shape), x.first, bit.mask.held
+    assert x.wrap is None, "bits multiply exact wires"
+    shape, mask, flipped = broadcast(bit.shape, x.shape), x.mask.held, bit.mask.held
     flip = runtime.deal(bit.shape, lambda: flipped, x.width).held
     masked = runtime.deal(shape, lambda: flipped * mask, x.width).held
 
     def share() -> Tensor:
-        assert bit.raw is not None and x.public is not None, "parties have opened both"
-        return bit.raw * shares_of(runtime, x) + (1 - 2 * bit.raw) * (x.public * flip - masked)
+        return bit.seen * shares_of(runtime, x) + (1 - 2 * bit.seen) * (x.seen * flip - masked)
 
     return Secret(runtime.share(shape, share), x.scale, x.width, x.bits)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.protocols.dealer.roles import Runtime
-from crypten_llm.protocols.opening import Secret, Wire
+from crypten_llm.protocols.secret import Secret, Wire
 
 BLOCK = 1 << 20  # words of tables at a time
 
@@ -40,9 +40,8 @@ def one_hot(runtime: Runtime, wire: Wire, values: Tensor) -> Secret:
 def _shares(runtime: Runtime, wire: Wire, table: Tensor, steps: Tensor, width: int) -> Tensor:
     """Shares of T[v - steps[k]]: [..., K]."""
     kernels, size = runtime.kernels, len(table)
-    assert wire.mask is not None, "tables are read at whole openings"
     mask = wire.mask.held.reshape(-1)
-    raw = None if wire.raw is None else wire.raw.reshape(-1)
+    raw = None if wire.public is None else wire.public.reshape(-1)
     blocks = []
     for part in runtime.blocks(mask.numel(), max(1, BLOCK // size)):
 

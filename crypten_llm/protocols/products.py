@@ -6,16 +6,17 @@ x y = X Y - X [b] - [a] Y + [a b]; the dealer knows a b, and deals it modulo the
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.dealer.roles import Parts, Runtime
-from crypten_llm.protocols.opening import Message, Overflow, Protocol, Secret, Wire, masked
+from crypten_llm.protocols.opening import Message
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Overflow, Secret, Wire, masked
 from crypten_llm.roles import CLIENT, OWNER
 
 
@@ -31,8 +32,8 @@ def multiply(runtime: Runtime, x: Wire, y: Wire, scale: int | None = None, bits:
     Shapes: any two that broadcast. scale, bits: of the result, where the caller knows better than the sum of the
     factors' (a power of two that was chosen to bring x into a range).
 
-    Error: none. Cost: dealer, for an element of the result and each pair of masks (1 for narrow wires, 4 for two lifted
-    ones), the bits of the result's ring.
+    Error: none. Cost: dealer, for an element of the result, the w bits of its ring; and where a factor was lifted from
+    n bits, w - n, where both were, also w - n - n'.
     Raises: Overflow when the declared result does not fit the narrower of the two widths.
     Source: Beaver (CRYPTO 1991), with the factors' openings shared by all products as in Turbospeedz (ACNS 2019).
     """
@@ -41,43 +42,52 @@ def multiply(runtime: Runtime, x: Wire, y: Wire, scale: int | None = None, bits:
     bits, width = x.bits + y.bits if bits is None else bits, min(x.width, y.width)
     check(bits, scale, width, "product")
     pairs = [
-        (one, other, runtime.deal(shape, functools.partial(operator.mul, left.held, right.held), width))
-        for one, left in x.masks
-        for other, right in y.masks
+        (sign, coefficients, runtime.deal(shape, functools.partial(operator.mul, left.held, right.held), width - up))
+        for sign, coefficients, up, left, right in _pairs(x, y)
+        if up < width
     ]
 
     def share() -> Tensor:  # X share(y) + masked(x) Y + the products of masks
-        assert x.public is not None and y.public is not None, "parties have opened both"
-        left = masked(x)
-        total = x.public * runtime.plus(masked(y), y.public)
-        total.addcmul_(left, y.public)
-        for one, other, pair in pairs:
-            _add_times(total, one, other, pair.held)
+        total = x.seen * runtime.plus(masked(y), y.seen)
+        total.addcmul_(masked(x), y.seen)
+        for sign, coefficients, pair in pairs:
+            _add_times(total, sign, coefficients, pair.held)
         return total
 
     return Secret(runtime.share(shape, share), scale, width, bits)
 
 
-def _add_times(total: Tensor, one: Any, other: Any, pair: Tensor) -> None:
-    """total += one * other * pair, where a coefficient may be the number -1."""
-    tensors = [coefficient for coefficient in (one, other) if isinstance(coefficient, Tensor)]
-    if not tensors:
+def _pairs(x: Wire, y: Wire) -> Iterator[tuple[int, list[Tensor | None], int, Parts, Parts]]:
+    """The products of what two wires' masks are made of: its sign, its public coefficients, the power of two that
+    these have in common, and the two factors."""
+    yield 1, [], 0, x.mask, y.mask
+    if y.wrap is not None:
+        yield -1, [y.wrap.coefficient], y.wrap.size, x.mask, y.wrap.bit
+    if x.wrap is not None:
+        yield -1, [x.wrap.coefficient], x.wrap.size, x.wrap.bit, y.mask
+    if x.wrap is not None and y.wrap is not None:
+        size = x.wrap.size + y.wrap.size
+        yield 1, [x.wrap.coefficient, y.wrap.coefficient], size, x.wrap.bit, y.wrap.bit
+
+
+def _add_times(total: Tensor, sign: int, coefficients: Sequence[Tensor | None], pair: Tensor) -> None:
+    """total += sign * the coefficients * pair."""
+    known = [coefficient for coefficient in coefficients if coefficient is not None]
+    if not known:
         total += pair
-    elif len(tensors) == 1:
-        total.addcmul_(tensors[0], pair, value=-1)
     else:
-        total.addcmul_(tensors[0] * tensors[1], pair)
+        total.addcmul_(functools.reduce(operator.mul, known), pair, value=sign)
 
 
 def square(runtime: Runtime, x: Wire) -> Secret:
     """x^2 element-wise; local.
 
-    Error: none. Cost: dealer the bits of x's ring an element, twice as many when lifted.
+    Error: none. Cost: dealer the w bits of x's ring an element, and w - n - 1 where it was lifted from n bits.
     Raises: Overflow when the declared result does not fit the width.
     """
     check(2 * x.bits, 2 * x.scale, x.width, "square")
     rest = _square_without_first(runtime, x)
-    squared = runtime.deal(x.shape, lambda: x.first * x.first, x.width)
+    squared = runtime.deal(x.shape, lambda: x.mask.held * x.mask.held, x.width)
     total = runtime.share(x.shape, lambda: rest() + squared.held)
     return Secret(total, 2 * x.scale, x.width, 2 * x.bits)
 
@@ -86,33 +96,30 @@ def sum_of_squares(runtime: Runtime, x: Wire, bits: int) -> Secret:
     """Sum of x^2 over the last dimension, kept as 1; local.
 
     bits: the sum is below 2^bits by the caller's word, which is not checked against the number of terms.
-    Error: none. Cost: dealer the bits of x's ring a row, and an element when lifted.
+    Error: none. Cost: dealer the w bits of x's ring a row, and w - n - 1 an element that was lifted from n bits.
     Raises: Overflow when 2^bits does not fit the width.
     """
     check(bits, 2 * x.scale, x.width, "sum of squares")
     rest = _square_without_first(runtime, x)
     shape = (*x.shape[:-1], 1)
-    squared = runtime.deal(shape, lambda: (x.first * x.first).sum(-1, keepdim=True), x.width)
+    squared = runtime.deal(shape, lambda: (x.mask.held * x.mask.held).sum(-1, keepdim=True), x.width)
     total = runtime.share(shape, lambda: rest().sum(-1, keepdim=True) + squared.held)
     return Secret(total, 2 * x.scale, x.width, bits)
 
 
 def _square_without_first(runtime: Runtime, x: Wire) -> Callable[[], Tensor]:
-    """Gives x^2 but for the square of the first mask, of coefficient -1; a second mask is a bit, its own square."""
-    pair = None
-    if len(x.masks) == 2:
-        first, second = (mask.held for _, mask in x.masks)
-        pair = runtime.deal(x.shape, lambda: first * second, x.width)
+    """Gives x^2 but for the square of the mask; what is added where that has wrapped is a bit, its own square."""
+    wrap, pair = x.wrap, None
+    if wrap is not None:  # of 2 * 2^size * bit * mask
+        bit = wrap.bit.held
+        pair = runtime.deal(x.shape, lambda: bit * x.mask.held, x.width - wrap.size - 1)
 
     def share() -> Tensor:
-        public = x.public
-        assert public is not None, "parties have opened it"
-        total = runtime.plus(torch.zeros_like(public), lambda: public * public)
-        for coefficient, mask in x.masks:
-            total += 2 * public * (coefficient * mask.held)
-        if pair is not None:
-            coefficient, bit = x.masks[1]
-            total += coefficient * coefficient * bit.held - 2 * coefficient * pair.held
+        public = x.seen
+        total = runtime.plus(2 * public * masked(x), lambda: public * public)
+        if wrap is not None and pair is not None:
+            assert wrap.coefficient is not None, "parties have opened it"
+            total += wrap.coefficient * (wrap.coefficient * wrap.bit.held - 2 * pair.held)
         return total
 
     return share
@@ -120,7 +127,7 @@ def _square_without_first(runtime: Runtime, x: Wire) -> Callable[[], Tensor]:
 
 @dataclass
 class Operand:
-    """A narrow wire folded for the right side of matrix products.
+    """A exact wire folded for the right side of matrix products.
 
     public: Y (``None`` at the dealer). own: what this role multiplies X by: Y - b0 at the owner, -b1 at the client; at
     the dealer the mask b itself. Folding once lets a cached row serve every later product as it is.
@@ -139,14 +146,14 @@ class Operand:
 
 def fold(runtime: Runtime, wire: Wire) -> Operand:
     """``wire``, which must be narrow, as an ``Operand``; local."""
-    assert len(wire.masks) == 1, "matrix products take narrow wires"
-    return Operand(wire.public, _turned(runtime, wire.public, wire.first), wire.scale, wire.width, wire.bits)
+    assert wire.wrap is None, "matrix products take exact wires"
+    return Operand(wire.public, _turned(runtime, wire.public, wire.mask.held), wire.scale, wire.width, wire.bits)
 
 
 def unfold(runtime: Runtime, operand: Operand) -> Wire:
     """The wire that ``fold`` made an operand of; local."""
     mask = Parts(_turned(runtime, operand.public, operand.own))
-    return Wire(operand.public, [(-1, mask)], operand.scale, operand.width, operand.bits)
+    return Wire(operand.public, mask, operand.scale, operand.width, operand.bits)
 
 
 def _turned(runtime: Runtime, public: Tensor | None, own: Tensor) -> Tensor:
@@ -155,23 +162,23 @@ def _turned(runtime: Runtime, public: Tensor | None, own: Tensor) -> Tensor:
 
 
 def matmul(runtime: Runtime, x: Wire, y: Wire | Operand, transposed: bool, bits: int) -> Secret:
-    """x @ y, or x @ y.T when ``transposed``, of two narrow wires; local.
+    """x @ y, or x @ y.T when ``transposed``, of two exact wires; local.
 
     Shapes: [..., M, K] by [..., K, N] or [..., N, K], the same batch, to [..., M, N]. bits: as in ``sum_of_squares``.
     Error: none. Cost: dealer the bits of the narrower ring an element of the result.
     Raises: Overflow when 2^bits does not fit the narrower width.
     """
     right = y if isinstance(y, Operand) else fold(runtime, y)
-    assert len(x.masks) == 1, "matrix products take narrow wires"
+    assert x.wrap is None, "matrix products take exact wires"
     scale, width = x.scale + right.scale, min(x.width, right.width)
     check(bits, scale, width, "matrix product")
     product = runtime.kernels.matmul_nt if transposed else runtime.kernels.matmul_nn
     shape = (*x.shape[:-1], right.shape[-2] if transposed else right.shape[-1])
-    dealt = runtime.deal(shape, lambda: product(x.first, right.own), width)
+    dealt = runtime.deal(shape, lambda: product(x.mask.held, right.own), width)
 
     def share() -> Tensor:  # the owner: X (Y - b0) - a0 Y + c0; the client: -X b1 - a1 Y + c1
-        assert x.public is not None and right.public is not None, "parties have opened both"
-        return product(x.public, right.own) - product(x.first, right.public) + dealt.held
+        assert right.public is not None, "parties have opened both"
+        return product(x.seen, right.own) - product(x.mask.held, right.public) + dealt.held
 
     return Secret(runtime.share(shape, share), scale, width, bits)
 
@@ -213,7 +220,7 @@ def own(runtime: Runtime, value: Tensor | None, shape: Sequence[int], scale: int
 
 
 def linear(runtime: Runtime, x: Wire, matrix: OwnedMatrix, bits: int) -> Secret:
-    """x @ W.T for a narrow wire [T, in] and the owner's W [out, in]; local.
+    """x @ W.T for a exact wire [T, in] and the owner's W [out, in]; local.
 
     The owner computes (X - a0) W, the client -a1 (W - R), and the dealer shares a1 R, masked afresh for every product.
     bits: as in ``sum_of_squares``. Error: none.
@@ -264,7 +271,7 @@ def lookup(runtime: Runtime, ids: Tensor | None, count: int, matrix: OwnedMatrix
 
 
 def times_owned(runtime: Runtime, x: Wire, vector: OwnedMatrix, bits: int) -> Secret:
-    """x * v along the last dimension for a narrow wire [..., H] and the owner's v [H]; local.
+    """x * v along the last dimension for a exact wire [..., H] and the owner's v [H]; local.
 
     As ``linear``, element by element. Error: none. Cost: dealer the bits of x's ring an element.
     Raises: Overflow when 2^bits does not fit the width.
@@ -281,23 +288,23 @@ def _by_owned(
     product: Callable[[Tensor, Tensor], Tensor],
     what: str,
 ) -> Secret:
-    """``product``, which is linear in both, of a narrow wire and the owner's weight: [...] to ``shape``."""
-    assert len(x.masks) == 1, "products with the owner's weights take narrow wires"
+    """``product``, which is linear in both, of a exact wire and the owner's weight: [...] to ``shape``."""
+    assert x.wrap is None, "products with the owner's weights take exact wires"
     scale = x.scale + weight.scale
     check(bits, scale, x.width, what)
 
     def masks() -> Tensor:
-        part = x.masks[0][1].client
+        part = x.mask.client
         assert part is not None and weight.mask is not None, "the dealer knows both masks"
         return product(part, weight.mask)
 
     def owner() -> Tensor:
-        assert x.public is not None and weight.plain is not None, "the owner has the weights"
-        return product(x.public - x.first, weight.plain) - dealt
+        assert weight.plain is not None, "the owner has the weights"
+        return product(x.seen - x.mask.held, weight.plain) - dealt
 
     def client() -> Tensor:
         assert weight.hidden is not None, "the client was sent the hidden weights"
-        return -product(x.first, weight.hidden) - dealt
+        return -product(x.mask.held, weight.hidden) - dealt
 
     dealt = runtime.deal(shape, masks, x.width).held
     return Secret(runtime.share(shape, owner, client), scale, x.width, bits)

@@ -1,6 +1,6 @@
 """The largest of several secrets, without showing which: top-k, one-hot rows, maxima.
 
-Owns the plans on top of ``comparison`` and ``lookup``. x is a narrow wire modulo 2^l (``comparison.ordered``), compared
+Owns the plans on top of ``comparison`` and ``lookup``. x is a exact wire modulo 2^l (``comparison.ordered``), compared
 exactly as it was opened, from -2^(l - 2) to 2^(l - 2) - 1; equal values go to the lower index. Shapes, rounds and bytes
 follow from shapes and counts.
 """
@@ -13,7 +13,9 @@ from torch import Tensor
 from crypten_llm.protocols import lookup, products
 from crypten_llm.protocols.comparison import below, bit_opening, difference, times_bits
 from crypten_llm.protocols.dealer.roles import Parts, Runtime
-from crypten_llm.protocols.opening import Opening, Protocol, Secret, Wire, plain, shares_of
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Secret, Wire, shares_of
 
 BIT = 32  # width of selected bits
 BLOCK = 8  # candidates that a tournament for the first compares with each other
@@ -94,17 +96,15 @@ def by_tournament(runtime: Runtime, x: Wire) -> Protocol[Secret]:
         if blocks == 1:
             break
         (hot_wire,) = yield [Opening(hot, ring=x.width, function=True)]
-        hot_wire = plain(hot_wire)
         levels.append((n, hot_wire))
         column = grouped.reshape(*grouped.shape, 1)
         row = hot_wire.reshape(*hot_wire.shape[:-1], 1, -1)
         best = products.matmul(runtime, row, column, transposed=False, bits=x.bits)
         (opened,) = yield [Opening(best.reshape(*x.shape[:-1], blocks), ring=x.width, function=True)]
-        x, n = plain(opened), blocks
+        x, n = opened, blocks
     chosen = hot.reshape(*x.shape[:-1], -1)[..., :n]
     for n, hot_wire in reversed(levels):
         (above,) = yield [Opening(chosen, ring=hot_wire.width, function=True)]
-        above = plain(above)
         both = products.multiply(runtime, above.reshape(*above.shape, 1), hot_wire, bits=1)
         chosen = both.reshape(*above.shape[:-1], -1)[..., :n]
     return chosen
@@ -190,8 +190,7 @@ def largest(runtime: Runtime, x: Wire) -> Protocol[Secret]:
         best = torch.cat([kept + gained.share, shares_of(runtime, rest)], -1)
         secret = Secret(best, scale, width, bits)
         if secret.shape[-1] > 1:
-            (opened,) = yield [Opening(secret, ring=width, function=True)]
-            x = plain(opened)
+            (x,) = yield [Opening(secret, ring=width, function=True)]
         else:
             break
     if secret is None:
@@ -201,7 +200,6 @@ def largest(runtime: Runtime, x: Wire) -> Protocol[Secret]:
 
 def _opened(tau: Secret, like: Wire) -> Protocol[Wire]:
     (opened,) = yield [Opening(tau, ring=like.width, function=True)]
-    opened = plain(opened)
     opened.scale = like.scale
     return opened
 
@@ -215,6 +213,6 @@ def _padded(x: Wire, count: int) -> Wire:
     if not count:
         return x
     shape, lowest = (*x.shape[:-1], count), -(1 << (x.width - 2))
-    masks = torch.cat([x.first, x.first.new_zeros(shape)], -1)
+    masks = torch.cat([x.mask.held, x.mask.held.new_zeros(shape)], -1)
     public = None if x.public is None else torch.cat([x.public, x.public.new_full(shape, lowest)], -1)
-    return Wire(public, [(-1, Parts(masks))], x.scale, x.width, x.bits)
+    return Wire(public, Parts(masks), x.scale, x.width, x.bits)

@@ -13,7 +13,7 @@ from torch import Tensor
 from crypten_llm.kernels import ring
 from crypten_llm.protocols.dealer.roles import Runtime
 from crypten_llm.protocols.fits import Fit
-from crypten_llm.protocols.opening import Overflow, Secret, Wire
+from crypten_llm.protocols.secret import Overflow, Secret, Wire
 from crypten_llm.roles import CLIENT, OWNER
 
 BLOCK = 1 << 14  # elements at a time, so that a block's shares stay in cache, and in memory
@@ -38,9 +38,8 @@ def evaluate(
     turns = round(shift * 2.0 ** (64 - function.period)) % 2**64
     cosine, sine = kernels.turned(function.cosine, function.sine, turns)
     constant = runtime.plus(0, round(function.constant * 2.0 ** (fraction + dealt)))
-    assert wire.mask is not None, "functions are of whole openings"
     mask = wire.mask.held.reshape(-1)
-    raw = None if wire.raw is None else wire.raw.reshape(-1)
+    raw = None if wire.public is None else wire.public.reshape(-1)
     blocks = []
     for part in runtime.blocks(mask.numel(), BLOCK):
 
@@ -73,7 +72,6 @@ def normalize(runtime: Runtime, wire: Wire, top: int, segments: int, table: list
         raise Overflow(f"{segments} segments do not fit a value of {top} bits: give at most {top // 2 + 1}")
     drop = max(0, top - 2 * segments - 6)
     levels = size - drop - 1
-    assert wire.mask is not None, "functions are of whole openings"
     mask = wire.mask.held.reshape(-1)
     seed, common = _deal_keys(runtime, mask, drop, levels, size)
     # v_w = [f beta_w] + dcf_w is the share of beta_w * (1{y < r} xor f), f = msb(r), beta = (1, r).
@@ -100,7 +98,7 @@ def normalize(runtime: Runtime, wire: Wire, top: int, segments: int, table: list
         return _look_up(constant[:, column], smaller[..., column], table).view(shape)
 
     powers = [4**j for j in range(segments)]
-    raw = wire.raw
+    raw = wire.public
     found = None if raw is None else below(raw)
 
     def whole_share() -> Tensor:

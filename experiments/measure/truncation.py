@@ -28,7 +28,9 @@ from tqdm import tqdm
 from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.shapes import shape_only
-from crypten_llm.protocols.opening import Opening, Rounds, Secret, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Rounds
+from crypten_llm.protocols.secret import Secret, as_secret
 from crypten_llm.roles import CLIENT, DEALER, OWNER, role_names
 from experiments.tools import kept
 from experiments.tools.command import command
@@ -68,7 +70,7 @@ class Experiment:
         """The wire engine's: one opening, then the shares modulo 2^64 that it stands for."""
         bits = int(self.arguments.magnitude**2).bit_length()
         f = self.arguments.fraction_bits
-        (wire,) = Rounds(runtime).open(Opening(Secret(share, 2 * f, 64, bits), truncate=f, lifted=True))
+        (wire,) = Rounds(runtime).open(Opening(Secret(share, 2 * f, 64, bits), truncate=f, lifted=64))
         return as_secret(runtime, wire).share
 
     def owner(self, runtime):

@@ -26,7 +26,8 @@ from crypten_llm.engines.wire.handles import Reshaped, Scaled, value
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.dealer.roles import Piece
-from crypten_llm.protocols.opening import Opening, Overflow, Secret, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.secret import Overflow, Secret, as_secret
 from crypten_llm.roles import DEALER, OWNER
 from eviction.operations import Handle
 
@@ -97,7 +98,7 @@ class CryptenBeside:
             _check(secret.bits, f, "an MPCTensor")
         moved = [secret for secret in secrets if secret.width < 64 or secret.scale > f]
         if moved:
-            openings = [Opening(secret, truncate=max(0, secret.scale - f), lifted=True) for secret in moved]
+            openings = [Opening(secret, truncate=max(0, secret.scale - f), lifted=64) for secret in moved]
             wires = self.engine.rounds.open(*openings)
             exact = {id(s): as_secret(self.engine.runtime, w) for s, w in zip(moved, wires, strict=True)}
             secrets = [exact.get(id(secret), secret) for secret in secrets]

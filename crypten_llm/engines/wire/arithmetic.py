@@ -17,7 +17,9 @@ from crypten_llm.engines.wire.numbers import ENOUGH, FACTOR, as_units, bits_for,
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.protocols import fits, lookup, products, smooth
 from crypten_llm.protocols.dealer.shapes import shape_only
-from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Overflow, Secret
 from crypten_llm.protocols.smooth import normalize
 
 if TYPE_CHECKING:
@@ -192,6 +194,6 @@ def reciprocal(engine: WireEngine, x: Handle, low: float, high: float) -> Protoc
     doubled = Secret(scaled.share, top - 1, 64, 1)  # twice x 4^k / 2^top: 1/2 to 2
     unit_wire, power_wire = yield [Opening(doubled, ring=top - 1 + fit.period, function=True), Opening(power)]
     inverse = smooth.evaluate(engine.runtime, unit_wire, fit, fraction=22, bits=2)
-    (inverse_wire,) = yield [Opening(inverse, truncate=inverse.scale - f, lifted=True)]
+    (inverse_wire,) = yield [Opening(inverse, truncate=inverse.scale - f, lifted=64)]
     bits = 2 - bits_for(low)
     return products.multiply(engine.runtime, inverse_wire, power_wire, scale=f + top - 1 - x.scale, bits=bits)

@@ -40,7 +40,9 @@ from crypten_llm.engines.wire.numbers import (
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import fits, products, smooth
-from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, as_secret, joined
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Overflow, Secret, Wire, as_secret, joined
 from crypten_llm.protocols.smooth import normalize
 
 if TYPE_CHECKING:
@@ -186,7 +188,7 @@ def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None
     # root 2^k / 2^(spread / 2): the integers stay, their scale says it
     scaled = products.multiply(runtime, root_wire, power_wire, scale=fraction + spread // 2, bits=1)
     size = scaled.scale + scaled.bits + 2
-    (scaled_wire,) = yield [Opening(scaled, ring=size, truncate=scaled.scale - c.root, lifted=True)]
+    (scaled_wire,) = yield [Opening(scaled, ring=size, truncate=scaled.scale - c.root, lifted=64)]
     weights = products.square(runtime, scaled_wire)
     weights.bits = 0
     return Weights(weights)
@@ -269,10 +271,10 @@ def _row_sums(wire: Wire, scale: int, period: int) -> Wire:
     """
     size = scale + period
     assert wire.width >= size, "the wire must cover the ring of its sum"
-    summed = wire.masks[0][1].map(lambda t: t.sum(-1, keepdim=True))
+    summed = wire.mask.map(lambda t: t.sum(-1, keepdim=True))
     mask = summed.map(lambda t: ring.low_bits(t, size))
     raw = None if wire.public is None else ring.low_bits(wire.public.sum(-1, keepdim=True), size)
-    return Wire(None, [(-1, mask)], scale, size, 1, raw, mask)
+    return Wire(raw, mask, scale, size, 1)
 
 
 # Cached keys and values: opened once, folded for products.

@@ -23,7 +23,9 @@ from crypten_llm.engines.wire.operations import operation, unit
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols import lookup, selection
 from crypten_llm.protocols.comparison import below, bit_opening, ordered, times_bits
-from crypten_llm.protocols.opening import Opening, Protocol, Secret, Wire
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Secret, Wire
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine

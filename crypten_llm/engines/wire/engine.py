@@ -23,7 +23,9 @@ from crypten_llm.errors import UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import products
 from crypten_llm.protocols.dealer import roles
-from crypten_llm.protocols.opening import Message, Overflow, Protocol, Rounds, Secret
+from crypten_llm.protocols.opening import Message
+from crypten_llm.protocols.rounds import Protocol, Rounds
+from crypten_llm.protocols.secret import Overflow, Secret
 from crypten_llm.roles import CLIENT, OWNER
 
 if TYPE_CHECKING:

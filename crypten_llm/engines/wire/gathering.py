@@ -16,7 +16,9 @@ from crypten_llm.engines.wire.handles import Handle, Picks, Weights, roomy, valu
 from crypten_llm.engines.wire.numbers import SCATTERED, bits_for, whole_bytes
 from crypten_llm.engines.wire.operations import operation, unit, valued
 from crypten_llm.protocols import products
-from crypten_llm.protocols.opening import Opening, Protocol, Request, Secret, Wire, plain, shares_of
+from crypten_llm.protocols.opening import Opening, Request
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Secret, Wire, shares_of
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -138,7 +140,7 @@ def _pick(engine: WireEngine, picks: Secret, x: Secret, bits: int, width: int = 
     wires = (yield openings) if openings else []
     if hot:
         picks.opened = wires[-1]
-    wire = plain(wires[0]) if unopened else x.opened
+    wire = wires[0] if unopened else x.opened
     assert picks.opened is not None and wire is not None, "both have been opened"
     return product(engine, picks.opened, wire, bits)
 

@@ -17,7 +17,9 @@ import torch
 
 from crypten_llm.engines.wire.numbers import ROOM, ROW_BITS, WireConfig, whole_bytes
 from crypten_llm.protocols import products
-from crypten_llm.protocols.opening import Opening, Overflow, Protocol, Secret, Wire, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Overflow, Secret, Wire, as_secret
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -262,19 +264,19 @@ class _Storage:
 
 
 def narrow(x: Secret, scale: int) -> Opening:
-    """``x`` as a narrow wire with at most ``scale`` fractional bits."""
+    """``x`` as an exact wire with at most ``scale`` fractional bits."""
     return Opening(x, truncate=max(0, x.scale - scale))
 
 
 def lifted(x: Secret, scale: int) -> Opening:
     """``x`` as a wire modulo 2^64 with at most ``scale`` fractional bits."""
-    return Opening(x, truncate=max(0, x.scale - scale), lifted=x.scale > scale or x.width < 64)
+    return Opening(x, truncate=max(0, x.scale - scale), lifted=64)
 
 
 def lifted_from_bytes(x: Secret, scale: int) -> Opening:
     """As ``lifted``, opened in the fewest whole bytes that hold the declared |x|."""
     size = min(x.width, whole_bytes(x.bits + x.scale + 2))
-    return Opening(x, ring=size, truncate=max(0, x.scale - scale), lifted=True)
+    return Opening(x, ring=size, truncate=max(0, x.scale - scale), lifted=64)
 
 
 # What is behind a handle.
@@ -317,7 +319,7 @@ def settle(
 
 
 def whole_wire(engine: WireEngine, x: Normed) -> Protocol[Wire]:
-    """x / |x| as a narrow wire: the root multiplied in. Cost: 2 rounds, once."""
+    """x / |x| as an exact wire: the root multiplied in. Cost: 2 rounds, once."""
     if x.whole is None:
         f = x.fraction(engine.config)
         unit, root = yield [lifted(x.unit, f), lifted(x.root, ROW_BITS)]

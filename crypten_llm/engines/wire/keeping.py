@@ -22,7 +22,9 @@ from crypten_llm.engines.wire.numbers import PRECISION
 from crypten_llm.engines.wire.operations import operation, unit
 from crypten_llm.protocols import products
 from crypten_llm.protocols.comparison import below, bit_opening, difference, ordered, times_bits
-from crypten_llm.protocols.opening import Opening, Protocol, Secret, shares_of
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Secret, shares_of
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine

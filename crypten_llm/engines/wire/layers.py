@@ -27,7 +27,9 @@ from crypten_llm.engines.wire.handles import (
 from crypten_llm.engines.wire.numbers import ROW_BITS, SQUARES_BITS, SQUARES_SEGMENTS, WireConfig
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.protocols import fits, products, smooth
-from crypten_llm.protocols.opening import Opening, Protocol, Secret, as_secret
+from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Protocol
+from crypten_llm.protocols.secret import Secret, as_secret
 from crypten_llm.protocols.smooth import normalize
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 Owns ``OPERATIONS``. Each operation stands once, in the file of its topic (``layers``, ``attention``, ``arithmetic``,
 ``choosing``, ``gathering``, ``keeping``), and says beside its protocol what is declared of it:
 
-- *protocol*: a generator (``protocols.opening.Protocol``), or a plain function where nothing is ever opened; its first
+- *protocol*: a generator (``protocols.rounds.Protocol``), or a plain function where nothing is ever opened; its first
   argument is the engine. Its docstring gives Error and Cost; what is revealed is alike for all: openings behind fresh
   masks that are uniform over their ring, to both parties, whose number and sizes follow from shapes, counts and
   settings.

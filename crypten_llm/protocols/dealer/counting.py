@@ -25,14 +25,24 @@ class Counting(Dealer):
         self._links = transport
 
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
-        return Parts(shape_only(shape), shape_only(shape))
+        return _held(shape, bits)
+
+    def mask_ones(self, shape: Sequence[int], bits: int) -> Parts:
+        return _held(shape, bits)
+
+    def mask_below(self, shape: Sequence[int], modulus: int) -> Parts:
+        return _held(shape, 64)
 
     def mask_of(self, party: int, shape: Sequence[int]) -> Tensor:
         return shape_only(shape)
 
     def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         self._material.add(CLIENT, ring.packed_size(math.prod(shape), bits))
-        return Parts(shape_only(shape), shape_only(shape))
+        return _held(shape, bits)
+
+    def deal_ones(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Parts:
+        self._material.add(CLIENT, ring.packed_size(math.prod(shape), bits))
+        return _held(shape, bits)
 
     def deal_table(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
         self._material.add(CLIENT, math.prod(shape) * bits // 8)
@@ -52,3 +62,9 @@ class Counting(Dealer):
     def exchange(self, pieces: list[Piece]) -> list[Tensor | None]:
         self._links.passed(pieces)
         return super().exchange(pieces)
+
+
+def _held(shape: Sequence[int], bits: int) -> Parts:
+    """The shape of what would be held: words, or limbs."""
+    held = (*shape,) if bits <= 64 else (*shape, ring.limbs(bits))
+    return Parts(shape_only(held), shape_only(held))

@@ -60,9 +60,21 @@ class Stream:
         return self.words((count + 7) // 8).view(torch.uint8)[:count]
 
     def ring(self, size: Sequence[int] | int, bits: int = 64) -> torch.Tensor:
-        """Uniform elements of Z_2^bits of shape ``size``, as int64, non-negative below 64 bits."""
+        """Uniform elements of Z_2^bits of shape ``size``, as int64, non-negative below 64 bits; above, as limbs."""
         shape = (size,) if isinstance(size, int) else size
-        return ring.low_bits(self.words(math.prod(shape)).view(shape), bits)
+        if bits <= 64:
+            return ring.low_bits(self.words(math.prod(shape)).view(shape), bits)
+        limbs = ring.limbs(bits)
+        drawn = self.words(math.prod(shape) * limbs).view(*shape, limbs)
+        if bits % 64:
+            drawn[..., -1] &= (1 << (bits % 64)) - 1
+        return drawn
+
+    def below(self, size: Sequence[int] | int, modulus: int) -> torch.Tensor:
+        """Integers in [0, modulus) of shape ``size``, as int64: 63 bits modulo a small number, so that one is likelier
+        than another by less than modulus / 2^63.
+        """
+        return self.ring(size, 63) % modulus
 
     def bits(self, size: Sequence[int] | int, bitlength: int) -> torch.Tensor:
         """``ring`` with its bounds checked: ``bitlength`` from 1 to 64."""

@@ -62,7 +62,8 @@ class Piece:
     """What a message carries of one value, modulo 2^bits.
 
     sender: ``None`` where both parties send share + mask (+ a public offset, once); else the one that sends ``share``
-    as it is. cell: the (phase, kind) that its bytes are counted in.
+    as it is. cell: the (phase, kind) that its bytes are counted in. Above 64 bits share and mask are limbs. modulus:
+    where that is not 2^bits, 2^bits - 1 or a number below 2^63.
     """
 
     shape: tuple[int, ...]
@@ -72,10 +73,15 @@ class Piece:
     mask: Tensor | None = None
     offset: int = 0
     sender: int | None = None
+    modulus: int | None = None
     size: int = field(init=False)  # bytes
 
     def __post_init__(self) -> None:
         self.size = ring.packed_size(math.prod(self.shape), self.bits)
+
+    @property
+    def is_wide(self) -> bool:
+        return self.bits > 64
 
     def sent_by(self, party: int) -> int:
         """Bytes that this party sends of it."""
@@ -124,7 +130,15 @@ class Runtime(ABC):
 
     @abstractmethod
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
-        """A fresh mask, uniform modulo 2^bits."""
+        """A fresh mask, uniform modulo 2^bits; limbs above 64 bits."""
+
+    @abstractmethod
+    def mask_ones(self, shape: Sequence[int], bits: int) -> Parts:
+        """A fresh mask, uniform modulo 2^bits - 1, limbs."""
+
+    @abstractmethod
+    def mask_below(self, shape: Sequence[int], modulus: int) -> Parts:
+        """A fresh mask, uniform modulo a small number: words; each party's are off by less than modulus / 2^63."""
 
     @abstractmethod
     def mask_of(self, party: int, shape: Sequence[int]) -> Tensor | None:
@@ -132,9 +146,16 @@ class Runtime(ABC):
 
     @abstractmethod
     def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
-        """Additive shares modulo 2^bits of ``value()``, which only the dealer computes.
+        """Additive shares modulo 2^bits of ``value()``, which only the dealer computes; above 64 bits limbs.
 
         Dealer material: bits / 8 bytes an element, packed, to the client.
+        """
+
+    @abstractmethod
+    def deal_ones(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Parts:
+        """Additive shares modulo 2^bits - 1, limbs: uniform ones at the owner, and what ``turned`` makes of those, the
+        value less them, at the client; called by the dealer alone, which gets no value back. Dealer material: as
+        ``deal``'s.
         """
 
     @abstractmethod
@@ -172,6 +193,17 @@ class Runtime(ABC):
         """
 
     @abstractmethod
+    def drop(self, share: Words, count: int) -> Words:
+        """Shares of x / 2^count modulo 2^(w - count), from shares of x modulo 2^w: the owner's rounded up, the client's
+        down. Within one unit, unbiased, exact for multiples of 2^count; it cannot fail, since what the shares' sum
+        exceeds 2^w by is a multiple of 2^(w - count) afterwards.
+        """
+
+    @abstractmethod
+    def less(self, mask: Parts, carry: Parts, size: int) -> Parts:
+        """The mask, uniform modulo 2^size, as shares of an integer: without the carry of its two parts."""
+
+    @abstractmethod
     def input(self, source: int, shape: Sequence[int], value: Callable[[], Tensor]) -> Tensor:
         """Shares of words that party ``source`` knows, nothing sent: its own are ``value()``, the other's are zero."""
 
@@ -200,6 +232,7 @@ class Party(Runtime):
     """A compute party: it holds shares."""
 
     other: ClassVar[int]  # the other party
+    rounds_up: ClassVar[bool]  # what it drops of its shares; the other party rounds down
 
     def __init__(
         self, transport: Transport, keys: list[bytes], material: Any = None, device: torch.device | str = "cpu"
@@ -213,12 +246,21 @@ class Party(Runtime):
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         return Parts(self._streams[0].ring(shape, bits))
 
+    def mask_ones(self, shape: Sequence[int], bits: int) -> Parts:
+        return Parts(self._streams[0].ring(shape, bits))
+
+    def mask_below(self, shape: Sequence[int], modulus: int) -> Parts:
+        return Parts(self._streams[0].below(shape, modulus))
+
     def mask_of(self, party: int, shape: Sequence[int]) -> Tensor | None:
         return self._streams[0].ring(shape) if self.role == party else None
 
     def deal_common(self, sizes: list[Size], value: Callable[[], list[Tensor]]) -> list[Tensor]:
         counts = [math.prod(shape) * dtype.itemsize for shape, dtype in sizes]
         return [self._material.read(n).view(dtype).view(shape) for n, (shape, dtype) in zip(counts, sizes, strict=True)]
+
+    def less(self, mask: Parts, carry: Parts, size: int) -> Parts:
+        return Parts(mask.held - (carry.held << size))
 
     def input(self, source: int, shape: Sequence[int], value: Callable[[], Tensor]) -> Tensor:
         return value() if self.role == source else torch.zeros(tuple(shape), dtype=torch.int64, device=self.device)
@@ -251,6 +293,12 @@ class Party(Runtime):
         """Of an opening this party's part, and what it sends; of what it sends alone, the latter."""
         if piece.sender is None:
             assert piece.share is not None and piece.mask is not None, "an opening comes with its share and its mask"
+            if piece.is_wide:
+                ones = piece.modulus is not None
+                return self.kernels.hide_wide(piece.share, piece.mask, self._offset(piece), piece.bits, ones)
+            if piece.modulus is not None:
+                value = (piece.share + piece.mask) % piece.modulus
+                return value.reshape(-1), self.kernels.pack(value, piece.bits)
             return self.kernels.hide(piece.share, piece.mask, self._offset(piece), piece.bits)
         if piece.sender == self.role:
             assert piece.share is not None, "who sends alone has what it sends"
@@ -261,6 +309,10 @@ class Party(Runtime):
         return 0
 
     def _incoming(self, piece: Piece, value: Tensor | None, packed: Tensor) -> Tensor | None:
+        if value is not None and piece.is_wide:
+            return self.kernels.show_wide(value, packed, piece.bits, piece.modulus is not None, piece.shape)
+        if value is not None and piece.modulus is not None:
+            return (value.view(piece.shape) + self.kernels.unpack(packed, piece.bits, piece.shape)) % piece.modulus
         if value is not None:
             return self.kernels.show(value, packed, piece.bits, piece.shape)
         if piece.sender == self.role:
@@ -272,9 +324,13 @@ class Owner(Party):
     """The party that knows the weights: its shares are drawn, and it adds what is public."""
 
     role, other = OWNER, CLIENT
+    rounds_up = True
 
     def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
-        return Parts(self._streams[0].ring(shape))
+        return Parts(self._streams[0].ring(shape, max(bits, 64)))
+
+    def deal_ones(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Parts:
+        return Parts(self._streams[0].ring(shape, bits))
 
     def deal_table(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
         return self._streams[0].table(shape, bits)
@@ -288,6 +344,9 @@ class Owner(Party):
         known: Any = public() if callable(public) else public
         return share + known
 
+    def drop(self, share: Words, count: int) -> Words:
+        return -(-share >> count) if count else share
+
     def _offset(self, piece: Piece) -> int:
         return piece.offset
 
@@ -296,10 +355,14 @@ class Client(Party):
     """The party that knows the prompt: its shares are the owner's corrections."""
 
     role, other = CLIENT, OWNER
+    rounds_up = False
 
     def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         data = self._material.read(ring.packed_size(math.prod(shape), bits))
         return Parts(self.kernels.unpack(data, bits, tuple(shape)))
+
+    def deal_ones(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Parts:
+        return self.deal(shape, lambda: torch.empty(0), bits)
 
     def deal_table(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
         data = self._material.read(math.prod(shape) * bits // 8)
@@ -312,6 +375,9 @@ class Client(Party):
 
     def plus(self, share: Words, public: Public) -> Words:
         return share
+
+    def drop(self, share: Words, count: int) -> Words:
+        return share >> count if count else share
 
 
 class Dealer(Runtime):
@@ -329,17 +395,35 @@ class Dealer(Runtime):
 
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         owner, client = (stream.ring(shape, bits) for stream in self._streams)
+        if bits > 64:
+            return Parts(self.kernels.add_wide(owner, client, bits), client)
         return Parts(ring.low_bits(owner + client, bits), client)
+
+    def mask_ones(self, shape: Sequence[int], bits: int) -> Parts:
+        owner, client = (stream.ring(shape, bits) for stream in self._streams)
+        return Parts(self.kernels.add_ones(owner, client, bits), client)
+
+    def mask_below(self, shape: Sequence[int], modulus: int) -> Parts:
+        owner, client = (stream.below(shape, modulus) for stream in self._streams)
+        return Parts((owner + client) % modulus, client)
 
     def mask_of(self, party: int, shape: Sequence[int]) -> Tensor | None:
         return self._streams[party].ring(shape)
 
     def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         result = value()
-        assert result.shape == torch.Size(shape), f"dealt {tuple(result.shape)}, announced {tuple(shape)}"
-        correction = result - self._streams[OWNER].ring(shape)
+        held = result.shape if bits <= 64 else result.shape[:-1]
+        assert held == torch.Size(shape), f"dealt {tuple(held)}, announced {tuple(shape)}"
+        drawn = self._streams[OWNER].ring(shape, max(bits, 64))
+        correction = result - drawn if bits <= 64 else self.kernels.subtract_wide(result, drawn, bits)
         self._material.write(CLIENT, self.kernels.pack(correction, bits))
         return Parts(result, correction)
+
+    def deal_ones(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Parts:
+        made = turned(self._streams[OWNER].ring(shape, bits))
+        assert made.shape[:-1] == torch.Size(shape), f"dealt {tuple(made.shape[:-1])}, announced {tuple(shape)}"
+        self._material.write(CLIENT, self.kernels.pack(made, bits))
+        return Parts(made)
 
     def deal_table(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
         made = turned(self._streams[OWNER].table(shape, bits))
@@ -364,6 +448,12 @@ class Dealer(Runtime):
 
     def plus(self, share: Words, public: Public) -> Words:
         return share
+
+    def drop(self, share: Words, count: int) -> Words:
+        return share
+
+    def less(self, mask: Parts, carry: Parts, size: int) -> Parts:
+        return mask  # the dealer holds the integer
 
     def input(self, source: int, shape: Sequence[int], value: Callable[[], Tensor]) -> Tensor:
         return shape_only(shape)
