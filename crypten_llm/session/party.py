@@ -24,6 +24,7 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import bench, calibration, generation
+from crypten_llm.session.prefix import Prefixes
 from crypten_llm.session.reveal import RevealLog
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Party:
     """
 
     model: Llama  # once it has been loaded
+    prefixes: Prefixes
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class Party:
     def expect(self, verb: str, *plans: generation.Plan | Shape) -> None:
         """Raises UsageError when the engine was prepared for another request; nothing has happened then."""
         for plan in plans:
-            self.engine.expect(verb, asdict(plan), self.requests + 1)
+            self.engine.expect(verb, plan.facts(), self.requests + 1)
 
     def caches(self, plans: Sequence[generation.Plan], turn: generation.Turn | None) -> list[KVCache]:
         """New caches for a request, or the one of the conversation that it is a ``turn`` of, which is kept.
@@ -152,8 +154,9 @@ class Party:
             with self.engine.meter.operation("sharing of the weights", "weights"), self.engine.section("weights"):
                 handles = {}
                 for name, shape in checkpoint.expected_shapes(config).items():
-                    handles[name] = self.engine.parameter(weights.pop(name, None), shape)
+                    handles[name] = self.engine.parameter(weights.get(name), shape)
                 self.model = self.make_model(self.engine, config, handles, scales)
+                self.prefixes = Prefixes(self.engine, self.model, weights)
         self.load_reveals = self.reveals
 
     def _open_model(self, folder: str | Path | None, progress: bool) -> tuple[dict, dict]:
