@@ -8,17 +8,16 @@ anything, nothing is opened and no dealer is asked.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
-from crypten_llm.models.llama import Llama
 
 if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine
+    from crypten_llm.models.llama import Llama
     from eviction import Policy
     from eviction.operations import Handle
 
@@ -38,9 +37,9 @@ class Prefixes:
     made anew for each.
     """
 
-    def __init__(self, engine: Engine, model: Llama, weights: Mapping[str, torch.Tensor]) -> None:
-        """weights: all of the model's, by name, at the owner; nothing elsewhere."""
-        self._engine, self._model, self._weights = engine, model, weights
+    def __init__(self, engine: Engine, model: Llama, in_the_clear: Callable[[], Llama] | None) -> None:
+        """in_the_clear: gives the model on engine ``plain``, to this engine's ``softmax_base``; at the owner alone."""
+        self._engine, self._model, self._in_the_clear = engine, model, in_the_clear
         self._known: OrderedDict[Which, list[tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
         self._rows: OrderedDict[Which, list[tuple[Handle, Handle]]] = OrderedDict()
 
@@ -64,19 +63,15 @@ class Prefixes:
 
     def _computed(self, which: Which) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """At the owner the floats, by layer; nothing elsewhere."""
-        if not self._weights:
+        if self._in_the_clear is None:
             return []
         if which in self._known:
             return _remember(self._known, which, self._known[which])
-        ids, length = which
-        plain, config = PlainEngine(softmax_base=self._engine.softmax_base), self._model.config
-        model = Llama(
-            plain, config, {name: plain.parameter(value, value.shape) for name, value in self._weights.items()}
-        )
+        (ids, length), model = which, self._in_the_clear()
         cache = model.new_cache()
         for start in range(0, len(ids), CHUNK):
             chunk = torch.tensor(ids[start : start + CHUNK])
-            model.extend(plain.tokens(chunk, len(chunk), config.vocab_size), cache, length)
+            model.extend(model.engine.tokens(chunk, len(chunk), model.config.vocab_size), cache, length)
         for layer in cache.layers:
             layer.slide()
         return _remember(self._known, which, [(layer.keys, layer.values) for layer in cache.layers])
