@@ -197,6 +197,7 @@ class Result:
     """An answer, what it cost and what was revealed for it.
 
     prompts: how many shared its rounds; ``seconds``, ``cost`` and ``revealed`` are of all these together.
+    outside: why the answer is not to be trusted, where the model was shared although it leaves the engine's ranges.
     cached_tokens: of its conversation, that the cache held already. decoding: how tokens were chosen, in words.
     stop_ids: what would have ended it.
     """
@@ -215,6 +216,7 @@ class Result:
     logprobs: list[Logprobs] | None = None
     prompts: int = 1
     cached_tokens: int = 0
+    outside: str = ""
 
     def to_dict(self) -> dict:
         """The JSON object that ``generate --json`` prints."""
@@ -268,6 +270,7 @@ class Asked:
         cost: Cost,
         revealed: list[dict],
         prompts: int,
+        outside: str,
     ) -> Result:
         """What came of it; steps: those that were read, of which the last ends the answer if it was read to its end."""
         decode = [step.seconds for step in steps[1:]]
@@ -290,6 +293,7 @@ class Asked:
             logprobs=None if self.request.logprobs is None else [s.logprobs for s in steps if s.logprobs],
             prompts=prompts,
             cached_tokens=len(self.before),
+            outside=outside,
         )
 
 
