@@ -12,7 +12,8 @@ from wire_parties import open_wires, run, share
 from crypten_llm.commands import cli, debug_compare
 from crypten_llm.insecure.audit import MaskReused
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.roles import Dealer, Party, Piece
+from crypten_llm.protocols.dealer.roles import Dealer, Party
+from crypten_llm.protocols.dealer.runtime import Piece
 from crypten_llm.protocols.opening import Opening
 
 VALUES = torch.arange(40).view(4, 10)

@@ -22,7 +22,8 @@ from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.manifest import make_manifest
 from crypten_llm.protocols.dealer.material import FRAME, Sending
 from crypten_llm.protocols.dealer.recording import Recording, Sizes
-from crypten_llm.protocols.dealer.roles import PARTIES, Dealer, Piece
+from crypten_llm.protocols.dealer.roles import Dealer
+from crypten_llm.protocols.dealer.runtime import PARTIES, Piece
 from crypten_llm.protocols.dealer.tape import Tape
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 

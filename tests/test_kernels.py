@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_twins import EDGES, both, layouts, poison, same, table_words, words
 
 from crypten_llm.kernels import cpu, reference, ring
-from crypten_llm.kernels.reference_words import as_words, signed
+from crypten_llm.kernels.integers import as_words, signed
 
 WIDTHS = [1, 7, 8, 13, 31, 32, 33, 63, 64]
 TABLES = sorted(ring.TABLE_WORDS)
@@ -268,13 +268,6 @@ def test_trigonometric_sums_of_any_layout():
     for shares in layouts(words, 6, 8):
         for part in layouts(lambda *shape: coefficients(math.prod(shape))[0], 3):
             both("combine", angles(4, 8), 4, 2.0**22, part, sine, shares, 7)
-
-
-@pytest.mark.parametrize("modes", [0, 1, 5, 20])
-def test_coefficients_of_a_shifted_function(modes):
-    for turns in [turn % 2**64 for turn in EIGHTHS] + [0x0123456789ABCDEF, 0xFEDCBA9876543210]:
-        cosine, sine = both("turned", *coefficients(modes), turns)
-        assert cosine.dtype == torch.float64 and cosine.shape == sine.shape == (modes,)
 
 
 # Tables.

@@ -12,7 +12,7 @@ from kernel_twins import both, layouts, table_words, words
 
 from crypten_llm.kernels import cpu
 from crypten_llm.kernels import places as loops
-from crypten_llm.kernels.reference_words import signed
+from crypten_llm.kernels.integers import signed
 
 EIGHTHS = [(k << 61) + step for k in range(8) for step in (-1, 0, 1)]
 SIZES = [8, 16, 32, 64, 128, 256, 1024, 4096]  # on both sides of a whole word

@@ -10,7 +10,7 @@ import torch
 from tapes import KEYS, SECTIONS, VALUE, open_tape, program, record
 
 from crypten_llm.errors import UsageError
-from crypten_llm.protocols.dealer import roles
+from crypten_llm.protocols.dealer import runtime as shared
 from crypten_llm.protocols.dealer.manifest import MAGIC, NAMES
 from crypten_llm.protocols.dealer.roles import ROLES, Owner
 from crypten_llm.protocols.dealer.tape import AHEAD
@@ -71,12 +71,12 @@ def test_pieces_are_what_was_written(tmp_path, counts):
 
 
 def test_burned_on_disk_before_the_first_mask(folder, monkeypatch):
-    events, fsync, replace, derive = [], os.fsync, os.replace, roles.derive_key
+    events, fsync, replace, derive = [], os.fsync, os.replace, shared.derive_key
     monkeypatch.setattr(
         os, "fsync", lambda fd: (events.append(f"fsync {os.readlink(f'/proc/self/fd/{fd}')}"), fsync(fd))
     )
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append("replace"), replace(old, new)))
-    monkeypatch.setattr(roles, "derive_key", lambda *key: (events.append("stream"), derive(*key))[1])
+    monkeypatch.setattr(shared, "derive_key", lambda *key: (events.append("stream"), derive(*key))[1])
     mine = open_tape(folder, OWNER)
     runtime = Owner(mine._transport, mine.keys, mine)
     assert events == []

@@ -32,7 +32,7 @@ from crypten_llm.session.party import Party
 from crypten_llm.units import size
 
 if TYPE_CHECKING:
-    from crypten_llm.protocols.dealer.roles import Piece, Runtime
+    from crypten_llm.protocols.dealer.runtime import Piece, Runtime
 
 
 class _Absent:

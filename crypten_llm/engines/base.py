@@ -57,11 +57,11 @@ class Engine(ABC):
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Handle:
         """A weight that the owner holds: ``value`` is its float tensor at the owner and ``None`` elsewhere."""
 
-    def prepare(self, weight: Handle, norm: Handle = None, name: str = "") -> None:
+    def prepare(self, weight: Handle, norm: Handle = None, name: str = "", bias: Handle = None) -> None:
         """Announces, while the model is loaded, that ``linear`` will meet ``weight``, or ``embed`` if it is a table.
 
         norm: weight of the norm whose output it will multiply, ``None`` for other inputs. name: of the layer, such as
-        "q_proj".
+        "q_proj". bias: what will be added, ``None`` for nothing.
         """
 
     def expect(self, verb: str, facts: dict, request: int) -> None:

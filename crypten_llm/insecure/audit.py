@@ -32,7 +32,7 @@ from crypten_llm.roles import DEALER
 
 if TYPE_CHECKING:
     from crypten_llm.links.transport import Transport
-    from crypten_llm.protocols.dealer.roles import Parts, Piece, Runtime
+    from crypten_llm.protocols.dealer.runtime import Parts, Piece, Runtime
 
 
 TELLING = 96  # bits of a mask from which equal words are no coincidence

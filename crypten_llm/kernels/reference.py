@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from crypten_llm.kernels import reference_keys, reference_places, reference_trigonometry, reference_wide
-from crypten_llm.kernels.reference_words import as_words, indices, integers, signed, write
+from crypten_llm.kernels.integers import as_words, indices, integers, signed, write
 from crypten_llm.kernels.ring import DIGITS, SIGNS
 
 # Key streams.
@@ -90,7 +90,7 @@ def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 # Of modules of their own.
 
-waves, combine, turned = reference_trigonometry.waves, reference_trigonometry.combine, reference_trigonometry.turned
+waves, combine = reference_trigonometry.waves, reference_trigonometry.combine
 coefficients = reference_trigonometry.coefficients
 cosines, add_cosines = reference_trigonometry.cosines, reference_trigonometry.add_cosines
 flip_places, parities, xor_rows = reference_places.flip_places, reference_places.parities, reference_places.xor_rows

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from crypten_llm.kernels.reference_words import as_words, integers
+from crypten_llm.kernels.integers import as_words, integers
 
 
 def flip_places(places: Tensor, words: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from decimal import ROUND_HALF_EVEN, Context, Decimal
 import torch
 from torch import Tensor
 
-from crypten_llm.kernels.integers import integers, numbers, wide, words
+from crypten_llm.kernels.integers import as_words, integers, numbers, wide
 from crypten_llm.kernels.ring import MANTISSA, broadcast
 
 # What travels: one long number, whose lowest ``bits`` are the first word.
@@ -26,7 +26,7 @@ def pack(words: Tensor, bits: int) -> Tensor:
 def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     number = int.from_bytes(bytes(data.tolist()), "little")
     values = [number >> place * bits & 2**bits - 1 for place in range(math.prod(shape))]
-    return words(values, shape) if bits <= 64 else wide(values, bits, shape)
+    return as_words(values, shape) if bits <= 64 else wide(values, bits, shape)
 
 
 def hide_wide(share: Tensor, mask: Tensor, offset: int, bits: int, ones: bool) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def shift_wide(a: Tensor, count: int, bits: int) -> Tensor:
 def drop_wide(a: Tensor, bits: int, count: int, up: bool) -> Tensor:
     left = bits - count
     dropped = [(-(-value >> count) if up else value >> count) % 2**left for value in numbers(a)]
-    return words(dropped, a.shape[:-1]) if left <= 64 else wide(dropped, left, a.shape[:-1])
+    return as_words(dropped, a.shape[:-1]) if left <= 64 else wide(dropped, left, a.shape[:-1])
 
 
 # Modulo 2^q - 1.
@@ -146,7 +146,7 @@ def window_ones(words: Tensor, turns: Tensor, starts: Tensor, q: int, bits: int,
 
 
 def _in_a_row(values: list[int]) -> Tensor:
-    return words(values, (len(values),))
+    return as_words(values, (len(values),))
 
 
 # Exponents.

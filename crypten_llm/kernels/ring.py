@@ -215,9 +215,6 @@ class Kernels(Protocol):
         ``sine``, float64 [modes]. shares: words [2 modes, N].
         """
 
-    def turned(self, cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-        """Coefficients float64 [modes] of f(x + shift) from those of f, for a shift of turns / 2^64."""
-
     def coefficients(self, opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor) -> Tensor:
         """Words [2 modes, N]: the A_j of ``combine``, then the B_j."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.kernels.ring import DIGITS, SIGNS, broadcast
-from crypten_llm.protocols.dealer.roles import Parts, Runtime
+from crypten_llm.protocols.dealer.runtime import Parts, Runtime
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, shares_of

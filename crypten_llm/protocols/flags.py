@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.opening import Message, Opening
 from crypten_llm.protocols.rounds import Protocol, Rounds
 from crypten_llm.protocols.secret import Secret, Wire

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.kernels.ring import Comparison, Group
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import CLIENT, OWNER
 
@@ -166,6 +166,7 @@ def normalized(
         return torch.stack([bits[:, 0], runtime.plus(bits[:, 1], 1)], 1).view(*shape, 2) & 1
 
     bits = (base**last).bit_length()
+    assert bits + 2 <= width, "the ring holds the largest power"
     return (
         Secret(runtime.share(shape, scaled), fraction, width - top + fraction, 0),
         Secret(runtime.share(shape, power), 0, bits + 2, bits),

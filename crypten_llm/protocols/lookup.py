@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.secret import Secret, Wire
 
 BLOCK = 1 << 20  # words of tables at a time

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import fits
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.ladder import normalized
 from crypten_llm.protocols.lookup import index_bits
 from crypten_llm.protocols.opening import Opening
@@ -33,7 +33,7 @@ SLACK = 2 * math.log2(3)  # a number up to three times too large is lifted to on
 @dataclass
 class Rows:
     """unit: x / |x|. lifted: x as it was, in a wider ring, which the opening gave for nothing. beyond: XOR shares
-    [..., 1] of whether the sum of squares is out of the domain, words 0 or 1.
+    [..., 2] of whether the sum of squares is out of the domain, or within 2^-6 of its end: either bit; words 0 or 1.
     """
 
     unit: Secret
@@ -45,10 +45,12 @@ def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int
     """x / sqrt(sum of x^2 + eps * H) over the last dimension H, at ``fraction`` bits modulo 2^width.
 
     limit: |x| < 2^limit, and a row's sum of squares below 2^(2 limit - 1), are the domain. What leaves it by less than
-    three times is seen, and said in ``beyond``. eps > 0: bounds the sum from below.
+    three times is seen, and said in ``beyond``. eps > 0: bounds the sum from below; eps * H is taken to the nearest
+    unit of x^2.
 
     Reveals: openings behind fresh uniform masks: x, the sum, its top bits and power of two, the inverse root.
-    Error: a unit of ``fraction`` bits.
+    Error: 1.1 units of ``fraction`` bits, and 2^(fraction - ROOT - limit) |x| of them: what is opened of the root is
+    off by a unit of ``ROOT`` bits, which shows where x is close to 2^limit.
     Cost: 4 rounds. An element: n bits, those of x's ring, each way; dealer about 6 (W - n) + 2 n, W = width + limit +
     14. A row: some 350 bits each way and 6 kB of the dealer's.
     Source: the normalisation by a secret power of two as in Catrina and Saxena (FC 2010); the rest is ours.
@@ -155,11 +157,15 @@ def _times(runtime: Runtime, x: Lifted, root: Opened, bits: int, cut: int) -> Te
         return kernels.multiply_wide(root.mask.held.unsqueeze(-2), kernels.widen(words, to, False), to)
 
     def of_masks() -> Tensor:
-        low = product(x.mask, bits)
-        return _words(kernels.drop_wide(low, bits, kept, True), bits - kept)
+        return kernels.drop_wide(product(x.mask, bits), bits, kept, True)
 
     pair = runtime.deal(shape, of_masks, bits - kept).held
-    wrapped = runtime.deal(shape, lambda: _words(product(x.bit, rest), rest), rest).held
+
+    def of_bits() -> Tensor:
+        found = product(x.bit, rest)
+        return found if rest > 64 else found[..., 0]
+
+    wrapped = runtime.deal(shape, of_bits, rest).held
 
     def share() -> Tensor:  # X (Y - y) - r Y + r y + 2^n (Y b - y b), where b only counts if unwrapped
         seen = root.seen.unsqueeze(-2)
@@ -175,11 +181,6 @@ def _times(runtime: Runtime, x: Lifted, root: Opened, bits: int, cut: int) -> Te
         return kernels.drop_wide(total, bits, cut, runtime.rounds_up)
 
     return runtime.share(shape, share)
-
-
-def _words(words: Tensor, bits: int) -> Tensor:
-    """Limbs of that many bits as what is dealt: words up to 64 bits."""
-    return words[..., 0] if bits <= 64 and words.shape[-1] == ring.limbs(bits) else words
 
 
 def _owned(runtime: Runtime, words: Tensor) -> Tensor:

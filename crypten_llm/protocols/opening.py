@@ -25,7 +25,7 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.links.meter import Cell
-from crypten_llm.protocols.dealer.roles import Parts, Piece, Runtime
+from crypten_llm.protocols.dealer.runtime import Parts, Piece, Runtime
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, Wrap
 
 

@@ -19,7 +19,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from crypten_llm.links.meter import Meter, Scope
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.opening import Opening, Request
 from crypten_llm.protocols.secret import Wire
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crypten_llm.protocols import lookup, products
 from crypten_llm.protocols.comparison import below, bit_opening, difference, times_bits
-from crypten_llm.protocols.dealer.roles import Parts, Runtime
+from crypten_llm.protocols.dealer.runtime import Parts, Runtime
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Secret, Wire, shares_of

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.roles import Runtime
+from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.ladder import exponent
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.roles import Parts, Piece, Runtime
+from crypten_llm.protocols.dealer.runtime import Parts, Piece, Runtime
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.secret import Secret, Wire
 

@@ -25,7 +25,7 @@ from crypten_llm.engines.crypten.bridge import TransportCommunicator, crypten
 from crypten_llm.engines.wire.handles import value
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels.ring import broadcast
-from crypten_llm.protocols.dealer.roles import Piece
+from crypten_llm.protocols.dealer.runtime import Piece
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.secret import Overflow, Secret, as_secret
 from crypten_llm.roles import DEALER, OWNER
@@ -33,7 +33,7 @@ from eviction.operations import Handle
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
-    from crypten_llm.protocols.dealer.roles import Runtime
+    from crypten_llm.protocols.dealer.runtime import Runtime
 
 
 PARTIES = 2

@@ -17,7 +17,7 @@ from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import encode_json
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.material import FRAME
-from crypten_llm.protocols.dealer.roles import PARTIES, Piece
+from crypten_llm.protocols.dealer.runtime import PARTIES, Piece
 from crypten_llm.roles import DEALER
 
 if TYPE_CHECKING:

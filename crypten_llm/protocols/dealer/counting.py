@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.protocols.dealer.roles import Dealer, Parts, Piece, Size
+from crypten_llm.protocols.dealer.roles import Dealer
+from crypten_llm.protocols.dealer.runtime import Parts, Piece, Size
 from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.roles import CLIENT, OWNER
 
