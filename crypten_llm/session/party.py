@@ -44,8 +44,8 @@ class Party:
     """A compute party: an engine, the shared model, and what has been revealed so far.
 
     transport is ``None`` on engine ``plain``, where one process is owner and client at once. make_policy: of a request,
-    from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner, whether its
-    model is shared.
+    from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner,
+    whether its model is shared.
     """
 
     model: Llama  # once it has been loaded
@@ -60,7 +60,7 @@ class Party:
         client: int = CLIENT,
         make_policy: Callable[[str], eviction.Policy] = generation.parse_policy,
         make_model: Callable[..., Llama] = Llama,
-        admission: Admission = Admission(),
+        admission: Admission | None = None,
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -73,7 +73,7 @@ class Party:
         self.tokens_digest: str | None = None  # of the owner's tokenizer, where its model has one
         self.requests = 0
         self.kept: dict[int, KVCache] = {}  # by conversation, what its next turn goes on with
-        self.make_policy, self.make_model, self.admission = make_policy, make_model, admission
+        self.make_policy, self.make_model, self.admission = make_policy, make_model, admission or Admission()
         self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
     @property

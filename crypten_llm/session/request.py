@@ -234,6 +234,7 @@ class Result:
 
     public_tokens: of the public prefix, which are not among ``prompt_tokens``.
     prompts: how many shared its rounds; ``seconds``, ``cost`` and ``revealed`` are of all these together.
+    outside: why the answer is not to be trusted, where the model was shared although it leaves the engine's ranges.
     cached_tokens: of its conversation, that the cache held already. decoding: how tokens were chosen, in words.
     stop_ids: what would have ended it.
     """
@@ -253,6 +254,7 @@ class Result:
     prompts: int = 1
     cached_tokens: int = 0
     public_tokens: int = 0
+    outside: str = ""
 
     def to_dict(self) -> dict:
         """The JSON object that ``generate --json`` prints."""
@@ -306,6 +308,7 @@ class Asked:
         cost: Cost,
         revealed: list[dict],
         prompts: int,
+        outside: str,
     ) -> Result:
         """What came of it; steps: those that were read, of which the last ends the answer if it was read to its end."""
         decode = [step.seconds for step in steps[1:]]
@@ -329,6 +332,7 @@ class Asked:
             prompts=prompts,
             cached_tokens=len(self.before),
             public_tokens=len(self.plan.public_prefix),
+            outside=outside,
         )
 
 
