@@ -62,10 +62,22 @@ def test_the_shipped_model_is_accepted():
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        ({"v_proj": 64}, "mixed values of attention leave the range of engine 'wire', -256 to 256, on random tokens; divide"),
-        ({"q_proj": 8}, "attention scores leave the range of engine 'wire', -86.6 to 55.4, on random tokens; use engine"),
-        ({"gate_proj": 64}, "gates leave the range of engine 'wire', -250 to 250, on random tokens; use engine 'crypten'"),
-        ({"up_proj": 300}, "what gates are multiplied with leave the range of engine 'wire', -1.02e+03 to 1.02e+03, on"),
+        (
+            {"v_proj": 64},
+            "mixed values of attention leave the range of engine 'wire', -256 to 256, on random tokens; divide",
+        ),
+        (
+            {"q_proj": 8},
+            "attention scores leave the range of engine 'wire', -86.6 to 55.4, on random tokens; use engine",
+        ),
+        (
+            {"gate_proj": 64},
+            "gates leave the range of engine 'wire', -250 to 250, on random tokens; use engine 'crypten'",
+        ),
+        (
+            {"up_proj": 300},
+            "what gates are multiplied with leave the range of engine 'wire', -1.02e+03 to 1.02e+03, on",
+        ),
         ({"embed_tokens": 1e5}, "sums of squares of hidden states leave the range of engine 'wire', 0 to 8.46e+09, on"),
     ],
     ids=str,

@@ -158,9 +158,7 @@ class Kernels(Protocol):
     # words [...], mask limbs [..., L]. Other limbs here are of any words, and what is above the result counts for
     # nothing.
 
-    def lift_mask(
-        self, mask: Tensor, carry: Tensor, bit: Tensor, unwrapped: Tensor, size: int, bits: int
-    ) -> Tensor:
+    def lift_mask(self, mask: Tensor, carry: Tensor, bit: Tensor, unwrapped: Tensor, size: int, bits: int) -> Tensor:
         """mask - 2^size (carry + unwrapped bit), limbs [..., L]; words mask [...], unwrapped [...], 0 or 1."""
 
     def dot_wide(self, words: Tensor, numbers: Tensor, bits: int) -> Tensor:

@@ -143,7 +143,9 @@ def _inverse_root(runtime: Runtime, total: Wire, power: Lifted, fit: fits.Fit) -
     waves: list[Tensor] = []  # the dealer's, limbs
 
     def times(words: Tensor, to: int) -> Tensor:
-        found = kernels.multiply_wide(kernels.reduce_wide(waves[0], to), kernels.widen(words, to, False)[..., None, :], to)
+        found = kernels.multiply_wide(
+            kernels.reduce_wide(waves[0], to), kernels.widen(words, to, False)[..., None, :], to
+        )
         return found if to > 64 else found[..., 0]
 
     def plain() -> Tensor:

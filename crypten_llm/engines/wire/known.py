@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from crypten_llm.engines.wire.handles import Rows
-from crypten_llm.engines.wire.numbers import TURNED
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import products
@@ -43,11 +42,11 @@ def known_rows(engine: WireEngine, value: Tensor | None, shape: Sequence[int], v
     """
     c, runtime = engine.config, engine.runtime
     scale, width = (c.value, c.mixed_width) if values else (c.key, c.key_width)
-    bits = c.bits_of("v_proj") if values else c.bits_of("k_proj") + TURNED
+    bits = c.key_bits
 
     def words() -> Tensor:
         assert value is not None, "the owner knows these rows"
-        if not value.abs().max() < 2.0**bits:  # nor NaN
+        if not value.abs().max() < 2.0 ** (width - 2 - scale):  # nor NaN
             raise UsageError("keys or values of the public prefix leave the range of engine 'wire'; leave it out")
         return (value.double() * 2**scale).round().long()
 

@@ -69,9 +69,7 @@ def linear(engine: WireEngine, x: Handle, weight: Weight, bias: Weight | None = 
     return out
 
 
-def _normed(
-    engine: TrackedEngine, out: Tracked, x: Tracked, weight: Tracked, eps: float, scale: float
-) -> torch.Tensor:
+def _normed(engine: TrackedEngine, out: Tracked, x: Tracked, weight: Tracked, eps: float, scale: float) -> torch.Tensor:
     """Before the norm's weight: a unit of the row, and one of the inverse root, which is the more of an element the
     closer that is to the whole length; one unit of x, which also turns the norm.
     """
@@ -123,9 +121,7 @@ def swiglu(engine: WireEngine, gate: Handle, up: Handle) -> Protocol[Secret]:
     gate, up = (yield from value(engine, gate)), (yield from value(engine, up))
     width = 2 * c.up + c.product_width - c.product
     up_drop, up = up.scale - c.up, Secret(up.share, up.scale, up.width, min(up.bits, c.up_bits))
-    running = engine.rounds.start(
-        _opened(Opening(up, up_drop, ring=c.up + c.up_bits + 2 + up_drop, lifted=width))
-    )
+    running = engine.rounds.start(_opened(Opening(up, up_drop, ring=c.up + c.up_bits + 2 + up_drop, lifted=width)))
     half = Secret(gate.share, gate.scale + 1, gate.width, gate.bits)  # the same integers, read as gate / 2
     activated, _ = yield from activate(runtime, half, SILU, c.gates)
     drop = activated.scale - c.up
