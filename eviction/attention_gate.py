@@ -1,5 +1,6 @@
 """Policy ``attention_gate``: a small trained attention over the prompt says which tokens each head may forget."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,16 +45,16 @@ class AttentionGate(Policy):
         self._matrices(layer)
 
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
-        maps = self._matrices(layer)
-        x = trained.features(ops, layer, seen)
-        query, key, value = (self._one_head(ops.transform(x, part)) for part in maps[:3])
+        of_query, of_key, of_value, gate = self._matrices(layer)
+        x, of_query = trained.features(ops, layer, seen), of_query / math.log(ops.softmax_base)  # trained for base e
+        query, key, value = (self._one_head(ops.transform(x, part)) for part in (of_query, of_key, of_value))
         note_more(ops, layer, "gate keys", ops.fixed(key), 1)
         note_more(ops, layer, "gate values", ops.fixed(value, values=True), 1)
         count, length = query.shape[1], layer.notes["gate keys"].shape[1]
         mask = None if count == 1 else torch.ones(count, length, dtype=torch.bool).tril(length - count)
         weights = ops.softmax(ops.scores(query, layer.notes["gate keys"]), mask)
         mixed = ops.mix(weights, layer.notes["gate values"]).reshape(count, key.shape[2])
-        note_more(ops, layer, "gate", ops.sigmoid(ops.transform(mixed, maps[3]).permute(1, 0)), -1)
+        note_more(ops, layer, "gate", ops.sigmoid(ops.transform(mixed, gate).permute(1, 0)), -1)
 
     def evict(self, ops: Operations, layer: Layer) -> None:
         kept, gate = tokens(self.budget, layer.prompt_tokens), layer.notes.pop("gate")

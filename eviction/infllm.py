@@ -10,7 +10,7 @@ from eviction.policy import Policy
 from eviction.rows import add_mass, note_more
 from eviction.settings import fitting, whole
 
-SCORE = 32.0  # what no attention score exceeds
+SCORE = 128.0  # what no attention score exceeds, as an exponent of 2 or of e
 
 
 @dataclass(frozen=True)

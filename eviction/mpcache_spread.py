@@ -1,5 +1,6 @@
 """Policy ``mpcache_spread``: MPCache's clusters, found by their keys' spread too, in the layers that look far back."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -121,5 +122,6 @@ class MPCacheSpread(Policy):
         note_more(ops, layer, "middle", ops.fixed(ops.scale(ops.add(high, low), 0.5)), 1)
         if self.width:
             width = ops.scale(ops.add(high, ops.scale(low, -1)), 0.5)
-            note_more(ops, layer, "spread", ops.fixed(ops.scale(ops.multiply(width, width), 1 / 6)), 1)
+            sixth = math.log(ops.softmax_base) / 6  # of what is an exponent of e
+            note_more(ops, layer, "spread", ops.fixed(ops.scale(ops.multiply(width, width), sixth)), 1)
         layer.notes["blocks"] = blocks

@@ -88,10 +88,11 @@ class Seen:
 
 class Operations(Protocol):
     """All are methods of an engine. "Local" ones send nothing on shares. ``is_private`` says whether handles are
-    secrets.
+    secrets; ``softmax_base``, of what softmax takes scores to be exponents, queries and keys being scaled for that.
     """
 
     is_private: bool
+    softmax_base: float
 
     # Local: linear with public coefficients.
 
@@ -134,7 +135,7 @@ class Operations(Protocol):
         """Its inverse for softmax weights: [G, M, choice.count] to [G, M, count], zero at rows not chosen."""
 
     def softmax(self, scores: Handle, mask: torch.Tensor | None = None) -> Handle:
-        """Softmax weights of [G, M, N]; mask: public bool [M, N], true where a row may be seen."""
+        """Softmax weights, to ``softmax_base``, of [G, M, N]; mask: public bool [M, N], true where a row is seen."""
 
     def mix(self, weights: Handle, rows: Handle) -> Handle:
         """Softmax weights [G, M, N] by rows [G, N, D] to [G, M, D]."""

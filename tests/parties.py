@@ -89,7 +89,8 @@ def _main(rank, parties, sockets, pipe, timeout, wire, work):
     import torch
 
     from crypten_llm.engines.crypten import bridge
-    from crypten_llm.engines.crypten.engine import CryptenConfig, CryptenEngine
+    from crypten_llm.engines.crypten.domain import CryptenConfig
+    from crypten_llm.engines.crypten.engine import CryptenEngine
     from crypten_llm.engines.wire.engine import WireEngine
     from crypten_llm.links.transport import Transport
     from crypten_llm.roles import role_names

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from crypten_llm.engines.crypten import engine as crypten_engine  # noqa: F401  (imported once in the server)
+from crypten_llm.engines.crypten.domain import norm_scales
 from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
@@ -74,7 +75,7 @@ def logits(engine, folder, ids, pieces):
     weights, scales = {}, None
     if engine.rank == 0:
         weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
-        scales = measure(config, weights).norm_scales()
+        scales = norm_scales(measure(config, weights))
         engine.transport.send_json(1, scales)
     else:
         scales = engine.transport.recv_json(0)

@@ -20,7 +20,7 @@ OTHERS = {  # files of models, of other projects, and of the reader's own
     *("hotpotqa.jsonl", "data/hotpotqa.jsonl", "dataset2prompt.json", "FOLDER/dataset2prompt.json"),
     *("LongBench/config/dataset2prompt.json", "scripts/data/prepare.py", "run_summarization.py"),
     *("FOLDER/4096/data/vt/validation.jsonl", "xsum_0shot.jsonl", "xsum_3shot.jsonl", "xsum_5shot.jsonl"),
-    *("h2o_hf/data/xsum.jsonl", "eviction/NAME.py", "kernels/cuda.py"),
+    *("h2o_hf/data/xsum.jsonl", "eviction/NAME.py", "kernels/cuda.py", "prompts.jsonl", "answers.jsonl"),
 }
 
 

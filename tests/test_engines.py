@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from crypten_llm.commands import cli
 from crypten_llm.commands.options import settings
 from crypten_llm.engines import check_engine
-from crypten_llm.engines.crypten.engine import CryptenConfig
+from crypten_llm.engines.crypten.domain import CryptenConfig, norm_scales
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.links.frames import HEADER
@@ -289,11 +289,11 @@ def test_every_norm_is_measured_for_its_scale(tmp_path):
     folder, _ = tiny(tmp_path, **FAMILIES["qwen3"])
     config = LlamaConfig.from_folder(folder)
     weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
-    before = measure(config, weights).norm_scales()
+    before = norm_scales(measure(config, weights))
     assert before.keys() == {name for name in weights if "norm" in name}
     query, key = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
     weights[query], weights[key] = weights[query] * 2**10, weights[key] / 2**10
-    after = measure(config, weights).norm_scales()
+    after = norm_scales(measure(config, weights))
     changed = {name: after[name] / before[name] for name in before if after[name] != before[name]}
     assert changed == {
         "model.layers.1.self_attn.q_norm.weight": 4.0**-10,

@@ -270,13 +270,6 @@ def test_trigonometric_sums_of_any_layout():
             both("combine", angles(4, 8), 4, 2.0**22, part, sine, shares, 7)
 
 
-@pytest.mark.parametrize("modes", [0, 1, 5, 20])
-def test_coefficients_of_a_shifted_function(modes):
-    for turns in [turn % 2**64 for turn in EIGHTHS] + [0x0123456789ABCDEF, 0xFEDCBA9876543210]:
-        cosine, sine = both("turned", *coefficients(modes), turns)
-        assert cosine.dtype == torch.float64 and cosine.shape == sine.shape == (modes,)
-
-
 # Tables.
 
 

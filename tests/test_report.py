@@ -2,7 +2,8 @@
 
 import pytest
 
-from crypten_llm.session.report import Cost, cost_table, revealed_table
+from crypten_llm.session.report import Cost, cost_table, ledger, revealed_table, turns_table
+from crypten_llm.session.request import Result
 from crypten_llm.units import size
 
 
@@ -62,3 +63,38 @@ def test_the_reveal_table_names_who_learns_what():
 )
 def test_sizes_for_people(count, text):
     assert size(count) == text
+
+
+def entry(what, times, to="all"):
+    return {"what": what, "to": to, "why": "", "times": times}
+
+
+def test_the_ledger_of_several_requests_counts_what_was_shared_once():
+    loaded = [entry("architecture", 1)]
+    first = [entry("architecture", 1), entry("prompt length: 5", 1), entry("logits", 3, "client")]
+    second = [entry("architecture", 1), entry("prompt length: 7", 2), entry("logits", 2, "client")]
+    found = ledger(loaded, [first, second])
+    assert [(e["what"], e["to"], e["times"]) for e in found] == [
+        ("architecture", "all", 1),
+        ("prompt length: 5", "all", 1),
+        ("logits", "client", 5),
+        ("prompt length: 7", "all", 2),
+    ]
+    assert ledger(loaded, []) == loaded
+    assert first[2]["times"] == 3, "what it was made of is left alone"
+
+
+def test_the_table_of_turns():
+    def turn(cached, new, tokens, rounds, seconds):
+        rows = [row("prefill", "mlp", rounds, 1000, 50, seconds), row("decode", "mlp", 1, 500, 7, 0.5)]
+        cost = Cost([{"table": rows, "peak_bytes": 0, "rank": rank} for rank in range(2)], 2)
+        facts = dict.fromkeys(("text", "engine", "policy", "finish_reason"), "")
+        return Result(
+            token_ids=[1] * tokens, prompt_tokens=new, seconds={}, cost=cost, revealed=[], cached_tokens=cached, **facts
+        )
+
+    lines = turns_table([turn(0, 39, 8, 10, 1.0), turn(46, 18, 14, 20, 0.25)]).splitlines()
+    assert lines[0].split() == ["turn", "cached", "new", "answer", "rounds", "sent", "a", "party", "dealer", "seconds"]
+    assert lines[1].split()[:5] == ["1", "0", "39", "8", "11"] and lines[1].split()[-1] == "1.50"
+    assert lines[2].split()[:5] == ["2", "46", "18", "14", "21"] and lines[2].split()[-1] == "0.75"
+    assert "1.5 KB" in lines[1]

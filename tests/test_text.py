@@ -96,12 +96,6 @@ def test_a_stop_inside_characters_of_several_tokens():
     assert text.stopped and "".join(pieces) == text.text == tokenizer.decode(ids).partition("🙂")[0]
 
 
-def test_without_a_tokenizer_there_is_no_text():
-    text = Detokenizer(None)
-    assert text.push(5, True) == text.text == ""
-    text.again()
-
-
 def test_doing_a_tokens_work_for_none_changes_nothing():
     text = Detokenizer(Letters("a", "b"), ["z"])
     text.push(0, False)

@@ -11,7 +11,6 @@ from crypten_llm.links.frames import HEADER
 from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.secret import as_secret
-from crypten_llm.protocols.smooth import normalize
 
 N = 60
 
@@ -56,53 +55,51 @@ def lifting(count, size, lifted):
     return dealt(2 * count, lifted - size)
 
 
-def multiply(*lifted, shapes=((N,), (N,)), rings=(64, 64)):
+def multiply(*lifted, shapes=((N,), (N,)), rings=(64, 64), dropped=0):
     def job(runtime):
         parts = zip(shapes, lifted, rings, strict=True)
-        products.multiply(runtime, *(wire(runtime, *s, lifted=wide, ring=ring) for s, wide, ring in parts))
+        wires = [wire(runtime, *s, lifted=wide, ring=ring) for s, wide, ring in parts]
+        products.multiply(runtime, *wires, dropped=dropped)
 
     return job
 
 
-def products_of(*lifted, ring=64):
+def products_of(*lifted, ring=64, dropped=0):
     """What is dealt for a product of wires that are lifted to these widths, of 0 opened in ``ring``: the product of
-    masks, and those with a wrap bit that the result's width has room for.
+    masks, and those with a wrap bit that the result's width has room for; of each but 4 of the bits that are dropped.
     """
     width = min(wide or ring for wide in lifted)
     ups = [0, *(LIFTED for wide in lifted if wide), *([2 * LIFTED] if all(lifted) else [])]
-    return plus(*(dealt(N, width - up) for up in ups if up < width))
+    return plus(*(dealt(N, width - max(up, dropped - 4)) for up in ups if up < width))
 
 
 def unary(function, *shape, lifted=0, ring=64, **options):
     return lambda runtime: function(runtime, wire(runtime, *shape, lifted=lifted, ring=ring), **options)
 
 
-def matmul(transposed, rings=(64, 64)):
+def matmul(transposed, rings=(64, 64), **options):
     shapes = (2, 3, 5), (2, 4, 5) if transposed else (2, 5, 4)
 
     def job(runtime):
         wires = [wire(runtime, *shape, ring=ring) for shape, ring in zip(shapes, rings, strict=True)]
-        products.matmul(runtime, *wires, transposed, bits=10)
+        products.matmul(runtime, *wires, transposed, bits=10, **options)
 
     return job
 
 
-def matrix(runtime, *shape):
+def matrix(runtime, *shape, bits=64):
     value = integers(*shape).double() if runtime.role == OWNER else None
-    return play(runtime, products.own(runtime, value, shape, 0))
+    return play(runtime, products.own(runtime, value, shape, 0, bits))
 
 
-def linear(ring):
-    return lambda runtime: products.linear(runtime, wire(runtime, 3, 5, ring=ring), matrix(runtime, 4, 5), bits=10)
+def linear(ring, **options):
+    return lambda runtime: products.linear(
+        runtime, wire(runtime, 3, 5, ring=ring), matrix(runtime, 4, 5), bits=10, **options
+    )
 
 
 def times_owned(runtime):
     products.times_owned(runtime, wire(runtime, 4, 5, ring=SHORT), matrix(runtime, 5), bits=10)
-
-
-def look_up(runtime):
-    ids = torch.tensor([1, 2, 3]) if runtime.role == CLIENT else None
-    play(runtime, products.lookup(runtime, ids, 3, matrix(runtime, 4, 5), bits=10))
 
 
 def evaluate(fit):
@@ -114,13 +111,6 @@ def evaluate(fit):
     return job
 
 
-def normalized(runtime):
-    (opened,) = open_wires(runtime, [Opening(share(runtime, integers(N) + 1), ring=59, function=True)])
-    normalize(runtime, opened, 58, 20, list(range(20)))
-
-
-LEVELS = 59 - 58 + 2 * 20 + smooth.FINE - 3  # of a key: n - top + 2 segments + FINE - 3
-KEYS = N * (32 * LEVELS + packed_size(LEVELS, 2) + 16 * 19)  # and a leaf's two words for each step
 HANDED = 8 * 20  # W - R for a matrix of 4 x 5
 
 COSTS = {  # name: (job, (rounds, bytes owner to client, client to owner, dealer to owner, dealer to client))
@@ -161,6 +151,19 @@ COSTS = {  # name: (job, (rounds, bytes owner to client, client to owner, dealer
         matmul(True, rings=(33, SHORT)),
         plus(openings(30, 40, rings=[33, SHORT]), dealt(24, SHORT)),
     ),
+    "matmul of entries that are read": (
+        matmul(True, visible=torch.arange(24).view(2, 3, 4) % 3 > 0),
+        plus(openings(30, 40), dealt(16)),
+    ),
+    "matmul without low bits": (
+        matmul(True, rings=(33, SHORT), dropped=20),
+        plus(openings(30, 40, rings=[33, SHORT]), dealt(24, SHORT - 20 + 4)),
+    ),
+    "owned matrix of few bits": (lambda runtime: matrix(runtime, 4, 5, bits=33), (1, packed_size(20, 33), 0, 0, 0)),
+    "linear without low bits": (
+        linear(SHORT, dropped=9),
+        plus(openings(15, rings=[SHORT]), (1, HANDED, 0, 0, 0), dealt(12, SHORT - 5)),
+    ),
     "owned matrix": (lambda runtime: matrix(runtime, 4, 5), (1, HANDED, 0, 0, 0)),
     "linear": (linear(64), plus(openings(15), (1, HANDED, 0, 0, 0), dealt(12))),
     "linear in a narrow ring": (
@@ -168,9 +171,6 @@ COSTS = {  # name: (job, (rounds, bytes owner to client, client to owner, dealer
         plus(openings(15, rings=[SHORT]), (1, HANDED, 0, 0, 0), dealt(12, SHORT)),
     ),
     "times owned": (times_owned, plus(openings(20, rings=[SHORT]), (1, 8 * 5, 0, 0, 0), dealt(20, SHORT))),
-    # The matrix is a round for the client, the rows are one for the owner.
-    "lookup": (look_up, plus((1, HANDED, 4 * 3 * 4, 0, 0), dealt(15, 32))),
-    "normalize": (normalized, plus(openings(N, rings=[59]), (0, 0, 0, KEYS, KEYS), dealt(N))),
 }
 COSTS |= {
     f"multiply {left or 'exact'} by {right or 'exact'}": (
@@ -188,6 +188,14 @@ COSTS |= {
     for ring in (SHORT, LIFTED, LIFTED + 1, 44)  # at most LIFTED bits: what a wrap adds is a multiple of the ring
 }
 COSTS |= {
+    f"multiply {left or 'exact'} by {right or 'exact'} without {dropped} bits": (
+        multiply(left, right, dropped=dropped),
+        plus(openings(N, N, lifted=[left, right]), products_of(left, right, dropped=dropped)),
+    )
+    for left, right in [(0, 0), (0, 64), (64, 64)]
+    for dropped in (1, 5, LIFTED + 4, LIFTED + 5, 60)  # both sides of what a wrap adds
+}
+COSTS |= {
     f"square lifted to {wide}": (
         unary(products.square, N, lifted=wide),
         plus(openings(N, lifted=[wide]), dealt(N, wide), dealt(N, wide - LIFTED - 1)),
@@ -203,7 +211,7 @@ COSTS |= {
 }
 COSTS |= {
     fit.name: (evaluate(fit), plus(openings(N, rings=[14 + fit.period]), dealt(2 * fit.modes * N)))
-    for fit in (fits.stored("exp"), fits.stored("silu"))
+    for fit in (fits.stored("sigmoid"), fits.stored("reciprocal"))
 }
 
 
@@ -231,11 +239,6 @@ def test_openings_of_any_size_together(data):
     sent = sum(packed_size(n, size - truncate) for n, size, truncate, _ in asked)
     wraps = [lifting(n, size - cut, lifted) for n, size, cut, lifted in asked if lifted > size - cut]
     check_cost(job, plus((1, sent, sent, 0, 0), *wraps))
-
-
-def test_normalize_costs_what_its_docstring_says():
-    """32 1/4 bytes a bit of the comparison, and 16 for each step from a segment to the next."""
-    assert LEVELS == 46 and KEYS / N == 32 * 46 + 12 + 16 * 19
 
 
 def test_headers_are_the_only_overhead():

@@ -1,4 +1,4 @@
-"""Functions of one opening: trigonometric sums and normalisation against their plaintext twins."""
+"""Functions of one opening: trigonometric sums against their plaintext twins."""
 
 import math
 from dataclasses import replace
@@ -7,19 +7,16 @@ import numba
 import numpy as np
 import pytest
 import torch
-from wire_parties import joined, open_wires, run, share, value
+from wire_parties import open_wires, run, share, value
 
 from crypten_llm.kernels import trigonometry
 from crypten_llm.protocols import fits, smooth
 from crypten_llm.protocols.opening import Opening
-from crypten_llm.protocols.secret import Overflow
-from crypten_llm.protocols.smooth import normalize
 
 TARGETS = {
-    "exp": torch.exp,
     "reciprocal": lambda x: 1 / x,
     "inverse root": lambda x: x**-0.5,
-    "silu": lambda x: x / (1 + torch.exp(-x)) - x / 2,
+    "sigmoid": torch.sigmoid,
 }
 FITS = pytest.mark.parametrize("name", TARGETS)
 
@@ -32,14 +29,14 @@ def grid(*stretches) -> torch.Tensor:
     return torch.cat([torch.linspace(*stretch, dtype=torch.float64) for stretch in stretches])
 
 
-def evaluated(fit, x: torch.Tensor, scale: int, fraction: int = 22, shift: float = 0.0) -> torch.Tensor:
+def evaluated(fit, x: torch.Tensor, scale: int, fraction: int = 22) -> torch.Tensor:
     integers = (x * 2.0**scale).round().long()
 
     def job(runtime):
         (wire,) = open_wires(
             runtime, [Opening(share(runtime, integers, scale), ring=scale + fit.period, function=True)]
         )
-        return smooth.evaluate(runtime, wire, fit, fraction, bits=5, shift=shift)
+        return smooth.evaluate(runtime, wire, fit, fraction, bits=5)
 
     outcome = run(job)
     assert (outcome.results[0].scale, outcome.results[0].width) == (2 * fraction, 64)
@@ -54,7 +51,7 @@ def test_fits_keep_their_declared_error(name):
     error = (fit(x) - TARGETS[name](x)).abs().max()
     assert error <= 1.05 * fit.error
     # The bound of each is what the engine's error budget is made of.
-    assert fit.error < {"exp": 4e-9, "inverse root": 2e-6}.get(fit.name, 1e-4)
+    assert fit.error < {"inverse root": 2e-6}.get(fit.name, 1e-4)
 
 
 @pytest.mark.parametrize("name", fits.TARGETS)
@@ -64,7 +61,7 @@ def test_stored_fits_are_those_of_their_targets(name):
     again = target.fit(name)
     x = grid((target.low, target.high, 5001))
     assert (found(x) - again(x)).abs().max() < 0.2 * found.error + 1e-8, "run python -m crypten_llm.protocols.fits"
-    assert (found.period, found.modes, bool(found.sine.any())) == (target.period, target.modes, not target.even)
+    assert (found.period, found.modes, bool(found.sine.any())) == (target.period, target.modes, True)
 
 
 def test_stored_fits_are_whole_units_that_floats_hold():
@@ -107,14 +104,6 @@ def test_outside_the_domain_the_sum_goes_on_periodically_and_bounded(name):
     assert found.abs().max() <= abs(fit.constant) + math.sqrt(2 * fit.modes) * fit.norm + fits.rounding(fit, 22)
 
 
-@pytest.mark.parametrize("shift", [-9.0, -0.3, 5.0])
-def test_a_public_shift(shift):
-    fit = fits.stored("exp")
-    x = grid((fit.low, fit.high, 50)) - shift
-    found = evaluated(fit, x, 30, shift=shift)
-    assert (found - (x + shift).exp()).abs().max() <= 1.05 * fit.error + fits.rounding(fit, 22)
-
-
 def test_angles_are_computed_to_the_last_bits():
     """Against Python's own, at every eighth of a turn and at random; the ring's top bit is no sign."""
     generator = np.random.default_rng(0)
@@ -132,7 +121,7 @@ def test_angles_are_computed_to_the_last_bits():
     ("kernel", "types"),
     [
         ("_cos_sin", "(int64, int64)"),
-        ("_turned", "(f8[::1], f8[::1], uint64)"),
+        ("_coefficients", "(i8[::1], int64, float64, f8[::1], f8[::1], i8[:, ::1])"),
         ("_combine", "(i8[::1], int64, float64, f8[::1], f8[::1], i8[:, ::1], i8[::1])"),
         ("_add_cosines", "(i8[::1], int64, i8[::1], f8[::1], i8[::1], i8[:, :, ::1], i8[::1])"),
     ],
@@ -148,65 +137,14 @@ def test_public_factors_do_not_depend_on_the_machine(kernel, types):
 
 def test_more_elements_than_one_block():
     x = grid((-1, 1, smooth.BLOCK + 77))
-    fit = fits.stored("silu")
+    fit = fits.stored("sigmoid")
     assert (evaluated(fit, x, 20) - fit((x * 2**20).round() / 2**20)).abs().max() <= fits.rounding(fit, 22)
 
 
 def test_a_function_wants_its_own_period():
     def job(runtime):
         (wire,) = open_wires(runtime, [Opening(share(runtime, torch.tensor([1]), 14), ring=20, function=True)])
-        smooth.evaluate(runtime, wire, fits.stored("exp"), 22, bits=1)
+        smooth.evaluate(runtime, wire, fits.stored("sigmoid"), 22, bits=1)
 
-    with pytest.raises(AssertionError, match=r"open exp modulo 2\^19"):
+    with pytest.raises(AssertionError, match=r"open sigmoid modulo 2\^19"):
         run(job)
-
-
-# Normalisation.
-
-
-def normalized(integers: torch.Tensor, top: int, segments: int, size: int, table: list[int]):
-    def job(runtime):
-        secret = share(runtime, integers)
-        (wire,) = open_wires(runtime, [Opening(secret, ring=size, function=True)])
-        return normalize(runtime, wire, top, segments, table)
-
-    owner, client, _ = run(job).results
-    return [joined(mine, theirs) for mine, theirs in zip(owner, client, strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("top", "segments", "size"),
-    [(58, 20, 59), (62, 26, 63), (62, 26, 64), (63, 2, 64), (20, 5, 21), (20, 10, 40), (8, 1, 9)],
-)
-def test_normalize_over_all_segments(top, segments, size):
-    """z 4^k is exact, k what z's size says, but within 2^-8 of a power of four, where the next segment will do."""
-    ends = [2 ** (top - 2 * j) for j in range(segments + 2) if top >= 2 * j]
-    near = {end + offset for end in ends for offset in (-2, -1, 0, 1, 2, -(end >> 6), end >> 6, end // 3)}
-    integers = torch.tensor(sorted(z for z in near if 0 < z < 2**top))
-    generator = torch.Generator().manual_seed(top)
-    exponents = torch.rand(200, generator=generator, dtype=torch.float64) * (top - 0.01)
-    integers = torch.cat([integers, (2**exponents).long().clamp(min=1)])
-    table = [3 * k * k - 7 for k in range(segments)]
-    scaled, entry = normalized(integers, top, segments, size, table)
-    for z, found, looked_up in zip(integers.tolist(), scaled.tolist(), entry.tolist(), strict=True):
-        k = table.index(looked_up)
-        due = min(segments - 1, (top - z.bit_length()) // 2)
-        assert found == z * 4**k
-        if k != due:
-            assert abs(k - due) == 1
-            end = 2 ** (top - 2 * max(k, due))
-            assert abs(z - end) <= end >> 8
-        assert found < 2**top * (1 + 2**-8)
-        assert found >= 2**top // 4 * (1 - 2**-8) or z < 2 ** (top - 2 * segments + 2)
-
-
-def test_normalize_of_zero_stays_in_the_last_segment():
-    scaled, entry = normalized(torch.zeros(50, dtype=torch.int64), 58, 20, 59, list(range(20)))
-    assert (scaled == 0).all() and (entry == 19).all()
-
-
-def test_normalize_refuses_what_its_ring_cannot_hold():
-    with pytest.raises(Overflow, match="a value of 58 bits needs a ring of 59, not 58"):
-        normalized(torch.ones(1, dtype=torch.int64), 58, 20, 58, list(range(20)))
-    with pytest.raises(Overflow, match="12 segments do not fit a value of 20 bits"):
-        normalized(torch.ones(1, dtype=torch.int64), 20, 12, 21, list(range(12)))

@@ -6,13 +6,13 @@ import torch
 from wire_parties import CLIENT, DEALER, OWNER, key, open_wires, play, run, share
 
 from crypten_llm.insecure.audit import MaskReused
-from crypten_llm.kernels.ring import packed_size
+from crypten_llm.kernels.ring import Comparison, Group, packed_size
 from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.dealer.randomness import Stream
 from crypten_llm.protocols.embedding import look_up, own_table
+from crypten_llm.protocols.ladder import below
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.secret import Secret
-from crypten_llm.protocols.smooth import normalize
 
 COUNT = 4096
 EXTREMES = {
@@ -36,7 +36,7 @@ def function(size):
     def job(runtime, integers):
         secret = share(runtime, integers, scale=size - 5, width=64)
         (wire,) = open_wires(runtime, [Opening(secret, ring=size, function=True)])
-        smooth.evaluate(runtime, wire, fits.stored("exp"), 22, bits=1)
+        smooth.evaluate(runtime, wire, fits.stored("sigmoid"), 22, bits=1)
 
     return job
 
@@ -55,13 +55,6 @@ def lifted_products(runtime, integers):
     first, second = open_wires(runtime, wide)
     open_wires(runtime, [Opening(products.multiply(runtime, first, second))])
     products.square(runtime, first)
-
-
-def tokens(runtime, integers):
-    ids = integers.clamp(min=0) % 8
-    table = torch.eye(8) * 2.0**10 if runtime.role == OWNER else None
-    matrix = play(runtime, products.own(runtime, table, (8, 8), 0))
-    play(runtime, products.lookup(runtime, ids if runtime.role == CLIENT else None, len(ids), matrix, bits=12))
 
 
 def embedded(runtime, integers):
@@ -85,7 +78,6 @@ PROTOCOLS = {  # what a party that sends anything sends, message by message, in 
     "function": (function(19), [[(COUNT, 19)]]),
     "products": (reopened_product, [[(COUNT, 64), (COUNT, 40)], [(COUNT, 64)], [(COUNT, 64)]]),
     "lifted products": (lifted_products, [[(COUNT, 30), (COUNT, 24)], [(COUNT, 64)]]),
-    "token lookup": (tokens, [[(8 * COUNT, 32)]]),
     "embedding": (embedded, [[(COUNT, 64)], [(8 * COUNT, 11)]]),
     "weights": (weights, [[(COUNT, 64)]]),
 }
@@ -95,14 +87,13 @@ DEALT = {  # what the dealer sends the client, in order: the bits of the ring th
     "lifted by one bit": [(2 * COUNT, 1)],
     "whole opening": [],
     "tiny ring": [],
-    "function": [(2 * fits.stored("exp").modes * COUNT, 64)],
+    "function": [(2 * fits.stored("sigmoid").modes * COUNT, 64)],
     "products": [(2 * COUNT, 24), (COUNT, 64), (COUNT, 24), (COUNT, 64)],  # lifting, masks, one with a bit, a square
     "lifted products": [
         *[(2 * COUNT, 34), (2 * COUNT, 40)],  # lifting
         *[(COUNT, bits) for bits in (64, 40, 34, 10)],  # masks, each with the other's bit, both bits
         *[(COUNT, 64), (COUNT, 33)],  # the square
     ],
-    "token lookup": [(8 * COUNT, 32)],
     "embedding": [(8 * COUNT, 11), (COUNT * 11 * 12 // 2, 8)],  # what pads rows, and as bytes the shares of bits
 }
 
@@ -168,7 +159,6 @@ def test_what_the_parties_send_each_other_is_uniform(name, integers):
     job, messages = PROTOCOLS[name]
     outcomes = [run(job, integers, seed=seed) for seed in range(3)]
     senders = {
-        "token lookup": {OWNER: [[(8 * 8, 64)]], CLIENT: messages},  # the owner's table, before the rows
         "embedding": {OWNER: [[(8 * 8, 11)], *messages[1:]], CLIENT: messages},
         "weights": {OWNER: messages, CLIENT: []},
     }
@@ -196,10 +186,16 @@ def test_what_the_dealer_sends_is_uniform(name, integers):
     assert received_by(OWNER, PROTOCOLS[name][0], integers, seed=5) == b""
 
 
+KEYS = Comparison(31, (0, 1 << 8, 1 << 20, 12345), (2, 2, 14, 7), Group(2, 64))
+
+
 def comparison(runtime, integers):
-    secret = share(runtime, integers.abs() + 1)
-    (wire,) = open_wires(runtime, [Opening(secret, ring=31, function=True)])
-    normalize(runtime, wire, 30, 8, list(range(8)))
+    """Of each with four thresholds, for two words that are theirs if it is below."""
+    (wire,) = open_wires(runtime, [Opening(share(runtime, integers), ring=31, function=True)])
+    limbs = (len(integers), 2, 1)
+    public = None if wire.public is None else wire.public[:, None]
+    ones = torch.ones(limbs, dtype=torch.int64)
+    below(runtime, KEYS, public, wire.mask.held[:, None], lambda: ones, lambda: runtime.plus(torch.zeros_like(ones), 1))
 
 
 @pytest.mark.parametrize("integers", EXTREMES.values(), ids=EXTREMES)
@@ -208,7 +204,9 @@ def test_comparison_keys_are_uniform(integers):
     outcome = run(comparison, integers)
     assert_uniform(b"".join(frame.payload for frame in outcome.frames[OWNER]), 31, "opening")
     payload = b"".join(frame.payload for frame in outcome.frames[DEALER] if frame.target == OWNER)
-    levels, leaves = 31 - 30 + 2 * 8 + smooth.FINE - 3, 7
+    assert payload == b"".join(frame.payload for frame in outcome.frames[DEALER] if frame.target == CLIENT)
+    levels, leaves = 31 - 1 - 2, 3
+    assert (levels, leaves) == (KEYS.levels, len(KEYS.leaves))
     sizes = [16 * levels, 16 * levels, 16 * leaves, packed_size(levels, 2)]
     assert len(payload) == COUNT * sum(sizes)
     cuts = np.cumsum([COUNT * size for size in sizes])[:-1]

@@ -9,7 +9,7 @@ import pytest
 from hf_models import tiny
 from wire_parties import CLIENT, DEALER, OWNER, run
 
-from crypten_llm.session.generation import Answer, Plan, Step
+from crypten_llm.session.generation import Answer, Plan, Step, Turn
 from crypten_llm.session.party import Party
 
 ROOT = Path(__file__).parents[1]
@@ -46,10 +46,15 @@ def test_only_these_places_send_anything():
     """Every message of the engine, and why it may be sent; a new one has to be judged and listed here."""
     allowed = {
         ("opening.py", "Opening.prepare"): "x + r for a fresh mask r",
-        ("opening.py", "Message.prepare"): "what one of the three below says",
+        ("opening.py", "Message.prepare"): "what one of the six below says",
         ("products.py", "own"): "W - R for a fresh mask R",
-        ("products.py", "lookup"): "one-hot rows + r for a fresh mask r",
+        ("embedding.py", "own_table"): "a table xor a fresh mask",
+        ("embedding.py", "look_up"): "one-hot bits xor a fresh mask",
+        ("embedding.py", "_as_words"): "xor shares of rows xor a fresh mask",
+        ("flags.py", "Flags.any_set"): "a word that is the other party's, or else uniform: the one bit that this tells",
         ("engine.py", "WireEngine._show"): "a result, by order of the reveal module",
+        ("wide.py", "WideOpening.prepare"): "x + r for a fresh mask r",
+        ("wide.py", "ResidueOpening.prepare"): "x + r for a mask r that was drawn for it",
         ("rounds.py", "Rounds._round"): "what running protocols have prepared of all these",
         ("rounds.py", "Rounds._resume"): "nothing: a generator is sent its wires",
         ("roles.py", "Party.exchange"): "what a round hands it",
@@ -114,7 +119,7 @@ def sessions(tmp_path_factory):
 
 PUBLIC = {  # keys of the JSON that the dealer may see, by sender
     OWNER: {"config", "norm_scales", "tokens", "loaded", "total"},
-    CLIENT: {"verb", "plan", "stop"},
+    CLIENT: {"verb", "plans", "stop"},
 }
 
 
@@ -147,3 +152,53 @@ def test_a_session_reveals_logits_and_public_facts_alone(sessions):
     for outcome in sessions:
         revealed = outcome.results[CLIENT][1]
         assert [entry["what"] for entry in revealed if entry["to"] != "all"] == ["logits of each generated token"]
+
+
+# Turns of a conversation, and prompts side by side.
+
+
+def turns_and_batch(engine, folders, prompt):
+    """Two turns, two prompts at once of which the second ends first, and the conversation dropped."""
+    party = Party(engine, engine.transport, 2)
+    if engine.rank != CLIENT:
+        party.serve(folders[engine.rank])
+        return party.kept
+    party.request_load()
+
+    def answered(plans, prompts, turn=None):
+        answers = [Answer(ids, lambda logits: int(logits.argmax())) for ids in prompts]
+        for _ in party.request_together(plans, answers, turn):
+            pass
+        return [answer.token_ids for answer in answers]
+
+    found = answered([Plan(4, 2, chunk=3)], [prompt], Turn(1))
+    found += answered([Plan(3, 2)], [prompt[1:]], Turn(1, 5))
+    revealed = party.reveals.as_list()
+    found += answered([Plan(4, 3, chunk=3), Plan(2, 2, chunk=2)], [prompt, prompt[:2]])
+    party.request_forget(1)
+    party.close()
+    return found, revealed
+
+
+def test_turns_and_batches_differ_in_no_size_and_no_order_and_leave_nothing(tmp_path):
+    shapes, told = [], []
+    for seed, prompt in ((0, [5, 6, 7, 8]), (1, [90, 80, 70, 60])):
+        folder, _ = tiny(tmp_path / str(seed), num_hidden_layers=1, seed=seed)
+        outcome = run(turns_and_batch, [str(folder), None, None], prompt, engine=True)
+        online = [(f.source, f.target, f.kind, len(f.payload)) for f in outcome.frames[OWNER] + outcome.frames[CLIENT]]
+        shapes.append([shape if shape[2] == "tensor" else shape[:3] for shape in online])
+        shapes[-1] += [(f.target, len(f.payload)) for f in outcome.frames[DEALER] if f.kind == "stream"]
+        messages = [json.loads(f.payload) for f in outcome.frames[CLIENT] if f.target == DEALER]
+        told.append(messages)
+        (found, revealed) = outcome.results[CLIENT]
+        assert [len(ids) for ids in found] == [2, 2, 3, 2]
+        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == ["logits of each generated token"]
+        assert "prompt length: 3 tokens, after 5 that the cache holds" in [entry["what"] for entry in revealed]
+        assert outcome.results[OWNER] == outcome.results[DEALER] == {}
+    assert shapes[0] == shapes[1] and told[0] == told[1]
+    assert [message["turn"] for message in told[0] if "turn" in message] == [
+        {"conversation": 1, "cached_tokens": 0},
+        {"conversation": 1, "cached_tokens": 5},
+    ]
+    keys = {key for message in told[0] for key in message}
+    assert keys == {"verb", "plans", "turn", "stop", "conversation"}

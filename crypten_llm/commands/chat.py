@@ -6,6 +6,7 @@ again before that the conversation. stdout gets the answers; stderr the rest.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import contextmanager, suppress
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from crypten_llm.commands.show import closed, say, say_decoding, who
 from crypten_llm.errors import UsageError
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.chat import Chat, Restart
-from crypten_llm.session.generation import Progress, Step, check_chat, parse_policy
+from crypten_llm.session.chat import Chat, Restart, check
+from crypten_llm.session.generation import Progress, Step
 from crypten_llm.session.report import ledger, revealed_table, turns_table
 from crypten_llm.session.request import Request
 from crypten_llm.session.settings import split
@@ -27,12 +28,14 @@ COMMANDS = (
     "/reset begins anew, /system TEXT begins anew after TEXT, /quit or Ctrl-D ends; // sends a text that begins with /"
 )
 
+ENDING = b"\n(the answer ends at its next token; Ctrl-C again ends the chat)\n"
+
 
 def chat(system: str | None, asked: dict, model: str, tokenizer: str | None, **settings: Any) -> None:
     """Loads, then answers line by line; settings as for ``from_pretrained``, asked: fields of ``Request``."""
     request = Request("a", chat=True, **asked)  # refuses before any process starts
-    check_chat(parse_policy(request.policy))
     protocol, _ = split(settings)
+    check(request, protocol)
     say(who(protocol))
     with suppress(ImportError):
         import readline  # noqa: F401  (lines can be edited from now on)
@@ -99,8 +102,6 @@ def _turn(talk: Chat, text: str) -> None:
             if pressed:
                 break
     print(flush=True)
-    if pressed:
-        say("(the answer was ended)")
 
 
 @contextmanager
@@ -112,6 +113,7 @@ def _interrupts() -> Iterator[list[bool]]:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(True)
+        os.write(sys.stderr.fileno(), ENDING)  # not print, which may be what was interrupted
 
     before = signal.signal(signal.SIGINT, press)
     try:

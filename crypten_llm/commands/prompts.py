@@ -48,7 +48,7 @@ def answer_file(
     protocol, launched = split(settings)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size is {batch_size}; it must be 1 or more")
-    entries = read_prompts(prompts, asked)
+    entries = read_prompts(prompts, asked, model)
     done = read_answers(out, entries)
     left = [entry for entry in entries if entry.id not in done]
     say(f"{len(entries)} prompts, {len(done)} answered already")
@@ -110,14 +110,14 @@ def _say_summary(results: list[Result], groups: list[Result], seconds: float) ->
     say(line)
 
 
-def read_prompts(path: str, asked: dict) -> list[Entry]:
+def read_prompts(path: str, asked: dict, model: str) -> list[Entry]:
     """The prompts of a file, in its order; one without an id has the number of its line. Raises UsageError."""
     entries: dict[str | int, Entry] = {}
     for number, text in enumerate(read_text("--prompts", path).split("\n"), 1):
         if not text.strip():
             continue
         try:
-            entry = _entry(text, number, asked)
+            entry = _entry(text, number, asked, model)
         except UsageError as error:
             raise UsageError(f"{path}, line {number}: {error}") from None
         if entry.id in entries:
@@ -128,7 +128,7 @@ def read_prompts(path: str, asked: dict) -> list[Entry]:
     return list(entries.values())
 
 
-def _entry(text: str, number: int, asked: dict) -> Entry:
+def _entry(text: str, number: int, asked: dict, model: str) -> Entry:
     found = _object(text)
     check_names("key", found, _OF_A_LINE)
     name = found.pop("id", number)
@@ -140,7 +140,8 @@ def _entry(text: str, number: int, asked: dict) -> Entry:
             raise UsageError("--system is for prompts; of messages, the first may be the system's")
         settings["chat"] = False
     request = Request(**settings)
-    decides = json.dumps({key: value for key, value in settings.items() if value is not None}, sort_keys=True)
+    given = {key: value for key, value in settings.items() if value is not None}
+    decides = json.dumps({**given, "model": model}, sort_keys=True)
     return Entry(name, request, hashlib.sha256(decides.encode()).hexdigest()[:16])
 
 
@@ -176,8 +177,8 @@ def read_answers(path: str, entries: list[Entry]) -> set[str | int]:
         entry = known.get(name) if isinstance(name, str | int) else None
         if entry is None or entry.digest != found.get("request"):
             raise UsageError(
-                f"{path}, line {number}: an answer to another prompt than {name!r} here, or with other settings; name "
-                "another file with --out"
+                f"{path}, line {number}: an answer to another prompt than {name!r} here, or by another model or "
+                "settings; name another file with --out"
             )
         done.add(entry.id)
     if len(whole) < len(text):

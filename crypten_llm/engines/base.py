@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from crypten_llm.engines.domain import Calibration
 from crypten_llm.errors import UsageError
 from crypten_llm.links.meter import Meter
 from eviction.operations import Handle
@@ -40,6 +41,7 @@ class Engine(ABC):
     is_private: bool  # whether handles are secrets
     layer_error: float  # declared: of a layer's output on random inputs and weights of unit size (``bench``)
     softmax_base: float = math.e  # scores are exponents of this
+    tells_range: bool = False  # whether it tells both parties, with each value that is opened, if any left its range
     dealer_follows: bool = False  # whether the dealer runs the same program, ahead of the parties' need
     dealer: Any = None  # or the engine's link to a dealer that answers requests
     rounds: Any = None  # where programs can share rounds: what runs them side by side
@@ -55,11 +57,11 @@ class Engine(ABC):
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Handle:
         """A weight that the owner holds: ``value`` is its float tensor at the owner and ``None`` elsewhere."""
 
-    def prepare(self, weight: Handle, norm: Handle = None, name: str = "") -> None:
+    def prepare(self, weight: Handle, norm: Handle = None, name: str = "", bias: Handle = None) -> None:
         """Announces, while the model is loaded, that ``linear`` will meet ``weight``, or ``embed`` if it is a table.
 
         norm: weight of the norm whose output it will multiply, ``None`` for other inputs. name: of the layer, such as
-        "q_proj".
+        "q_proj". bias: what will be added, ``None`` for nothing.
         """
 
     def expect(self, verb: str, facts: dict, request: int) -> None:
@@ -69,13 +71,13 @@ class Engine(ABC):
         number).
         """
 
-    def calibrate(self, measure: Callable[[], Ranges]) -> dict[str, float]:
-        """At the owner, before its weights are shared: public scales for the model's norms, by weight name.
+    def calibrate(self, measure: Callable[[], Ranges]) -> Calibration:
+        """At the owner, before its weights are shared: public scales for the model's norms, and how far its numbers go
+        beside the ranges of the engine's functions.
 
-        measure: runs the model in the clear, for an engine that wants to know. Raises UsageError when the model leaves
-        the domain of the engine's functions.
+        measure: runs the model in the clear, for an engine that wants to know.
         """
-        return {}
+        return Calibration(self.name)
 
     @required
     def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Handle:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from crypten_llm.engines.domain import Calibration
 from crypten_llm.engines.wire.handles import Normed, OneHot
 from crypten_llm.engines.wire.layers import linear_bound
 from crypten_llm.engines.wire.operations import bound_of, unit
@@ -44,8 +45,8 @@ class CompareEngine(TrackedEngine):
         """At the client. The owner put it there before it sent the client its first matrix."""
         return self._weights[self._indices[id(weight)]].double()
 
-    def calibrate(self, measure: Callable[[], Ranges]) -> dict[str, float]:
-        return {}  # a model outside wire's domain is not refused: it is found where it leaves it
+    def calibrate(self, measure: Callable[[], Ranges]) -> Calibration:
+        return Calibration(self.name)  # a model outside wire's domain is not refused: it is found where it leaves it
 
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Handle:
         weight = super().parameter(value, shape)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from crypten_llm.engines.wire.engine import domains
+from crypten_llm.engines.wire.domain import domains
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.numbers import WireConfig

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 LAYERS = ("embed", "linear", "rms_norm", "rotate", "swiglu", "residual")  # of the model, which goes on with the shares
 CHOICES = ("top", "best", "above")
+MODULAR = ("scores", "rows", "softmax", "gather_scores")  # which read numbers modulo a ring, however large they are
 
 
 class Tracked:
@@ -111,13 +112,14 @@ class TrackedEngine(OpenedEngine):
         """The operation ``name`` of ``wire``, and beside it of ``plain`` with its error."""
         given = [self.given(argument) for argument in arguments]
         tracked = [handle for argument in given for handle in _handles(argument)]
+        left = "" if name in MODULAR else _beyond_declared(tracked)
         made = Tracked(self._run(name, tracked, given), unheld=name)
         for handle in tracked:
             self._hold(handle)
         if self.is_shown:
             made.value = getattr(self.twin, name)(*(doubled(_part(argument, "value")) for argument in given))
             made.error = bound_of(name)(self, made, *given)
-        self._hold(made, self._outside(name, given, made))
+        self._hold(made, left or self._outside(name, given, made))
         return made
 
     def _run(self, name: str, tracked: list[Tracked], given: list) -> Handle:
@@ -166,15 +168,19 @@ class TrackedEngine(OpenedEngine):
 
     def _outside_plain(self, name: str, given: list, made: Tracked) -> str:
         if name == "swiglu":
-            gate, up = (outside(self.config, f"swiglu {which}", x.value) for which, x in zip(("gates", "up"), given))
+            gate, up = (
+                outside(self.config, f"swiglu {which}", x.value)
+                for which, x in zip(("gates", "up"), given, strict=False)
+            )
             return gate or up
-        return outside(self.config, name, (given[0] if name in ("scores",) else made).value)
+        return outside(self.config, name, (made if name in ("mix", "residual") else given[0]).value)
 
     # Choices: both go on with that of ``wire``.
 
     def choose_alike(self, name: str, x: Handle, argument: Any) -> Tracked:
         """``top``, ``best`` or ``above``."""
         x = self.given(x)
+        left = _beyond_declared([x])
         unit = dropped(self.rounds.run(choosing.comparison(self, x.secret, name)))
         out = self._run(name, [x], [x, argument])
         made = Tracked(out, self.see(out))
@@ -183,20 +189,21 @@ class TrackedEngine(OpenedEngine):
             own = getattr(self.twin, name)(x.value, argument)
             taken, others = (found.sum(-2) if name == "best" else found for found in (own, made.value))
             gap, declared = _past(x, taken, others, argument) if name == "above" else _places(x, taken, others)
-            self._note_choice(name, int(taken.sum()), int((taken * others).sum()), gap, declared, 2 * unit)
+            self._note_choice(name, int(taken.sum()), int((taken * others).sum()), gap, declared, 2 * unit, left)
         return made
 
     def _note_choice(
-        self, name: str, taken: int, agreed: int, gap: torch.Tensor, declared: torch.Tensor, units: float
+        self, name: str, taken: int, agreed: int, gap: torch.Tensor, declared: torch.Tensor, units: float, left: str
     ) -> None:
         """gap: by how much ``plain`` prefers what it took to what ``wire`` took, one for each index that differs;
-        declared: the error of both. units: two of the comparison's: an opened value is less than one off.
+        declared: the error of both. units: two of the comparison's: an opened value is less than one off. left: what
+        has left its domain.
         """
         where, slack = self.meter.where, declared + units + FLOAT
         beyond = int((gap > slack).sum())
         margin, excess = ((gap / slack).max().item(), (gap - declared).max().item()) if len(gap) else (0.0, 0.0)
         self.chosen.append(Chosen(where, name, taken, agreed, len(gap) - beyond, beyond, margin))
-        self.findings.append(Finding(where, name, max(0.0, excess), units + FLOAT))
+        self.findings.append(Finding(where, name, max(0.0, excess), units + FLOAT, left))
 
     # The model's part of attention goes on with the shares.
 
@@ -239,6 +246,16 @@ def _handles(argument: Any) -> list[Tracked]:
     if isinstance(argument, list):
         return [part for part in argument if isinstance(part, Tracked)]
     return [argument] if isinstance(argument, Tracked) else []
+
+
+def _beyond_declared(handles: list[Tracked]) -> str:
+    """What of these numbers is larger than was declared of them, which openings and comparisons go by."""
+    for handle in handles:
+        if isinstance(handle.secret, Secret) and handle.value is not None and handle.value.numel():
+            most = handle.value.abs().max().item()
+            if most > 2.0**handle.secret.bits:
+                return f"numbers up to {most:.3g}, of which no more than 2^{handle.secret.bits} was declared"
+    return ""
 
 
 def _part(argument: Any, name: str) -> Any:

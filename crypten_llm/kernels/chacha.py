@@ -7,7 +7,7 @@ test holds it against OpenSSL's.
 
 import numpy as np
 
-from crypten_llm.kernels.compiling import compiled
+from crypten_llm.kernels.compiling import compiled, inlined
 
 LANES = 64  # seeds side by side; known beforehand, so that the compiler sees that rows do not overlap
 ROWS = 16  # 32-bit words of a block
@@ -15,6 +15,8 @@ HALF, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 VECTOR = 16  # lanes of the widest register: a loop over a multiple of them has no remainder
 # "expa", "nd 1", "6-by", "te k": the constant that Bernstein gives for keys of 128 bits.
 EXPA, ND_1, SIX_BY, TE_K = np.uint32(0x61707865), np.uint32(0x3120646E), np.uint32(0x79622D36), np.uint32(0x6B206574)
+
+Block = tuple[np.uint32, ...]
 
 
 @compiled
@@ -37,22 +39,22 @@ def _quarter(
     return a, b, c, d
 
 
-@compiled
-def _double_round(x: np.ndarray, lanes: int) -> None:
-    n = LANES
-    for i in range(lanes):
-        x0, x4, x8, x12 = _quarter(x[i], x[4 * n + i], x[8 * n + i], x[12 * n + i])
-        x1, x5, x9, x13 = _quarter(x[n + i], x[5 * n + i], x[9 * n + i], x[13 * n + i])
-        x2, x6, x10, x14 = _quarter(x[2 * n + i], x[6 * n + i], x[10 * n + i], x[14 * n + i])
-        x3, x7, x11, x15 = _quarter(x[3 * n + i], x[7 * n + i], x[11 * n + i], x[15 * n + i])
-        x0, x5, x10, x15 = _quarter(x0, x5, x10, x15)
-        x1, x6, x11, x12 = _quarter(x1, x6, x11, x12)
-        x2, x7, x8, x13 = _quarter(x2, x7, x8, x13)
-        x3, x4, x9, x14 = _quarter(x3, x4, x9, x14)
-        x[i], x[n + i], x[2 * n + i], x[3 * n + i] = x0, x1, x2, x3
-        x[4 * n + i], x[5 * n + i], x[6 * n + i], x[7 * n + i] = x4, x5, x6, x7
-        x[8 * n + i], x[9 * n + i], x[10 * n + i], x[11 * n + i] = x8, x9, x10, x11
-        x[12 * n + i], x[13 * n + i], x[14 * n + i], x[15 * n + i] = x12, x13, x14, x15
+@inlined
+def _double_round(x: Block) -> Block:
+    x0, x4, x8, x12 = _quarter(x[0], x[4], x[8], x[12])
+    x1, x5, x9, x13 = _quarter(x[1], x[5], x[9], x[13])
+    x2, x6, x10, x14 = _quarter(x[2], x[6], x[10], x[14])
+    x3, x7, x11, x15 = _quarter(x[3], x[7], x[11], x[15])
+    x0, x5, x10, x15 = _quarter(x0, x5, x10, x15)
+    x1, x6, x11, x12 = _quarter(x1, x6, x11, x12)
+    x2, x7, x8, x13 = _quarter(x2, x7, x8, x13)
+    x3, x4, x9, x14 = _quarter(x3, x4, x9, x14)
+    return x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15
+
+
+@inlined
+def _ten_rounds(x: Block) -> Block:
+    return _double_round(_double_round(_double_round(_double_round(_double_round(x)))))
 
 
 @compiled
@@ -61,26 +63,15 @@ def block(key: np.ndarray, counter: np.uint32, x: np.ndarray, lanes: int) -> Non
 
     key: uint32 [4 LANES], x: [16 LANES], both by rows. More lanes than asked for are written, up to a full vector.
     """
-    n = LANES
-    lanes = (lanes + VECTOR - 1) // VECTOR * VECTOR
-    for i in range(lanes):
-        x[i], x[n + i], x[2 * n + i], x[3 * n + i] = EXPA, ND_1, SIX_BY, TE_K
-        x[12 * n + i], x[13 * n + i], x[14 * n + i], x[15 * n + i] = counter, np.uint32(0), np.uint32(0), np.uint32(0)
-    for i in range(lanes):
-        for j in range(4):
-            x[(4 + j) * n + i] = x[(8 + j) * n + i] = key[j * n + i]
-    for _ in range(10):
-        _double_round(x, lanes)
-    for i in range(lanes):
-        x[i] += EXPA
-        x[n + i] += ND_1
-        x[2 * n + i] += SIX_BY
-        x[3 * n + i] += TE_K
-        x[12 * n + i] += counter
-    for i in range(lanes):
-        for j in range(4):
-            x[(4 + j) * n + i] += key[j * n + i]
-            x[(8 + j) * n + i] += key[j * n + i]
+    n, zero = LANES, np.uint32(0)
+    for i in range((lanes + VECTOR - 1) // VECTOR * VECTOR):  # without a loop in it, so that it becomes one of vectors
+        k0, k1, k2, k3 = key[i], key[n + i], key[2 * n + i], key[3 * n + i]
+        start = (EXPA, ND_1, SIX_BY, TE_K, k0, k1, k2, k3, k0, k1, k2, k3, counter, zero, zero, zero)
+        y = _ten_rounds(_ten_rounds(start))
+        x[i], x[n + i], x[2 * n + i], x[3 * n + i] = y[0] + EXPA, y[1] + ND_1, y[2] + SIX_BY, y[3] + TE_K
+        x[4 * n + i], x[5 * n + i], x[6 * n + i], x[7 * n + i] = y[4] + k0, y[5] + k1, y[6] + k2, y[7] + k3
+        x[8 * n + i], x[9 * n + i], x[10 * n + i], x[11 * n + i] = y[8] + k0, y[9] + k1, y[10] + k2, y[11] + k3
+        x[12 * n + i], x[13 * n + i], x[14 * n + i], x[15 * n + i] = y[12] + counter, y[13], y[14], y[15]
 
 
 @compiled

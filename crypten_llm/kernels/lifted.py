@@ -9,7 +9,6 @@ is given as many zeros as a result has limbs, in a tuple, whose length is known 
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
@@ -145,8 +144,8 @@ def scale_lifted(
 ) -> Tensor:
     out, length = _result(public.numel(), bits)
     words, chosen = (x.reshape(-1, public.shape[-1]).contiguous().numpy() for x in (public, unwrapped))
-    numbers = (rows_of(x) for x in (mask, own, shown, pairs, wraps))
-    _scale(words, chosen, *numbers, size, kept, top_of(bits), out, length)
+    masks, factors, opened, dealt, wrapped = (rows_of(x) for x in (mask, own, shown, pairs, wraps))
+    _scale(words, chosen, masks, factors, opened, dealt, wrapped, size, kept, top_of(bits), out, length)
     return tensor_of(out, public.shape)
 
 

@@ -98,7 +98,7 @@ def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 # Of modules of their own.
 
-waves, combine, turned = reference_trigonometry.waves, reference_trigonometry.combine, reference_trigonometry.turned
+waves, combine = reference_trigonometry.waves, reference_trigonometry.combine
 coefficients = reference_trigonometry.coefficients
 cosines, add_cosines = reference_trigonometry.cosines, reference_trigonometry.add_cosines
 flip_places, parities, xor_rows = reference_places.flip_places, reference_places.parities, reference_places.xor_rows

@@ -10,7 +10,13 @@ from crypten_llm.kernels.integers import wide
 
 
 def lift_mask(mask: Tensor, carry: Tensor, bit: Tensor, unwrapped: Tensor, size: int, bits: int) -> Tensor:
-    parts = zip(mask.flatten().tolist(), integers.numbers(carry), integers.numbers(bit), unwrapped.flatten().tolist(), strict=True)
+    parts = zip(
+        mask.flatten().tolist(),
+        integers.numbers(carry),
+        integers.numbers(bit),
+        unwrapped.flatten().tolist(),
+        strict=True,
+    )
     return wide(((r - ((c + u * b) << size)) % 2**bits for r, c, b, u in parts), bits, mask.shape)
 
 
@@ -35,7 +41,9 @@ def scale_lifted(
 ) -> Tensor:
     width, factors, opened = public.shape[-1], integers.numbers(own), integers.numbers(shown)
     elements = zip(
-        *(words.flatten().tolist() for words in (public, unwrapped)), *map(integers.numbers, (mask, pairs, wraps)), strict=True
+        *(words.flatten().tolist() for words in (public, unwrapped)),
+        *map(integers.numbers, (mask, pairs, wraps)),
+        strict=True,
     )
     found = (
         x * factors[i // width] - r * opened[i // width] + (pair << kept) - (u * wrap << size)

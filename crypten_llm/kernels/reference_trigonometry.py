@@ -6,7 +6,6 @@ Floats are those of the compiled loops, operation by operation: the last bit cou
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from crypten_llm.kernels.integers import as_words, integers, signed
@@ -86,13 +85,6 @@ def coefficients(opened: Tensor, shift: int, scale: float, cosine: Tensor, sine:
         first = [round(scale * (a * c + b * s)) for (c, s), a, b in waves]
         columns.append(first + [round(scale * (a * s - b * c)) for (c, s), a, b in waves])
     return as_words((column[row] for row in range(2 * modes) for column in columns), (2 * modes, opened.numel()))
-
-
-def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-    both = zip(_multiples(turns, 0, len(cosine)), cosine.tolist(), sine.tolist(), strict=True)
-    pairs = [(a * c + b * s, b * c - a * s) for (c, s), a, b in both]
-    made = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
-    return made[:, 0].clone(), made[:, 1].clone()
 
 
 # Frequencies of one's own.

@@ -158,9 +158,7 @@ class Kernels(Protocol):
     # words [...], mask limbs [..., L]. Other limbs here are of any words, and what is above the result counts for
     # nothing.
 
-    def lift_mask(
-        self, mask: Tensor, carry: Tensor, bit: Tensor, unwrapped: Tensor, size: int, bits: int
-    ) -> Tensor:
+    def lift_mask(self, mask: Tensor, carry: Tensor, bit: Tensor, unwrapped: Tensor, size: int, bits: int) -> Tensor:
         """mask - 2^size (carry + unwrapped bit), limbs [..., L]; words mask [...], unwrapped [...], 0 or 1."""
 
     def dot_wide(self, words: Tensor, numbers: Tensor, bits: int) -> Tensor:
@@ -245,9 +243,6 @@ class Kernels(Protocol):
         A_j = a_j cos + b_j sin and B_j = a_j sin - b_j cos of j angles, times ``scale`` and rounded; a, b = ``cosine``,
         ``sine``, float64 [modes]. shares: words [2 modes, N].
         """
-
-    def turned(self, cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-        """Coefficients float64 [modes] of f(x + shift) from those of f, for a shift of turns / 2^64."""
 
     def coefficients(self, opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor) -> Tensor:
         """Words [2 modes, N]: the A_j of ``combine``, then the B_j."""

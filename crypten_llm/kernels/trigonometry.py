@@ -76,18 +76,6 @@ def _coefficients(
             c, s = c * c1 - s * s1, s * c1 + c * s1
 
 
-@compiled
-def _turned(cosine: np.ndarray, sine: np.ndarray, m: np.uint64) -> tuple[np.ndarray, np.ndarray]:
-    c1, s1 = _cos_sin(m, 0)
-    c, s = c1, s1
-    a, b = np.empty_like(cosine), np.empty_like(sine)
-    for j in range(cosine.shape[0]):
-        a[j] = cosine[j] * c + sine[j] * s
-        b[j] = sine[j] * c - cosine[j] * s
-        c, s = c * c1 - s * s1, s * c1 + c * s1
-    return a, b
-
-
 def waves(mask: Tensor, shift: int, scale: float, modes: int) -> Tensor:
     flat = mask.reshape(-1).numpy()
     out = np.empty((2 * modes, flat.size), dtype=np.int64)
@@ -109,11 +97,6 @@ def coefficients(opened: Tensor, shift: int, scale: float, cosine: Tensor, sine:
     out = np.empty((2 * len(cosine), flat.size), dtype=np.int64)
     _coefficients(flat, shift, scale, cosine.numpy(), sine.numpy(), out)
     return torch.from_numpy(out)
-
-
-def turned(cosine: Tensor, sine: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-    a, b = _turned(cosine.numpy(), sine.numpy(), np.uint64(turns))
-    return torch.from_numpy(a), torch.from_numpy(b)
 
 
 # Frequencies of one's own: no angle is a multiple of another, so each is computed from the start.

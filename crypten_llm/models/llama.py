@@ -92,7 +92,7 @@ class Linear(EngineModule):
         self.adopt("weight", parameters.get("weight"))
         self.adopt("bias", parameters.find("bias"))
         name = parameters.prefix.removesuffix(".").rpartition(".")[2]
-        engine.prepare(parameters.get("weight"), parameters.norm_before(), name)
+        engine.prepare(parameters.get("weight"), parameters.norm_before(), name, parameters.find("bias"))
 
     def forward(self, x: Handle) -> Handle:
         return self.engine.linear(x, self.weight, self.bias)

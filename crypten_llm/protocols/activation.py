@@ -172,10 +172,10 @@ def activate(
     P/2 - 2 to P/2 + 2; between these it is either. Beyond, x' is read modulo P, and what has jumped over those values
     raises no flag.
     Reveals: x' + r, then f(x) + r and two bits xor s: uniform values, to both.
-    Error: below ``activation.error``, 9.4e-4 for silu and 4.4e-4 for gelu; measured at most 4e-4 and 2.6e-4, root mean
+    Error: below ``activation.error``, 9e-4 for silu and 4.4e-4 for gelu; measured at most 4e-4 and 2.6e-4, root mean
     square 1.1e-4 and 6e-5. Beyond J + 1 units nothing but what x or 0 lacks there: 6e-5 and 1.5e-6 at most, and 2e-9
     of x where silu's x is 20.
-    Cost: 2 rounds; 49 bits an element each way (silu), 48 (gelu); dealer P bits and 507 (silu) or 352 (gelu): 95.4 and
+    Cost: 2 rounds; 49 bits an element each way (silu), 48 (gelu); dealer P bits and 503 (silu) or 352 (gelu): 94.9 and
     76 bytes with 256 positions.
     Raises: Overflow where P positions leave the result's ring, or the share is not valid where it is opened.
     Source: SHAFT (NDSS 2025) for cosines of a masked value, with free frequencies; one-hot vectors of the mask as in

@@ -15,6 +15,7 @@ from torch import Tensor
 from crypten_llm.kernels import ring
 from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.opening import Message
+from crypten_llm.protocols.products import row_blocks
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret
 from crypten_llm.roles import CLIENT, OWNER
@@ -57,12 +58,15 @@ def own_table(
     mask = _narrow(runtime.mask_of(OWNER, (shape[0], (shape[1] + 1) // 2)), shape[1], width)
     hidden = None
     if value is not None:
-        entries = (value.double() * 2**scale).round()
-        if not entries.abs().max() <= 2 ** (width - 2):  # nor NaN
-            raise Overflow(f"an entry of {value.abs().max():.3g} does not fit a table of |x| < 2^{bits}")
         assert mask is not None, "the owner draws the mask of its table"
-        table.plain = ring.low_bits(entries.int(), width)
-        hidden = table.plain ^ mask
+        table.plain = torch.empty(shape, dtype=torch.int32)
+        for rows in row_blocks(value):
+            entries = (value[rows].double() * 2**scale).round_()
+            largest = entries.abs().max()
+            if not largest <= 2 ** (width - 2):  # nor NaN
+                raise Overflow(f"an entry of {largest / 2**scale:.3g} does not fit a table of |x| < 2^{bits}")
+            table.plain[rows] = ring.low_bits(entries.int(), width)
+        hidden = mask.bitwise_xor_(table.plain)  # in the place of R, which is of no more use here
     (received,) = yield [Message(OWNER, shape, width, hidden)]
     table.hidden = None if received is None else received.int()
     table.mask = runtime.known_to_dealer(mask)

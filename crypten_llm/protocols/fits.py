@@ -61,7 +61,6 @@ def fit(
     high: float,
     period: int,
     modes: int,
-    even: bool = False,
     noise: float = 2.0**-26,
 ) -> Fit:
     """The trigonometric sum with the least error including quantisation noise, over a range of ridge penalties.
@@ -71,7 +70,7 @@ def fit(
     middle, half = (low + high) / 2, (high - low) / 2
     x = middle + half * torch.linspace(0, math.pi, _GRIDS, dtype=torch.float64).cos()
     angle = _angles(x, period, modes)
-    columns = [torch.ones(len(x), 1, dtype=torch.float64), angle.cos(), *([] if even else [angle.sin()])]
+    columns = [torch.ones(len(x), 1, dtype=torch.float64), angle.cos(), angle.sin()]
     basis, target = torch.cat(columns, 1), function(x)
     best = None
     for ridge in 10.0 ** torch.arange(-14.0, -2.0, dtype=torch.float64):
@@ -83,7 +82,7 @@ def fit(
             best = (error + norm * noise, error, norm, solution)
     assert best is not None
     _, error, norm, solution = best
-    sine = torch.zeros(modes, dtype=torch.float64) if even else solution[modes + 1 :]
+    sine = solution[modes + 1 :]
     return Fit(name, low, high, period, solution[0].item(), solution[1 : modes + 1], sine, error, norm)
 
 
@@ -96,18 +95,16 @@ class Target:
     high: float
     period: int
     modes: int
-    even: bool = False
     noise: float = 2.0**-26
 
     def fit(self, name: str) -> Fit:
-        return fit(name, self.function, self.low, self.high, self.period, self.modes, self.even, self.noise)
+        return fit(name, self.function, self.low, self.high, self.period, self.modes, self.noise)
 
 
 TARGETS = {
-    "exp": Target(torch.exp, -18.0, 0.2, 5, 17, noise=2.0**-31),
-    "reciprocal": Target(lambda x: 1 / x, 0.5, 2.0, 2, 10),
-    "inverse root": Target(lambda x: x**-0.5, 0.245, 1.01, 1, 10),
-    "silu": Target(lambda x: x / 2 * (x / 2).tanh(), -12.0, 12.0, 5, 20, even=True),
+    # What a comparison key brings to [1/4, 1) may miss it by 2^-6 of itself.
+    "reciprocal": Target(lambda x: 1 / x, 0.485, 2.06, 2, 10),
+    "inverse root": Target(lambda x: x**-0.5, 0.2445, 1.02, 1, 10),
     "sigmoid": Target(torch.sigmoid, -12.0, 12.0, 5, 20),
 }
 
@@ -155,9 +152,7 @@ _UNIT = 2.0**-36
 
 @functools.cache
 def stored(name: str) -> Fit:
-    """The fit of that name in ``TARGETS``: "exp" serves exp(s / 2) for scores s within 36 of each other, "silu" is
-    silu(x) - x / 2, which is even.
-    """
+    """The fit of that name in ``TARGETS``."""
     entry, target = _entry(name), TARGETS[name]
     constant = entry["constant"] * _UNIT
     cosine, sine = (torch.tensor(entry[part], dtype=torch.float64) * _UNIT for part in ("cosine", "sine"))
@@ -198,15 +193,13 @@ def _units(numbers: Tensor) -> list[int]:
     return (numbers / _UNIT).round().long().tolist()
 
 
-def rounding(function: Fit, fraction: int, dealt: int | None = None) -> float:
+def rounding(function: Fit, fraction: int) -> float:
     """How far ``evaluate`` may be from the sum itself: each of its 2 * modes products has two factors rounded.
 
     With |cos| + |sin| <= sqrt 2, halves of a unit add up to modes / sqrt 2 units of the public factors and to
     sqrt(modes) norm / sqrt 2 of the dealt ones.
     """
-    dealt = fraction if dealt is None else dealt
-    units = function.modes * 2.0**-fraction + math.sqrt(function.modes) * function.norm * 2.0**-dealt
-    return units / math.sqrt(2)
+    return (function.modes + math.sqrt(function.modes) * function.norm) * 2.0**-fraction / math.sqrt(2)
 
 
 if __name__ == "__main__":

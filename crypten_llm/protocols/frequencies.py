@@ -126,10 +126,10 @@ def _step(
     slopes = slopes[:, whole:] * root
     orthogonal, _ = torch.linalg.qr(basis * root)
     slopes = slopes - orthogonal @ (orthogonal.T @ slopes)  # what the coefficients cannot make up for
-    normal, right = slopes.T @ slopes, slopes.T @ (error * root[:, 0])
+    gram, right = slopes.T @ slopes, slopes.T @ (error * root[:, 0])
     before = (weights * error * error).sum()
     for _ in range(10):
-        step = -torch.linalg.solve(normal + damping * normal.diagonal().diag(), right)
+        step = -torch.linalg.solve(gram + damping * gram.diagonal().diag(), right)
         if step.abs().max() < _LONGEST:
             moved = now.clone()
             moved[whole:] += step

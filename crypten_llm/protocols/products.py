@@ -251,9 +251,15 @@ class OwnedMatrix:
 
 
 def own(
-    runtime: Runtime, value: Tensor | None, shape: Sequence[int], scale: int, bits: int = 64
+    runtime: Runtime,
+    value: Tensor | None,
+    shape: Sequence[int],
+    scale: int,
+    bits: int = 64,
+    factors: float | Tensor = 1.0,
 ) -> Protocol[OwnedMatrix]:
     """An ``OwnedMatrix``. value: float [out, in] at the owner, ``None`` elsewhere. bits: of the rings it is used in.
+    factors: multiplied in by the owner, a number or one for each column [in].
 
     Cost: the owner sends the client ``bits`` an element, once.
     Raises: Overflow for a weight that does not fit 32 bits.
@@ -262,14 +268,33 @@ def own(
     mask = runtime.mask_of(OWNER, shape)
     words = None
     if value is not None:
-        scaled = (value.double() * 2**scale).round()
-        if not scaled.abs().max() < 2**31:  # nor NaN
-            raise Overflow(f"a weight of {value.abs().max():.3g} does not fit 32 bits at scale 2^{scale}")
         assert mask is not None, "the owner draws the mask of its weights"
-        words, made.plain = scaled.long() - mask, scaled.to(torch.int32)
+        words, made.plain = mask, torch.empty(tuple(shape), dtype=torch.int32)
+        for rows in row_blocks(value):
+            scaled = (value[rows].double() * factors).mul_(2**scale).round_()
+            largest = scaled.abs().max()
+            if not largest < 2**31:  # nor NaN
+                raise Overflow(f"a weight of {largest / 2**scale:.3g} does not fit 32 bits at scale 2^{scale}")
+            made.plain[rows] = scaled
+            words[rows] = scaled.long() - mask[rows]  # in the place of R, which is of no more use here
     (made.hidden,) = yield [Message(OWNER, tuple(shape), bits, words)]
     made.mask = runtime.known_to_dealer(mask)
     return made
+
+
+BLOCK = 1 << 18  # elements that are made integers at a time: a few copies of them fit a core's cache
+
+
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Stretches of rows, so that what is computed of a large matrix takes no copies of the whole of it."""
+    size = max(1, BLOCK // max(1, matrix[:1].numel()))
+    for start in range(0, matrix.shape[0], size):
+        yield slice(start, start + size)
+
+
+def row_lengths(matrix: Tensor, factors: Tensor) -> Tensor:
+    """Lengths [out], float64, of the rows of matrix * factors: float [out, in] and one for each column."""
+    return torch.cat([(matrix[rows].double() * factors).norm(dim=1) for rows in row_blocks(matrix)])
 
 
 def linear(runtime: Runtime, x: Wire, matrix: OwnedMatrix, bits: int, dropped: int = 0) -> Secret:

@@ -82,7 +82,7 @@ class PrivateLlama:
             environment = self._children.environment(CLIENT)
         with self._guarded():
             self._transport = self._joined = launch.join(protocol, launched, environment, self._children)
-            self.party = launch.make_party(self._transport, protocol)
+            self.party = launch.make_party(self._transport, protocol, launched)
 
     @classmethod
     def from_pretrained(
@@ -256,15 +256,18 @@ class PrivateLlama:
         ranks += self.party.collect_statistics()
         yield from held
 
-    def _leave_stream(self) -> None:
-        """Ends the answers that are being read, if any: the other parties still follow their plan."""
+    def _leave_stream(self, at_once: bool = False) -> None:
+        """Ends the answers that are being read, if any: the other parties still follow their plan.
+
+        at_once: what nobody follows any more ends here.
+        """
         if self._running is None or self._running == UNLEAVABLE:
             return
         (answers, events), self._running = self._running, None
         assert answers and events is not None, "what can be left early is answers and their events"
         for answer in answers:
             answer.abandoned = True
-        if self._transport is None:
+        if not self.is_open or at_once:
             events.close()
             return
         with self._guarded():
@@ -360,7 +363,7 @@ class PrivateLlama:
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.abort(words)
-        self._leave_stream()
+        self._leave_stream(at_once=True)
         cause = self._children.cause_of(error) if self._children else error
         self._stop_children(failed=True)
         return cause

@@ -22,6 +22,7 @@ from crypten_llm.units import size
 
 if TYPE_CHECKING:
     from crypten_llm.session.api import PrivateLlama
+    from crypten_llm.session.settings import ProtocolConfig
 
 _NOT_OF_A_CHAT = ("prompt", "input_ids", "messages", "chat", "system")
 
@@ -52,6 +53,19 @@ class Restart:
         )
 
 
+def check(request: Request, protocol: ProtocolConfig) -> None:
+    """Raises UsageError for what no conversation can go on with; needs no model."""
+    if protocol.tape:
+        raise UsageError(
+            "a tape is dealt for a prompt of known length, and a chat has turns of any; leave --tape (tape=) out"
+        )
+    if request.hide_length:
+        raise UsageError(
+            "hide_length hides nothing in a chat: the next turn's length tells that of the answer; leave it out"
+        )
+    check_chat(parse_policy(request.policy))
+
+
 class Chat:
     """A conversation with the model of a session; made by ``PrivateLlama.chat``.
 
@@ -68,16 +82,7 @@ class Chat:
         known = [field.name for field in fields(Request) if field.name not in _NOT_OF_A_CHAT]
         check_names("argument", arguments, known)
         self._llama, self._number, self._arguments = llama, number, arguments
-        if llama.protocol.tape:
-            raise UsageError(
-                "a tape is dealt for a prompt of known length, and a chat has turns of any; leave --tape (tape=) out"
-            )
-        request = self._request("a")
-        if request.hide_length:
-            raise UsageError(
-                "hide_length hides nothing in a chat: the next turn's length tells that of the answer; leave it out"
-            )
-        check_chat(parse_policy(request.policy))
+        check(self._request("a"), llama.protocol)
         self._cached: list[int] = []  # ids that the parties' cache holds
         self._written, self._spoken = "", [0]  # the conversation to the end of the last answer: its text, its tokens
         self._spent: tuple[int, float, int] = (0, 0.0, 0)  # on prefills so far: tokens, seconds, bytes sent

@@ -18,12 +18,12 @@ import torch
 import eviction
 from crypten_llm.errors import UsageError
 from crypten_llm.session.sampling import Logprobs
-from crypten_llm.session.text import Detokenizer
 
 if TYPE_CHECKING:
     from crypten_llm.models.cache import KVCache
     from crypten_llm.models.config import LlamaConfig
     from crypten_llm.session.party import Party
+    from crypten_llm.session.text import Detokenizer
     from eviction.operations import Handle
 
 
@@ -123,15 +123,15 @@ class Progress:
 class Answer:
     """What the client alone knows of an answer in the making.
 
-    choose: the sampler, [V] logits to an id. stop_ids: tokens that end the answer. text: makes text of it, and ends it
-    at a stop string. logprobs: how many of the best tokens each step tells, ``None`` for nothing. abandoned: set when
-    nobody reads on; the answer then ends at the next token, as the others see it.
+    choose: the sampler, [V] logits to an id. stop_ids: tokens that end the answer. text: makes text of it and ends it
+    at a stop string, where there is a tokenizer. logprobs: how many of the best tokens each step tells, ``None`` for
+    nothing. abandoned: set when nobody reads on; the answer then ends at the next token, as the others see it.
     """
 
     prompt_ids: list[int]
     choose: Callable[[torch.Tensor], int]
     stop_ids: tuple[int, ...] = ()
-    text: Detokenizer = field(default_factory=lambda: Detokenizer(None))
+    text: Detokenizer | None = None
     logprobs: int | None = None
     abandoned: bool = False
     token_ids: list[int] = field(default_factory=list)  # those drawn; the model has seen all but the last
@@ -150,12 +150,15 @@ class Answer:
         drawn = int(self.choose(logits))
         likely = None if self.logprobs is None else Logprobs.of(logits, drawn, self.logprobs)
         if self.finished:
-            self.text.again()
+            if self.text:
+                self.text.again()
             return "", None
         self.token_ids.append(drawn)
-        ends = drawn in self.stop_ids
-        text = self.text.push(drawn, ends or last)
-        self.finished = ends or self.text.stopped
+        self.finished = drawn in self.stop_ids
+        if self.text is None:
+            return "", likely
+        text = self.text.push(drawn, self.finished or last)
+        self.finished |= self.text.stopped
         return text, likely
 
 

@@ -28,10 +28,12 @@ from crypten_llm.links import rendezvous
 from crypten_llm.links.network import parse_network
 from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.session.admission import WARNING, Admission
 from crypten_llm.session.party import Party
 from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
 
 if TYPE_CHECKING:
+    from crypten_llm.engines.base import Engine
     from crypten_llm.links.tls import Links
 
 PACKAGE_HOME = str(Path(__file__).parents[2])
@@ -124,8 +126,9 @@ def forget(transport: Transport) -> None:
         bridge.stop()
 
 
-def make_party(transport: Transport, protocol: ProtocolConfig) -> Party:
-    """A compute party over ``transport``."""
+def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchConfig = LaunchConfig()) -> Party:
+    """A compute party over ``transport``. What the owner has to be shown goes to stderr."""
+    admission = Admission(launch.calibration_text, protocol.force, _show)
     if protocol.engine == "wire":
         from crypten_llm.engines.wire.engine import WireEngine
         from crypten_llm.engines.wire.numbers import WireConfig
@@ -136,11 +139,18 @@ def make_party(transport: Transport, protocol: ProtocolConfig) -> Party:
             tape = Tape(protocol.tape, transport.rank, transport) if protocol.tape else None
         if tape:
             tape.compare(asdict(config))
-        return Party(WireEngine(transport, config, tape), transport, protocol.compute_parties)
-    from crypten_llm.engines.crypten.engine import CryptenConfig, CryptenEngine
+        engine: Engine = WireEngine(transport, config, tape)
+        return Party(engine, transport, protocol.compute_parties, admission=admission)
+    from crypten_llm.engines.crypten.domain import CryptenConfig
+    from crypten_llm.engines.crypten.engine import CryptenEngine
 
     settings = CryptenConfig(precision_bits=protocol.precision_bits)
-    return Party(CryptenEngine(transport, protocol.compute_parties, settings), transport, protocol.compute_parties)
+    engine = CryptenEngine(transport, protocol.compute_parties, settings)
+    return Party(engine, transport, protocol.compute_parties, admission=admission)
+
+
+def _show(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def serve(protocol: ProtocolConfig, launch: LaunchConfig, model_folder: str | Path | None = None) -> None:
@@ -152,7 +162,7 @@ def serve(protocol: ProtocolConfig, launch: LaunchConfig, model_folder: str | Pa
 
             bridge.start_dealer(transport, protocol.compute_parties).serve()
         else:
-            party = make_party(transport, protocol)
+            party = make_party(transport, protocol, launch)
             party.serve(model_folder, launch.progress and transport.rank == OWNER)
             if transport.rank == OWNER and protocol.engine == "crypten":
                 party.engine.dealer.ask_stop()
@@ -249,7 +259,8 @@ class LocalParties:
 
     def _start(self, rank: int, model_folder: str) -> None:
         # Of the client's own are the address that it gave, and the bars: the others' would be drawn over its own.
-        launch = replace(self.launch, host="", progress=False)
+        text = self.launch.calibration_text if rank == OWNER else ""
+        launch = replace(self.launch, host="", progress=False, calibration_text=text)
         told = Child(replace(self.protocol, tape=self._tapes.get(rank, "")), launch, model_folder)
         process = self.processes[rank] = start_party(["party", "--child", told.to_json()], self.environment(rank))
         self._printed[rank] = deque(maxlen=20)
@@ -259,7 +270,7 @@ class LocalParties:
     def _read(self, rank: int, stream: Any) -> None:
         for line in stream:
             self._printed[rank].append(line.rstrip())
-            if self.launch.verbose:
+            if self.launch.verbose or line.startswith(WARNING):
                 print(f"[{self.names[rank]}] {line}", end="", file=sys.stderr, flush=True)
 
     def check(self) -> None:

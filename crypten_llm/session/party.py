@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.session import bench, calibration, generation
+from crypten_llm.session import bench, generation
+from crypten_llm.session.admission import Admission
 from crypten_llm.session.reveal import RevealLog
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ class Party:
     """A compute party: an engine, the shared model, and what has been revealed so far.
 
     transport is ``None`` on engine ``plain``, where one process is owner and client at once. make_policy: of a request,
-    from its text; one that watches another, such as a ``Recorder``, can take its place.
+    from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner, whether its
+    model is shared.
     """
 
     model: Llama  # once it has been loaded
@@ -54,6 +57,7 @@ class Party:
         client: int = CLIENT,
         make_policy: Callable[[str], eviction.Policy] = generation.parse_policy,
         make_model: Callable[..., Llama] = Llama,
+        admission: Admission = Admission(),
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -66,7 +70,8 @@ class Party:
         self.tokens_digest: str | None = None  # of the owner's tokenizer, where its model has one
         self.requests = 0
         self.kept: dict[int, KVCache] = {}  # by conversation, what its next turn goes on with
-        self.make_policy, self.make_model = make_policy, make_model
+        self.make_policy, self.make_model, self.admission = make_policy, make_model, admission
+        self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
     @property
     def is_client(self) -> bool:
@@ -132,15 +137,16 @@ class Party:
     def load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """Shares the model. Only the owner's ``folder`` is opened; the others learn the configuration from it.
 
-        Raises UsageError for a folder that cannot be used.
-        Reveals: the configuration and the norms' scales (see ``calibration``), to all.
+        Raises UsageError for a folder that cannot be used, and a model for which the engine would be wrong.
+        Reveals: the configuration and the norms' scales, to all; of a model that is shared although the engine would be
+        wrong, which of its ranges the model leaves.
         """
         self.reveals, self.kept = RevealLog(), {}
         with self.engine.meter.phase("load"):
             announced, weights = self._open_model(folder, progress) if self.is_owner else (self._await(progress), {})
             config, scales = LlamaConfig.from_dict(announced["config"]), announced["norm_scales"]
             self.reveals.public("architecture (config.json)", "all parties run the same program")
-            self.tokens_digest = announced.get("tokens")
+            self.tokens_digest, self.outside = announced.get("tokens"), announced.get("outside", "")
             if self.tokens_digest:
                 self.reveals.public(
                     "digest of the tokenizer's vocabulary", "the client's ids stand for the same tokens"
@@ -149,6 +155,8 @@ class Party:
             if scales:
                 why = "keeps values in the secure functions' domain"
                 self.reveals.public("one power of four per RMSNorm, near the size of its input", why)
+            if self.outside:
+                self.reveals.public("which ranges of the engine the model leaves", "--force: it is shared all the same")
             with self.engine.meter.operation("sharing of the weights", "weights"), self.engine.section("weights"):
                 handles = {}
                 for name, shape in checkpoint.expected_shapes(config).items():
@@ -163,22 +171,36 @@ class Party:
         with unheard():
             config = LlamaConfig.from_folder(folder)
             tokens = tokenizer.digest(Path(folder))
-            weights = self._read_weights(folder, config, progress)
-        scales = self.engine.calibrate(lambda: calibration.measure(config, weights))
-        announced = {"config": config.to_dict(), "norm_scales": scales, "tokens": tokens}
-        return self.from_owner(announced), weights
+            beat = self._heartbeat()
+            weights = self._read_weights(folder, config, progress, beat)
+        alive = partial(beat, len(weights), len(weights))
+        found, outside = self.admission.decide(self.engine, Path(folder), config, weights, alive, progress)
+        announced = {"config": config.to_dict(), "norm_scales": found.norm_scales, "tokens": tokens}
+        return self.from_owner({**announced, **({"outside": outside} if outside else {})}), weights
 
-    def _read_weights(self, folder: str | Path, config: LlamaConfig, progress: bool) -> dict:
+    def _heartbeat(self) -> Callable[[int, int], None]:
+        """Tells the others how far it is, ``(loaded, total)``, when it is time for a sign of life."""
+        told = perf_counter()
+
+        def beat(loaded: int, total: int) -> None:
+            nonlocal told
+            if perf_counter() - told > HEARTBEAT_SECONDS:
+                self.from_owner({"loaded": loaded, "total": total})
+                told = perf_counter()
+
+        return beat
+
+    def _read_weights(
+        self, folder: str | Path, config: LlamaConfig, progress: bool, beat: Callable[[int, int], None]
+    ) -> dict:
         """By name, as ``prepare`` makes them; the others hear how far it is."""
         total = len(checkpoint.expected_shapes(config))
-        weights, told = {}, perf_counter()
+        weights = {}
         with _loading_bar(total, progress) as bar:
             for name, value in checkpoint.load_weights(folder, config):
                 weights[name] = prepare(name, value, config)
                 bar.update()
-                if perf_counter() - told > HEARTBEAT_SECONDS:
-                    self.from_owner({"loaded": len(weights), "total": total})
-                    told = perf_counter()
+                beat(len(weights), total)
         return weights
 
     def _await(self, progress: bool) -> dict:

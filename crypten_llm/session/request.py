@@ -256,7 +256,7 @@ class Asked:
     def answer(self, tokenizer: Any) -> Answer:
         """Where the answer grows; tokenizer: the client's, if it has one."""
         choose = Sampler(self.sampling, [*self.before, *self.ids])
-        text = Detokenizer(tokenizer, self.request.stops)
+        text = None if tokenizer is None else Detokenizer(tokenizer, self.request.stops)
         return Answer(self.ids, choose, self.stop_ids, text, self.request.logprobs)
 
     def result(
@@ -272,7 +272,7 @@ class Asked:
         """What came of it; steps: those that were read, of which the last ends the answer if it was read to its end."""
         decode = [step.seconds for step in steps[1:]]
         return Result(
-            text=answer.text.text,
+            text="" if answer.text is None else answer.text.text,
             token_ids=answer.token_ids,
             prompt_tokens=len(self.ids),
             engine=engine,

@@ -28,13 +28,14 @@ DEFAULT_TIMEOUT = 300.0
 class Agreement:
     """Public settings that every party must have alike; the owner's are compared with each other's.
 
-    precision_bits: None on an engine that has none.
+    precision_bits: None on an engine that has none. force: whether all take a model that leaves the engine's ranges.
     """
 
     version: str
     engine: str
     compute_parties: int
     precision_bits: int | None
+    force: bool
 
 
 def _setting(default: Any, help: str, metavar: str | None = None, option: str = "") -> Any:
@@ -46,7 +47,8 @@ def _setting(default: Any, help: str, metavar: str | None = None, option: str = 
 class ProtocolConfig:
     """engine: see ``engines``. compute_parties: how many hold shares; the dealer comes on top.
     precision_bits: fractional bits of a share on engine ``crypten``. tape: this party's file of a tape that was dealt
-    for engine ``wire``, or the folder that holds it; there is no dealer then.
+    for engine ``wire``, or the folder that holds it; there is no dealer then. force: share a model that leaves the
+    engine's ranges by the owner's measurement; every answer is marked.
     """
 
     engine: str = _setting(DEFAULT_ENGINE, f"plain (no privacy), crypten or wire (default: {DEFAULT_ENGINE})")
@@ -62,8 +64,14 @@ class ProtocolConfig:
         "", "this party's file of a tape, or its folder: takes the dealer's place (see deal)", metavar="PATH"
     )
 
+    force: bool = _setting(
+        False, "share a model that leaves the engine's ranges all the same: every answer is marked as not to be trusted"
+    )
+
     def __post_init__(self) -> None:
         check_engine(self.engine)
+        if self.force and self.engine == "plain":
+            raise UsageError("engine 'plain' has no range that a model could leave; leave --force out (force=False)")
         if self.tape and self.engine != "wire":
             raise UsageError(f"engine {self.engine!r} reads no tape; use engine 'wire' (--engine wire), or no tape")
         if _not_integer(self.compute_parties) or self.compute_parties < 2:
@@ -95,7 +103,7 @@ class ProtocolConfig:
 
     def agreement(self) -> Agreement:
         bits = self.precision_bits if self.engine == "crypten" else None
-        return Agreement(crypten_llm.__version__, self.engine, self.compute_parties, bits)
+        return Agreement(crypten_llm.__version__, self.engine, self.compute_parties, bits, self.force)
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ class LaunchConfig:
     threads: of torch in each process; 0 divides this machine's cores among the local parties.
     host: address at which the others reach this process (found by itself when empty).
     tls: folder of keys and certificates that put the links under TLS (see ``tls``); plain TCP when empty.
+    calibration_text: a file that the owner measures its model on, in the clear and alone, before it shares it.
     offline: never ask a hub. verbose: tracebacks, and what the other parties print. progress: show progress bars.
     shielded: local parties do not hear Ctrl-C, which reaches every process of a terminal; they end with the client.
     """
@@ -115,6 +124,9 @@ class LaunchConfig:
     threads: int = _setting(0, "torch threads (default: cores / local processes)", metavar="N")
     host: str = _setting("", "address at which the other parties reach this process", metavar="ADDRESS")
     tls: str = _setting("", "this party's key and all certificates (see keys): encrypted links", metavar="DIR")
+    calibration_text: str = _setting(
+        "", "text like what clients ask, on which the owner measures its model (default: some prose)", metavar="FILE"
+    )
     offline: bool = _setting(False, "never ask a model hub")
     verbose: bool = _setting(False, "show tracebacks and what the other parties print")
     progress: bool = False  # no option: bars are for a terminal

@@ -27,8 +27,6 @@ class Detokenizer:
 
     def push(self, token_id: int, last: bool) -> str:
         """What ``token_id`` adds to the text that may be shown; the last token adds whatever is left."""
-        if self.tokenizer is None:
-            return ""
         self.ids.append(token_id)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         if (found := self._first_stop(text)) is not None:
@@ -42,8 +40,7 @@ class Detokenizer:
 
     def again(self) -> None:
         """Does a token's work for none: a hidden end is not to be seen by how long the client takes."""
-        if self.tokenizer is not None:
-            self._first_stop(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        self._first_stop(self.tokenizer.decode(self.ids, skip_special_tokens=True))
 
     def _first_stop(self, text: str) -> int | None:
         """Where the first stop string begins; none begins before what was shown."""

@@ -2,7 +2,7 @@
 
 The baseline. Its numerics are CrypTen's: fixed point with local truncation, comparison by bit decomposition, exp by
 repeated squaring, reciprocal and inverse square root by Newton's iteration. Each holds on a narrow range only, so
-inputs are brought into it by public factors; the settings are in ``CryptenConfig``.
+inputs are brought into it by public factors; the settings, and the ranges that follow from them, are in ``domain``.
 
 Every method reveals nothing but ``open_to``: what is opened is masked by fresh randomness of the dealer. Errors
 are absolute unless they say relative, u = 2^-f is the unit of the fixed point, and each truncation may in addition
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +23,10 @@ import torch
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.crypten import bridge
 from crypten_llm.engines.crypten.bridge import crypten
+from crypten_llm.engines.crypten.domain import LONGEST, MASKED, CryptenConfig, calibrate
 from crypten_llm.engines.crypten.selection import CryptenSelection, row_maximum
+from crypten_llm.engines.domain import Calibration
+from crypten_llm.errors import UsageError
 from eviction.operations import Handle
 
 if TYPE_CHECKING:
@@ -35,26 +37,6 @@ if TYPE_CHECKING:
 
 MPCTensor = crypten.mpc.MPCTensor
 ArithmeticSharedTensor = crypten.mpc.primitives.ArithmeticSharedTensor
-
-MASKED = 64.0  # subtracted from scores that may not be seen: exp(-64) is below any unit, and exp is wild below -512
-
-
-@dataclass(frozen=True)
-class CryptenConfig:
-    """Settings that change results.
-
-    precision_bits: fractional bits f of every secret. CrypTen's truncation is wrong by 2^(64-2f) with probability
-        |x| 2^(2f-64) an element, so fewer bits trade resolution for rarer wild values.
-    exp_iterations: k squarings of exp(x) = (1 + x / 2^k)^(2^k). Relative error x^2 / 2^(k+1) from the limit and
-        2^k u from the rounding of x / 2^k: the sum is least near k = f / 2, which 0 stands for.
-    rsqrt_iterations: Newton steps of the inverse square root; 5 are good to 1e-4 on [0.043, 173].
-    reciprocal_iterations: Newton steps of the softmax denominator's reciprocal; 10 are good to 1e-4 on [0.0011, 254].
-    """
-
-    precision_bits: int = 15
-    exp_iterations: int = 0
-    rsqrt_iterations: int = 5
-    reciprocal_iterations: int = 10
 
 
 class CryptenEngine(CryptenSelection, Engine):
@@ -68,16 +50,16 @@ class CryptenEngine(CryptenSelection, Engine):
         self,
         transport: Transport,
         compute_parties: int,
-        config: CryptenConfig = CryptenConfig(),
+        config: CryptenConfig | None = None,
         owner: int = 0,
         client: int = 1,
     ) -> None:
         self.transport = transport
         self.rank = transport.rank
         self.owner, self.client = owner, client
-        self.config = config
+        self.config = config = config or CryptenConfig()
         self.dealer = bridge.start(transport, compute_parties, config.precision_bits)
-        crypten.cfg.functions.exp_iterations = config.exp_iterations or config.precision_bits // 2
+        crypten.cfg.functions.exp_iterations = config.squarings
         crypten.cfg.functions.sqrt_nr_iters = config.rsqrt_iterations
         crypten.cfg.functions.reciprocal_nr_iters = config.reciprocal_iterations
         crypten.cfg.functions.reciprocal_all_pos = True  # every reciprocal here is of a sum of exponentials
@@ -86,8 +68,8 @@ class CryptenEngine(CryptenSelection, Engine):
     def meter(self) -> Meter:
         return self.transport.meter
 
-    def calibrate(self, measure: Callable[[], Ranges]) -> dict[str, float]:
-        return measure().norm_scales()
+    def calibrate(self, measure: Callable[[], Ranges]) -> Calibration:
+        return calibrate(self.config, measure())
 
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Handle:
         """Shares of the owner's tensor. Error: u / 2. Cost: nothing."""
@@ -158,8 +140,13 @@ class CryptenEngine(CryptenSelection, Engine):
 
         The denominator z lies in [1, N]; z / sqrt(N) keeps CrypTen's Newton iteration where it converges.
         The maximum is a tree of comparisons without CrypTen's argmax, which a softmax does not need.
-        Cost: 9 ceil(log2 N) + 37 rounds at 16 fractional bits.
+        Cost: 9 ceil(log2 N) + 37 rounds at 16 fractional bits. Raises: UsageError for a larger N.
         """
+        if scores.shape[-1] > LONGEST:
+            raise UsageError(
+                f"attention over {scores.shape[-1]} tokens leaves the range of engine 'crypten', {LONGEST} at most; "
+                "shorten the prompt"
+            )
         if mask is not None:
             scores = scores + (mask.float() - 1) * MASKED
         numerator = (scores - row_maximum(scores)).exp()

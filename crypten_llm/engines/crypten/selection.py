@@ -21,7 +21,7 @@ from crypten_llm.engines.crypten.bridge import crypten
 from eviction.operations import Choice, Handle
 
 if TYPE_CHECKING:
-    from crypten_llm.engines.crypten.engine import CryptenConfig
+    from crypten_llm.engines.crypten.domain import CryptenConfig
 
 
 MPCTensor = crypten.mpc.MPCTensor

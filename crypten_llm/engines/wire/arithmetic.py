@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from crypten_llm.engines.wire.handles import Handle, Picks, lifted_from_bytes, roomy, value
+from crypten_llm.engines.wire.handles import Handle, Picks, lifted, roomy, value
 from crypten_llm.engines.wire.layers import sum_of_two, summed
 from crypten_llm.engines.wire.numbers import ENOUGH, FACTOR, as_units, bits_for, times
 from crypten_llm.engines.wire.operations import Domain, operation, unit
@@ -145,7 +145,7 @@ def multiply(engine: WireEngine, x: Handle, y: Handle) -> Protocol[Secret]:
     """
     f = engine.config.activation
     factors = (yield from value(engine, x)), (yield from value(engine, y))
-    first, second = yield [Opening(v) if v.width == 64 and v.scale <= f else lifted_from_bytes(v, f) for v in factors]
+    first, second = yield [Opening(v) if v.width == 64 and v.scale <= f else lifted(v, f) for v in factors]
     return products.multiply(engine.runtime, first, second)
 
 
@@ -186,13 +186,13 @@ def reciprocal(engine: WireEngine, x: Handle, low: float, high: float) -> Protoc
         raise ValueError(f"reciprocal: from {low:g} to {high:g}; give 0 < low <= high")
     x, f, fit = (yield from value(engine, x)), engine.config.activation, fits.stored("reciprocal")
     top = bits_for(high) + x.scale + 1
-    if top > x.width - 1 or top < 2:
+    if top > x.width - 2 or top < 2:
         raise Overflow(f"reciprocal: values up to {high:g} at scale 2^{x.scale} do not fit a ring of {x.width} bits")
-    (wire,) = yield [Opening(x, ring=top + 1, function=True)]
+    (wire,) = yield [Opening(x, ring=top + 2, function=True)]
     raw = None if wire.public is None else wire.public.reshape(-1, 1)
-    least, kept = max(1, bits_for(low) - 1 + x.scale), min(top, 26)
+    least, kept = max(0, bits_for(low) - 1 + x.scale), min(top, 26)
     mask = wire.mask.held.reshape(-1, 1)
-    scaled, power, _ = normalized(engine.runtime, raw, mask, x.shape, top + 1, top, least, kept, base=4)
+    scaled, power, _ = normalized(engine.runtime, raw, mask, x.shape, top + 2, top, least, kept, base=4)
     doubled = Secret(scaled.share, kept - 1, scaled.width, 1)  # twice x 4^k / 2^top: 1/2 to 2
     size = min(kept - 1 + fit.period, scaled.width)
     unit_wire, power_wire = yield [Opening(doubled, ring=size, function=True), Opening(power, lifted=64)]

@@ -20,18 +20,18 @@ from crypten_llm.engines.wire.handles import (
     Weights,
     alike,
     exact,
-    lifted_from_bytes,
+    lifted,
     roomy,
     value,
 )
-from crypten_llm.engines.wire.numbers import DRAWN, FACTOR, ROOM, TURNED, WireConfig, as_units, bits_for, times
+from crypten_llm.engines.wire.numbers import DRAWN, FACTOR, ROOM, WireConfig, as_units, bits_for, times
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, as_secret, joined
-from crypten_llm.protocols.softmax import MANTISSA, weigh
+from crypten_llm.protocols.softmax import MANTISSA, OPENED, weigh
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -50,7 +50,7 @@ def rotate(engine: WireEngine, x: Handle, cos: torch.Tensor, sin: torch.Tensor) 
     Cost: none where the result fits x's ring; else 1 round, see ``roomy``.
     """
     p = engine.config.rope
-    x = yield from roomy(engine, (yield from value(engine, x)), p + TURNED, "rotate")
+    x = yield from roomy(engine, (yield from value(engine, x)), p, "rotate")
     half = x.shape[-1] // 2
 
     def share() -> torch.Tensor:
@@ -58,7 +58,7 @@ def rotate(engine: WireEngine, x: Handle, cos: torch.Tensor, sin: torch.Tensor) 
         turned = torch.cat([-x.share[..., half:], x.share[..., :half]], -1)
         return x.share * cosine + turned * sine
 
-    return Secret(engine.runtime.share(x.shape, share), x.scale + p, x.width, x.bits + TURNED)
+    return Secret(engine.runtime.share(x.shape, share), x.scale + p, x.width, x.bits)
 
 
 def rounded_rows(engine: TrackedEngine, out: Tracked, x: Tracked, values: bool = False) -> torch.Tensor:
@@ -115,15 +115,17 @@ def _scored(engine: TrackedEngine, out: Tracked, query: Tracked, keys: Tracked) 
     return query.value.abs() @ keys.error.transpose(1, 2) + (query.error + own) @ far.transpose(1, 2)
 
 
-@operation(bound=_scored, domain=Domain("attention scores of policies", lambda c: -(2.0**6), lambda c: 2.0**6))
+@operation(bound=_scored)
 def scores(engine: WireEngine, query: Handle, keys: Rows, mask: torch.Tensor | None = None) -> Protocol[Secret]:
-    """Error: a unit of the query. Cost: 1 round for a query that was not scored before; keys that wait come along.
+    """Right modulo their ring, which is all that softmax reads; a policy's are declared below 2^7.
 
+    Error: a unit of the query. Cost: 1 round for a query that was not scored before; keys that wait come along.
     mask: public bool [M, N], repeated for all heads: entries that are false will not be read.
     """
-    query = yield from value(engine, query)
+    c, query = engine.config, (yield from value(engine, query))
     if query.opened is None:
-        (query.opened,) = yield [exact(query, engine.config.key)]
+        yield from roomy(engine, query, 0, "scores", width=c.key_width + max(0, query.scale - c.key))
+        (query.opened,) = yield [exact(query, c.key)]
     yield from settled(keys)
     operand = keys.operand
     scale = query.opened.scale + operand.scale
@@ -155,7 +157,7 @@ def _weighed(engine: TrackedEngine, out: Tracked, scores: Tracked, mask: torch.T
     row=Domain("logarithms of a row's sum of exp(score)", lambda c: c.row_logarithms[0], lambda c: c.row_logarithms[1]),
 )
 def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None) -> Protocol[Weights]:
-    """Scores are exponents of ``softmax_base``. Error and Cost: ``softmax.weigh``'s, for what the mask does not hide."""
+    """Scores are exponents of ``softmax_base``. Error, Cost: ``softmax.weigh``'s, for what the mask does not hide."""
     c, shape = engine.config, scores.shape
     heads, rows, length = shape[:-2].numel(), shape[-2], shape[-1]
     if mask is None:
@@ -164,6 +166,8 @@ def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None
         flat = scores.share.reshape(heads, rows * length)[:, mask.reshape(-1).nonzero()[:, 0]].reshape(-1)
         counts = mask.sum(1).repeat(heads)
     drop = scores.scale - MANTISSA
+    if scores.width - drop < OPENED:
+        raise Overflow(f"softmax: scores valid modulo 2^{scores.width - scores.scale} do not tell their exponents")
     if drop < 0:
         flat, drop = flat << -drop, 0
     found = yield from weigh(engine.runtime, flat, drop, counts, c.exponents, c.attention, c.mixed_width)
@@ -245,7 +249,7 @@ def mass(engine: WireEngine, weights: Weights, queries: torch.Tensor) -> Protoco
     row = turned_wire.transpose(1, 2)
     half = products.matmul(engine.runtime, row, wire, transposed=False, bits=growth)
     drawn = Secret(half.share, half.scale - 1, half.width, growth + 1)
-    (drawn_wire,) = yield [lifted_from_bytes(drawn, DRAWN)]
+    (drawn_wire,) = yield [lifted(drawn, DRAWN)]
     return as_secret(engine.runtime, drawn_wire)[:, 0]
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crypten_llm.engines.base import Engine
-from crypten_llm.engines.wire import arithmetic, attention, choosing, gathering, keeping, layers  # noqa: F401
+from crypten_llm.engines.domain import Calibration
+from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, gathering, keeping, layers  # noqa: F401
 from crypten_llm.engines.wire.handles import Handle, OneHot, Weight, value
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 
 LEFT_DOMAIN = (
-    "a number of this prompt left the range in which engine 'wire' is right (attention scores, or hidden states), so its "
-    "answer is not given; 'debug-compare' on the owner's own prompts shows where"
+    "a number of this prompt left the range in which engine 'wire' is right (attention scores, or hidden states), so "
+    "its answer is not given; 'debug-compare' on the owner's own prompts shows where"
 )
 
 
@@ -47,6 +48,7 @@ class WireEngine(Engine):
 
     name = "wire"
     is_private = True
+    tells_range = True
     layer_error = 0.01
     shown_dtype = torch.float32  # of values that are opened
     shown_bits = SHOWN  # fractional bits of them
@@ -92,52 +94,58 @@ class WireEngine(Engine):
 
     # What goes in.
 
-    def calibrate(self, measure: Callable[[], Ranges]) -> dict[str, float]:
-        limits = domains(self.config)
-        for name, (lowest, highest) in measure().limited.items():
-            what, low, high = limits[name]
-            # The other parties are told why this one stops, so the message holds no measured number.
-            if not low <= lowest <= highest <= high:
-                raise UsageError(f"this model's {what} leave the range of engine 'wire', {low:.3g} to {high:.3g}")
-        return {}
+    def calibrate(self, measure: Callable[[], Ranges]) -> Calibration:
+        return domain.calibrate(self.config, measure())
 
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> Weight:
         return Weight(self.runtime.held_by(OWNER, value), shape)
 
-    def prepare(self, weight: Weight, norm: Weight | None = None, name: str = "") -> None:
+    def prepare(self, weight: Weight, norm: Weight | None = None, name: str = "", bias: Weight | None = None) -> None:
+        """Raises UsageError, at the owner, for a linear layer behind a norm whose result could leave its range."""
         weight.name = name
         if norm is not None:
             norm.width = max(norm.width, self.config.width_of(name))
-        self.rounds.run(self.table(weight) if name == EMBEDDING else self.matrix(weight, norm))
+            self._check_reach(weight, norm, bias)
+        if name == EMBEDDING:
+            self.rounds.run(self.table(weight))
+        else:
+            self.rounds.run(self.matrix(weight, norm))
+            weight.value = None  # a linear layer has one input, and takes integers from now on
 
     def matrix(
         self, weight: Weight, gamma: Weight | None = None, scale: float | None = None
     ) -> Protocol[products.OwnedMatrix]:
         """A protocol: the owner's weight as an operand, made once: W, or W * diag(gamma) * sqrt(H) after a norm.
 
-        scale: multiplied in, in the place of sqrt(H). Raises UsageError, at the owner, for a linear layer whose result
-        could leave its range: after a norm no element is larger than a row of the weight is long.
+        scale: multiplied in, in the place of sqrt(H).
         """
         if gamma not in weight.matrices:
-            c, folded, after = self.config, weight.value, gamma is not None or scale is not None
-            if folded is not None:
-                if gamma is not None:
-                    assert gamma.value is not None, "the owner has all weights"
-                    folded = folded.double() * gamma.value
-                    self._check_lengths(weight.name, folded.norm(dim=1).max().item() * folded.shape[1] ** 0.5)
-                factor = weight.shape[-1] ** 0.5 if scale is None and after else scale or 1.0
-                folded = folded * factor
+            c, after = self.config, gamma is not None or scale is not None
+            factors: float | torch.Tensor = weight.shape[-1] ** 0.5 if scale is None and after else scale or 1.0
+            if weight.value is not None and gamma is not None:
+                assert gamma.value is not None, "the owner has all weights"
+                factors = gamma.value.double() * factors
             width = c.width_of(weight.name) if after else c.input_of(weight.name)[1]
             fraction = c.weight if after else c.other_weight
-            weight.matrices[gamma] = yield from products.own(self.runtime, folded, weight.shape, fraction, width)
+            made = yield from products.own(self.runtime, weight.value, weight.shape, fraction, width, factors)
+            weight.matrices[gamma] = made
         return weight.matrices[gamma]
 
-    def _check_lengths(self, name: str, longest: float) -> None:
-        what, limit = self.config.reach_of(name)
-        if not longest < limit:
+    def _check_reach(self, weight: Weight, norm: Weight, bias: Weight | None) -> None:
+        """A norm's output, before its weight, is no longer than sqrt(H), so no product with a row of the weight is
+        larger than that times the row's length.
+        """
+        reach = self.config.reach_of(weight.name)
+        if reach is None or weight.value is None or norm.value is None:
+            return
+        most = products.row_lengths(weight.value, norm.value) * weight.shape[1] ** 0.5
+        if bias is not None and bias.value is not None:
+            most = most + bias.value.abs()
+        what, limit = reach
+        if not most.max().item() < limit:
             raise UsageError(
-                f"{what} of this model may leave the range of engine 'wire', {limit:.3g}: a row of {name or 'a weight'}, "
-                "with its norm's weight, is longer than that"
+                f"{what} of this model may leave the range of engine 'wire', {limit:.3g}: a row of {weight.name}, with "
+                "its norm's weight, is longer than that"
             )
 
     def table(self, weight: Weight) -> Protocol[embedding.OwnedTable]:
@@ -211,15 +219,3 @@ def _method(operation: Operation) -> Callable:
 for _name, _operation in OPERATIONS.items():
     setattr(WireEngine, _name, _method(_operation))
 abc.update_abstractmethods(WireEngine)
-
-
-def domains(config: WireConfig) -> dict[str, tuple[str, float, float]]:
-    """What is limited, from where to where, by the operation, "softmax row" being softmax's of whole rows: beyond, its
-    result is wrong without a word.
-    """
-    found = {}
-    for name, operation in OPERATIONS.items():
-        for which, domain in operation.domains.items():
-            key = name if which == "domain" else f"{name} {which}"
-            found[key] = domain.what, domain.low(config), domain.high(config)
-    return found

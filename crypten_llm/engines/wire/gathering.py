@@ -47,7 +47,7 @@ def gather_scores(engine: WireEngine, choice: Choice, scores: Secret) -> Protoco
     """Error: a unit of the scores that softmax sees, of which it sees no more than ``OPENED`` bits, so that only these
     are gathered. Cost: that of ``gather`` for [G, k, C] by [G, C, M * size]; none without picks.
     """
-    scores = replace_bits(at(engine, scores, MANTISSA))
+    scores = _as_read(at(engine, scores, MANTISSA))
     parts = [scores[..., choice.rows]] if len(choice.rows) else []
     if choice.picks is not None:
         heads, queries, _ = scores.shape
@@ -74,7 +74,7 @@ def scatter_weights(engine: WireEngine, choice: Choice, weights: Weights, count:
     """Error: none. ``mix`` divides by the sum.
 
     Cost: 1 round (none without picks): the G * M * count weights in their ring each way, and the picks where
-    ``gather_scores`` has not opened them wide enough; dealer the bits of that ring for each of G * M * C * size results.
+    ``gather_scores`` has not opened them wide enough; dealer the bits of that ring for each of G * M * C * size.
     """
     runtime, width = engine.runtime, engine.config.mixed_width
     x, shape = weights.dense, torch.Size((*weights.shape[:-1], count))
@@ -106,7 +106,7 @@ def scatter_weights(engine: WireEngine, choice: Choice, weights: Weights, count:
     return Weights(Secret(share.reshape(-1), wire.scale, found.width, x.bits), shape)
 
 
-def replace_bits(scores: Secret) -> Secret:
+def _as_read(scores: Secret) -> Secret:
     """Scores as softmax reads them: modulo 2^``OPENED``, whatever their size."""
     return Secret(scores.share, scores.scale, min(scores.width, OPENED), 0)
 

@@ -230,7 +230,7 @@ def exact(x: Secret, scale: int) -> Opening:
     return Opening(x, truncate=max(0, x.scale - scale))
 
 
-def lifted_from_bytes(x: Secret, scale: int) -> Opening:
+def lifted(x: Secret, scale: int) -> Opening:
     """``x`` as a wire modulo 2^64 with at most ``scale`` fractional bits, opened in the fewest bits that hold the
     declared |x|."""
     return Opening(x, max(0, x.scale - scale), ring=min(x.width, x.bits + x.scale + 2), lifted=64)
@@ -275,11 +275,10 @@ def add_bias(engine: WireEngine, x: Secret, bias: Weight | None) -> None:
 
 def alike(engine: WireEngine, values: list[Secret], bits: int, what: str) -> Protocol[list[Secret]]:
     """The same values at one scale, in rings with room for numbers below 2^bits; else ``roomy``."""
-    made = []
-    for x in values:
-        made.append((yield from roomy(engine, x, max(0, bits - x.bits), what)))
-    scale = max(x.scale for x in made)
-    return [x.at_scale(scale) for x in made]
+    wanted = [(x, max(0, bits - x.bits)) for x in values]
+    yield from _widened(engine, [(x, growth) for x, growth in wanted if not _has_room(x, growth)], what)
+    scale = max(x.scale for x in values)
+    return [x.at_scale(scale) for x in values]
 
 
 def roomy(engine: WireEngine, x: Secret, growth: int, what: str, width: int = 0) -> Protocol[Secret]:
@@ -288,13 +287,27 @@ def roomy(engine: WireEngine, x: Secret, growth: int, what: str, width: int = 0)
     Error: none, or a unit of ``ROOM`` bits. Cost: none, or 1 round with x and 128 dealer bits an element.
     Raises: Overflow, with the name ``what``, where x does not fit its ring or the result 64 bits.
     """
-    if x.bits + growth + x.scale + 2 <= x.width and width <= x.width:
-        return x
-    if x.bits + x.scale + 2 > x.width:
-        raise Overflow(f"{what}: |x| < 2^{x.bits} at scale 2^{x.scale} does not fit a share valid modulo 2^{x.width}")
-    (wire,) = yield [lifted_from_bytes(x, ROOM)]
-    made = as_secret(engine.runtime, wire)
-    if made.bits + growth + made.scale + 2 > 64:
-        raise Overflow(f"{what}: a result below 2^{x.bits + growth} does not fit 64 bits at scale 2^{made.scale}")
-    x.become(made)
+    if width > x.width or not _has_room(x, growth):
+        yield from _widened(engine, [(x, growth)], what)
     return x
+
+
+def _has_room(x: Secret, growth: int) -> bool:
+    return x.bits + growth + x.scale + 2 <= x.width
+
+
+def _widened(engine: WireEngine, values: list[tuple[Secret, int]], what: str) -> Protocol[None]:
+    """Each value opened to 64 bits, all in one round; with each, by how many bits what is made of it will grow."""
+    for x, _ in values:
+        if not _has_room(x, 0):
+            raise Overflow(
+                f"{what}: |x| < 2^{x.bits} at scale 2^{x.scale} does not fit a share valid modulo 2^{x.width}"
+            )
+    if not values:
+        return
+    wires = yield [lifted(x, ROOM) for x, _ in values]
+    for (x, growth), wire in zip(values, wires, strict=True):
+        made = as_secret(engine.runtime, wire)
+        if not _has_room(made, growth):
+            raise Overflow(f"{what}: a result below 2^{x.bits + growth} does not fit 64 bits at scale 2^{made.scale}")
+        x.become(made)

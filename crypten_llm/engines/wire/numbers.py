@@ -16,14 +16,13 @@ from crypten_llm.protocols.softmax import MANTISSA, OPENED, Exponents
 
 PRECISION = 20  # bits of what is compared, with one for a difference; scores below 2^6 keep 13 fractional bits
 KEEPING = 24  # the same for ``top``, which cuts among the many rows of a prompt that draw next to nothing
-DRAWN = 24  # fractional bits of the attention that a row drew, where width allows
+DRAWN = 24  # fractional bits of the attention that a row drew
 FACTOR = 16  # fractional bits of public factors that are no multiples of a larger unit
 ENOUGH = 10  # the least of them for which a ring without room is left as it is
 ROOM = 16  # fractional bits that are left of a value whose ring became too small
-TURNED = 2  # bits that a rotation may add, tables and their factors together
 SHOWN = 16  # fractional bits of what is revealed
 EMBEDDING = "embed_tokens"  # what the table's layer is called
-LOGITS = ("lm_head", EMBEDDING)  # the layer that gives logits, which may be the table
+LOGITS = "lm_head"  # the layer that gives logits, whose weight may be the table
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,10 @@ class WireConfig:
     attention, of softmax weights; mixed, of what they mix before it is divided by their sum; inverse, of 1 / sum;
     attended, of W_o's input; up; product, of silu(gate) * up; activation, of policies' values.
 
-    Bounds: hidden_bits, |x| < 2^hidden_bits of hidden states and of what is added to them; mixed_bits; up_bits;
-    logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of softmax's exponents.
+    Bounds: hidden_bits, |x| < 2^hidden_bits of hidden states and of what is added to them; key_bits, of queries, keys
+    and values as eviction policies compute with them, while the model itself needs no bound on these; mixed_bits;
+    up_bits; logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of softmax's
+    exponents.
     """
 
     hidden: int = 16
@@ -57,6 +58,7 @@ class WireConfig:
     product: int = 11
     activation: int = 14
     hidden_bits: int = 17
+    key_bits: int = 8
     mixed_bits: int = 8
     up_bits: int = 10
     logit_bits: int = 16
@@ -121,22 +123,21 @@ class WireConfig:
         """What is declared of the result of a linear layer after a norm: below 2^bits."""
         if name in ("gate_proj", "up_proj"):
             return self.up_bits
-        if name in LOGITS:
-            return self.logit_bits
-        return self.key_width - self.key - 2 - TURNED
+        return self.logit_bits if name == LOGITS else self.key_bits
 
-    def reach_of(self, name: str) -> tuple[str, float]:
+    def reach_of(self, name: str) -> tuple[str, float] | None:
         """What the owner proves of that when it loads its weights: in words, and the limit."""
         if name == "gate_proj":
             return "gates", SILU.bound(self.gates)
-        what = {"up_proj": "what gates are multiplied with", "lm_head": "logits", EMBEDDING: "logits"}
-        return what.get(name, "queries, keys or values"), 2.0 ** self.bits_of(name)
+        if name == "up_proj":
+            return "what gates are multiplied with", 2.0**self.up_bits
+        return ("logits", 2.0**self.logit_bits) if name == LOGITS else None
 
     def width_of(self, name: str) -> int:
         """Of the result of a linear layer after a norm, by the layer's name; 64 for what is not of a decoder layer."""
         if name in ("gate_proj", "up_proj"):
             return self.mlp_width
-        return self.logits_width if name in LOGITS else self.rotated_width
+        return self.logits_width if name == LOGITS else self.rotated_width
 
     @property
     def scores(self) -> tuple[float, float]:
