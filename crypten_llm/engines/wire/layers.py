@@ -13,7 +13,7 @@ from crypten_llm.engines.wire.handles import Handle, Normed, OneHot, Weight, add
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.protocols import embedding, products
 from crypten_llm.protocols.activation import SILU, activate
-from crypten_llm.protocols.norm import unit_rows
+from crypten_llm.protocols.norm import ROOT, unit_rows
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Secret
@@ -70,14 +70,12 @@ def linear(engine: WireEngine, x: Handle, weight: Weight, bias: Weight | None = 
 
 
 def _normed(engine: TrackedEngine, out: Tracked, x: Tracked, weight: Tracked, eps: float, scale: float) -> torch.Tensor:
-    """Before the norm's weight: a unit of the row, and one of the inverse root, which is the more of an element the
-    closer that is to the whole length; one unit of x, which also turns the norm.
-    """
+    """Before the norm's weight, ``norm.unit_rows``'s; one unit of x, which also turns the norm."""
     c, size = engine.config, x.value.shape[-1]
     length = (x.value.square().sum(-1, keepdim=True) + eps * size).sqrt()
     moved = unit(c.hidden) / length * 1.1 if x.secret.scale > c.hidden else torch.zeros_like(length)
-    row = out.value.abs() / size**0.5
-    return size**0.5 * (moved * (1 + row * size**0.5) + 1.1 * unit(c.row) * (1 + row))
+    own = 1.1 + 2.0 ** (c.row - ROOT - c.hidden_bits) * x.value.abs()
+    return size**0.5 * (moved * (1 + out.value.abs()) + own * unit(c.row))
 
 
 @operation(
@@ -85,9 +83,10 @@ def _normed(engine: TrackedEngine, out: Tracked, x: Tracked, weight: Tracked, ep
     domain=Domain("sums of squares of hidden states", lambda c: 0.0, lambda c: c.square_sums),
 )
 def rms_norm(engine: WireEngine, x: Handle, weight: Weight, eps: float, scale: float) -> Protocol[Normed]:
-    """Error: a unit of ``row`` bits of the row divided by its length, of its largest element two. Cost: ``norm.unit_rows``'s, and 1 round.
+    """Of hidden states, and of heads, which no linear layer takes.
 
-    Of heads, which no linear layer takes, as of hidden states.
+    Error: ``norm.unit_rows``'s in units of ``row`` bits, and a unit of ``hidden`` bits of x where it has more of them.
+    Cost: ``norm.unit_rows``'s, and 1 round.
     """
     c = engine.config
     x = yield from value(engine, x)
