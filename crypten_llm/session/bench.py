@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -50,6 +50,10 @@ class Shape:
     kv_len: int = 1024
     steps: int = 5
     policy: str = "full"
+
+    def facts(self) -> dict:
+        """What decides how all messages look."""
+        return asdict(self)
 
     def config(self) -> LlamaConfig:
         """Raises UsageError for sizes that no Llama has."""
