@@ -111,7 +111,7 @@ def test_each_limit_of_a_model_is_followed(tmp_path):
     """Values that are too large, and hidden states: the first is named."""
     cases = {
         "v_proj": (64.0, "mix", "mixed values of attention from"),
-        "layers.0.mlp.down_proj": (4e4, "residual", "hidden states from"),
+        "layers.0.mlp.down_proj": (4e4, "linear", "what a layer adds to hidden states from"),
     }
     for name, (factor, operation, what) in cases.items():
         folder, model = tiny(tmp_path / name)
@@ -147,12 +147,12 @@ def test_other_architectures(name, tmp_path):
 def test_domains():
     config = WireConfig()
     low, high = config.scores
-    assert outside(config, "softmax", torch.tensor([low, high])) == ""
+    assert outside(config, "softmax", torch.tensor([low, high], dtype=torch.float64)) == ""
     assert "attention scores from 0 to" in outside(config, "softmax", torch.tensor([0.0, high + 1]))
     assert "attention scores from -87.6 to" in outside(config, "softmax", torch.tensor([low - 1, high]))
     assert outside(config, "rotate", torch.tensor([1e9])) == ""
     for operation, (what, low, high) in domains(config).items():
-        assert outside(config, operation, torch.tensor([low, high])) == ""
+        assert outside(config, operation, torch.tensor([low, high], dtype=torch.float64)) == ""
         for seen in (low - 0.01 * high, 1.01 * high):
             assert outside(config, operation, torch.tensor([seen])).startswith(f"{what} from {seen:.3g} to")
 
