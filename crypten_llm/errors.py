@@ -27,6 +27,10 @@ class UsageError(CryptenLLMError):
     exit_code = 2
 
 
+class LeftRange(UsageError):
+    """Numbers of a prompt left the range in which the engine is right; all parties know, and nothing more than that."""
+
+
 class PartyError(CryptenLLMError):
     """Another party is missing, stopped, answered something else than the protocol says, or timed out.
 
@@ -62,11 +66,11 @@ def first_line(error: BaseException) -> str:
 def unheard() -> Iterator[None]:
     """Around work on what one party alone knows: an error there may quote a prompt or a path, and stays with it.
 
-    The other parties are told that this one stopped. A PartyError passes, its words are public.
+    The other parties are told that this one stopped. PartyError and LeftRange pass, their words are public.
     """
     try:
         yield
-    except PartyError:
+    except (PartyError, LeftRange):
         raise
     except BaseException as error:
         vars(error)["heard"] = False

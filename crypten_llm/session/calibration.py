@@ -34,9 +34,7 @@ PROSE = Path(__file__).with_suffix(".txt")
 RANDOM, TEXT = "random", "text"
 ROWS = 128  # random tokens, and the least of text; also a pass's
 MOST = 512  # tokens of ``PROSE``; of a text that the owner chose, all
-WORK = (
-    7e10  # multiplications that tokens of ``PROSE`` may take: 512 tokens of 135 million parameters, seconds on a core
-)
+WORK = 7e10  # multiplications for tokens of ``PROSE``: 512 of a model of 135 million parameters, seconds on a core
 
 
 @dataclass

@@ -126,7 +126,7 @@ def forget(transport: Transport) -> None:
         bridge.stop()
 
 
-def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchConfig = LaunchConfig()) -> Party:
+def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchConfig) -> Party:
     """A compute party over ``transport``. What the owner has to be shown goes to stderr."""
     admission = Admission(launch.calibration_text, protocol.force, _show)
     if protocol.engine == "wire":

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Revealed:
-    """One thing that one party (or "all") learns."""
+    """One thing that one party learns, or the compute parties ("parties"), or the dealer too ("all")."""
 
     what: str
     to: str
@@ -43,8 +43,13 @@ class RevealLog:
     def open_to_client(self, engine: Engine, handle: Handle, client: int, what: str, why: str) -> torch.Tensor | None:
         """The float value of ``handle`` at the client, ``None`` elsewhere.
 
-        Reveals: the value, to the client alone. Cost: one message per other compute party, one round.
+        Reveals: the value, to the client alone; on an engine that tells, to the compute parties before, whether any
+        number left its range. Cost: the engine's, of ``open_to``. Raises: LeftRange, where one did.
         """
+        if engine.tells_range:
+            self._record(
+                Revealed("whether any number left the engine's range", "parties", "a wrong answer is not given")
+            )
         self._record(Revealed(what, "client", why))
         return engine.open_to(handle, client)
 

@@ -17,10 +17,11 @@ import torch
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.domain import Calibration
 from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, gathering, keeping, layers  # noqa: F401
-from crypten_llm.engines.wire.handles import Handle, OneHot, Weight, value
+from crypten_llm.engines.wire.handles import Handle, OneHot, Rows, Weight, value
+from crypten_llm.engines.wire.known import known_rows
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
-from crypten_llm.errors import UsageError
+from crypten_llm.errors import LeftRange, UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import embedding, products
 from crypten_llm.protocols.dealer import roles
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 
 
 LEFT_DOMAIN = (
-    "a number of this prompt left the range in which engine 'wire' is right (attention scores, or hidden states), so "
-    "its answer is not given; 'debug-compare' on the owner's own prompts shows where"
+    "attention scores or hidden states left the range in which engine 'wire' is right, so the answer ends here; tokens "
+    "before this one are right, and 'debug-compare' shows the owner where it happens on a prompt of its own"
 )
 
 
@@ -145,7 +146,7 @@ class WireEngine(Engine):
         if not most.max().item() < limit:
             raise UsageError(
                 f"{what} of this model may leave the range of engine 'wire', {limit:.3g}: a row of {weight.name}, with "
-                "its norm's weight, is longer than that"
+                "its norm's weight, is longer than that; use engine 'crypten'"
             )
 
     def table(self, weight: Weight) -> Protocol[embedding.OwnedTable]:
@@ -173,6 +174,9 @@ class WireEngine(Engine):
         share = self.runtime.input(source, shape, words)
         return Secret(share, scale, 64, self.config.hidden_bits)
 
+    def known_rows(self, value: torch.Tensor | None, shape: Sequence[int], values: bool = False) -> Rows:
+        return known_rows(self, value, shape, values)
+
     def matmul(self, x: Any, y: Any) -> Any:
         raise Overflow("engine wire multiplies through scores and mix, whose operands it keeps as wires")
 
@@ -182,15 +186,17 @@ class WireEngine(Engine):
         """The other party sends its share without the bits below the ``shown_bits``th: they would show how the value
         was computed, such as a factor that all logits have in common.
 
-        Reveals: to ``rank``, x rounded to ``shown_bits`` fractional bits. Error: half a unit of them.
-        Cost: 1 round of l - d bits an element one way, for a ring of l bits and d bits dropped.
+        Reveals: to ``rank``, x rounded to ``shown_bits`` fractional bits; to both parties, whether any number since the
+        last time left its range. Error: half a unit of ``shown_bits``.
+        Cost: 1 round of 8 bytes each way, and 1 of l - d bits an element one way, for a ring of l bits and d bits dropped.
+        Raises: LeftRange, at both parties, instead of opening what is wrong.
         """
         return self.rounds.run(self._show(x, rank))
 
     def _show(self, x: Handle, rank: int) -> Protocol[torch.Tensor | None]:
         x = yield from value(self, x)
-        if (yield from self.checks.any_set()):
-            raise UsageError(LEFT_DOMAIN)
+        if self.tells_range and (yield from self.checks.any_set()):
+            raise LeftRange(LEFT_DOMAIN)
         cut = max(0, x.scale - self.shown_bits)
         (other,) = yield [Message(OWNER + CLIENT - rank, tuple(x.shape), x.width - cut, x.share >> cut)]
         if other is None:

@@ -12,6 +12,8 @@ import torch
 
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.activation import FRACTION, RING, SILU
+from crypten_llm.protocols.ladder import FINE
+from crypten_llm.protocols.secret import Overflow
 from crypten_llm.protocols.softmax import MANTISSA, OPENED, Exponents
 
 PRECISION = 20  # bits of what is compared, with one for a difference; scores below 2^6 keep 13 fractional bits
@@ -20,6 +22,7 @@ DRAWN = 24  # fractional bits of the attention that a row drew
 FACTOR = 16  # fractional bits of public factors that are no multiples of a larger unit
 ENOUGH = 10  # the least of them for which a ring without room is left as it is
 ROOM = 16  # fractional bits that are left of a value whose ring became too small
+WORD = 64  # bits of a share
 SHOWN = 16  # fractional bits of what is revealed
 EMBEDDING = "embed_tokens"  # what the table's layer is called
 LOGITS = "lm_head"  # the layer that gives logits, whose weight may be the table
@@ -44,8 +47,8 @@ class WireConfig:
     """
 
     hidden: int = 16
-    row: int = 18
-    weight: int = 12
+    row: int = 17
+    weight: int = 13
     other_weight: int = 14
     rope: int = 12
     key: int = 13
@@ -55,7 +58,7 @@ class WireConfig:
     inverse: int = 16
     attended: int = 16
     up: int = 13
-    product: int = 11
+    product: int = 14
     activation: int = 14
     hidden_bits: int = 17
     key_bits: int = 8
@@ -65,6 +68,19 @@ class WireConfig:
     embedding_bits: int = 4
     gates: int = 256
     exponent: int = 256
+
+    def __post_init__(self) -> None:
+        widths = {
+            "queries": self.rotated_width,
+            "gates": self.mlp_width,
+            "logits": self.logits_width,
+            "W_o's input": self.attended_width + self.mixed + self.inverse - self.attended,
+            "W_down's input": self.product_width + 2 * self.up - self.product,
+            "mixed values": self.mixed_width,
+        }
+        for what, width in widths.items():
+            if width > WORD:
+                raise Overflow(f"these fractional bits need {width} bits for {what}; {WORD} are held")
 
     @cached_property
     def exponents(self) -> Exponents:
@@ -153,8 +169,8 @@ class WireConfig:
 
     @property
     def square_sums(self) -> float:
-        """A hidden state's sum of squares, below this."""
-        return 2.0 ** (2 * self.hidden_bits - 1)
+        """A hidden state's sum of squares, below this: from there on, it may be taken for 2^(2 hidden_bits - 1)."""
+        return (1 - 2.0**-FINE) * 2.0 ** (2 * self.hidden_bits - 1)
 
 
 def whole_bytes(bits: int) -> int:
