@@ -13,6 +13,7 @@ import torch
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.activation import FRACTION, RING, SILU
 from crypten_llm.protocols.ladder import FINE
+from crypten_llm.protocols.secret import Overflow
 from crypten_llm.protocols.softmax import MANTISSA, OPENED, Exponents
 
 PRECISION = 20  # bits of what is compared, with one for a difference; scores below 2^6 keep 13 fractional bits
@@ -45,18 +46,18 @@ class WireConfig:
     """
 
     hidden: int = 16
-    row: int = 18
-    weight: int = 12
+    row: int = 17
+    weight: int = 13
     other_weight: int = 14
-    rope: int = 12
-    key: int = 13
-    value: int = 12
-    attention: int = 18
-    mixed: int = 14
-    inverse: int = 16
+    rope: int = 13
+    key: int = 12
+    value: int = 13
+    attention: int = 17
+    mixed: int = 16
+    inverse: int = 15
     attended: int = 16
     up: int = 13
-    product: int = 11
+    product: int = 14
     activation: int = 14
     hidden_bits: int = 17
     key_bits: int = 8
@@ -66,6 +67,19 @@ class WireConfig:
     embedding_bits: int = 4
     gates: int = 256
     exponent: int = 256
+
+    def __post_init__(self) -> None:
+        """Raises Overflow where a ring would be wider than a word."""
+        rings = {
+            "queries and keys": self.rotated_width,
+            "gates": self.mlp_width,
+            "their products": self.gated_width,
+            "mixed values": self.divided_width,
+            "logits": self.logits_width,
+        }
+        for what, width in rings.items():
+            if width > 64:
+                raise Overflow(f"{what} would need a ring of {width} bits, and a word has 64: take fewer bits")
 
     @cached_property
     def exponents(self) -> Exponents:
@@ -90,6 +104,16 @@ class WireConfig:
     def product_width(self) -> int:
         """Of W_down's input."""
         return self.hidden_width + self.product + self.other_weight - self.hidden
+
+    @cached_property
+    def gated_width(self) -> int:
+        """Of silu(gate) * up, before low bits are dropped."""
+        return 2 * self.up + self.product_width - self.product
+
+    @cached_property
+    def divided_width(self) -> int:
+        """Of what attention mixes times 1 / sum, before low bits are dropped."""
+        return self.mixed + self.inverse + self.attended_width - self.attended
 
     @cached_property
     def key_width(self) -> int:
