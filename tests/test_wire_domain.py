@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hf_models import CASES, tiny
-from test_wire_engine import PLAIN, TWIN, close, normal, opened, softmax_mix
+from test_wire_engine import TWIN, close, normal, opened, softmax_mix
 
 from crypten_llm.engines.wire import domain
 from crypten_llm.engines.wire.numbers import WireConfig

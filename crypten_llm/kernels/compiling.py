@@ -1,7 +1,8 @@
 """How the compiled loops are compiled.
 
-Owns Numba's options, and the one instruction that it does not offer. The products here are of 64-bit integers, which have a vector instruction in AVX-512 alone; LLVM
-avoids vectors that wide unless it is told not to, and is told so before anything is compiled.
+Owns Numba's options, and an instruction that it does not offer. The products here are of 64-bit integers, which have a
+vector instruction in AVX-512 alone; LLVM avoids vectors that wide unless it is told not to, and is told so before
+anything is compiled.
 """
 
 from collections.abc import Callable

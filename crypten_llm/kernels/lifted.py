@@ -144,8 +144,8 @@ def scale_lifted(
 ) -> Tensor:
     out, length = _result(public.numel(), bits)
     words, chosen = (x.reshape(-1, public.shape[-1]).contiguous().numpy() for x in (public, unwrapped))
-    masks, owns, seen, pairs_of, wraps_of = (rows_of(x) for x in (mask, own, shown, pairs, wraps))
-    _scale(words, chosen, masks, owns, seen, pairs_of, wraps_of, size, kept, top_of(bits), out, length)
+    masks, factors, opened, dealt, wrapped = (rows_of(x) for x in (mask, own, shown, pairs, wraps))
+    _scale(words, chosen, masks, factors, opened, dealt, wrapped, size, kept, top_of(bits), out, length)
     return tensor_of(out, public.shape)
 
 

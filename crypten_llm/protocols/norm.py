@@ -33,7 +33,7 @@ SLACK = 2 * math.log2(3)  # of squares of numbers that are up to three times too
 @dataclass
 class Rows:
     """unit: x / |x|. lifted: x as it was, in a ring of 64 bits, which the opening gave for nothing. beyond: XOR shares
-    [..., 2] of whether the sum of squares is out of the domain, words 0 or 1.
+    [..., 1], words 0 or 1, of whether the sum of squares is out of the domain, or within 2^-6 of its end.
     """
 
     unit: Secret
@@ -66,14 +66,14 @@ class _Plan:
 def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int, width: int) -> Protocol[Rows]:
     """x / sqrt(sum of x^2 + eps H) over the last dimension H, at ``fraction`` bits modulo 2^width.
 
-    limit: the domain is a sum of squares below 2^(2 limit - 1). eps: above 0; eps H is rounded to a square of x's unit,
-    and to the least sum that is possible, of which two such squares are enough. What is beyond the domain, and whose
-    numbers are below 3 * 2^limit, is seen if x's ring is the one of ``limit``, scale + limit + 2 bits, and said in
-    ``beyond``; larger numbers may go unseen.
+    limit: the domain is a sum of squares below 2^(2 limit - 1). What is beyond it, with |x| below 3 * 2^limit, is said
+    in ``beyond`` where x's ring has limit + scale + 2 bits; in a narrower ring x must fit, and larger x may go unseen.
+    eps > 0: bounds the sum from below; eps H is taken to the nearest square of x's unit, and the sum, with it, must be
+    two of these.
 
     Reveals: openings behind fresh uniform masks: x, the sum, its top bits and power of two, the inverse root.
-    Error: a unit of ``fraction`` bits and a twentieth; of a row of which one number is nearly all, and whose sum is
-    above 2^(2 limit - 4), 1.3 units.
+    Error: 1.1 units of ``fraction`` bits, and 2^(fraction - ROOT - limit) |x| of them: what is opened of the root is
+    off by a unit of ``ROOT`` bits, which shows where x is close to 2^limit.
     Cost: 4 rounds (``cost`` in tests/test_norm.py counts bits). An element: x's n bits each way; dealer 2 (max(W, Q) -
     n) + (Q - n - 1) + (width + 4) + (W - n) bits to the client, where Q is the ring of the sum and W = width + limit +
     scale + 2. A row: some 250 bits each way; the dealer's key to both parties, 16 + 1/4 bytes and Q / 4 a level and

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from crypten_llm.engines.wire.handles import Rows
@@ -22,6 +21,10 @@ from crypten_llm.roles import OWNER
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
+
+
+LARGEST = 2.0**32
+"""Keys and values count modulo their ring, as others do; below this they are exact before they are taken modulo it."""
 
 
 def known_rows(engine: WireEngine, value: Tensor | None, shape: Sequence[int], values: bool = False) -> Rows:
@@ -38,19 +41,18 @@ def known_rows(engine: WireEngine, value: Tensor | None, shape: Sequence[int], v
     Reveals: to the client K + r, uniform. Error: half a unit of ``key`` bits, of ``value`` bits for values.
     Cost: no round, nothing of the dealer's; the owner sends the bits of the rows' ring an element, with the second
     message from now on: the first of a pass is the client's tokens, in which the owner has nothing to say.
-    Raises: UsageError at the owner for what does not fit the ring.
+    Raises: UsageError at the owner for what is no number.
     """
     c, runtime = engine.config, engine.runtime
     scale, width = (c.value, c.mixed_width) if values else (c.key, c.key_width)
-    bits = c.key_bits
 
     def words() -> Tensor:
         assert value is not None, "the owner knows these rows"
-        if not value.abs().max() < 2.0 ** (width - 2 - scale):  # nor NaN
-            raise UsageError("keys or values of the public prefix leave the range of engine 'wire'; leave it out")
+        if not value.abs().max() < LARGEST:  # nor NaN
+            raise UsageError("the model overflows on the public prefix; leave it out (--public-prefix)")
         return (value.double() * 2**scale).round().long()
 
-    known = Secret(runtime.input(OWNER, shape, words), scale, width, bits)
+    known = Secret(runtime.input(OWNER, shape, words), scale, width, c.key_bits)
     rows = Rows(known, values=values)
     engine.rounds.start(_told(engine, rows, known, runtime.mask_of(OWNER, shape)))
     return rows
@@ -65,5 +67,5 @@ def _told(engine: WireEngine, rows: Rows, known: Secret, mask: Tensor | None) ->
     (received,) = yield [Message(OWNER, tuple(known.shape), width, hidden)]
     at_dealer = runtime.known_to_dealer(mask)
     own = known.share if at_dealer is None else ring.low_bits(at_dealer, width)
-    public: torch.Tensor | None = hidden if received is None else received
+    public = hidden if received is None else received
     rows.settle(products.Operand(public, own, known.scale, width, known.bits))

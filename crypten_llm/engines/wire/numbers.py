@@ -22,6 +22,7 @@ DRAWN = 24  # fractional bits of the attention that a row drew
 FACTOR = 16  # fractional bits of public factors that are no multiples of a larger unit
 ENOUGH = 10  # the least of them for which a ring without room is left as it is
 ROOM = 16  # fractional bits that are left of a value whose ring became too small
+WORD = 64  # bits of a share
 SHOWN = 16  # fractional bits of what is revealed
 EMBEDDING = "embed_tokens"  # what the table's layer is called
 LOGITS = "lm_head"  # the layer that gives logits, whose weight may be the table
@@ -74,12 +75,13 @@ class WireConfig:
             "queries and keys": self.rotated_width,
             "gates": self.mlp_width,
             "their products": self.gated_width,
-            "mixed values": self.divided_width,
+            "mixed values": self.mixed_width,
+            "mixed values, divided": self.divided_width,
             "logits": self.logits_width,
         }
         for what, width in rings.items():
-            if width > 64:
-                raise Overflow(f"{what} would need a ring of {width} bits, and a word has 64: take fewer bits")
+            if width > WORD:
+                raise Overflow(f"{what} would need a ring of {width} bits, and a word has {WORD}: take fewer bits")
 
     @cached_property
     def exponents(self) -> Exponents:
