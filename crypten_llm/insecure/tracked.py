@@ -93,6 +93,7 @@ class TrackedEngine(OpenedEngine):
     """
 
     name = "wire, held against plain"
+    tells_range = False  # what leaves its range is found where it does
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
