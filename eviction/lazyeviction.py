@@ -59,6 +59,9 @@ class LazyEviction(Policy):
     def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"budget": rows, "window": fitting(cls.window, rows / 4), **changed}
 
+    def watches(self, prompt_tokens: int) -> int:
+        return 1
+
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         last = seen.positions == layer.prompt_tokens - 1
         if last.any():

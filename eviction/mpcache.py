@@ -122,10 +122,12 @@ class MPCache(Policy):
 
     # Static eviction.
 
+    def watches(self, prompt_tokens: int) -> int:
+        return max(1, int(prompt_tokens * (self.long_window if prompt_tokens > LONG else self.window)))
+
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
-        prompt = layer.prompt_tokens
-        window = max(1, int(prompt * (self.long_window if prompt > LONG else self.window)))
-        rows = seen.positions >= prompt - window
+        window = self.watches(layer.prompt_tokens)
+        rows = seen.positions >= layer.prompt_tokens - window
         if not rows.any():
             return
         if self.reference:

@@ -77,6 +77,9 @@ class MPCacheSpread(Policy):
         ends = min(mean, max(self.ends, mean // 2))
         return ends, ends + (mean - ends) * layer.layers // searching
 
+    def watches(self, prompt_tokens: int) -> int:
+        return 0  # keys and places alone
+
     def evict(self, ops: Operations, layer: Layer) -> None:
         if layer.index in self.searching(layer):
             self._summarise(ops, layer)

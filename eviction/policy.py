@@ -107,6 +107,14 @@ class Policy:
         """Names of settings that have no effect beside the others."""
         return set()
 
+    def watches(self, prompt_tokens: int) -> int:
+        """How many tokens at the end of a prompt of this length it must be shown.
+
+        What comes before them may be a public prefix, whose rows are in the cache from the beginning: of these tokens
+        the policy sees neither queries nor attention.
+        """
+        return prompt_tokens if self.acts else 0
+
     def key_scale(self, layer: Layer) -> Handle | None:
         """What the cache's rows are to be multiplied by to give the model's keys, as a handle that broadcasts to them.
 

@@ -67,6 +67,9 @@ class Quest(Policy):
     def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"budget": rows, "page": fitting(cls.page, rows / 4), **changed}
 
+    def watches(self, prompt_tokens: int) -> int:
+        return 0  # keys and places alone
+
     def evict(self, ops: Operations, layer: Layer) -> None:
         self._summarise(ops, layer, len(layer))
 

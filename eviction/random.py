@@ -29,6 +29,9 @@ class Random(Policy):
     style: ClassVar[tuple[str, str, str]] = ("#999999", "x", "--")
     uses: ClassVar[tuple[str, ...]] = ("take",)
 
+    def watches(self, prompt_tokens: int) -> int:
+        return 0
+
     def evict(self, ops: Operations, layer: Layer) -> None:
         rows, count = len(layer), tokens(self.budget, layer.prompt_tokens)
         if count >= rows:

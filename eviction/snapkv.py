@@ -49,6 +49,9 @@ class SnapKV(Policy):
     def go_on(self, ops: Operations, layer: Layer, turn_tokens: int) -> None:
         layer.notes["held rows"], layer.notes["turn tokens"] = len(layer), turn_tokens
 
+    def watches(self, prompt_tokens: int) -> int:
+        return min(self.window, prompt_tokens)
+
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         rows = seen.positions >= layer.prompt_tokens - self.window
         if rows.any():

@@ -38,6 +38,9 @@ class StreamingLLM(Policy):
     def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"start": cls.start, "recent": rows - cls.start, **changed}
 
+    def watches(self, prompt_tokens: int) -> int:
+        return 0
+
     def evict(self, ops: Operations, layer: Layer) -> None:
         recent = tokens(self.recent, layer.prompt_tokens)
         if len(layer) > self.start + recent:

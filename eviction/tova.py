@@ -36,6 +36,9 @@ class TOVA(Policy):
     def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
         return {"size": rows, **changed}
 
+    def watches(self, prompt_tokens: int) -> int:
+        return 1
+
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         last = seen.positions == layer.prompt_tokens - 1
         if last.any():

@@ -63,7 +63,7 @@ def test_an_operation_of_a_policy_that_errs_is_named(operation, policy, compared
     def slip(engine, *arguments):
         out = real.protocol(engine, *arguments)
         out = out if real.is_local else (yield from out)
-        handle = getattr(out, "pending", None) or getattr(out, "weights", out)
+        handle = getattr(out, "pending", None) or getattr(out, "flat", out)
         if engine.rank == OWNER:
             handle.share = handle.share + (1 << (handle.scale - 5))
         return out
@@ -90,11 +90,11 @@ def chosen(values, count: int, error: float, units: int = 0):
 
     def job(engine):
         secret = engine.secret(values if engine.rank == OWNER else None, values.shape, OWNER)
-        x = engine.given(secret)
+        x = engine.given(engine.within(secret, 1.0).secret)
         if engine.is_shown:
             x.value, x.error = values.double(), torch.full_like(values, error, dtype=torch.float64)
         if engine.rank == OWNER:
-            secret.share = secret.share + units * (2 * (torch.arange(len(values)) % 2) - 1)
+            x.secret.share = x.secret.share + (units << (secret.scale - 14)) * (2 * (torch.arange(len(values)) % 2) - 1)
         engine.top(x, count)
         return engine.chosen
 

@@ -58,14 +58,16 @@ def test_plain_equals_hugging_face(tmp_path, case):
 
 
 class Watched(PlainEngine):
-    """Notes which norm's output each product was announced to take, and which it took."""
+    """Notes of each product which norm's output it was announced to take and which bias to add, and what it took and
+    added; and the names."""
 
     def __init__(self):
         super().__init__()
-        self.announced, self.taken, self.normed = [], [], []
+        self.announced, self.names, self.taken, self.normed = [], [], [], []
 
-    def prepare(self, weight, norm=None):
-        self.announced.append((id(weight), norm if norm is None else id(norm)))
+    def prepare(self, weight, norm=None, name="", bias=None):
+        self.announced.append((id(weight), norm if norm is None else id(norm), bias if bias is None else id(bias)))
+        self.names.append(name)
 
     def rms_norm(self, x, weight, eps, scale):
         out = super().rms_norm(x, weight, eps, scale)
@@ -74,7 +76,7 @@ class Watched(PlainEngine):
 
     def linear(self, x, weight, bias=None):
         before = [id(norm) for out, norm in self.normed if out is x]
-        self.taken.append((id(weight), *(before or [None])))
+        self.taken.append((id(weight), *(before or [None]), bias if bias is None else id(bias)))
         return super().linear(x, weight, bias)
 
 
@@ -84,7 +86,9 @@ def test_products_are_announced_with_the_norm_before_them(tmp_path, case):
     config, engine = LlamaConfig.from_folder(folder), Watched()
     weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
     model = Llama(engine, config, weights)
-    assert engine.announced.pop(0) == (id(weights["model.embed_tokens.weight"]), None)  # as a table
+    assert engine.announced.pop(0) == (id(weights["model.embed_tokens.weight"]), None, None)  # as a table
+    of_layer = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert engine.names == ["embed_tokens", *of_layer * config.num_hidden_layers, "lm_head"]
     logits_in_pieces(model, IDS, [30], 30)
     assert engine.announced == engine.taken and len(engine.taken) == 7 * config.num_hidden_layers + 1
 

@@ -12,7 +12,7 @@ from test_tokenizer import TEXTS, same
 from crypten_llm.errors import UsageError
 from crypten_llm.models import gguf_tokenizer, tokenizer
 from crypten_llm.models.checkpoint import SHIPPED, load_tokenizer
-from crypten_llm.models.tokenizer import Tokenizer, encode_chat, encode_prompt, has_chat_template
+from crypten_llm.models.tokenizer import Tokenizer, encode_prompt, encode_rendered, has_chat_template, render_chat
 
 TEMPLATE = "{% for m in messages %}{{ bos_token }}[{{ m.content }}]{% endfor %}"
 
@@ -122,7 +122,7 @@ def test_a_chat_template(made):
     assert not has_chat_template(load_tokenizer(made(shipped())))
     found = load_tokenizer(made(shipped() | {"tokenizer.chat_template": TEMPLATE}))
     assert has_chat_template(found)
-    assert encode_chat(found, [{"role": "user", "content": "hi"}]) == found("[hi]")["input_ids"]
+    assert encode_rendered(found, render_chat(found, [{"role": "user", "content": "hi"}])) == found("[hi]")["input_ids"]
 
 
 @pytest.mark.parametrize(

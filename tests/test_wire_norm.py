@@ -97,11 +97,11 @@ def test_cost(count, size, width):
     *_, outcome = normed(rows([0.0] * count, size), width=width)
     modes = fits.stored("inverse root").modes
     top = 2 * (LIMIT + SCALE)
-    squares, cut_bits = top + 4 + index_bits(size) + 1, top // 2 + 16 - FRACTION
+    squares, cut_bits = top + 4 + index_bits(size) + 1, top // 2 + ROOT - FRACTION
     wide = width + cut_bits
     least = max(1, math.floor(math.log2(EPS * size)) + 2 * SCALE)
     power = -(-(top - 2 - least) // 2) + 3  # bits of 2^k, lifted
-    root = wide + 2 * 26 - 16
+    root = wide + 2 * 26 - ROOT
     period = 26 + fits.stored("inverse root").period
     n = count * size
     sent = packed_size(n, RING) + packed_size(count, squares) + packed_size(count, wide)
@@ -132,7 +132,7 @@ def test_what_travels_is_uniform(integers):
     for role in (OWNER, CLIENT):
         first, sums, scaled, roots = [frame.payload for frame in outcome.frames[role]]
         assert_uniform(first, RING, "hidden states")
-        bits = {"sums": (sums, squares), "inverse roots": (roots, 63 + 33 + 16 - FRACTION)}
+        bits = {"sums": (sums, squares), "inverse roots": (roots, 63 + 33 + ROOT - FRACTION)}
         for what, (payload, size) in bits.items():
             digits = np.unpackbits(np.frombuffer(payload, np.uint8), bitorder="little")[: COUNT * size]
             for start in (0, size - 56):  # all of it, as what 56 bits hold

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_parties import joined, open_wires, play, reconstruct, run, share, signed
 
+from crypten_llm.kernels import ring
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.protocols import products
 from crypten_llm.protocols.opening import Opening
@@ -149,11 +150,29 @@ def test_the_largest_weights_are_held_exactly(extreme):
     assert reconstruct(run(job)).item() == 3 * extreme
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (products.BLOCK // 600 + 1, 600), (3, products.BLOCK + 1)])
+def test_weights_are_made_integers_in_any_number_of_blocks(shape):
+    """What both parties hold of a weight, and the dealer of its mask, with a factor for each column."""
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    factors = torch.linspace(-3, 3, shape[1], dtype=torch.float64)
+
+    def job(runtime):
+        given = runtime.held_by(OWNER, value)
+        return play(runtime, products.own(runtime, given, shape, 12, 46, factors))
+
+    owner, client, dealer = run(job).results
+    expected = (value.double() * factors * 2**12).round().long()
+    assert torch.equal(owner.plain.long(), expected)
+    assert torch.equal(ring.low_bits(client.hidden + dealer.mask, 46), ring.low_bits(expected, 46))
+    lengths = products.row_lengths(value, factors)
+    torch.testing.assert_close(lengths, (value.double() * factors).norm(dim=1))
+
+
 def test_a_weight_that_32_bits_do_not_hold_is_refused():
     with pytest.raises(Overflow, match=r"a weight of 3.28e\+04 does not fit 32 bits at scale 2\^16"):
         run(lambda runtime: weight(runtime, torch.tensor([[2**31]]), scale=16))
     with pytest.raises(Overflow, match="a weight of inf does not fit"):
-        run(lambda runtime: play(runtime, products.own(runtime, torch.tensor([[torch.inf]]), (1, 1), 8)))
+        run(lambda runtime: weight(runtime, torch.tensor([[torch.inf]])))
 
 
 def test_a_result_that_could_wrap_is_refused_by_name():

@@ -11,7 +11,7 @@ from crypten_llm.engines.wire.choosing import PAIRS
 from crypten_llm.protocols.secret import Overflow
 from eviction.operations import Choice
 
-PLAIN = PlainEngine()
+PLAIN = PlainEngine(softmax_base=2.0)  # as engine wire's
 UNIT = 2.0**-13  # of a compared score
 
 
@@ -169,7 +169,7 @@ def test_mass(queries):
         engine.mix(weights, engine.rows(secret(values), values=True))
         return engine.mass(weights, queries)
 
-    close(shown(job), PLAIN.mass(scores.softmax(-1), queries), 1e-3)
+    close(shown(job), PLAIN.mass(PLAIN.softmax(scores), queries), 1e-3)
 
 
 def test_the_mass_of_many_queries():
@@ -184,7 +184,7 @@ def test_the_mass_of_many_queries():
         return [mass, engine.top(engine.add(mass, mass), 3)]
 
     mass, best = shown(job)
-    expected = PLAIN.mass(scores.softmax(-1), torch.ones(512))
+    expected = PLAIN.mass(PLAIN.softmax(scores), torch.ones(512))
     close(mass, expected, 512 * 2**-14)
     close(best, PLAIN.top(expected, 3))
 
@@ -392,6 +392,6 @@ def test_values_that_do_not_fit_are_refused_by_name():
         "choose": lambda e, x: e.choose(x, x, x),
     }.items():
         with pytest.raises(
-            Overflow, match=rf"{name}: \|x\| < 2\^5 at scale 2\^14 does not fit a share valid modulo 2\^20"
+            Overflow, match=rf"{name}: \|x\| < 2\^5 at scale 2\^16 does not fit a share valid modulo 2\^20"
         ):
             shown(lambda engine, secret, call=call: call(engine, wide(5, engine, secret)))

@@ -15,6 +15,7 @@ from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.models.checkpoint import expected_shapes
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama
+from crypten_llm.session.prefix import Prefixes
 
 CONFIG = LlamaConfig.from_sizes(hidden=32, heads=4, kv_heads=2, ffn=48, layers=3, vocab=VOCAB, context=256, tied=True)
 
@@ -46,8 +47,11 @@ class Referee(PlainEngine):
 
 
 @torch.inference_mode()
-def logits(engine, text, prompt, steps):
-    """At the client, logits [1 + steps, V]: a prompt in chunks of 17, then single tokens."""
+def logits(engine, text, prompt, steps, public=0):
+    """At the client, logits [1 + steps, V]: a prompt in chunks of 17, then single tokens.
+
+    public: tokens of the prompt that all know.
+    """
     shapes = expected_shapes(CONFIG)
     held = {n: engine.parameter(v if engine.rank == OWNER else None, shapes[n]) for n, v in WEIGHTS.items()}
     llama, rows = Llama(engine, CONFIG, held), []
@@ -61,7 +65,11 @@ def logits(engine, text, prompt, steps):
     kept = llama.new_cache()
     kept.follow(eviction.parse(text), prompt)
     with engine.section("prefill"):
-        for start in range(0, prompt, 17):
+        if public:
+            clear = Llama(PlainEngine(softmax_base=engine.softmax_base), CONFIG, WEIGHTS)
+            prefixes = Prefixes(engine, llama, (lambda: clear) if engine.rank == OWNER else None)
+            kept.begin_with(prefixes.rows(ids[:public].tolist(), prompt), public)
+        for start in range(public, prompt, 17):
             out = step(ids[start : min(start + 17, prompt)])
         kept.end_prompt()
         rows.append(engine.open_to(out, CLIENT))
@@ -100,6 +108,16 @@ def test_logits_under_a_policy_are_close_to_plain(name, kind, prompt, steps):
         mine, real = links.meters[party].snapshot(), outcome.traffic[party]
         assert (mine.online.rounds, mine.online.bytes_sent) == (real.online.rounds, real.online.bytes_sent)
         assert mine.dealer.bytes_received == real.dealer.bytes_received
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if eviction.policy(name).watches(40) < 40])
+def test_the_same_after_a_public_prefix(name):
+    """Of rows that came in one message as of those that were opened."""
+    text = settings(name, "small")
+    expected, public = logits(Referee(), text, 40, 3), 40 - max(1, eviction.parse(text).watches(40))
+    outcome = run(logits, text, 40, 3, public, engine=True)
+    error = (outcome.results[CLIENT] - expected).abs().amax(-1)
+    assert error.max() < ROWS[name].wire_tolerance, error
 
 
 def loaded(engine, *arguments):

@@ -46,8 +46,9 @@ def test_only_these_places_send_anything():
     """Every message of the engine, and why it may be sent; a new one has to be judged and listed here."""
     allowed = {
         ("opening.py", "Opening.prepare"): "x + r for a fresh mask r",
-        ("opening.py", "Message.prepare"): "what one of the six below says",
+        ("opening.py", "Message.prepare"): "what one of the seven below says",
         ("products.py", "own"): "W - R for a fresh mask R",
+        ("known.py", "_told"): "rows + r for a fresh mask r",
         ("embedding.py", "own_table"): "a table xor a fresh mask",
         ("embedding.py", "look_up"): "one-hot bits xor a fresh mask",
         ("embedding.py", "_as_words"): "xor shares of rows xor a fresh mask",
@@ -117,6 +118,7 @@ def sessions(tmp_path_factory):
     return [played(tmp_path, seed, prompt) for seed, prompt in ((0, [5, 6, 7, 8]), (1, [90, 80, 70, 60]))]
 
 
+SHOWN = ["whether any number left the engine's range", "logits of each generated token"]  # to both parties; to one
 PUBLIC = {  # keys of the JSON that the dealer may see, by sender
     OWNER: {"config", "norm_scales", "tokens", "loaded", "total"},
     CLIENT: {"verb", "plans", "stop"},
@@ -151,7 +153,7 @@ def test_two_sessions_differ_in_no_size_and_no_order(sessions):
 def test_a_session_reveals_logits_and_public_facts_alone(sessions):
     for outcome in sessions:
         revealed = outcome.results[CLIENT][1]
-        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == ["logits of each generated token"]
+        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == SHOWN
 
 
 # Turns of a conversation, and prompts side by side.
@@ -192,7 +194,7 @@ def test_turns_and_batches_differ_in_no_size_and_no_order_and_leave_nothing(tmp_
         told.append(messages)
         (found, revealed) = outcome.results[CLIENT]
         assert [len(ids) for ids in found] == [2, 2, 3, 2]
-        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == ["logits of each generated token"]
+        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == SHOWN
         assert "prompt length: 3 tokens, after 5 that the cache holds" in [entry["what"] for entry in revealed]
         assert outcome.results[OWNER] == outcome.results[DEALER] == {}
     assert shapes[0] == shapes[1] and told[0] == told[1]

@@ -7,7 +7,7 @@ and cache; seconds come from a model of three terms, and are an estimate.
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,8 +86,7 @@ class Prediction:
         found = {"load": self.phase("load"), "prefill": self.phase("prefill")}
         if self.decode_steps:
             found |= {"decode": self.phase("decode"), "per_token": self.phase("decode", self.decode_steps)}
-        plan = asdict(self.plan)
-        return {"engine": "wire", "plan": plan, **found, "memory": self.memory, "table": self.cost.table()}
+        return {"engine": "wire", "plan": self.plan.facts(), **found, "memory": self.memory, "table": self.cost.table()}
 
 
 class _AlikeLayers(Llama):
@@ -142,7 +141,7 @@ def predict(
         entry["table"] += later["table"]
     cost = Cost(counted, len(counted))
     dealing = {phase: machine.dealing(cost.rounds((phase,)), _work_of(links, phase)) for phase in ONLINE}
-    return Prediction(cost, _memory(party.model, cache), plan.max_new_tokens - 1, dealing, plan)
+    return Prediction(cost, _memory(party.model, cache, not differ), plan.max_new_tokens - 1, dealing, plan)
 
 
 @torch.inference_mode()
@@ -172,13 +171,13 @@ def _work_of(links: Links, phase: str) -> dict:
     return {what: sum(work[what] for work in works) for what in ("products", "material")}
 
 
-def _memory(model: Llama, cache: KVCache) -> dict[str, dict[str, int]]:
-    """Bytes by role. A weight is 32-bit integers and floats at the owner, a word elsewhere; a cached number is two
-    words at a party, what was opened and the part of its mask, and one at the dealer; so are the rows that a policy
+def _memory(model: Llama, cache: KVCache, alike: bool) -> dict[str, dict[str, int]]:
+    """Bytes by role. A weight is 32-bit integers at the owner, or floats that no layer has taken in, and a word
+    elsewhere; a cached number is two words at a party, what was opened and the part of its mask, and one at the dealer; so are the rows that a policy
     keeps beside the cache, such as those that stand for its blocks. A share that it keeps is one word. Room to grow is
-    not counted.
+    not counted. alike: whether the first two layers stand for all, of which the others were skipped.
     """
-    layers = [layer for layer in cache.layers if layer.keys is not None]
+    layers = cache.layers[:2] if alike else cache.layers
     rows = sum(rows.shape.numel() for layer in layers for rows in (layer.keys, layer.values))
     rows = rows * len(cache.layers) // len(layers)
     notes = [note for layer in layers for note in layer.layer.notes.values()]
@@ -186,7 +185,7 @@ def _memory(model: Llama, cache: KVCache) -> dict[str, dict[str, int]]:
     shares = sum(note.shape.numel() for note in notes if isinstance(note, Secret))
     weights = list(model.parameters())
     operands = sum(matrix.shape.numel() for weight in weights for matrix in weight.matrices.values())
-    plain = sum(weight.shape.numel() for weight in weights)
+    plain = sum(weight.shape.numel() for weight in weights if len(weight.shape) == 1 or not weight.matrices)
     owner, client, dealer = role_names(2)
     return {
         owner: {"weights": 4 * operands + 4 * plain, "cache": WORD * (2 * rows + shares)},

@@ -103,7 +103,7 @@ def deal(
     total = [sizes.total(party) for party in (OWNER, CLIENT)]
     say(f"tape for {requests} x {verb}: {size(total[OWNER])} for the owner, {size(total[CLIENT])} for the client")
     started = perf_counter()
-    manifest = make_manifest(asdict(engine), model.to_dict(), verb, asdict(work), requests)
+    manifest = make_manifest(asdict(engine), model.to_dict(), verb, work.facts(), requests)
     bar = tqdm(desc="dealing", total=sum(total), unit="B", unit_scale=True, disable=not progress, leave=False)
     with bar, Recording(Path(out), manifest, sizes, bar.update) as recording:
         run(recording, roles.make)

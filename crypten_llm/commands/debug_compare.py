@@ -19,11 +19,11 @@ from crypten_llm.insecure.compare import CompareEngine
 from crypten_llm.insecure.finding import Finding
 from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.tokenizer import check_ids
 from crypten_llm.roles import CLIENT, role_names
 from crypten_llm.session import generation
 from crypten_llm.session.generation import Answer, Plan
 from crypten_llm.session.party import Party
-from crypten_llm.session.request import check_ids
 
 if TYPE_CHECKING:
     from pathlib import Path

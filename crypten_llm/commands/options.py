@@ -52,6 +52,40 @@ def add_model_and_prompt(parser: Parser) -> None:
     parser.add_chunk()
 
 
+def add_public_prefix(parser: Parser) -> None:
+    """Of a request."""
+    add = parser.add_mutually_exclusive_group().add_argument
+    what = "a text before the prompt that all parties may read: no rounds, nothing of the dealer's; a file after @"
+    add("--public-prefix", metavar="TEXT|@FILE", help=what)
+    add("--public-prefix-ids", metavar="1,2,3", help="the same as token ids; a file of ids after @")
+
+
+def public_prefix(arguments: Any) -> str | list[int] | None:
+    """What ``add_public_prefix`` added, as ``Request`` takes it."""
+    if arguments.public_prefix_ids is not None:
+        return _ids("--public-prefix-ids", arguments.public_prefix_ids)
+    given = arguments.public_prefix
+    return _text("--public-prefix", given[1:]) if given is not None and given.startswith("@") else given
+
+
+def add_public_system(parser: Parser) -> None:
+    what = "all parties may read the system message and what else the chat template writes before a user's first word"
+    parser.add_argument("--public-system", action="store_true", help=what)
+
+
+def add_public_count(parser: Parser) -> None:
+    """Of what is counted or dealt."""
+    what = "tokens of a public prefix, which come before it (default: 0)"
+    parser.add_argument("--public-prefix", type=int, default=0, metavar="N", help=what)
+
+
+def counted_prefix(arguments: Any) -> tuple[int, ...]:
+    """A public prefix of that many tokens: which they are makes no difference to what is sent and dealt."""
+    if arguments.public_prefix < 0:
+        raise UsageError(f"--public-prefix is {arguments.public_prefix}; it must be a number of tokens")
+    return (0,) * arguments.public_prefix
+
+
 def add_tokenizer(parser: Parser) -> None:
     what = "the client's tokenizer: a folder, GGUF file or hub id (default: the model's)"
     parser.add_argument("--tokenizer", help=what)
@@ -93,20 +127,22 @@ def answer(arguments: Any) -> dict:
 def prompt(arguments: Any) -> dict:
     """The client's prompt as arguments of ``Request``."""
     if arguments.prompt_file is not None:
-        return {"prompt": _prompt_text(arguments.prompt_file)}
+        path = arguments.prompt_file
+        return {"prompt": sys.stdin.read().removesuffix("\n") if path == "-" else _text("--prompt-file", path)}
     if arguments.prompt_ids is not None:
-        given = arguments.prompt_ids
-        text = read_text("--prompt-ids", given[1:]) if given.startswith("@") else given
-        return {"input_ids": whole_numbers("--prompt-ids", text)}
+        return {"input_ids": _ids("--prompt-ids", arguments.prompt_ids)}
     if arguments.prompt is None:
         raise UsageError("no prompt; give --prompt TEXT, --prompt-file F or --prompt-ids 1,2,3")
     return {"prompt": arguments.prompt}
 
 
-def _prompt_text(path: str) -> str:
+def _text(option: str, path: str) -> str:
     """The file's text without the newline that an editor or ``echo`` ends it with: it would be a token of its own."""
-    text = sys.stdin.read() if path == "-" else read_text("--prompt-file", path)
-    return text.removesuffix("\n")
+    return read_text(option, path).removesuffix("\n")
+
+
+def _ids(option: str, given: str) -> list[int]:
+    return whole_numbers(option, read_text(option, given[1:]) if given.startswith("@") else given)
 
 
 def add_policy(parser: Parser) -> None:

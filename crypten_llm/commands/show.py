@@ -137,7 +137,8 @@ def _stream(llama: PrivateLlama, asked: Asked, progress: bool, show_text: bool) 
     (result,) = llama.result
     pace = result.seconds["per_token"]
     say(
-        f"{result.prompt_tokens} prompt tokens, {len(result.token_ids)} new ({result.finish_reason})"
+        (f"{result.public_tokens} public and " if result.public_tokens else "")
+        + f"{result.prompt_tokens} prompt tokens, {len(result.token_ids)} new ({result.finish_reason})"
         + (f", {pace:.2f} s a token" if pace else "")
     )
 

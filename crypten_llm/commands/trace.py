@@ -15,11 +15,11 @@ from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.insecure.opened import OpenedEngine
 from crypten_llm.insecure.recorder import Recorder
 from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.tokenizer import check_ids
 from crypten_llm.roles import CLIENT
 from crypten_llm.session import generation
 from crypten_llm.session.generation import Answer, Plan, Step
 from crypten_llm.session.party import Party
-from crypten_llm.session.request import check_ids
 from crypten_llm.session.reveal import RevealLog
 
 if TYPE_CHECKING:

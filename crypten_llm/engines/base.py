@@ -99,6 +99,14 @@ class Engine(ABC):
         """Keys, or values, [kv_heads, T, head_dim] as the cache keeps them."""
         return x
 
+    @required
+    def known_rows(self, value: torch.Tensor | None, shape: Sequence[int], values: bool = False) -> Handle:
+        """Keys, or values, [kv_heads, T, head_dim] as the cache keeps them, which the owner knows in the clear.
+
+        value: as the model of engine ``plain`` would cache them, to this engine's ``softmax_base``; a float tensor at
+        the owner and ``None`` elsewhere.
+        """
+
     def scores(self, query: Handle, keys: Handle, mask: torch.Tensor | None = None) -> Handle:
         """[kv_heads, M, head_dim] by cached [kv_heads, N, head_dim] to [kv_heads, M, N].
 

@@ -18,7 +18,7 @@ from crypten_llm.engines.domain import Calibration
 from crypten_llm.engines.wire.handles import Normed, OneHot
 from crypten_llm.engines.wire.layers import linear_bound
 from crypten_llm.engines.wire.operations import bound_of, unit
-from crypten_llm.insecure.finding import worst
+from crypten_llm.insecure.finding import outside, worst
 from crypten_llm.insecure.tracked import Tracked, TrackedEngine, doubled
 from crypten_llm.protocols.secret import as_secret
 
@@ -117,14 +117,16 @@ class CompareEngine(TrackedEngine):
         matrix = self._plain_weight(weight)
         added = 0 if bias is None else self._plain_weight(bias)
         assert row is not None, "the client sees every input"
-        name, c = "linear", self.config
+        name, left, c = "linear", "", self.config
+        expected = row @ matrix.T + added
         if isinstance(x, Normed):
             name, matrix = "linear of a norm", matrix * self._plain_weight(x.gamma) * x.size**0.5
+            expected = row @ matrix.T + added
             bound = linear_bound(60, c.weight, row, matrix)  # the row is the wire's own
         else:
             bound = linear_bound(c.input_of(weight.name)[0], c.other_weight, row, matrix) + unit(c.hidden)
-        expected = row @ matrix.T + added
-        self.findings.append(worst(self.meter.where, name, seen, expected, bound))
+            left = outside(c, "residual added", expected)
+        self.findings.append(worst(self.meter.where, name, seen, expected, bound, left))
         return out
 
 

@@ -6,6 +6,7 @@ makes one must say how a handle is opened (see ``trace``), and tell the user.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ class Recorder:
 
     def after_step(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         self._join(layer, seen)
-        self._note_attention(layer, seen)
+        self._note_attention(ops, layer, seen)
         self.policy.after_step(ops, layer, seen)
         self._find_rows(layer, note=True)
 
@@ -87,7 +88,7 @@ class Recorder:
         new = seen.positions.expand(len(key), -1)
         record.rows = new if record.rows is None else torch.cat([record.rows, new], 1)
 
-    def _note_attention(self, layer: Layer, seen: Seen) -> None:
+    def _note_attention(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         choice, record = self._choices.pop(layer.index, None), self.layers[layer.index]
         picks = None if choice is None or choice.picks is None else self.see(choice.picks)
         query = self.see(seen.query)
@@ -99,7 +100,8 @@ class Recorder:
         attended = (
             record.rows if choice is None else record.rows.gather(1, chosen_rows(choice, picks, len(record.rows)))
         )
-        weights = torch.einsum("gmd,gpd->gmp", query, record.keys).softmax(-1).mean(1)
+        scores = torch.einsum("gmd,gpd->gmp", query, record.keys) * math.log(ops.softmax_base)
+        weights = scores.softmax(-1).mean(1)
         record.attended.append(attended)
         record.mass.append(weights.gather(1, attended).sum(1).mean().item())
 

@@ -1,8 +1,8 @@
 """Kernels for processors: compiled loops over words (signatures and meanings: ``kernels.ring``).
 
 Owns the loops, which Numba compiles on first use; ``python -m experiments.measure.ring_kernels`` times the products
-beside torch's and the memory's bandwidth. What is wider than a word is in ``limbs``, ``ones`` and
-``exponents``; the others are in ``trigonometry``, ``tables``, ``places`` and ``dcf``.
+beside torch's and the memory's bandwidth. What is wider than a word is in ``limbs``, ``lifted``, ``ones``
+and ``exponents``; the others are in ``trigonometry``, ``tables``, ``places`` and ``dcf``.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import dcf, exponents, limbs, ones, places, tables, trigonometry
+from crypten_llm.kernels import dcf, exponents, lifted, limbs, ones, places, tables, trigonometry
 from crypten_llm.kernels.compiling import compiled
 
 _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
@@ -271,6 +271,7 @@ hide_wide, show_wide = limbs.hide_wide, limbs.show_wide
 reduce_wide, widen = limbs.reduce_wide, limbs.widen
 add_wide, subtract_wide, multiply_wide = limbs.add_wide, limbs.subtract_wide, limbs.multiply_wide
 sum_wide, shift_wide, drop_wide = limbs.sum_wide, limbs.shift_wide, limbs.drop_wide
+lift_mask, dot_wide, scale_lifted = lifted.lift_mask, lifted.dot_wide, lifted.scale_lifted
 add_ones, subtract_ones, sum_ones = limbs.add_ones, limbs.subtract_ones, limbs.sum_ones
 multiply_ones, power_ones = ones.multiply_ones, ones.power_ones
 rotate_ones, window_ones = ones.rotate_ones, ones.window_ones

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.kernels.compiling import compiled
+from crypten_llm.kernels.compiling import compiled, high_word
 
 ZERO, ONE = np.uint64(0), np.uint64(1)
 HALF, HALF_MASK, ALL = np.uint64(32), np.uint64(2**32 - 1), np.uint64(2**64 - 1)
@@ -30,12 +30,8 @@ def added(x: np.uint64, y: np.uint64, carry: np.uint64) -> tuple[np.uint64, np.u
 
 @compiled
 def product(x: np.uint64, y: np.uint64) -> tuple[np.uint64, np.uint64]:
-    """x y in two words, from products of halves."""
-    x0, x1, y0, y1 = x & HALF_MASK, x >> HALF, y & HALF_MASK, y >> HALF
-    low = x0 * y0
-    cross = x1 * y0 + (low >> HALF)
-    other = x0 * y1 + (cross & HALF_MASK)
-    return (other << HALF) | (low & HALF_MASK), x1 * y1 + (cross >> HALF) + (other >> HALF)
+    """x y in two words."""
+    return x * y, high_word(x, y)
 
 
 @compiled

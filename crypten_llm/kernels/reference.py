@@ -13,7 +13,13 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import reference_keys, reference_places, reference_trigonometry, reference_wide
+from crypten_llm.kernels import (
+    reference_keys,
+    reference_lifted,
+    reference_places,
+    reference_trigonometry,
+    reference_wide,
+)
 from crypten_llm.kernels.integers import as_words, indices, integers, signed, write
 from crypten_llm.kernels.ring import DIGITS, SIGNS
 
@@ -64,6 +70,8 @@ reduce_wide, widen = reference_wide.reduce_wide, reference_wide.widen
 add_wide, subtract_wide = reference_wide.add_wide, reference_wide.subtract_wide
 multiply_wide, sum_wide = reference_wide.multiply_wide, reference_wide.sum_wide
 shift_wide, drop_wide = reference_wide.shift_wide, reference_wide.drop_wide
+lift_mask, dot_wide = reference_lifted.lift_mask, reference_lifted.dot_wide
+scale_lifted = reference_lifted.scale_lifted
 add_ones, subtract_ones = reference_wide.add_ones, reference_wide.subtract_ones
 multiply_ones, sum_ones = reference_wide.multiply_ones, reference_wide.sum_ones
 power_ones, rotate_ones = reference_wide.power_ones, reference_wide.rotate_ones

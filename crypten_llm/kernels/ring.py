@@ -154,6 +154,35 @@ class Kernels(Protocol):
         unit, 0 on average, and by nothing where no bit was lost.
         """
 
+    # Numbers x = public - mask modulo 2^bits that were opened in a narrower ring (``protocols.wide``): public is signed
+    # words [...], mask limbs [..., L]. Other limbs here are of any words, and what is above the result counts for
+    # nothing.
+
+    def lift_mask(self, mask: Tensor, carry: Tensor, bit: Tensor, unwrapped: Tensor, size: int, bits: int) -> Tensor:
+        """mask - 2^size (carry + unwrapped bit), limbs [..., L]; words mask [...], unwrapped [...], 0 or 1."""
+
+    def dot_wide(self, words: Tensor, numbers: Tensor, bits: int) -> Tensor:
+        """Limbs [..., L]: the sums over H of signed words [..., H] times numbers, limbs [..., H, L']."""
+
+    def scale_lifted(
+        self,
+        public: Tensor,
+        unwrapped: Tensor,
+        mask: Tensor,
+        own: Tensor,
+        shown: Tensor,
+        pairs: Tensor,
+        wraps: Tensor,
+        size: int,
+        kept: int,
+        bits: int,
+    ) -> Tensor:
+        """Limbs [..., H, L]: public own - mask shown + 2^kept pairs - 2^size unwrapped wraps.
+
+        public, unwrapped: words [..., H], the latter 0 or 1; mask: limbs [..., H, L] or more; own, shown: limbs
+        [..., L] or more; pairs, wraps: limbs [..., H, any].
+        """
+
     # Modulo 2^q - 1, where a rotation of q bits is a product by a power of two. Leading dimensions broadcast.
 
     def add_ones(self, a: Tensor, b: Tensor, q: int) -> Tensor:

@@ -7,7 +7,7 @@ the others: a policy's, and those that have left a layer's window for good.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
@@ -94,6 +94,11 @@ class LayerCache:
             if layer.positions is not None:
                 layer.positions = torch.cat([layer.positions, positions])
         self._seen += len(positions)
+
+    def enter_known(self, keys: Handle, values: Handle, seen: int) -> None:
+        """Adds the last rows of the first ``seen`` tokens to an empty cache; the policy is not shown them."""
+        self._seen = seen - keys.shape[1]
+        self.append(keys, values)
 
     def enter(self, query: Handle, key: Handle, value: Handle) -> tuple[Handle, Handle, Handle]:
         """The rotated query [heads, T, head_dim] and the rows [kv_heads, T, head_dim] as attention will use them."""
@@ -194,6 +199,13 @@ class KVCache:
                 policy.begin(cache.engine, cache.layer)
             except PolicyError as error:
                 raise UsageError(str(error)) from None
+
+    def begin_with(self, rows: Sequence[tuple[Handle, Handle]], count: int) -> None:
+        """Enters the keys and values of the first ``count`` tokens, by layer: those that its window leaves of them."""
+        assert not self.length, "a prefix comes first"
+        for cache, (keys, values) in zip(self.layers, rows, strict=True):
+            cache.enter_known(keys, values, count)
+        self.length = count
 
     def end_prompt(self) -> None:
         """To be called when the whole prompt has been seen."""

@@ -202,11 +202,6 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return ids[1:] if tokenizer("")["input_ids"][:1] == first and ids[:2] == first * 2 else ids
 
 
-def encode_chat(tokenizer: Any, messages: list[dict]) -> list[int]:
-    """Token ids of a conversation as ``render_chat`` writes it; raises UsageError as that does."""
-    return encode_rendered(tokenizer, render_chat(tokenizer, messages))
-
-
 def render_chat(tokenizer: Any, messages: list[dict]) -> str:
     """A conversation as the tokenizer's chat template writes it, up to where the answer begins.
 
@@ -223,6 +218,14 @@ def render_chat(tokenizer: Any, messages: list[dict]) -> str:
 def encode_rendered(tokenizer: Any, text: str) -> list[int]:
     """Token ids of what a template wrote, the special tokens with it."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_ids(ids: list[int], vocab_size: int) -> list[int]:
+    """Itself; raises UsageError for what is no id of the vocabulary."""
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise UsageError(f"token id {token!r} is not in the vocabulary; ids go from 0 to {vocab_size - 1}")
+    return ids
 
 
 def has_chat_template(tokenizer: Any) -> bool:

@@ -7,6 +7,7 @@ of a positive secret of unknown size, shares of the even k with Z in [2^k, 2^(k 
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -85,14 +86,16 @@ def exponent(
     ones = torch.ones((count, 1, 1), dtype=torch.int64, device=runtime.device)
     found = below(runtime, comparison, raw, mask, lambda: ones, lambda: runtime.plus(torch.zeros_like(ones), 1))
 
+    places = torch.tensor([1 + powers.index(step) for step in steps], dtype=torch.int64)
+
     def smaller(power: int) -> Tensor:
         assert found is not None, "parties have compared"
         return found[:, 1 + powers.index(power), 0, 0]
 
     def share_of_k() -> Tensor:
-        above = [runtime.plus(-smaller(step), 1) for step in steps]
-        total = torch.stack(above).sum(0) if above else torch.zeros_like(smaller(base))
-        return runtime.plus(2 * total, base) % q
+        assert found is not None, "parties have compared"
+        below_steps = found[:, places, 0, 0].sum(1)
+        return runtime.plus(-2 * below_steps, base + 2 * len(steps)) % q
 
     def share_of_flags() -> Tensor:
         assert found is not None, "parties have compared"
@@ -113,29 +116,27 @@ def normalized(
     fraction: int,
     base: int = 2,
 ) -> tuple[Secret, Secret, Tensor]:
-    """Z 4^k / 2^top at ``fraction`` bits, and base^k, for the secret k that brings the first to [1/4, 1); and flags by
-    xor, words [..., 2]: Z is negative; Z is not below 2^(top - 1).
+    """Z 4^k / 2^top at ``fraction`` bits, and base^k, for the secret k that brings the first to [1/4, 1); and a flag by
+    xor, words [..., 1], 0 or 1: Z is not below 2^(top - 1).
 
     raw, mask: M and r as ``below`` takes them, one for each element of ``shape``; at a party mask is its share. Z is in
-    [2^least, 2^top), top < width; smaller ones end below 1/4, of which the caller must know better.
+    [2^least, 2^top), top < width; smaller ones, zero included, end below 1/4, of which the caller must know better.
 
-    Reveals: nothing. Error: of the first a unit of ``fraction`` bits; next to a power of four it may miss [1/4, 1) by
-    2^-FINE of itself, and the second flag may be that of Z (1 + 2^-FINE).
-    Cost: no message; dealer, to each party, a key of width - least - 1 + FINE levels or so, as ``below`` says, for two
-    numbers of ``width`` bits.
+    Reveals: nothing. Error: of the first a unit of ``fraction`` bits. A Z by at most 2^-FINE of a power of four below
+    it may count as not below it, and end below 1/4 by as much; so may the flag of one below 2^(top - 1).
+    Cost: no message; dealer, to each party, a key as ``below`` says, of two numbers of ``width`` bits: width - e - 1 +
+    FINE levels, 2^e being the lowest power, and a stop for each power of four below 2^top and for the flag.
     """
-    kernels, size = runtime.kernels, ring.limbs(width)
+    kernels = runtime.kernels
     last = max(1, -(-(top - 2 - least) // 2))  # the largest k
     powers = [top - 2 * k for k in range(1, last + 1)]
-    low = max(0, powers[-1] - FINE)
     comparison = Comparison(
         width,
-        (0, 1 << (top - 1), *(1 << power for power in powers)),
-        (low, max(0, top - 1 - FINE), *(max(0, power - FINE) for power in powers)),
+        (1 << (top - 1), *(1 << power for power in powers)),
+        tuple(max(0, power - FINE) for power in (top - 1, *powers)),
         Group(2, width),
     )
-    one = torch.zeros((mask.shape[0], size), dtype=torch.int64, device=runtime.device)
-    one[:, 0] = 1
+    one = _constants((1,), width).to(runtime.device).expand(mask.shape[0], -1)
 
     def payload() -> Tensor:
         """(1, r), or a party's shares of it."""
@@ -143,39 +144,37 @@ def normalized(
 
     found = below(runtime, comparison, raw, mask, lambda: torch.stack([one, mask], 1), payload)
 
-    def looked_up(table: list[int], number: int) -> Tensor:
-        """Shares of table[k] times 1 or r: limbs [N, L]."""
+    def looked_up(base: int) -> Tensor:
+        """Shares of base^k (1, r): limbs [N, 2, L]."""
         assert found is not None, "parties have compared"
-        apart = _constants([high - low for low, high in zip(table, table[1:], strict=False)], width)
-        terms = kernels.multiply_wide(found[:, 2:, number], apart[None], width)
-        return kernels.add_wide(kernels.sum_wide(terms, width)[:, 0], payload()[:, number], width)
+        apart = _constants(tuple(base**k - base ** (k - 1) for k in range(1, last + 1)), width).to(runtime.device)
+        terms = kernels.multiply_wide(found[:, 1:].transpose(1, 2), apart, width)
+        return kernels.add_wide(kernels.sum_wide(terms, width)[:, :, 0], payload(), width)
 
     def scaled() -> Tensor:
         assert raw is not None, "parties have opened it"
-        table = [4**k for k in range(last + 1)]
-        total = kernels.multiply_wide(raw, looked_up(table, 0), width)
-        total = kernels.subtract_wide(total, looked_up(table, 1), width)
+        both = looked_up(4)
+        total = kernels.subtract_wide(kernels.multiply_wide(raw, both[:, 0], width), both[:, 1], width)
         return kernels.drop_wide(total, width, top - fraction, runtime.rounds_up).view(tuple(shape))
 
     def power() -> Tensor:
-        return looked_up([base**k for k in range(last + 1)], 0)[:, 0].reshape(tuple(shape))
+        return looked_up(base)[:, 0, 0].reshape(tuple(shape))
 
-    def flags() -> Tensor:
+    def flag() -> Tensor:
         assert found is not None, "parties have compared"
-        bits = found[:, :2, 0, 0]
-        return torch.stack([bits[:, 0], runtime.plus(bits[:, 1], 1)], 1).view(*shape, 2) & 1
+        return (runtime.plus(found[:, 0, 0, 0], 1) & 1).view(*shape, 1)
 
     bits = (base**last).bit_length()
     assert bits + 2 <= width, "the ring holds the largest power"
     return (
         Secret(runtime.share(shape, scaled), fraction, width - top + fraction, 0),
         Secret(runtime.share(shape, power), 0, bits + 2, bits),
-        runtime.share((*shape, 2), flags),
+        runtime.share((*shape, 1), flag),
     )
 
 
-def _constants(numbers: Sequence[int], bits: int) -> Tensor:
-    """Public integers modulo 2^bits as limbs [K, L]."""
-    words = [[n % (1 << bits) >> 64 * i & (2**64 - 1) for i in range(ring.limbs(bits))] for n in numbers]
-    signed = [[word - 2**64 if word >> 63 else word for word in row] for row in words]
-    return torch.tensor(signed, dtype=torch.int64).reshape(len(numbers), -1)
+@lru_cache(maxsize=64)
+def _constants(numbers: tuple[int, ...], bits: int) -> Tensor:
+    """Public integers as limbs [K, L]."""
+    words = [[number >> 64 * place & 2**64 - 1 for place in range(ring.limbs(bits))] for number in numbers]
+    return torch.tensor([[word - (word >> 63 << 64) for word in row] for row in words], dtype=torch.int64)

@@ -20,20 +20,20 @@ from crypten_llm.protocols.ladder import normalized
 from crypten_llm.protocols.lookup import index_bits
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
-from crypten_llm.protocols.secret import Secret
-from crypten_llm.protocols.wide import Lifted, Opened, WideOpening, lift, lifted_share, limbs_for, to_lift
+from crypten_llm.protocols.secret import Secret, Wire
+from crypten_llm.protocols.wide import Lifted, Opened, WideOpening, as_dealt, as_limbs, lift, lifted_share, to_lift
 from crypten_llm.roles import OWNER
 
-ROOT = 16  # fractional bits of the inverse root, which is 1 to 2 before its power of two
+ROOT = 20  # fractional bits of the inverse root, which is 1 to 2 before its power of two
 FACTORS = 26  # fractional bits of the public and of the dealt factors of its trigonometric sum
 GUARD = 4  # bits that are dealt of what is dropped later
-SLACK = 2 * math.log2(3)  # a number up to three times too large is lifted to one that is too large
+SLACK = 2 * math.log2(3)  # of squares of numbers that are up to three times too large
 
 
 @dataclass
 class Rows:
-    """unit: x / |x|. lifted: x as it was, in a wider ring, which the opening gave for nothing. beyond: XOR shares
-    [..., 2] of whether the sum of squares is out of the domain, or within 2^-6 of its end: either bit; words 0 or 1.
+    """unit: x / |x|. lifted: x as it was, in a ring of 64 bits, which the opening gave for nothing. beyond: XOR shares
+    [..., 1], words 0 or 1, of whether the sum of squares is out of the domain, or within 2^-6 of its end.
     """
 
     unit: Secret
@@ -41,117 +41,144 @@ class Rows:
     beyond: Tensor
 
 
-def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int, width: int) -> Protocol[Rows]:
-    """x / sqrt(sum of x^2 + eps * H) over the last dimension H, at ``fraction`` bits modulo 2^width.
+@dataclass(frozen=True)
+class _Plan:
+    """Rings of a row, in bits. squares: of its sum of squares, which is below 2^``top`` in the domain and above
+    2^``least``. wide: of the product with the inverse root, of which ``cut`` bits are dropped.
+    """
 
-    limit: |x| < 2^limit, and a row's sum of squares below 2^(2 limit - 1), are the domain. What leaves it by less than
-    three times is seen, and said in ``beyond``. eps > 0: bounds the sum from below; eps * H is taken to the nearest
-    unit of x^2.
+    top: int
+    least: int
+    squares: int
+    cut: int
+    wide: int
+    root: int
+
+    @classmethod
+    def of(cls, size: int, scale: int, eps: float, limit: int, fraction: int, width: int) -> _Plan:
+        top = 2 * (limit + scale)
+        cut = top // 2 + ROOT - fraction
+        least = max(1, math.floor(math.log2(eps * size)) + 2 * scale)
+        squares = top + math.ceil(SLACK) + index_bits(size) + 1
+        return cls(top, least, squares, cut, width + cut, width + cut + 2 * FACTORS - ROOT)
+
+
+def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int, width: int) -> Protocol[Rows]:
+    """x / sqrt(sum of x^2 + eps H) over the last dimension H, at ``fraction`` bits modulo 2^width.
+
+    limit: the domain is a sum of squares below 2^(2 limit - 1). What is beyond it, with |x| below 3 * 2^limit, is said
+    in ``beyond`` where x's ring has limit + scale + 2 bits; in a narrower ring x must fit, and larger x may go unseen.
+    eps > 0: bounds the sum from below; eps H is taken to the nearest square of x's unit, and the sum, with it, must be
+    two of these.
 
     Reveals: openings behind fresh uniform masks: x, the sum, its top bits and power of two, the inverse root.
     Error: 1.1 units of ``fraction`` bits, and 2^(fraction - ROOT - limit) |x| of them: what is opened of the root is
     off by a unit of ``ROOT`` bits, which shows where x is close to 2^limit.
-    Cost: 4 rounds. An element: n bits, those of x's ring, each way; dealer about 6 (W - n) + 2 n, W = width + limit +
-    14. A row: some 350 bits each way and 6 kB of the dealer's.
+    Cost: 4 rounds (``cost`` in tests/test_norm.py counts bits). An element: x's n bits each way; dealer 2 (max(W, Q) -
+    n) + (Q - n - 1) + (width + 4) + (W - n) bits to the client, where Q is the ring of the sum and W = width + limit +
+    scale + 2. A row: some 250 bits each way; the dealer's key to both parties, 16 + 1/4 bytes and Q / 4 a level and
+    Q / 4 for each power of four, and 0.9 kB to the client.
     Source: the normalisation by a secret power of two as in Catrina and Saxena (FC 2010); the rest is ours.
     """
     scale, (*rows, size) = x.scale, x.shape
-    top = 2 * (limit + scale)  # the domain's squares are below 2^(top - 1), and what is still lifted below 2^squares
-    squares = top + math.ceil(SLACK) + index_bits(size) + 1
-    cut = top // 2 + ROOT - fraction
-    wide = width + cut
+    plan = _Plan.of(size, scale, eps, limit, fraction, width)
     (opened,) = yield [to_lift(runtime, x)]
-    lifted = lift(runtime, opened, max(wide, squares))
-    total = _sum_of_squares(runtime, lifted, squares, round(eps * size * 2 ** (2 * scale)))
-    (sums,) = yield [WideOpening(total, rows, squares)]
-    least = max(1, math.floor(math.log2(eps * size)) + 2 * scale)
+    lifted = lift(runtime, opened, max(plan.wide, plan.squares))
+    total = _sum_of_squares(runtime, lifted, plan.squares, round(eps * size * 2 ** (2 * scale)))
+    (sums,) = yield [WideOpening(total, rows, plan.squares)]
     raw = None if sums.public is None else sums.public.reshape(-1, sums.public.shape[-1])
     mask = sums.mask.held.reshape(-1, sums.mask.held.shape[-1])
-    scaled, power, beyond = normalized(runtime, raw, mask, rows, squares, top, least, FACTORS)
+    scaled, power, beyond = normalized(runtime, raw, mask, rows, plan.squares, plan.top, plan.least, FACTORS)
     fit = fits.stored("inverse root")
-    unit_wire, power_wire = yield [
+    sum_wire, power_wire = yield [
         Opening(scaled, ring=FACTORS + fit.period, function=True),
         to_lift(runtime, power),
     ]
-    root = _inverse_root(
-        runtime, unit_wire.public, unit_wire.mask.held, lift(runtime, power_wire, wide + 2 * FACTORS - ROOT), fit
-    )
-    (roots,) = yield [WideOpening(root, rows, wide)]
-    unit = _times(runtime, lifted, roots, wide, cut)
+    root = _inverse_root(runtime, sum_wire, lift(runtime, power_wire, plan.root), fit)
+    (roots,) = yield [WideOpening(root, rows, plan.wide)]
+    unit = _times(runtime, lifted, roots, plan.wide, plan.cut)
     whole = runtime.share(x.shape, lambda: lifted_share(runtime, lifted)[..., 0])
     return Rows(Secret(unit, fraction, width, 0), Secret(whole, scale, 64, x.bits), beyond)
 
 
 def _sum_of_squares(runtime: Runtime, x: Lifted, bits: int, more: int) -> Tensor:
-    """Shares modulo 2^bits of the sum of x^2 over the last dimension, and a public number: limbs [..., L]."""
-    kernels, n, shape = runtime.kernels, x.size, x.mask.shape if x.public is None else x.seen.shape
-    least = bits - n - 1
-    pair = runtime.deal(shape, lambda: limbs_for(runtime, x.bit * x.mask, least), least).held
+    """Shares modulo 2^bits of the sum of x^2 over the last dimension, and a public number: limbs [..., L].
 
-    def masks() -> Tensor:
-        words = kernels.widen(x.mask, bits, False)
-        return kernels.sum_wide(kernels.multiply_wide(words, words, bits), bits)[..., 0, :]
+    Of x = M - r' with r'^2 = r^2 - 2^(n + 1) b (r - 2^(n - 1)) where r' = r - 2^n b.
+    """
+    kernels, n, shape = runtime.kernels, x.size, x.shape
+    rest = bits - n - 1
 
-    squared = runtime.deal(shape[:-1], masks, bits).held
+    def of_masks() -> Tensor:
+        return kernels.dot_wide(x.mask, kernels.widen(x.mask, bits, False), bits)
 
-    def share() -> Tensor:  # X (X - 2 r + 2 2^n b) + 2^2n b - 2 2^n b r, and r^2, where b only counts if unwrapped
-        public = kernels.widen(x.seen, bits, True)
-        bit = kernels.shift_wide(x.where_unwrapped(x.bit), n, bits)
-        apart = kernels.subtract_wide(bit, x.mask, bits)
-        twice = kernels.add_wide(apart, apart, bits)
-        first = kernels.widen(runtime.plus(torch.zeros_like(x.seen), x.seen), bits, True)
-        product = kernels.multiply_wide(public, kernels.add_wide(first, twice, bits), bits)
-        pairs = kernels.widen(pair, bits, False) if least <= 64 else pair
-        rest = kernels.subtract_wide(
-            kernels.shift_wide(bit, n, bits), kernels.shift_wide(x.where_unwrapped(pairs), n + 1, bits), bits
-        )
-        summed = kernels.sum_wide(kernels.add_wide(product, rest, bits), bits)[..., 0, :]
-        known = kernels.widen(torch.full(shape[:-1], runtime.plus(0, more), dtype=torch.int64), bits, False)
-        return kernels.add_wide(kernels.add_wide(summed, squared, bits), known, bits)
+    def of_bits() -> Tensor:
+        return as_dealt(runtime, x.top() * (x.mask - (1 << (n - 1))), rest)
 
-    return runtime.share((*shape[:-1], ring.limbs(bits)), share)
-
-
-def _inverse_root(runtime: Runtime, public: Tensor | None, mask: Tensor, power: Lifted, fit: fits.Fit) -> Tensor:
-    """Shares of power * f(z) at ``ROOT`` fractional bits, for z opened modulo its period: limbs [...]."""
-    kernels, bits, n, modes = runtime.kernels, power.bits, power.size, fit.modes
-    shape, turn, scale = mask.shape, 64 - FACTORS - fit.period, 2.0**FACTORS
-    all_modes = (2 * modes, *shape)
-
-    def waves() -> Tensor:
-        return kernels.waves(mask.reshape(-1), turn, scale, modes).view(all_modes)
-
-    def times(words: Tensor, bits: int) -> Tensor:
-        """The waves times dealer's words, limbs."""
-        found = kernels.multiply_wide(kernels.widen(waves(), bits, True), kernels.widen(words, bits, False), bits)
-        return found if bits > 64 else found[..., 0]
-
-    plain = runtime.deal(all_modes, lambda: kernels.widen(waves(), bits, True), bits).held
-    masked = runtime.deal(all_modes, lambda: times(power.mask, bits), bits).held
-    wrapped = runtime.deal(all_modes, lambda: times(power.bit, bits - n), bits - n).held
+    apart = as_limbs(runtime.deal(shape, of_bits, rest).held, rest)
+    squared = runtime.deal(shape[:-1], of_masks, bits).held
 
     def share() -> Tensor:
-        assert public is not None, "parties have opened it"
-        factors = kernels.coefficients(public.reshape(-1), turn, scale, fit.cosine, fit.sine).view(all_modes)
-        known = kernels.multiply_wide(kernels.widen(power.seen, bits, True), plain, bits)
-        wraps = kernels.widen(wrapped, bits, False) if bits - n <= 64 else wrapped
-        known = kernels.add_wide(known, kernels.shift_wide(power.where_unwrapped(wraps), n, bits), bits)
-        products = kernels.subtract_wide(known, masked, bits)
-        terms = kernels.multiply_wide(kernels.widen(factors, bits, True), products, bits)
-        total = kernels.sum_wide(terms.movedim(0, -2), bits)[..., 0, :]
-        constant = round(fit.constant * 2.0 ** (2 * FACTORS))
-        first = kernels.widen(torch.full(shape, constant, dtype=torch.int64), bits, True)
-        total = kernels.add_wide(total, kernels.multiply_wide(first, lifted_share(runtime, power), bits), bits)
-        return kernels.drop_wide(total, bits, 2 * FACTORS - ROOT, runtime.rounds_up)
+        crossed = kernels.shift_wide(kernels.dot_wide(x.where, apart, bits), n, bits)
+        crossed = kernels.add_wide(crossed, kernels.dot_wide(x.seen, x.mask, bits), bits)
+        own = kernels.subtract_wide(squared, kernels.shift_wide(crossed, 1, bits), bits)
+        return own
+
+    def owner() -> Tensor:
+        known = kernels.dot_wide(x.seen, kernels.widen(x.seen, bits, True), bits)
+        known = kernels.add_wide(known, kernels.widen(torch.full(shape[:-1], more), bits, False), bits)
+        return kernels.add_wide(share(), known, bits)
+
+    return runtime.share((*shape[:-1], ring.limbs(bits)), owner, share)
+
+
+def _inverse_root(runtime: Runtime, total: Wire, power: Lifted, fit: fits.Fit) -> Tensor:
+    """Shares of power * f(z) at ``ROOT`` fractional bits, for z opened modulo its period: limbs [...].
+
+    With A_j public and c_j dealt, the sum over j of A_j c_j (P - r'), P - r' being the power.
+    """
+    kernels, bits, n, modes = runtime.kernels, power.bits, power.size, fit.modes
+    shape, turn, scale = power.shape, 64 - FACTORS - fit.period, 2.0**FACTORS
+    terms, rest = (*shape, 2 * modes), bits - n
+    waves: list[Tensor] = []  # the dealer's, limbs
+
+    def times(words: Tensor, to: int) -> Tensor:
+        found = kernels.multiply_wide(
+            kernels.reduce_wide(waves[0], to), kernels.widen(words, to, False)[..., None, :], to
+        )
+        return found if to > 64 else found[..., 0]
+
+    def plain() -> Tensor:
+        made = kernels.waves(total.mask.held.reshape(-1), turn, scale, modes)
+        waves.append(kernels.widen(made.T.reshape(terms), bits, True))
+        return waves[0]
+
+    dealt = runtime.deal(terms, plain, bits).held
+    masked = runtime.deal(terms, lambda: times(power.mask, bits), bits).held
+    wrapped = as_limbs(runtime.deal(terms, lambda: times(power.top(), rest), rest).held, rest)
+
+    def share() -> Tensor:
+        factors = kernels.coefficients(total.seen.reshape(-1), turn, scale, fit.cosine, fit.sine).T.reshape(terms)
+        constant = kernels.widen(torch.full(shape, round(fit.constant * 2.0 ** (2 * FACTORS))), bits, True)
+        value = kernels.dot_wide(factors, dealt, bits)
+        value = kernels.add_wide(value, _owned(runtime, constant), bits)
+        value = kernels.multiply_wide(kernels.widen(power.seen, bits, True), value, bits)
+        value = kernels.subtract_wide(value, kernels.dot_wide(factors, masked, bits), bits)
+        value = kernels.subtract_wide(value, kernels.multiply_wide(constant, power.mask, bits), bits)
+        chosen = factors * power.where[..., None]
+        value = kernels.add_wide(value, kernels.shift_wide(kernels.dot_wide(chosen, wrapped, bits), n, bits), bits)
+        return kernels.drop_wide(value, bits, 2 * FACTORS - ROOT, runtime.rounds_up)
 
     return runtime.share((*shape, ring.limbs(bits - 2 * FACTORS + ROOT)), share)
 
 
 def _times(runtime: Runtime, x: Lifted, root: Opened, bits: int, cut: int) -> Tensor:
-    """Shares of x * root / 2^cut modulo 2^(bits - cut), words; root: [...] against x [..., H]."""
-    kernels, n = runtime.kernels, x.size
-    shape = x.mask.shape if x.public is None else x.seen.shape
-    kept, rest = max(0, cut - GUARD), bits - n
+    """Shares of x * root / 2^cut modulo 2^(bits - cut), words; root: [...] against x [..., H].
+
+    Of x = X - r' and root = Y - y: X (Y - y) - r' Y + r' y.
+    """
+    kernels, shape = runtime.kernels, x.shape
+    kept, rest = max(0, cut - GUARD), bits - x.size
 
     def product(words: Tensor, to: int) -> Tensor:
         return kernels.multiply_wide(root.mask.held.unsqueeze(-2), kernels.widen(words, to, False), to)
@@ -159,25 +186,16 @@ def _times(runtime: Runtime, x: Lifted, root: Opened, bits: int, cut: int) -> Te
     def of_masks() -> Tensor:
         return kernels.drop_wide(product(x.mask, bits), bits, kept, True)
 
-    pair = runtime.deal(shape, of_masks, bits - kept).held
-
     def of_bits() -> Tensor:
-        found = product(x.bit, rest)
+        found = product(x.top(), rest)
         return found if rest > 64 else found[..., 0]
 
-    wrapped = runtime.deal(shape, of_bits, rest).held
+    pairs = as_limbs(runtime.deal(shape, of_masks, bits - kept).held, bits - kept)
+    wraps = as_limbs(runtime.deal(shape, of_bits, rest).held, rest)
 
-    def share() -> Tensor:  # X (Y - y) - r Y + r y + 2^n (Y b - y b), where b only counts if unwrapped
-        seen = root.seen.unsqueeze(-2)
-        own = kernels.subtract_wide(_owned(runtime, seen), root.mask.held.unsqueeze(-2), bits)
-        total = kernels.multiply_wide(kernels.widen(x.seen, bits, True), own, bits)
-        pairs = kernels.widen(pair, bits, False) if bits - kept <= 64 else pair
-        total = kernels.add_wide(total, kernels.shift_wide(pairs, kept, bits), bits)
-        wraps = kernels.widen(wrapped, bits, False) if rest <= 64 else wrapped
-        bit = kernels.subtract_wide(kernels.multiply_wide(x.bit, seen, bits), wraps, bits)
-        bit = kernels.shift_wide(x.where_unwrapped(bit), n, bits)
-        total = kernels.add_wide(total, bit, bits)
-        total = kernels.subtract_wide(total, kernels.multiply_wide(x.mask, seen, bits), bits)
+    def share() -> Tensor:
+        own = kernels.subtract_wide(_owned(runtime, root.seen), root.mask.held, bits)
+        total = kernels.scale_lifted(x.seen, x.where, x.mask, own, root.seen, pairs, wraps, x.size, kept, bits)
         return kernels.drop_wide(total, bits, cut, runtime.rounds_up)
 
     return runtime.share(shape, share)

@@ -26,6 +26,7 @@ OPENED = 22  # bits of a score that are opened: its ring stands for q bits of ex
 MANTISSA = 14  # bits of what a power of two is multiplied by, in each of two factors
 HEADROOM = 22  # bits between the largest sum of a row and the ring
 LEAST = 8  # a row's sum without the dropped bits is 2^8 or more: its weights are as exact as that
+EDGE = 2.0**-5  # in bits, more than the 2^-6 by which the comparison may be off
 LOWEST_SUM = -58  # log2 of a row's sum of 2^y may be this, or somewhat more in small rings
 
 
@@ -52,8 +53,9 @@ class Exponents:
 
     @property
     def sums(self) -> tuple[float, float]:
-        """In bits, from and to: the log2 of a row's sum of 2^y."""
-        return self.dropped + LEAST - 2 * MANTISSA - self.low, self.size - HEADROOM - 2 * MANTISSA - self.low
+        """In bits, from and to: the log2 of a row's sum of 2^y, without the ends, which may count as beyond."""
+        low, high = self.dropped + LEAST, self.size - HEADROOM
+        return low + EDGE - 2 * MANTISSA - self.low, high - EDGE - 2 * MANTISSA - self.low
 
 
 @dataclass

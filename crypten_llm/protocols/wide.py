@@ -77,28 +77,40 @@ class ResidueOpening:
 
 @dataclass(frozen=True)
 class Lifted:
-    """x = public - mask + 2^size * unwrapped * bit modulo 2^bits, of a number opened modulo 2^size.
+    """x = public - mask modulo 2^bits, of a number opened modulo 2^size behind r.
 
-    public: signed words; unwrapped: words 0 or 1 (both ``None`` at the dealer). mask, bit: at a party limbs, its shares
-    of the mask as an integer and of its top bit, the latter modulo 2^(bits - size); at the dealer words, the whole.
+    Where the sum has not wrapped, which ``unwrapped`` says, the mask is r read as a signed number, r - 2^size b, b its
+    top bit; where it has, r. So what is dealt times the mask is dealt times r and times b.
+
+    public: signed words; unwrapped: words 0 or 1; both ``None`` at the dealer. mask: at a party limbs, its share of the
+    mask; at the dealer r, words.
     """
 
     public: Tensor | None
     unwrapped: Tensor | None
     mask: Tensor
-    bit: Tensor
     size: int
     bits: int
 
     @property
     def seen(self) -> Tensor:
+        """The public part, at a party."""
         assert self.public is not None, "parties have opened it"
         return self.public
 
-    def where_unwrapped(self, words: Tensor) -> Tensor:
-        """Limbs, or zeros where the opened number says that its mask has not wrapped."""
+    @property
+    def where(self) -> Tensor:
+        """``unwrapped``, at a party."""
         assert self.unwrapped is not None, "parties have opened it"
-        return words * self.unwrapped[..., None]
+        return self.unwrapped
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.mask.shape if self.public is None else self.public.shape
+
+    def top(self) -> Tensor:
+        """At the dealer: b, words."""
+        return ring.top_bit(self.mask, self.size)
 
 
 def to_lift(runtime: Runtime, x: Secret) -> Opening:
@@ -111,42 +123,37 @@ def to_lift(runtime: Runtime, x: Secret) -> Opening:
 def lift(runtime: Runtime, wire: Wire, bits: int) -> Lifted:
     """What was opened by ``to_lift``, modulo 2^bits; local.
 
-    Error: none. Cost: dealer, for n opened bits, 2 (bits - n) an element. Source: as ``opening.Opening``.
+    Error: none for |x| up to 2^(n - 2), n being the bits that were opened; a larger one below three times that comes
+    out as another, which is 2^(n - 2) or more in magnitude. Cost: dealer 2 (bits - n) bits an element.
+    Source: as ``opening.Opening``.
     """
     kernels, size, mask, more = runtime.kernels, wire.width, wire.mask, bits - wire.width
 
     def wrapped() -> Tensor:
         assert mask.client is not None, "the dealer knows both parts"
-        return limbs_for(runtime, torch.stack([(mask.held < mask.client).long(), ring.top_bit(mask.held, size)]), more)
+        both = torch.stack([(mask.held < mask.client).long(), ring.top_bit(mask.held, size)])
+        return as_dealt(runtime, both, more)
 
-    dealt = runtime.deal((2, *wire.shape), wrapped, more).held
+    dealt = as_limbs(runtime.deal((2, *wire.shape), wrapped, more).held, more)
     if wire.public is None:
-        return Lifted(None, None, mask.held, _top_bit(mask.held, size), size, bits)
-    carry, bit = (kernels.widen(part, bits, False) if more <= 64 else _extended(part, bits) for part in dealt)
-    own = kernels.subtract_wide(kernels.widen(mask.held, bits, False), kernels.shift_wide(carry, size, bits), bits)
-    shown, unwrapped = kernels.unwrap(wire.public, size)
-    return Lifted(shown, (unwrapped != 0).long(), own, bit, size, bits)
-
-
-def _top_bit(mask: Tensor, size: int) -> Tensor:
-    return mask if mask.is_meta else ring.top_bit(mask, size)
-
-
-def _extended(words: Tensor, bits: int) -> Tensor:
-    """Limbs with as many zeros above as a wider number has."""
-    missing = ring.limbs(bits) - words.shape[-1]
-    return words if not missing else torch.cat([words, words.new_zeros(*words.shape[:-1], missing)], -1)
-
-
-def limbs_for(runtime: Runtime, words: Tensor, bits: int) -> Tensor:
-    """Words as what ``Runtime.deal`` takes for that many bits: limbs above 64."""
-    return words if bits <= 64 else runtime.kernels.widen(words, bits, True)
+        return Lifted(None, None, mask.held, size, bits)
+    shown, wrap = kernels.unwrap(wire.public, size)
+    unwrapped = (wrap != 0).long()
+    return Lifted(shown, unwrapped, kernels.lift_mask(mask.held, dealt[0], dealt[1], unwrapped, size, bits), size, bits)
 
 
 def lifted_share(runtime: Runtime, x: Lifted) -> Tensor:
     """This party's share of x, limbs modulo 2^bits."""
-    kernels, bits = runtime.kernels, x.bits
-    wrap = kernels.shift_wide(x.where_unwrapped(x.bit), x.size, bits)
-    own = kernels.subtract_wide(wrap, x.mask, bits)
-    shown = runtime.plus(torch.zeros_like(x.seen), x.seen)
-    return kernels.add_wide(own, kernels.widen(shown, bits, True), bits)
+    kernels = runtime.kernels
+    shown = kernels.widen(runtime.plus(torch.zeros_like(x.seen), x.seen), x.bits, True)
+    return kernels.subtract_wide(shown, x.mask, x.bits)
+
+
+def as_dealt(runtime: Runtime, words: Tensor, bits: int) -> Tensor:
+    """Words as what ``Runtime.deal`` takes for that many bits: limbs above 64."""
+    return words if bits <= 64 else runtime.kernels.widen(words, bits, True)
+
+
+def as_limbs(dealt: Tensor, bits: int) -> Tensor:
+    """What ``Runtime.deal`` gives for that many bits as limbs; up to 64 there is one, of which the low bits count."""
+    return dealt if bits > 64 else dealt[..., None]

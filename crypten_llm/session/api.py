@@ -29,7 +29,7 @@ from crypten_llm.session.folder import ClientFolder
 from crypten_llm.session.generation import Answer, Plan, Progress, Step, Turn
 from crypten_llm.session.party import Party
 from crypten_llm.session.report import Cost
-from crypten_llm.session.request import Asked, Request, Result, Taken, check_ids, check_policy, requests_of, result_of
+from crypten_llm.session.request import Asked, Request, Result, Taken, check_policy, requests_of, result_of
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class PrivateLlama:
         llama._folder = ClientFolder(tokenizer or model, launched.offline, loaded, is_guess=not local and not tokenizer)
         with llama._guarded():
             if first is not None and protocol.tape:
-                llama.party.expect("generate", first.plan(len(first.ids(lambda: llama.tokenizer)), llama.defaults))
+                public, ids = first.parts(lambda: llama.tokenizer)
+                llama.party.expect("generate", first.plan(len(ids), llama.defaults, public))
             llama.party.request_load(folder, launched.progress)
         llama.load_seconds = perf_counter() - started
         return llama
@@ -183,14 +184,17 @@ class PrivateLlama:
         self.result = found = results if several else results[0]
         return found
 
-    def prepare(self, request: Request, ids: list[int] | None = None, before: Sequence[int] = ()) -> Asked:
-        """What ``request`` comes down to; ids: of a turn of a conversation, after ``before`` that the cache holds.
+    def prepare(
+        self, request: Request, parts: tuple[list[int], list[int]] | None = None, before: Sequence[int] = ()
+    ) -> Asked:
+        """What ``request`` comes down to; parts: public and other ids of a turn of a conversation, after ``before``
+        that the cache holds.
 
         Raises UsageError for what this model, or this client's tokenizer, cannot run.
         """
-        ids = request.ids(lambda: self.tokenizer) if ids is None else ids
-        check_ids(ids, self.config.vocab_size)
-        plan = request.plan(len(ids), self.defaults).check(self.config, len(before))
+        public, ids = request.parts(lambda: self.tokenizer) if parts is None else parts
+        tokenizers.check_ids([*public, *ids], self.config.vocab_size)
+        plan = request.plan(len(ids), self.defaults, public).check(self.config, len(before))
         if request.stops and not self.has_tokenizer:
             raise UsageError("stop is a text, and there is no tokenizer to make text of tokens; give one (--tokenizer)")
         stop_ids = request.stop_ids(self.defaults, self.config.eos_token_ids)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -51,6 +51,10 @@ class Shape:
     steps: int = 5
     policy: str = "full"
 
+    def facts(self) -> dict:
+        """What decides how all messages look."""
+        return asdict(self)
+
     def config(self) -> LlamaConfig:
         """Raises UsageError for sizes that no Llama has."""
         for name, low in (("kv_len", 1), ("steps", 1), ("heads", 1)):
@@ -76,7 +80,7 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
     name = f"bench {party.requests}"
     with engine.meter.phase("load"), engine.section(f"{name} weights"):
         layers, caches = _build(engine, config, shape)
-    reference = _build(PlainEngine(), config, shape) if party.is_client else None
+    reference = _build(PlainEngine(softmax_base=engine.softmax_base), config, shape) if party.is_client else None
     seconds, errors = [], []
     for step in range(WARM_UP + shape.steps):
         x = _random(FIRST_INPUT + step, (1, shape.hidden))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import encode_rendered, render_chat
 from crypten_llm.session.generation import Answer, Progress, Step, Turn, check_chat, parse_policy
-from crypten_llm.session.request import Request, Result, Taken, result_of
+from crypten_llm.session.public import cut_chat
+from crypten_llm.session.request import Request, Result, Taken, result_of, system_of
 from crypten_llm.session.settings import check_names
 from crypten_llm.units import size
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from crypten_llm.session.api import PrivateLlama
     from crypten_llm.session.settings import ProtocolConfig
 
-_NOT_OF_A_CHAT = ("prompt", "input_ids", "messages", "chat", "system")
+_NOT_OF_A_CHAT = ("prompt", "input_ids", "messages", "chat", "system", "public_prefix")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Restart:
     """The cache begins anew: the conversation as its template writes it now does not begin with what the cache holds.
 
     shared: tokens up to the first difference, of ``cached`` in the cache. prompt_tokens: to be prefilled now, all of
-    the conversation. seconds, bytes_sent: what that will about take, by the prefills of the turns so far; ``None``
-    before.
+    the conversation but its public beginning. seconds, bytes_sent: what that will about take, by the prefills of the
+    turns so far; ``None`` before.
     """
 
     shared: int
@@ -88,7 +89,7 @@ class Chat:
         self._spent: tuple[int, float, int] = (0, 0.0, 0)  # on prefills so far: tokens, seconds, bytes sent
         self.results: list[Result] = []  # of each turn; one that was left early has the reason "left"
         self.reset(system)
-        render_chat(llama.tokenizer, [*self.messages, {"role": "user", "content": "a"}])
+        self._parts(render_chat(llama.tokenizer, [*self.messages, {"role": "user", "content": "a"}]))
 
     def reset(self, system: str | None = None) -> None:
         """Begins a new conversation, after ``system`` if that is given; the cache begins anew with the next turn."""
@@ -98,8 +99,7 @@ class Chat:
     @property
     def system(self) -> str | None:
         """The text before all turns."""
-        first = self.messages[:1]
-        return first[0]["content"] if first and first[0]["role"] == "system" else None
+        return system_of(self.messages)
 
     def _request(self, text: str) -> Request:
         return Request(text, chat=True, **self._arguments)
@@ -113,12 +113,15 @@ class Chat:
         llama._check_free()
         said = [*self.messages, {"role": "user", "content": text}]
         rendered = render_chat(llama.tokenizer, said)
-        ids = self._continued(rendered)
+        public, rest = self._parts(rendered)
+        ids = self._continued(rendered, [*public, *rest])
         before, restart = self._cached, None
         if before and (ids[: len(before)] != before or len(ids) == len(before)):
             shared = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(ids))
-            restart, before = Restart(shared, len(before), len(ids), *self._price(len(ids))), []
-        asked = llama.prepare(request, ids[len(before) :], before)
+            new = len(ids) - len(public)
+            restart, before = Restart(shared, len(before), new, *self._price(new)), []
+        start = len(before) or len(public)
+        asked = llama.prepare(request, (ids[len(before) : start], ids[start:]), before)
         if restart is not None:
             yield restart
         taken, read = Taken(), list[str]()
@@ -140,10 +143,9 @@ class Chat:
                     read.append(event.text)
                 yield event
 
-    def _continued(self, rendered: str) -> list[int]:
-        """Ids of what the template wrote, which begin with what the cache holds if any ids of this text do."""
+    def _continued(self, rendered: str, ids: list[int]) -> list[int]:
+        """``ids`` of what the template wrote, or others of it, which begin with what the cache holds if any do."""
         tokenizer = self._llama.tokenizer
-        ids = encode_rendered(tokenizer, rendered)
         if not self._cached or ids[: len(self._cached)] == self._cached or not self._written:
             return ids
         rest = rendered.removeprefix(self._written)
@@ -151,6 +153,12 @@ class Chat:
         if len(rest) == len(rendered) or not more or ids[-len(more) :] != more:
             return ids
         return [*self._spoken, *more]
+
+    def _parts(self, rendered: str) -> tuple[list[int], list[int]]:
+        """Ids of what the template wrote: of its public beginning, if it has one, and of the rest."""
+        if self._arguments.get("public_system"):
+            return cut_chat(self._llama.tokenizer, rendered, self.system)
+        return [], encode_rendered(self._llama.tokenizer, rendered)
 
     def _note(self, said: list[dict], rendered: str, ids: list[int], answer: Answer | None, text: str) -> None:
         """Takes what was said into the conversation, and notes what the parties' cache holds of it."""

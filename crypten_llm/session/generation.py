@@ -8,7 +8,7 @@ and one prompt is several of which there is one.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +17,8 @@ import torch
 
 import eviction
 from crypten_llm.errors import UsageError
+from crypten_llm.models.tokenizer import check_ids
+from crypten_llm.session.prefix import check_policy
 from crypten_llm.session.sampling import Logprobs
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Plan:
     prompt_tokens: length of the prompt. max_new_tokens: upper bound of the answer. chunk: rows per prefill pass.
     hide_length: run all ``max_new_tokens`` steps alike, so that nobody but the client learns the length of the answer.
     policy: the eviction policy as text, such as "mpcache" or "mpcache(static=0.25)"; kept in one canonical form, which
-    parties compare.
+    parties compare. public_prefix: ids of tokens before the prompt, which are no secret (see ``prefix``).
 
     Raises UsageError for a policy that there is not.
     """
@@ -48,29 +50,38 @@ class Plan:
     chunk: int = DEFAULT_CHUNK
     hide_length: bool = False
     policy: str = "full"
+    public_prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", str(parse_policy(self.policy)))
+        object.__setattr__(self, "public_prefix", tuple(self.public_prefix))  # JSON has lists
+
+    def facts(self) -> dict:
+        """What decides how all messages look: of a public prefix, that is its length."""
+        return {**asdict(self), "public_prefix": len(self.public_prefix)}
 
     def check(self, config: LlamaConfig, behind: int = 0) -> Plan:
         """Itself, if the model ``config`` can run it after ``behind`` tokens; raises UsageError otherwise."""
         if self.prompt_tokens < 1:
             raise UsageError("the prompt is empty; give at least one token")
-        needed, context = behind + self.prompt_tokens + self.max_new_tokens, config.context
+        policy, prefix = parse_policy(self.policy), len(self.public_prefix)
+        check_policy(policy, prefix, self.prompt_tokens)
+        prompt = prefix + self.prompt_tokens
+        needed, context = behind + prompt + self.max_new_tokens, config.context
         if needed > context and behind:
             raise UsageError(
-                f"the conversation has {behind + self.prompt_tokens} tokens and {self.max_new_tokens} more are asked "
+                f"the conversation has {behind + prompt} tokens and {self.max_new_tokens} more are asked "
                 f"for, but the model's context is {context}; begin a new one (/reset) or lower max_new_tokens "
                 "(--max-new-tokens)"
             )
         if needed > context:
             raise UsageError(
-                f"the prompt has {self.prompt_tokens} tokens and {self.max_new_tokens} more are asked for, but the "
+                f"the prompt has {prompt} tokens and {self.max_new_tokens} more are asked for, but the "
                 f"model's context is {context}; shorten the prompt by {needed - context} tokens or lower "
                 "max_new_tokens (--max-new-tokens)"
             )
         shortest = min((window for window in config.windows if window is not None), default=context)
-        if needed > shortest and parse_policy(self.policy).acts:
+        if needed > shortest and policy.acts:
             raise UsageError(
                 f"policy {self.policy} chooses among all rows, but attention of this model looks back {shortest} "
                 f"tokens at most, and prompt and answer together may have {needed}; use policy full (--policy full) "
@@ -167,15 +178,20 @@ class _Sequence:
 
     def __init__(self, party: Party, plan: Plan, answer: Answer | None, cache: KVCache) -> None:
         self.party, self.plan, self.answer, self.cache = party, plan, answer, cache
-        self.behind = cache.length  # tokens of the conversation that the cache holds already
+        self.behind = cache.length  # tokens that the cache holds already
         self._last: Handle = None
 
     def begin(self) -> None:
         policy, plan, reveals = self.party.make_policy(self.plan.policy), self.plan, self.party.reveals
+        prefix = check_ids(list(plan.public_prefix), self.party.model.config.vocab_size)
         if self.behind:
+            assert not prefix, "a prefix comes before all turns"
             go_on(self.cache, plan.prompt_tokens)
         else:
-            self.cache.follow(policy, plan.prompt_tokens)
+            self.cache.follow(policy, len(prefix) + plan.prompt_tokens)
+        if prefix:
+            what = f"public prefix: {len(prefix)} tokens, known to all"
+            reveals.public(what, "the owner computes their keys and values in the clear")
         more = f", after {self.behind} that the cache holds" if self.behind else ""
         reveals.public(f"prompt length: {plan.prompt_tokens} tokens{more}", "shapes and rounds depend on it")
         limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
@@ -185,6 +201,14 @@ class _Sequence:
         counted = "upper bound of the answer's length" if self.plan.hide_length else "number of generated tokens"
         why = "each token is one decode step that all parties run"
         self.party.reveals.public(f"{counted}: {steps}", why)
+
+    def begin_with_prefix(self) -> None:
+        """Brings the public prefix into the cache, if there is one."""
+        if ids := self.plan.public_prefix:
+            with self.party.engine.meter.operation("public prefix", "prefix"):
+                rows = self.party.prefixes.rows(ids, len(ids) + self.plan.prompt_tokens)
+                self.cache.begin_with(rows, len(ids))
+            self.behind = self.cache.length
 
     @property
     def chunks(self) -> int:
@@ -272,6 +296,8 @@ def together(
         section = engine.section(f"request {party.requests} token {index}")
         with meter.phase("decode" if index else "prefill"), section:
             if index == 0:
+                for sequence in live.values():
+                    sequence.begin_with_prefix()
                 yield from _prefill(party, list(live.values()))
             values = _side_by_side(party, [s.step if index else s.first for s in live.values()])
         asked, ending = {}, set()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 import eviction
+from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import PartyError, UsageError, unheard
 from crypten_llm.links.meter import Meter, peak_bytes
 from crypten_llm.models import checkpoint, tokenizer
@@ -26,6 +27,7 @@ from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import bench, generation
 from crypten_llm.session.admission import Admission
+from crypten_llm.session.prefix import Prefixes
 from crypten_llm.session.reveal import RevealLog
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class Party:
     """
 
     model: Llama  # once it has been loaded
+    prefixes: Prefixes
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class Party:
     def expect(self, verb: str, *plans: generation.Plan | Shape) -> None:
         """Raises UsageError when the engine was prepared for another request; nothing has happened then."""
         for plan in plans:
-            self.engine.expect(verb, asdict(plan), self.requests + 1)
+            self.engine.expect(verb, plan.facts(), self.requests + 1)
 
     def caches(self, plans: Sequence[generation.Plan], turn: generation.Turn | None) -> list[KVCache]:
         """New caches for a request, or the one of the conversation that it is a ``turn`` of, which is kept.
@@ -162,6 +165,9 @@ class Party:
                 for name, shape in checkpoint.expected_shapes(config).items():
                     handles[name] = self.engine.parameter(weights.pop(name, None), shape)
                 self.model = self.make_model(self.engine, config, handles, scales)
+        self.prefixes = Prefixes(
+            self.engine, self.model, partial(self._in_the_clear, folder) if self.is_owner else None
+        )
         self.load_reveals = self.reveals
 
     def _open_model(self, folder: str | Path | None, progress: bool) -> tuple[dict, dict]:
@@ -202,6 +208,16 @@ class Party:
                 bar.update()
                 beat(len(weights), total)
         return weights
+
+    def _in_the_clear(self, folder: str | Path | None) -> Llama:
+        """At the owner: its model on engine ``plain``. A private engine has let the floats go; they are read again."""
+        assert folder, "the owner has loaded a model"
+        if not self.engine.is_private:
+            return self.model
+        plain, config = PlainEngine(softmax_base=self.engine.softmax_base), self.model.config
+        weights = checkpoint.load_weights(folder, config)
+        prepared = {name: plain.parameter(prepare(name, value, config), value.shape) for name, value in weights}
+        return Llama(plain, config, prepared)
 
     def _await(self, progress: bool) -> dict:
         """The owner's announcement. A large checkpoint takes its time; meanwhile the owner shows that it lives."""

@@ -12,9 +12,10 @@ from statistics import median
 from typing import Any
 
 from crypten_llm.errors import UsageError
-from crypten_llm.models.tokenizer import encode_chat, encode_prompt
+from crypten_llm.models.tokenizer import encode_prompt, encode_rendered, render_chat
 from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.generation import DEFAULT_CHUNK, Answer, Plan, Step, parse_policy
+from crypten_llm.session.public import cut, cut_chat
 from crypten_llm.session.report import Cost
 from crypten_llm.session.sampling import Logprobs, Sampler, SamplingConfig
 from crypten_llm.session.settings import check_names
@@ -43,6 +44,10 @@ class Request:
     stop: text that ends the answer, which ends before it; or several. eos_token_id: ids that end it, one or several;
     not given, those of the client's own tokenizer and folder, and never another party's, unless this is "owner".
 
+    public_prefix: text or token ids before the prompt that are no secret: all parties see them, and the owner computes
+    them in the clear. public_system: the same of what a chat template writes before a user's first word, ``system``
+    with it.
+
     hide_length: run all steps alike and show the answer after the last, so that only the client knows where it ended.
     prefill_chunk: prompt tokens per pass. policy: a KV-cache eviction policy.
 
@@ -68,6 +73,8 @@ class Request:
     min_p: float | None = None
     repetition_penalty: float | None = None
     logprobs: int | None = None
+    public_prefix: str | list[int] | None = None
+    public_system: bool = False
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.prompt, self.input_ids, self.messages)) != 1:
@@ -89,6 +96,7 @@ class Request:
             raise UsageError("the prompt is empty; give some text")
         if self.input_ids is not None and not len(self.input_ids):
             raise UsageError("the prompt is empty; give at least one token id")
+        self._check_public()
         for name in ("max_new_tokens", "prefill_chunk"):
             value = getattr(self, name)
             if not (value is None and name == "max_new_tokens") and (not isinstance(value, int) or value < 1):
@@ -104,6 +112,18 @@ class Request:
         if self.do_sample is False:
             self.sampling()
 
+    def _check_public(self) -> None:
+        """Raises UsageError for a public beginning that there cannot be."""
+        if self.public_prefix is not None and self.templated:
+            raise UsageError(
+                "public_prefix comes before a text or ids; the beginning of a chat is made public with public_system "
+                "(--public-system)"
+            )
+        if self.public_system and not self.templated:
+            raise UsageError("public_system is of a chat; say chat as well (--chat), or give public_prefix")
+        if self.public_prefix is not None and not len(self.public_prefix):
+            raise UsageError("the public prefix is empty; give some text or ids, or leave it out (--public-prefix)")
+
     @property
     def stops(self) -> tuple[str, ...]:
         return check_stops(self.stop)
@@ -114,18 +134,33 @@ class Request:
         return self.chat or self.messages is not None
 
     def ids(self, tokenizer: Callable[[], Any]) -> list[int]:
-        """Token ids of what is asked; ``tokenizer()`` gives the client's, where one is needed."""
-        if self.chat:
-            system = [] if self.system is None else [{"role": "system", "content": self.system}]
-            return encode_chat(tokenizer(), [*system, {"role": "user", "content": self.prompt}])
+        """Token ids of all that the model is to read; ``tokenizer()`` gives the client's, where one is needed."""
+        public, secret = self.parts(tokenizer)
+        return [*public, *secret]
+
+    def parts(self, tokenizer: Callable[[], Any]) -> tuple[list[int], list[int]]:
+        """The same in two: of what is public, and of what follows it."""
+        if self.templated:
+            messages = self.conversation
+            rendered = render_chat(tokenizer(), messages)
+            if self.public_system:
+                return cut_chat(tokenizer(), rendered, system_of(messages))
+            return [], encode_rendered(tokenizer(), rendered)
+        public = self.public_prefix
+        if isinstance(public, str) and self.prompt is not None:
+            return cut(tokenizer(), public, self.prompt, encode_prompt)
+        before = encode_prompt(tokenizer(), public) if isinstance(public, str) else _row(public or (), "public_prefix")
+        if self.prompt is not None:  # a text that is not the first has no first token
+            return before, (encode_rendered if before else encode_prompt)(tokenizer(), self.prompt)
+        return before, _row(self.input_ids, "input_ids")
+
+    @property
+    def conversation(self) -> list[dict]:
+        """The messages that a chat template writes."""
         if self.messages is not None:
-            return encode_chat(tokenizer(), self.messages)
-        if self.prompt is not None:
-            return encode_prompt(tokenizer(), self.prompt)
-        rows = rows_of(self.input_ids)
-        if len(rows) > 1:
-            raise UsageError(f"input_ids holds {len(rows)} prompts; a request is one, ask for several with generate()")
-        return rows[0]
+            return self.messages
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": self.prompt}]
 
     def sampling(self, defaults: Defaults = NONE) -> SamplingConfig:
         """How tokens are chosen. Raises UsageError for what greedy decoding, given or default, would ignore."""
@@ -151,10 +186,11 @@ class Request:
             )
         return tuple(given)
 
-    def plan(self, prompt_tokens: int, defaults: Defaults = NONE) -> Plan:
+    def plan(self, prompt_tokens: int, defaults: Defaults = NONE, public: Sequence[int] = ()) -> Plan:
+        """prompt_tokens: of what is secret, after the ids that are ``public``."""
         usual = defaults.max_new_tokens or (NEW_TOKENS_OF_CHAT if self.templated else NEW_TOKENS)
         new = usual if self.max_new_tokens is None else self.max_new_tokens
-        return Plan(prompt_tokens, new, self.prefill_chunk, self.hide_length, self.policy)
+        return Plan(prompt_tokens, new, self.prefill_chunk, self.hide_length, self.policy, tuple(public))
 
 
 _DRAWN = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")
@@ -196,6 +232,7 @@ def _is_nested(messages: list | tuple) -> bool:
 class Result:
     """An answer, what it cost and what was revealed for it.
 
+    public_tokens: of the public prefix, which are not among ``prompt_tokens``.
     prompts: how many shared its rounds; ``seconds``, ``cost`` and ``revealed`` are of all these together.
     outside: why the answer is not to be trusted, where the model was shared although it leaves the engine's ranges.
     cached_tokens: of its conversation, that the cache held already. decoding: how tokens were chosen, in words.
@@ -216,6 +253,7 @@ class Result:
     logprobs: list[Logprobs] | None = None
     prompts: int = 1
     cached_tokens: int = 0
+    public_tokens: int = 0
     outside: str = ""
 
     def to_dict(self) -> dict:
@@ -243,7 +281,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that can be run: its ids, its public plan, and what decides its tokens.
+    """A request that can be run: its ids after the public prefix, its public plan, and what decides its tokens.
 
     before: ids that the conversation's cache holds already.
     """
@@ -257,7 +295,7 @@ class Asked:
 
     def answer(self, tokenizer: Any) -> Answer:
         """Where the answer grows; tokenizer: the client's, if it has one."""
-        choose = Sampler(self.sampling, [*self.before, *self.ids])
+        choose = Sampler(self.sampling, [*self.before, *self.plan.public_prefix, *self.ids])
         text = None if tokenizer is None else Detokenizer(tokenizer, self.request.stops)
         return Answer(self.ids, choose, self.stop_ids, text, self.request.logprobs)
 
@@ -293,6 +331,7 @@ class Asked:
             logprobs=None if self.request.logprobs is None else [s.logprobs for s in steps if s.logprobs],
             prompts=prompts,
             cached_tokens=len(self.before),
+            public_tokens=len(self.plan.public_prefix),
             outside=outside,
         )
 
@@ -319,11 +358,11 @@ def rows_of(ids: Any) -> list[list[int]]:
     return [list(row) for row in rows] if rows and all(isinstance(row, list | tuple) for row in rows) else [rows]
 
 
-def check_ids(ids: list[int], vocab_size: int) -> list[int]:
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise UsageError(f"token id {token!r} is not in the vocabulary; ids go from 0 to {vocab_size - 1}")
-    return ids
+def _row(ids: Any, what: str) -> list[int]:
+    rows = rows_of(ids)
+    if len(rows) > 1:
+        raise UsageError(f"{what} holds {len(rows)} prompts; a request is one, ask for several with generate()")
+    return rows[0]
 
 
 def _check_messages(messages: Any) -> None:
@@ -333,3 +372,9 @@ def _check_messages(messages: Any) -> None:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise UsageError(f"{message!r} is no message; give {{'role': 'user', 'content': TEXT}}")
+
+
+def system_of(messages: Sequence[dict]) -> str | None:
+    """The text before all turns of a conversation, if there is one."""
+    first = next(iter(messages), {})
+    return first["content"] if first.get("role") == "system" else None

@@ -47,8 +47,9 @@ class RevealLog:
         number left its range. Cost: the engine's, of ``open_to``. Raises: LeftRange, where one did.
         """
         if engine.tells_range:
-            what = "whether any number left the engine's range"
-            self._record(Revealed(what, "parties", "a wrong answer is not given"))
+            self._record(
+                Revealed("whether any number left the engine's range", "parties", "a wrong answer is not given")
+            )
         self._record(Revealed(what, "client", why))
         return engine.open_to(handle, client)
 

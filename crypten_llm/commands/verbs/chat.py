@@ -12,6 +12,7 @@ def options(parser: Parser) -> None:
     parser.add_model()
     shared.add_tokenizer(parser)
     parser.add_argument("--system", metavar="TEXT", help="a message of the system before all turns")
+    shared.add_public_system(parser)
     parser.add_chunk()
     shared.add_answer(parser)
     shared.add_policy(parser)
@@ -23,6 +24,6 @@ def run(arguments: Any) -> None:
         return
     from crypten_llm.commands.chat import chat
 
-    asked = shared.answer(arguments)
+    asked = {**shared.answer(arguments), "public_system": arguments.public_system}
     where = {"model": arguments.model, "tokenizer": arguments.tokenizer, **shared.settings(arguments)}
     chat(arguments.system, asked, **where)

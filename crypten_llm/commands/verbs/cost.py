@@ -23,6 +23,7 @@ def options(parser: Parser) -> None:
     for name in _SIZES:
         add(f"--{name}", type=int, metavar="N", help="or sizes as in bench" if name == _SIZES[0] else None)
     add("--prompt-tokens", type=int, required=True, metavar="N", help="length of the prompt")
+    shared.add_public_count(parser)
     add("--new-tokens", type=int, default=2, metavar="N", help="length of the answer (default: 2)")
     parser.add_chunk()
     shared.add_policy(parser)
@@ -38,7 +39,8 @@ def run(arguments: Any) -> None:
     from crypten_llm.session.generation import Plan
 
     policy = shared.policy(arguments)
-    plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, policy=policy)
+    prefix = shared.counted_prefix(arguments)
+    plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, policy=policy, public_prefix=prefix)
     network = parse_network(arguments.network) if arguments.network else None
     show_cost(predict(_config(arguments), plan, network), arguments.json)
 
@@ -62,4 +64,6 @@ def _config(arguments: Any) -> LlamaConfig:
             raise UsageError(f"--{name} is missing; give --hidden, --heads, --ffn and --layers")
     sizes["kv_heads"] = sizes.pop("kv-heads") or sizes["heads"]
     sizes["vocab"] = sizes["vocab"] or 32000
-    return LlamaConfig.from_sizes(**sizes, context=arguments.prompt_tokens + arguments.new_tokens)
+    return LlamaConfig.from_sizes(
+        **sizes, context=arguments.public_prefix + arguments.prompt_tokens + arguments.new_tokens
+    )

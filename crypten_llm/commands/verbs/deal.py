@@ -14,6 +14,7 @@ def options(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", default="shipped", help="a folder with its config.json, or as for generate (default: shipped)")
     add("--prompt-tokens", type=int, metavar="N", help="length of the prompt; the tape fits no other")
+    shared.add_public_count(parser)
     add("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_chunk()
     add("--requests", type=int, default=1, metavar="K", help="how many such requests in one session (default: 1)")
@@ -39,6 +40,9 @@ def run(arguments: Any) -> None:
         config = None
     else:
         policy = shared.policy(arguments)
-        work = Plan(arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, policy=policy)
+        prefix = shared.counted_prefix(arguments)
+        work = Plan(
+            arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, policy=policy, public_prefix=prefix
+        )
         config = LlamaConfig.from_folder(checkpoint.resolve_config(arguments.model, arguments.offline))
     deal(work, arguments.out, config, arguments.requests, say, progress=sys.stderr.isatty())

@@ -15,6 +15,8 @@ def options(parser: Parser) -> None:
     add("--chat", action="store_true", help="apply the tokenizer's chat template to the text, as a user's message")
     add("--system", metavar="TEXT", help="a system message before it, with --chat")
     file = "a file of prompts, one JSON object a line: prompt or messages, and at will id and max_new_tokens"
+    shared.add_public_prefix(parser)
+    shared.add_public_system(parser)
     add("--prompts", metavar="F.jsonl", help=file)
     out = "where the answers go, one JSON object a line; those that are there already are kept"
     add("--out", metavar="F.jsonl", help=out)
@@ -32,7 +34,8 @@ def run(arguments: Any) -> None:
     if not shared.asks(arguments):
         return
     asked = shared.answer(arguments)
-    asked |= {name: getattr(arguments, name) for name in ("chat", "system", "logprobs", "hide_length")}
+    asked |= {name: getattr(arguments, name) for name in ("chat", "system", "public_system", "logprobs", "hide_length")}
+    asked["public_prefix"] = shared.public_prefix(arguments)
     where = {"model": arguments.model, "tokenizer": arguments.tokenizer, **shared.settings(arguments)}
     if arguments.prompts is not None:
         _answer_file(arguments, asked, where)

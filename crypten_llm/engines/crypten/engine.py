@@ -78,6 +78,10 @@ class CryptenEngine(CryptenSelection, Engine):
     def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Handle:
         return self._share(value, shape, source)
 
+    def known_rows(self, value: torch.Tensor | None, shape: Sequence[int], values: bool = False) -> Handle:
+        """Shares of the owner's rows. Error: u / 2. Cost: nothing."""
+        return self._share(value, shape, self.owner)
+
     def tokens(self, ids: torch.Tensor | None, count: int, vocab_size: int) -> Handle:
         """Shares of the client's one-hot rows, exact. Cost: nothing."""
         value = None

@@ -35,6 +35,9 @@ class PlainEngine(PlainSelection, Engine):
         assert value is not None, "one process plays every party"
         return value.to(self.device, torch.float32)
 
+    def known_rows(self, value: torch.Tensor | None, shape: Sequence[int], values: bool = False) -> torch.Tensor:
+        return self.secret(value, shape, self.rank)
+
     def tokens(self, ids: torch.Tensor | None, count: int, vocab_size: int) -> torch.Tensor:
         return F.one_hot(torch.as_tensor(ids, device=self.device), vocab_size).float()
 

@@ -17,7 +17,8 @@ import torch
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.domain import Calibration
 from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, gathering, keeping, layers  # noqa: F401
-from crypten_llm.engines.wire.handles import Handle, OneHot, Weight, value
+from crypten_llm.engines.wire.handles import Handle, OneHot, Rows, Weight, value
+from crypten_llm.engines.wire.known import known_rows
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
 from crypten_llm.errors import LeftRange, UsageError
@@ -145,7 +146,7 @@ class WireEngine(Engine):
         if not most.max().item() < limit:
             raise UsageError(
                 f"{what} of this model may leave the range of engine 'wire', {limit:.3g}: a row of {weight.name}, with "
-                "its norm's weight, is longer than that"
+                "its norm's weight, is longer than that; use engine 'crypten'"
             )
 
     def table(self, weight: Weight) -> Protocol[embedding.OwnedTable]:
@@ -172,6 +173,9 @@ class WireEngine(Engine):
 
         share = self.runtime.input(source, shape, words)
         return Secret(share, scale, 64, self.config.hidden_bits)
+
+    def known_rows(self, value: torch.Tensor | None, shape: Sequence[int], values: bool = False) -> Rows:
+        return known_rows(self, value, shape, values)
 
     def matmul(self, x: Any, y: Any) -> Any:
         raise Overflow("engine wire multiplies through scores and mix, whose operands it keeps as wires")

@@ -13,7 +13,7 @@ from crypten_llm.engines.wire.handles import Handle, Normed, OneHot, Weight, add
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.protocols import embedding, products
 from crypten_llm.protocols.activation import SILU, activate
-from crypten_llm.protocols.norm import unit_rows
+from crypten_llm.protocols.norm import ROOT, unit_rows
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Secret
@@ -69,12 +69,13 @@ def linear(engine: WireEngine, x: Handle, weight: Weight, bias: Weight | None = 
     return out
 
 
-def _normed(engine: TrackedEngine, out: Tracked, x: Tracked, weight: Tracked, eps: float, scale: float) -> float:
-    """One unit of x, which also turns the norm; a unit of the row. Before the norm's weight."""
+def _normed(engine: TrackedEngine, out: Tracked, x: Tracked, weight: Tracked, eps: float, scale: float) -> torch.Tensor:
+    """Before the norm's weight, ``norm.unit_rows``'s; one unit of x, which also turns the norm."""
     c, size = engine.config, x.value.shape[-1]
-    length = (x.value.square().sum(-1) + eps * size).sqrt().min().item()
-    moved = unit(c.hidden) / length * 1.1 if x.secret.scale > c.hidden else 0.0
-    return size**0.5 * (moved * (1 + _largest(out.value)) + 1.2 * unit(c.row))
+    length = (x.value.square().sum(-1, keepdim=True) + eps * size).sqrt()
+    moved = unit(c.hidden) / length * 1.1 if x.secret.scale > c.hidden else torch.zeros_like(length)
+    own = 1.1 + 2.0 ** (c.row - ROOT - c.hidden_bits) * x.value.abs()
+    return size**0.5 * (moved * (1 + out.value.abs()) + own * unit(c.row))
 
 
 @operation(
@@ -82,9 +83,10 @@ def _normed(engine: TrackedEngine, out: Tracked, x: Tracked, weight: Tracked, ep
     domain=Domain("sums of squares of hidden states", lambda c: 0.0, lambda c: c.square_sums),
 )
 def rms_norm(engine: WireEngine, x: Handle, weight: Weight, eps: float, scale: float) -> Protocol[Normed]:
-    """Error: 1.2 units of ``row`` bits of the row divided by its length. Cost: ``norm.unit_rows``'s, and 1 round.
+    """Of hidden states, and of heads, which no linear layer takes.
 
-    Of heads, which no linear layer takes, as of hidden states.
+    Error: ``norm.unit_rows``'s in units of ``row`` bits, and a unit of ``hidden`` bits of x where it has more of them.
+    Cost: ``norm.unit_rows``'s, and 1 round.
     """
     c = engine.config
     x = yield from value(engine, x)
@@ -116,16 +118,15 @@ def swiglu(engine: WireEngine, gate: Handle, up: Handle) -> Protocol[Secret]:
     """Error: ``activation.activate``'s, and a unit of ``up`` bits of silu and of ``up``. Cost: 3 rounds."""
     runtime, c = engine.runtime, engine.config
     gate, up = (yield from value(engine, gate)), (yield from value(engine, up))
-    width = 2 * c.up + c.product_width - c.product
-    up_size = c.up + c.up_bits + 2
-    running = engine.rounds.start(_opened(Opening(up, up.scale - c.up, ring=up_size + up.scale - c.up, lifted=width)))
+    width = c.gated_width
+    up_drop, up = up.scale - c.up, Secret(up.share, up.scale, up.width, min(up.bits, c.up_bits))
+    running = engine.rounds.start(_opened(Opening(up, up_drop, ring=c.up + c.up_bits + 2 + up_drop, lifted=width)))
     half = Secret(gate.share, gate.scale + 1, gate.width, gate.bits)  # the same integers, read as gate / 2
     activated, _ = yield from activate(runtime, half, SILU, c.gates)
     drop = activated.scale - c.up
     (wire,) = yield [Opening(activated, drop, lifted=width)]
     assert running.is_done, "up was opened with the gate"
-    product = products.multiply(runtime, wire, running.result, dropped=2 * c.up - c.product)
-    return product
+    return products.multiply(runtime, wire, running.result, dropped=2 * c.up - c.product)
 
 
 def _opened(opening: Opening) -> Protocol:

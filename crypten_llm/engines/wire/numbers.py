@@ -12,6 +12,8 @@ import torch
 
 from crypten_llm.kernels.ring import broadcast
 from crypten_llm.protocols.activation import FRACTION, RING, SILU
+from crypten_llm.protocols.ladder import FINE
+from crypten_llm.protocols.secret import Overflow
 from crypten_llm.protocols.softmax import MANTISSA, OPENED, Exponents
 
 PRECISION = 20  # bits of what is compared, with one for a difference; scores below 2^6 keep 13 fractional bits
@@ -20,6 +22,7 @@ DRAWN = 24  # fractional bits of the attention that a row drew
 FACTOR = 16  # fractional bits of public factors that are no multiples of a larger unit
 ENOUGH = 10  # the least of them for which a ring without room is left as it is
 ROOM = 16  # fractional bits that are left of a value whose ring became too small
+WORD = 64  # bits of a share
 SHOWN = 16  # fractional bits of what is revealed
 EMBEDDING = "embed_tokens"  # what the table's layer is called
 LOGITS = "lm_head"  # the layer that gives logits, whose weight may be the table
@@ -44,18 +47,18 @@ class WireConfig:
     """
 
     hidden: int = 16
-    row: int = 18
-    weight: int = 12
+    row: int = 17
+    weight: int = 13
     other_weight: int = 14
-    rope: int = 12
-    key: int = 13
-    value: int = 12
-    attention: int = 18
-    mixed: int = 14
-    inverse: int = 16
+    rope: int = 13
+    key: int = 12
+    value: int = 13
+    attention: int = 17
+    mixed: int = 16
+    inverse: int = 15
     attended: int = 16
     up: int = 13
-    product: int = 11
+    product: int = 14
     activation: int = 14
     hidden_bits: int = 17
     key_bits: int = 8
@@ -65,6 +68,20 @@ class WireConfig:
     embedding_bits: int = 4
     gates: int = 256
     exponent: int = 256
+
+    def __post_init__(self) -> None:
+        """Raises Overflow where a ring would be wider than a word."""
+        rings = {
+            "queries and keys": self.rotated_width,
+            "gates": self.mlp_width,
+            "their products": self.gated_width,
+            "mixed values": self.mixed_width,
+            "mixed values, divided": self.divided_width,
+            "logits": self.logits_width,
+        }
+        for what, width in rings.items():
+            if width > WORD:
+                raise Overflow(f"{what} would need a ring of {width} bits, and a word has {WORD}: take fewer bits")
 
     @cached_property
     def exponents(self) -> Exponents:
@@ -89,6 +106,16 @@ class WireConfig:
     def product_width(self) -> int:
         """Of W_down's input."""
         return self.hidden_width + self.product + self.other_weight - self.hidden
+
+    @cached_property
+    def gated_width(self) -> int:
+        """Of silu(gate) * up, before low bits are dropped."""
+        return 2 * self.up + self.product_width - self.product
+
+    @cached_property
+    def divided_width(self) -> int:
+        """Of what attention mixes times 1 / sum, before low bits are dropped."""
+        return self.mixed + self.inverse + self.attended_width - self.attended
 
     @cached_property
     def key_width(self) -> int:
@@ -153,8 +180,8 @@ class WireConfig:
 
     @property
     def square_sums(self) -> float:
-        """A hidden state's sum of squares, below this."""
-        return 2.0 ** (2 * self.hidden_bits - 1)
+        """A hidden state's sum of squares, below this: from there on, it may be taken for 2^(2 hidden_bits - 1)."""
+        return (1 - 2.0**-FINE) * 2.0 ** (2 * self.hidden_bits - 1)
 
 
 def whole_bytes(bits: int) -> int:

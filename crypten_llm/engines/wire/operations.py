@@ -11,7 +11,7 @@ Owns ``OPERATIONS``. Each operation stands once, in the file of its topic (``lay
 - *bound*: how far the result may be from the twin's on the same inputs, element by element, as a function of the
   engine, the result and the arguments; handles come as ``insecure.tracked.Tracked``: what the shares stand for, and its
   error.
-- *domain*: what is limited, from where to where; beyond, the result is wrong without a word.
+- *domain*: what is limited, from where to where; beyond, the result is wrong (``engine.domains`` says what notices).
 
 ``WireEngine`` has a method for each, and the comparing engines (``insecure``) hold each against its twin.
 """

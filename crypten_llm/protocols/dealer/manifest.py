@@ -66,7 +66,8 @@ def fingerprint(config: dict) -> str:
 def command(verb: str, plan: dict) -> str:
     """The command that deals a tape for ``plan``."""
     first = "--bench" if verb == "bench" else "--model MODEL"
-    options = [f"--{name.replace('_', '-')} {value}" for name, value in plan.items() if name not in _NOT_IN_A_TAPE]
+    given = {name: value for name, value in plan.items() if name not in _NOT_IN_A_TAPE and value != 0}
+    options = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
     return " ".join(["python -m crypten_llm deal", first, *options, "--out DIR"])
 
 

@@ -69,7 +69,17 @@ class Shape:
         return [Shape(shape) for _ in range(count)]
 
     def __getitem__(self, index: Any) -> Shape:
-        return Shape(torch.empty(self.shape, dtype=torch.bool, device="meta")[index].shape)
+        parts = index if isinstance(index, tuple) else (index,)
+        places = [place for place, part in enumerate(parts) if isinstance(part, Tensor)]
+        if len(places) != 1 or parts[places[0]].dim() != 1 or parts[places[0]].dtype == torch.bool:
+            return Shape(torch.empty(self.shape, dtype=torch.bool, device="meta")[index].shape)
+        (place,) = places  # of one list of indices; with a tensor torch would load its compiler
+        shape = list(self[(*parts[:place], slice(None), *parts[place + 1 :])].shape)
+        before = parts[:place]
+        left = sum(not isinstance(part, int) for part in before)
+        right = sum(not isinstance(part, int) for part in parts[place + 1 :])
+        shape[-1 - right if any(part is Ellipsis for part in before) else left] = len(parts[place])
+        return Shape(shape)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         pass
