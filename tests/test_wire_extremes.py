@@ -1,4 +1,4 @@
-"""Models whose numbers are as large as engine ``wire`` allows, where it must be right, and larger, where it must say so."""
+"""Models whose numbers are as large as engine ``wire`` allows, where it is right, and larger, where it says so."""
 
 from __future__ import annotations
 
