@@ -46,12 +46,13 @@ def test_only_these_places_send_anything():
     """Every message of the engine, and why it may be sent; a new one has to be judged and listed here."""
     allowed = {
         ("opening.py", "Opening.prepare"): "x + r for a fresh mask r",
-        ("opening.py", "Message.prepare"): "what one of the six below says",
+        ("opening.py", "Message.prepare"): "what one of the seven below says",
         ("products.py", "own"): "W - R for a fresh mask R",
         ("embedding.py", "own_table"): "a table xor a fresh mask",
         ("embedding.py", "look_up"): "one-hot bits xor a fresh mask",
         ("embedding.py", "_as_words"): "xor shares of rows xor a fresh mask",
         ("flags.py", "Flags.any_set"): "a word that is the other party's, or else uniform: the one bit that this tells",
+        ("known.py", "_told"): "rows that the owner knows + r for a fresh mask r",
         ("engine.py", "WireEngine._show"): "a result, by order of the reveal module",
         ("wide.py", "WideOpening.prepare"): "x + r for a fresh mask r",
         ("wide.py", "ResidueOpening.prepare"): "x + r for a mask r that was drawn for it",
@@ -148,10 +149,13 @@ def test_two_sessions_differ_in_no_size_and_no_order(sessions):
     assert sessions[0].results[CLIENT][0] != sessions[1].results[CLIENT][0]
 
 
+REVEALED = ["whether any number left the engine's range", "logits of each generated token"]  # beside what all know
+
+
 def test_a_session_reveals_logits_and_public_facts_alone(sessions):
     for outcome in sessions:
         revealed = outcome.results[CLIENT][1]
-        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == ["logits of each generated token"]
+        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == REVEALED
 
 
 # Turns of a conversation, and prompts side by side.
@@ -192,7 +196,7 @@ def test_turns_and_batches_differ_in_no_size_and_no_order_and_leave_nothing(tmp_
         told.append(messages)
         (found, revealed) = outcome.results[CLIENT]
         assert [len(ids) for ids in found] == [2, 2, 3, 2]
-        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == ["logits of each generated token"]
+        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == REVEALED
         assert "prompt length: 3 tokens, after 5 that the cache holds" in [entry["what"] for entry in revealed]
         assert outcome.results[OWNER] == outcome.results[DEALER] == {}
     assert shapes[0] == shapes[1] and told[0] == told[1]
