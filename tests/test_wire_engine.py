@@ -192,7 +192,7 @@ def softmax_mix(engine, secret, scores, values, mask=None):
 @pytest.mark.parametrize("keys", [1, 2, 17, 256, 1000])
 def test_softmax_and_mix_over_lengths(keys):
     scores, values = 5 * normal(2, 4, keys), normal(2, keys, 8, seed=1)
-    close(opened(softmax_mix, scores, values), TWIN.mix(TWIN.softmax(scores), values), 5e-4)
+    close(opened(softmax_mix, scores, values), TWIN.mix(TWIN.softmax(scores), values), 1e-3)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -48,11 +48,11 @@ def test_only_these_places_send_anything():
         ("opening.py", "Opening.prepare"): "x + r for a fresh mask r",
         ("opening.py", "Message.prepare"): "what one of the seven below says",
         ("products.py", "own"): "W - R for a fresh mask R",
+        ("known.py", "_told"): "rows + r for a fresh mask r",
         ("embedding.py", "own_table"): "a table xor a fresh mask",
         ("embedding.py", "look_up"): "one-hot bits xor a fresh mask",
         ("embedding.py", "_as_words"): "xor shares of rows xor a fresh mask",
         ("flags.py", "Flags.any_set"): "a word that is the other party's, or else uniform: the one bit that this tells",
-        ("known.py", "_told"): "rows that the owner knows + r for a fresh mask r",
         ("engine.py", "WireEngine._show"): "a result, by order of the reveal module",
         ("wide.py", "WideOpening.prepare"): "x + r for a fresh mask r",
         ("wide.py", "ResidueOpening.prepare"): "x + r for a mask r that was drawn for it",
@@ -118,6 +118,7 @@ def sessions(tmp_path_factory):
     return [played(tmp_path, seed, prompt) for seed, prompt in ((0, [5, 6, 7, 8]), (1, [90, 80, 70, 60]))]
 
 
+SHOWN = ["whether any number left the engine's range", "logits of each generated token"]  # to both parties; to one
 PUBLIC = {  # keys of the JSON that the dealer may see, by sender
     OWNER: {"config", "norm_scales", "tokens", "loaded", "total"},
     CLIENT: {"verb", "plans", "stop"},
@@ -149,13 +150,10 @@ def test_two_sessions_differ_in_no_size_and_no_order(sessions):
     assert sessions[0].results[CLIENT][0] != sessions[1].results[CLIENT][0]
 
 
-REVEALED = ["whether any number left the engine's range", "logits of each generated token"]  # beside what all know
-
-
 def test_a_session_reveals_logits_and_public_facts_alone(sessions):
     for outcome in sessions:
         revealed = outcome.results[CLIENT][1]
-        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == REVEALED
+        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == SHOWN
 
 
 # Turns of a conversation, and prompts side by side.
@@ -196,7 +194,7 @@ def test_turns_and_batches_differ_in_no_size_and_no_order_and_leave_nothing(tmp_
         told.append(messages)
         (found, revealed) = outcome.results[CLIENT]
         assert [len(ids) for ids in found] == [2, 2, 3, 2]
-        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == REVEALED
+        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == SHOWN
         assert "prompt length: 3 tokens, after 5 that the cache holds" in [entry["what"] for entry in revealed]
         assert outcome.results[OWNER] == outcome.results[DEALER] == {}
     assert shapes[0] == shapes[1] and told[0] == told[1]

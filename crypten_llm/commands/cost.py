@@ -172,10 +172,11 @@ def _work_of(links: Links, phase: str) -> dict:
 
 
 def _memory(model: Llama, cache: KVCache, alike: bool) -> dict[str, dict[str, int]]:
-    """Bytes by role. A weight is 32-bit integers and floats at the owner, a word elsewhere; a cached number is two
-    words at a party, what was opened and the part of its mask, and one at the dealer; so are the rows that a policy
-    keeps beside the cache, such as those that stand for its blocks. A share that it keeps is one word. Room to grow is
-    not counted. alike: whether the first two layers stand for all, of which the others were skipped.
+    """Bytes by role. A weight is 32-bit integers at the owner, or floats that no layer has taken in, and a word
+    elsewhere; a cached number is two words at a party, what was opened and the part of its mask, and one at the dealer;
+    so are the rows that a policy keeps beside the cache, such as those that stand for its blocks. A share that it keeps
+    is one word. Room to grow is not counted. alike: whether the first two layers stand for all, of which the others
+    were skipped.
     """
     layers = cache.layers[:2] if alike else cache.layers
     rows = sum(rows.shape.numel() for layer in layers for rows in (layer.keys, layer.values))
@@ -185,7 +186,7 @@ def _memory(model: Llama, cache: KVCache, alike: bool) -> dict[str, dict[str, in
     shares = sum(note.shape.numel() for note in notes if isinstance(note, Secret))
     weights = list(model.parameters())
     operands = sum(matrix.shape.numel() for weight in weights for matrix in weight.matrices.values())
-    plain = sum(weight.shape.numel() for weight in weights)
+    plain = sum(weight.shape.numel() for weight in weights if len(weight.shape) == 1 or not weight.matrices)
     owner, client, dealer = role_names(2)
     return {
         owner: {"weights": 4 * operands + 4 * plain, "cache": WORD * (2 * rows + shares)},

@@ -53,7 +53,7 @@ class Exponents:
 
     @property
     def sums(self) -> tuple[float, float]:
-        """In bits, from and to: the log2 of a row's sum of 2^y. Next to both ends it may count as beyond (``ladder``)."""
+        """In bits, from and to: the log2 of a row's sum of 2^y, without the ends, which may count as beyond."""
         low, high = self.dropped + LEAST, self.size - HEADROOM
         return low + EDGE - 2 * MANTISSA - self.low, high - EDGE - 2 * MANTISSA - self.low
 

@@ -204,7 +204,7 @@ def mix(engine: WireEngine, weights: Weights, values: Rows) -> Protocol[Secret]:
     mixed = products.matmul(runtime, wire, values.operand, transposed=False, bits=c.mixed_bits, dropped=drop)
     doubled = _row_sums(wire, wire.scale - 1, inverse.period)  # of twice the weights: 1/2 to 2
     total = smooth.evaluate(runtime, doubled, inverse, fraction=22, bits=2)
-    size = c.attended_width + c.mixed + c.inverse - c.attended
+    size = c.divided_width
     mixed_wire, total_wire = yield [
         Opening(mixed, drop, lifted=size),
         Opening(total, total.scale - c.inverse, ring=total.scale + 4, lifted=size),

@@ -188,7 +188,8 @@ class WireEngine(Engine):
 
         Reveals: to ``rank``, x rounded to ``shown_bits`` fractional bits; to both parties, whether any number since the
         last time left its range. Error: half a unit of ``shown_bits``.
-        Cost: 1 round of 8 bytes each way, and 1 of l - d bits an element one way, for a ring of l bits and d bits dropped.
+        Cost: 1 round of 8 bytes each way, and 1 of l - d bits an element one way, for a ring of l bits and d bits
+        dropped.
         Raises: LeftRange, at both parties, instead of opening what is wrong.
         """
         return self.rounds.run(self._show(x, rank))

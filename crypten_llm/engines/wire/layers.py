@@ -118,7 +118,7 @@ def swiglu(engine: WireEngine, gate: Handle, up: Handle) -> Protocol[Secret]:
     """Error: ``activation.activate``'s, and a unit of ``up`` bits of silu and of ``up``. Cost: 3 rounds."""
     runtime, c = engine.runtime, engine.config
     gate, up = (yield from value(engine, gate)), (yield from value(engine, up))
-    width = 2 * c.up + c.product_width - c.product
+    width = c.gated_width
     up_drop, up = up.scale - c.up, Secret(up.share, up.scale, up.width, min(up.bits, c.up_bits))
     running = engine.rounds.start(_opened(Opening(up, up_drop, ring=c.up + c.up_bits + 2 + up_drop, lifted=width)))
     half = Secret(gate.share, gate.scale + 1, gate.width, gate.bits)  # the same integers, read as gate / 2

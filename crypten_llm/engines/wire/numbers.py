@@ -42,20 +42,20 @@ class WireConfig:
 
     Bounds: hidden_bits, |x| < 2^hidden_bits of hidden states and of what is added to them; key_bits, of queries, keys
     and values as eviction policies compute with them, while the model itself needs no bound on these; mixed_bits;
-    up_bits; logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of softmax's
-    exponents.
+    up_bits; logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of
+    softmax's exponents.
     """
 
     hidden: int = 16
     row: int = 17
     weight: int = 13
     other_weight: int = 14
-    rope: int = 12
-    key: int = 13
-    value: int = 12
-    attention: int = 18
-    mixed: int = 14
-    inverse: int = 16
+    rope: int = 13
+    key: int = 12
+    value: int = 13
+    attention: int = 17
+    mixed: int = 16
+    inverse: int = 15
     attended: int = 16
     up: int = 13
     product: int = 14
@@ -70,17 +70,18 @@ class WireConfig:
     exponent: int = 256
 
     def __post_init__(self) -> None:
-        widths = {
-            "queries": self.rotated_width,
+        """Raises Overflow where a ring would be wider than a word."""
+        rings = {
+            "queries and keys": self.rotated_width,
             "gates": self.mlp_width,
-            "logits": self.logits_width,
-            "W_o's input": self.attended_width + self.mixed + self.inverse - self.attended,
-            "W_down's input": self.product_width + 2 * self.up - self.product,
+            "their products": self.gated_width,
             "mixed values": self.mixed_width,
+            "mixed values, divided": self.divided_width,
+            "logits": self.logits_width,
         }
-        for what, width in widths.items():
+        for what, width in rings.items():
             if width > WORD:
-                raise Overflow(f"these fractional bits need {width} bits for {what}; {WORD} are held")
+                raise Overflow(f"{what} would need a ring of {width} bits, and a word has {WORD}: take fewer bits")
 
     @cached_property
     def exponents(self) -> Exponents:
@@ -105,6 +106,16 @@ class WireConfig:
     def product_width(self) -> int:
         """Of W_down's input."""
         return self.hidden_width + self.product + self.other_weight - self.hidden
+
+    @cached_property
+    def gated_width(self) -> int:
+        """Of silu(gate) * up, before low bits are dropped."""
+        return 2 * self.up + self.product_width - self.product
+
+    @cached_property
+    def divided_width(self) -> int:
+        """Of what attention mixes times 1 / sum, before low bits are dropped."""
+        return self.mixed + self.inverse + self.attended_width - self.attended
 
     @cached_property
     def key_width(self) -> int:
