@@ -22,6 +22,8 @@ CHANGED = {
         "verbose": True,
         "progress": True,
         "shielded": True,
+        "force": True,
+        "calibration_text": "asked.txt",
     },
 }
 """Another value than the default for each setting; "tape" is for engine wire alone."""
@@ -81,7 +83,9 @@ def test_local_parties_are_started_with_the_clients_settings(started):
         assert command[:-1] == ["party", "--child"]
         told = Child.from_json(command[-1])
         assert told.protocol == protocol
-        assert told.launch == replace(launch, host="", progress=False), "of the client alone"
+        text = "asked.txt" if rank == 0 else ""
+        expected = replace(launch, host="", progress=False, calibration_text=text)
+        assert told.launch == expected, "of the client alone, and of the owner"
         assert told.model == ("/models/secret" if rank == 0 else "")
         assert ("secret" in command[-1]) == (rank == 0)
 

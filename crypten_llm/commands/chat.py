@@ -12,7 +12,7 @@ import sys
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from crypten_llm.commands.show import closed, say, say_decoding, who
+from crypten_llm.commands.show import closed, mark, say, say_decoding, say_outside, who
 from crypten_llm.errors import UsageError
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.chat import Chat, Restart, check
@@ -42,6 +42,7 @@ def chat(system: str | None, asked: dict, model: str, tokenizer: str | None, **s
     with PrivateLlama.from_pretrained(model, tokenizer=tokenizer, shielded=True, **settings) as llama:
         with llama.chat(system, **asked) as talk:
             say(f"model shared in {llama.load_seconds:.1f} s")
+            say_outside(llama)
             say_decoding(llama, llama.prepare(request))
             say(COMMANDS)
             _talk(llama, talk)
@@ -68,7 +69,7 @@ def _talk(llama: PrivateLlama, talk: Chat) -> None:
             say(COMMANDS)
         elif line.strip():
             try:
-                _turn(talk, line[1:] if line.startswith("//") else line)
+                _turn(talk, line[1:] if line.startswith("//") else line, mark(llama))
             except UsageError as error:
                 if not llama.is_open:
                     raise
@@ -88,8 +89,8 @@ def _lines() -> Iterator[str]:
             say()  # the line is dropped, as a shell does
 
 
-def _turn(talk: Chat, text: str) -> None:
-    """Shows the answer as it grows; Ctrl-C ends it at its next token."""
+def _turn(talk: Chat, text: str, before: str) -> None:
+    """Shows the answer as it grows, after a mark where it needs one; Ctrl-C ends it at its next token."""
     with _interrupts() as pressed, closed(talk.stream(text)) as events:
         for event in events:
             match event:
@@ -98,7 +99,8 @@ def _turn(talk: Chat, text: str) -> None:
                 case Progress(done, total) if total > done:
                     say(f"prefill {done} of {total} tokens")
                 case Step():
-                    print(event.text, end="", flush=True)
+                    print(before + event.text, end="", flush=True)
+                    before = ""
             if pressed:
                 break
     print(flush=True)

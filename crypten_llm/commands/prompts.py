@@ -12,17 +12,17 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from crypten_llm.commands.command_line import read_text
-from crypten_llm.commands.show import closed, say, say_decoding, who
-from crypten_llm.errors import UsageError
+from crypten_llm.commands.show import closed, say, say_decoding, say_outside, who
+from crypten_llm.errors import LeftRange, UsageError
 from crypten_llm.session.api import BATCH, PrivateLlama
 from crypten_llm.session.generation import Step
 from crypten_llm.session.report import ledger, revealed_table
-from crypten_llm.session.request import Request, Result
+from crypten_llm.session.request import Asked, Request, Result
 from crypten_llm.session.settings import check_names, split
 from crypten_llm.units import size
 
@@ -60,23 +60,29 @@ def answer_file(
     say(who(protocol))
     with PrivateLlama.from_pretrained(model, tokenizer=tokenizer, first=left[0].request, **settings) as llama:
         say(f"model shared in {llama.load_seconds:.1f} s")
+        say_outside(llama)
         prepared = [_prepared(llama, entry) for entry in left]
         say_decoding(llama, prepared[0])
         started, shown, results = perf_counter(), [], []
         bar = tqdm(desc="answers", total=len(left), disable=not launched.progress, leave=False)
         with bar, open(out, "a", encoding="utf-8") as file:
             for start in range(0, len(left), at_once):
-                group = left[start : start + at_once]
-                with closed(llama.stream([entry.request for entry in group], batch_size=at_once)) as events:
-                    for event in events:
-                        bar.update(isinstance(event, Step) and event.finish_reason is not None)
-                for entry, result in zip(group, llama.result, strict=True):
-                    file.write(json.dumps(_line(entry, result)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+                group, ready = left[start : start + at_once], prepared[start : start + at_once]
+                steps: list[list[Step]] = [[] for _ in group]
+                try:
+                    with closed(llama.stream([entry.request for entry in group], batch_size=at_once)) as events:
+                        for event in events:
+                            if isinstance(event, Step):
+                                steps[event.prompt].append(event)
+                                bar.update(event.finish_reason is not None)
+                except LeftRange as error:
+                    unanswered = _write(file, group, ready, steps, llama.party.outside)
+                    raise LeftRange(_left_range(error, unanswered)) from None
+                _write(file, group, ready, steps, llama.party.outside)
                 shown.append(llama.result[0])  # what a group cost, and what it revealed, is the same of all in it
                 results += llama.result
         seconds, loaded = perf_counter() - started, llama.party.load_reveals.as_list()
+        say_outside(llama)
     _say_summary(results, shown, seconds)
     say(revealed_table(ledger(loaded, [result.revealed for result in shown])))
 
@@ -88,16 +94,40 @@ def _prepared(llama: PrivateLlama, entry: Entry) -> Any:
         raise UsageError(f"prompt {entry.id!r}: {error}") from None
 
 
-def _line(entry: Entry, result: Result) -> dict:
-    found = {
+def _write(file: TextIO, group: list[Entry], ready: list[Asked], steps: list[list[Step]], outside: str) -> list[Entry]:
+    """Adds the answers that have ended, and returns those that have not."""
+    unanswered = []
+    for entry, asked, taken in zip(group, ready, steps, strict=True):
+        if taken and taken[-1].finish_reason:
+            file.write(json.dumps(_line(entry, len(asked.ids), taken, outside)) + "\n")
+        else:
+            unanswered.append(entry)
+    file.flush()
+    os.fsync(file.fileno())
+    return unanswered
+
+
+def _line(entry: Entry, prompt_tokens: int, steps: list[Step], outside: str) -> dict:
+    found: dict[str, Any] = {
         "id": entry.id,
-        "text": result.text,
-        "token_ids": result.token_ids,
-        "prompt_tokens": result.prompt_tokens,
-        "finish_reason": result.finish_reason,
+        "text": "".join(step.text for step in steps),
+        "token_ids": [step.token_id for step in steps],
+        "prompt_tokens": prompt_tokens,
+        "finish_reason": steps[-1].finish_reason,
         "request": entry.digest,
     }
-    return found if result.logprobs is None else {**found, "logprobs": [asdict(step) for step in result.logprobs]}
+    if outside:
+        found["outside"] = outside
+    if entry.request.logprobs is not None:
+        found["logprobs"] = [asdict(step.logprobs) for step in steps if step.logprobs]
+    return found
+
+
+def _left_range(error: LeftRange, unanswered: list[Entry]) -> str:
+    names = ", ".join(repr(entry.id) for entry in unanswered)
+    if len(unanswered) == 1:
+        return f"prompt {names}: {error}; finished answers are kept: take this prompt out and run again"
+    return f"one of the prompts {names}: {error}; finished answers are kept: --batch-size 1 finds which"
 
 
 def _say_summary(results: list[Result], groups: list[Result], seconds: float) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from crypten_llm.errors import CryptenLLMError
 from crypten_llm.models.tokenizer import has_chat_template
+from crypten_llm.session.admission import WARNING
 from crypten_llm.session.api import PrivateLlama, check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.defaults import FILE
@@ -38,6 +39,7 @@ def show_generation(request: Request, model: str, tokenizer: str | None, as_json
     say(who(protocol))
     with PrivateLlama.from_pretrained(model, tokenizer=tokenizer, first=request, **settings) as llama:
         say(f"model shared in {llama.load_seconds:.1f} s")
+        say_outside(llama)
         if request.prompt is not None and not request.chat and has_chat_template(llama.tokenizer):
             say("the tokenizer has a chat template, which is not applied to the prompt; --chat applies it")
         asked = llama.prepare(request)
@@ -51,9 +53,21 @@ def show_generation(request: Request, model: str, tokenizer: str | None, as_json
         say("peak memory: " + ", ".join(f"{name} {size(peak)}" for name, peak in peaks))
         say()
     say(revealed_table(result.revealed))
+    say_outside(llama)
     if as_json:
         print(json.dumps(result.to_dict()), flush=True)
     return result
+
+
+def say_outside(llama: PrivateLlama) -> None:
+    """Why no answer is to be trusted, where the owner has shared its model although the engine would be wrong."""
+    if llama.party.outside:
+        say(f"{WARNING}not to be trusted: {llama.party.outside}")
+
+
+def mark(llama: PrivateLlama) -> str:
+    """What stands before an answer that is not to be trusted, wherever stdout goes."""
+    return "[not to be trusted] " if llama.party.outside else ""
 
 
 def say_decoding(llama: PrivateLlama, asked: Asked) -> None:
@@ -115,7 +129,8 @@ def _stream(llama: PrivateLlama, asked: Asked, progress: bool, show_text: bool) 
                         bar = tqdm(desc="decode", unit="token", total=total, disable=hidden, leave=False)
                     bar.update()
                     if show_text:
-                        print(event.text if as_text else f"{event.token_id} ", end="", flush=True)
+                        before = mark(llama) if event.index == 0 else ""
+                        print(before + (event.text if as_text else f"{event.token_id} "), end="", flush=True)
     bar.close()
     if show_text:
         print(flush=True)

@@ -177,6 +177,8 @@ class PrivateLlama:
         self._check_free()
         asked = [self.prepare(request) for request in requests]
         results: list[Result] = []
+        if several:
+            self.result = results  # what there is when an error ends the session
         for start in range(0, len(asked), size):
             results += yield from self.run(asked[start : start + size], start)
         self.result = found = results if several else results[0]

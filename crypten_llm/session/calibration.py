@@ -20,6 +20,7 @@ import torch
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.models.family import EMBEDDING, HEAD
 from crypten_llm.models.llama import Llama
+from crypten_llm.protocols.products import row_lengths
 
 if TYPE_CHECKING:
     from crypten_llm.models.config import LlamaConfig
@@ -171,7 +172,7 @@ def proofs(config: LlamaConfig, weights: Mapping[str, torch.Tensor]) -> Iterator
         if name == EMBEDDING:
             yield "embed_tokens", weight.abs().max().item()
         elif norm := config.family.norm_before(name):
-            reach = (weight * weights[f"{norm}.weight"]).norm(dim=1) * weight.shape[1] ** 0.5
+            reach = row_lengths(weight, weights[f"{norm}.weight"]) * weight.shape[1] ** 0.5
             bias = weights.get(f"{name}.bias")
             yield name.rpartition(".")[2], (reach if bias is None else reach + bias.abs()).max().item()
 
