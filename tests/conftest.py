@@ -18,7 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a session on engine ``pla
 # Files of which each test is work of its own for any worker; of the others all tests run in one, which share models.
 SPLIT = {"test_notebooks.py", "test_launch.py"}
 # What takes long comes first, so that no worker is left with it at the end.
-LONG = ("test_notebooks.py", "test_launch.py", "test_kernels.py", "test_experiments_baselines.py", "test_api.py")
+LONG = (
+    *("test_real_model.py", "test_notebooks.py", "test_launch.py", "test_kernels.py"),
+    *("test_experiments_baselines.py", "test_api.py"),
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

