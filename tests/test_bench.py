@@ -28,7 +28,32 @@ def test_bench_on_real_parties():
     assert {row["phase"] for row in client["table"] if row["rounds"]} == {"decode", "check"}
 
 
-@pytest.mark.parametrize("change", [{"kv_len": 0}, {"steps": 0}, {"heads": 0}, {"heads": 3}, {"kv_heads": 3}])
+@pytest.mark.parametrize("wire", [False, True])
+def test_a_whole_token_on_real_parties(wire):
+    """From its id to its logits: more rounds than the layers alone, alike in every step, and close to ``plain``."""
+    shape = replace(SHAPE, vocab=50)
+    client, alone = run(party_jobs.bench, shape, wire=wire)[1], run(party_jobs.bench, SHAPE, wire=wire)[1]
+    assert 0 < client["figures"]["max_abs_err"] < 0.1
+    rounds = {
+        name: sum(row["rounds"] for row in client["table"] if row["kind"] == name) for name in ("embedding", "mlp")
+    }
+    assert rounds["embedding"] > 0 and rounds["mlp"] > 0
+    assert client["one_step"] > alone["one_step"]
+    assert sum(row["rounds"] for row in client["table"] if row["phase"] == "decode") == 2 * client["one_step"]
+
+
+def test_what_a_step_gives():
+    """Logits of the vocabulary; hidden states without one."""
+    for vocab, width in ((50, 50), (0, SHAPE.hidden)):
+        shape = replace(SHAPE, vocab=vocab)
+        with torch.inference_mode():
+            built = bench._build(PlainEngine(), shape.config(), shape)
+            assert built.decode(bench._given(shape, 1), grows=False).shape == (1, width)
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab": -1}, {"kv_len": 0}, {"steps": 0}, {"heads": 0}, {"heads": 3}, {"kv_heads": 3}]
+)
 def test_impossible_sizes(change):
     with pytest.raises(UsageError):
         Shape(**vars(SHAPE) | change).config()

@@ -85,7 +85,14 @@ def measure_bench(transport, shape: bench.Shape):
     return party.engine.meter.table()
 
 
-@pytest.mark.parametrize("shape", [bench.Shape(64, 4, 2, 96, layers=3, kv_len=33, steps=2), bench.Shape(32, 2, 2, 400)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        bench.Shape(64, 4, 2, 96, layers=3, kv_len=33, steps=2),
+        bench.Shape(32, 2, 2, 400),
+        bench.Shape(32, 2, 2, 40, layers=2, kv_len=9, steps=1, vocab=130),
+    ],
+)
 def test_bench(shape):
     measured = run_roles(lambda transport: measure_bench(transport, shape))
     counted = cost.count_bench(shape).ranks

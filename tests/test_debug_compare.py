@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hf_models import CASES, tiny
+from hf_models import EVERY_CASE, FAMILIES, tiny
+from test_random_shapes import WIDE, shape
 
 from crypten_llm.commands import cli, debug_compare
 from crypten_llm.engines.wire.domain import domains
@@ -137,11 +138,20 @@ def test_mistakes(capsys):
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["mqa", "attention_bias", "mlp_bias"])
+@pytest.mark.parametrize("name", ["mqa", "attention_bias", "mlp_bias", *FAMILIES])
 def test_other_architectures(name, tmp_path):
-    folder, _ = tiny(tmp_path, **CASES[name])
+    folder, _ = tiny(tmp_path, **EVERY_CASE[name])
     comparison = debug_compare.compare(folder, [1, 5, 9, 2, 7], steps=2, chunk=3)
     assert comparison.first_beyond is None, comparison.describe_first()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_shapes(seed, tmp_path):
+    model = shape(seed, ("", *WIDE)[seed % 4])
+    folder, _ = tiny(tmp_path, seed=seed, **model)
+    ids = [(7 * i + seed) % model["vocab_size"] for i in range(13)]
+    comparison = debug_compare.compare(folder, ids, steps=2, chunk=8)
+    assert comparison.first_beyond is None, f"{comparison.describe_first()}: {model}"
 
 
 def test_domains():

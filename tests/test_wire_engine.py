@@ -271,7 +271,7 @@ def test_logits_of_a_whole_model_are_close_to_plain(tmp_path, case):
     expected = logits(PLAIN, folder, pieces)
     found = run(logits, folder, pieces, engine=True).results[CLIENT]
     assert expected.abs().max() > 3
-    assert (found - expected).abs().max() < 0.02
+    assert (found - expected).abs().max() < 0.004 * expected.abs().max()
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -282,4 +282,4 @@ def test_logits_of_another_family_are_close_to_plain(tmp_path, case):
     expected = logits(PLAIN, folder, pieces)
     found = run(logits, folder, pieces, engine=True).results[CLIENT]
     assert expected.abs().max() > 3
-    assert (found - expected).abs().max() < 0.02
+    assert (found - expected).abs().max() < 0.004 * expected.abs().max()

@@ -173,9 +173,10 @@ def _work_of(links: Links, phase: str) -> dict:
 
 def _memory(model: Llama, cache: KVCache, alike: bool) -> dict[str, dict[str, int]]:
     """Bytes by role. A weight is 32-bit integers at the owner, or floats that no layer has taken in, and a word
-    elsewhere; a cached number is two words at a party, what was opened and the part of its mask, and one at the dealer; so are the rows that a policy
-    keeps beside the cache, such as those that stand for its blocks. A share that it keeps is one word. Room to grow is
-    not counted. alike: whether the first two layers stand for all, of which the others were skipped.
+    elsewhere; a cached number is two words at a party, what was opened and the part of its mask, and one at the dealer;
+    so are the rows that a policy keeps beside the cache, such as those that stand for its blocks. A share that it keeps
+    is one word. Room to grow is not counted. alike: whether the first two layers stand for all, of which the others
+    were skipped.
     """
     layers = cache.layers[:2] if alike else cache.layers
     rows = sum(rows.shape.numel() for layer in layers for rows in (layer.keys, layer.values))

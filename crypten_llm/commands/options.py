@@ -16,7 +16,16 @@ from crypten_llm.session.settings import LaunchConfig, ProtocolConfig
 if TYPE_CHECKING:
     from crypten_llm.session.bench import Shape
 
-BENCH_SIZES = {"hidden": 256, "heads": 8, "kv_heads": 8, "ffn": 688, "layers": 1, "kv_len": 1024, "steps": 5}
+BENCH_SIZES = {
+    "hidden": 256,
+    "heads": 8,
+    "kv_heads": 8,
+    "ffn": 688,
+    "layers": 1,
+    "kv_len": 1024,
+    "steps": 5,
+    "vocab": 0,
+}
 
 
 def add_settings(parser: Parser) -> None:
@@ -161,7 +170,8 @@ def policy(arguments: Any) -> str:
 def add_bench_sizes(parser: Parser) -> None:
     for name, default in BENCH_SIZES.items():
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, metavar="N", help=f"(default: {default})")
+        meaning = "of so many, a whole token from its id to its logits " if name == "vocab" else ""
+        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{meaning}(default: {default})")
 
 
 def bench_shape(arguments: Any) -> Shape:

@@ -94,8 +94,8 @@ def exponent(
 
     def share_of_k() -> Tensor:
         assert found is not None, "parties have compared"
-        below_steps = found[:, places, 0, 0].sum(1)
-        return runtime.plus(-2 * below_steps, base + 2 * len(steps)) % q
+        passed = -found[:, [1 + powers.index(step) for step in steps], 0, 0].sum(1)
+        return runtime.plus(2 * passed, base + 2 * len(steps)) % q
 
     def share_of_flags() -> Tensor:
         assert found is not None, "parties have compared"

@@ -1,18 +1,19 @@
 """Decode steps on random weights over a secret cache of a given length: what one token costs, without a model.
 
-Owns the measurement that engines are compared by. Weights, cache and inputs are random and public (drawn from a
-seed), so that the result can be held against ``plain``; they are shared and computed on as secrets all the same.
-An eviction policy finds the cache as after a prompt of that length of which it has seen the last query alone.
+Owns the measurement that engines are compared by: of decoder layers, or of a whole token from its id to its logits.
+Weights, cache and inputs are random and public (drawn from a seed), so that the result can be held against ``plain``;
+they are shared and computed on as secrets all the same. An eviction policy finds the cache as after a prompt of that
+length of which it has seen the last query alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,7 +22,8 @@ from crypten_llm.errors import CryptenLLMError, UsageError
 from crypten_llm.models.cache import KVCache
 from crypten_llm.models.checkpoint import expected_shapes
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.llama import DecoderLayer, Parameters, prepare, rotary_for, rotary_tables, score_factors
+from crypten_llm.models.family import EMBEDDING
+from crypten_llm.models.llama import DecoderLayer, Llama, Parameters, prepare, rotary_for, rotary_tables, score_factors
 from crypten_llm.models.rope import rope_frequencies
 from crypten_llm.roles import OWNER
 from crypten_llm.session.generation import parse_policy
@@ -34,13 +36,17 @@ if TYPE_CHECKING:
 
 
 WARM_UP = 1
+LARGEST = 64.0  # of the random numbers that stand for queries, keys and values
 FIRST_QUERY = 2_000_000
 FIRST_INPUT = 1_000_000  # seeds of inputs, apart from those of weights: a row of W times itself is no typical gate
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What to measure: sizes as in config.json, ``kv_len`` cached tokens, ``steps`` counted steps."""
+    """What to measure: sizes as in config.json, ``kv_len`` cached tokens, ``steps`` counted steps.
+
+    vocab: with it a step is a whole token, from its id to its logits; without, the decoder layers alone.
+    """
 
     hidden: int
     heads: int
@@ -50,6 +56,7 @@ class Shape:
     kv_len: int = 1024
     steps: int = 5
     policy: str = "full"
+    vocab: int = 0
 
     def facts(self) -> dict:
         """What decides how all messages look."""
@@ -57,11 +64,12 @@ class Shape:
 
     def config(self) -> LlamaConfig:
         """Raises UsageError for sizes that no Llama has."""
-        for name, low in (("kv_len", 1), ("steps", 1), ("heads", 1)):
+        for name, low in (("kv_len", 1), ("steps", 1), ("heads", 1), ("vocab", 0)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         sizes = {"hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads, "ffn": self.ffn}
-        return LlamaConfig.from_sizes(**sizes, layers=self.layers, vocab=1, context=self.kv_len + 1, tied=True)
+        vocab, is_alone = self.vocab or 1, not self.vocab  # layers alone come with a table that nobody uses
+        return LlamaConfig.from_sizes(**sizes, layers=self.layers, vocab=vocab, context=self.kv_len + 1, tied=is_alone)
 
 
 @torch.inference_mode()
@@ -70,7 +78,7 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
 
     grows: whether rows stay in the cache; else every step finds it as the first one did.
 
-    Reveals: the output hidden state of each step, to the client (they come from public random numbers).
+    Reveals: the output of each step, hidden states or logits, to the client (they come from public random numbers).
     Raises: CryptenLLMError at the client, where the error is beyond what the engine declares (``layer_error``); of a
     policy that acts, where it is no number.
     """
@@ -79,25 +87,24 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
     party.start_request()
     name = f"bench {party.requests}"
     with engine.meter.phase("load"), engine.section(f"{name} weights"):
-        layers, caches = _build(engine, config, shape)
+        built = _build(engine, config, shape)
     reference = _build(PlainEngine(softmax_base=engine.softmax_base), config, shape) if party.is_client else None
     seconds, errors = [], []
     for step in range(WARM_UP + shape.steps):
-        x = _random(FIRST_INPUT + step, (1, shape.hidden))
+        given = _given(shape, FIRST_INPUT + step)
         if step == WARM_UP:
             party.fresh_meter()
         with engine.meter.phase("decode"), engine.section(f"{name} step {step}"):
             started = perf_counter()
-            secret = engine.secret(x if party.is_owner else None, x.shape, OWNER)
-            out = _decode(layers, caches, config, secret, grows)
+            out = built.decode(given if party.rank == built.source(party.owner, party.client) else None, grows)
             seconds.append(perf_counter() - started)
         with engine.meter.phase("check"):
             value = party.reveals.open_to_client(
-                engine, out, party.client, "output of a random layer", "to measure the error"
+                engine, out, party.client, "output of random weights", "to measure the error"
             )
         if reference is not None:
             assert value is not None, "the client sees the output"
-            expected = _decode(*reference, config, x, grows)
+            expected = reference.decode(given, grows)
             errors.append((value - expected).abs().max().item())
     if not party.is_client:
         return None
@@ -111,23 +118,65 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
     return {"seconds_per_step": median(seconds[WARM_UP:]), "max_abs_err": error, "steps": shape.steps}
 
 
-def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> tuple[list[DecoderLayer], list[LayerCache]]:
-    """Decoder layers and (keys, values) of each layer's cache, all held by the owner."""
-    is_owner = engine.rank == OWNER
+@dataclass
+class _Built:
+    """Decoder layers with a cache each; model: what they are of, where a whole token is measured."""
 
+    engine: Engine
+    config: LlamaConfig
+    layers: Sequence[DecoderLayer]
+    caches: list[LayerCache]
+    model: Llama | None
+
+    def source(self, owner: int, client: int) -> int:
+        """Who gives what a step begins with."""
+        return owner if self.model is None else client
+
+    def decode(self, given: torch.Tensor | None, grows: bool) -> Handle:
+        """One token through all; unless the cache grows, it is left as it was. given: ``_given``'s, at its source."""
+        if self.model is None:
+            x = self.engine.secret(given, (1, self.config.hidden_size), OWNER)
+        else:
+            with self.engine.meter.operation("embedding", "embedding"):
+                one_hot = self.engine.tokens(given, 1, self.config.vocab_size)
+                x = self.engine.embed(one_hot, self.model.embed_tokens)
+        newest = torch.tensor([self.config.max_position_embeddings - 1])
+        rotary = rotary_for(self.engine, rotary_tables(rope_frequencies(self.config), newest))
+        before = None
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            used = cache if grows else cache.copy(before)
+            x, before = layer(x, rotary, used, None), used.layer
+        return x if self.model is None else self.model.logits(x)
+
+
+def _given(shape: Shape, seed: int) -> torch.Tensor:
+    """What a step begins with: a token id [1], or hidden states [1, H]."""
+    if shape.vocab:
+        return torch.randint(shape.vocab, (1,), generator=torch.Generator().manual_seed(seed))
+    return _random(seed, (1, shape.hidden))
+
+
+def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
+    """Weights and cached keys and values, all held by the owner."""
+    is_owner = engine.rank == OWNER
     query_factor, key_factor = score_factors(engine, config.head_dim)
 
     def rows(seed: int, size: tuple[int, ...], values: bool = False) -> Handle:
-        factor = 1.0 if values else key_factor
-        return engine.rows(engine.secret(_random(seed, size) * factor if is_owner else None, size, OWNER), values)
+        return engine.rows(attended(seed, size, 1.0 if values else key_factor), values)
+
+    def attended(seed: int, size: tuple[int, ...], factor: float) -> Handle:
+        """Numbers as attention meets them, which policies know to be small."""
+        secret = engine.secret(_random(seed, size) * factor if is_owner else None, size, OWNER)
+        able: Any = engine
+        return able.within(secret, LARGEST)
 
     handles = {}
     for seed, (name, size) in enumerate(expected_shapes(config).items()):
-        value = prepare(name, _as_weight(_random(seed, size)), config) if is_owner else None
+        value = prepare(name, _as_weight(name, _random(seed, size)), config) if is_owner else None
         handles[name] = engine.parameter(value, size)
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    body = Parameters(handles, config.family).within("model")
-    layers = [DecoderLayer(engine, config, body.within(f"layers.{i}"), i, {}) for i in range(config.num_hidden_layers)]
+    model = Llama(engine, config, handles) if shape.vocab else None
+    layers = model.blocks if model is not None else _layers(engine, config, handles)
     cached = (config.num_key_value_heads, shape.kv_len, config.head_dim)
     cache = KVCache.empty(engine, len(layers), heads, kv_heads, dim)
     for i, layer in enumerate(cache.layers):
@@ -136,29 +185,22 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> tuple[list[Deco
     for i, layer in enumerate(cache.layers):
         if layer.policy.acts:
             query = (kv_heads, heads // kv_heads, dim)
-            last = _random(FIRST_QUERY + i, query) * query_factor if is_owner else None
-            layer.show_last(engine.secret(last, query, OWNER))
+            layer.show_last(attended(FIRST_QUERY + i, query, query_factor))
     cache.end_prompt()
-    return layers, cache.layers
+    return _Built(engine, config, layers, cache.layers, model)
 
 
-def _decode(
-    layers: list[DecoderLayer], caches: list[LayerCache], config: LlamaConfig, x: Handle, grows: bool
-) -> Handle:
-    """One token through all layers; unless the cache grows, it is left as it was."""
-    newest = torch.tensor([config.max_position_embeddings - 1])
-    rotary = rotary_for(layers[0].engine, rotary_tables(rope_frequencies(config), newest))
-    before = None
-    for layer, cache in zip(layers, caches, strict=True):
-        used = cache if grows else cache.copy(before)
-        x, before = layer(x, rotary, used, None), used.layer
-    return x
+def _layers(engine: Engine, config: LlamaConfig, handles: dict[str, Handle]) -> list[DecoderLayer]:
+    body = Parameters(handles, config.family).within("model")
+    return [DecoderLayer(engine, config, body.within(f"layers.{i}"), i, {}) for i in range(config.num_hidden_layers)]
 
 
 def _random(seed: int, size: Iterable[int]) -> torch.Tensor:
     return torch.randn(tuple(size), generator=torch.Generator().manual_seed(seed % 2**32))
 
 
-def _as_weight(value: torch.Tensor) -> torch.Tensor:
-    """Norm weights near one, matrices such that products keep their size."""
-    return 1 + 0.1 * value if value.dim() == 1 else value / math.sqrt(value.shape[1])
+def _as_weight(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Norm weights near one, matrices such that products keep their size, and an embedding's entries as they are."""
+    if value.dim() == 1:
+        return 1 + 0.1 * value
+    return value if name == f"{EMBEDDING}.weight" else value / math.sqrt(value.shape[1])

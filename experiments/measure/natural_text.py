@@ -60,7 +60,7 @@ def cut(ids: Sequence[int], count: int, length: int) -> list[list[int]]:
 
 
 def compared(ids: Sequence[int], plain: torch.Tensor, wire: torch.Tensor) -> dict:
-    """Figures of one prompt. plain, wire: its logits [T, V]; losses are summed over the T - 1 tokens that follow one."""
+    """Figures of one prompt. plain, wire: its logits [T, V]. Losses are sums over the T - 1 tokens that follow one."""
     best, found = plain.argmax(-1), wire.argmax(-1)
     top = plain.topk(2, -1).values
     following = torch.tensor(ids[1:])[:, None]

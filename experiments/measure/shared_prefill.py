@@ -48,6 +48,7 @@ class Onlookers:
     def __init__(self, policies: dict):
         self.policies = dict(policies)
         self.uses = sorted({name for policy in policies.values() for name in policy.uses})
+        self.reads_scores = any(policy.reads_scores for policy in policies.values())
         self.apart: list[str] = []
         self._layers: dict[str, list] = {text: [] for text in policies}
 

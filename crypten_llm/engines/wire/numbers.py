@@ -42,8 +42,8 @@ class WireConfig:
 
     Bounds: hidden_bits, |x| < 2^hidden_bits of hidden states and of what is added to them; key_bits, of queries, keys
     and values as eviction policies compute with them, while the model itself needs no bound on these; mixed_bits;
-    up_bits; logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of softmax's
-    exponents.
+    up_bits; logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of
+    softmax's exponents.
     """
 
     hidden: int = 16
