@@ -86,8 +86,6 @@ def exponent(
     ones = torch.ones((count, 1, 1), dtype=torch.int64, device=runtime.device)
     found = below(runtime, comparison, raw, mask, lambda: ones, lambda: runtime.plus(torch.zeros_like(ones), 1))
 
-    places = torch.tensor([1 + powers.index(step) for step in steps], dtype=torch.int64)
-
     def smaller(power: int) -> Tensor:
         assert found is not None, "parties have compared"
         return found[:, 1 + powers.index(power), 0, 0]
