@@ -84,6 +84,36 @@ def test_a_wrong_choice_is_named(compared, monkeypatch):
     assert first.operation == "best" and first.where.startswith("decode: layer")
 
 
+def test_numbers_that_are_larger_than_declared_are_named():
+    """What an opening or a comparison goes by; a product modulo its ring asks for nothing."""
+    values = torch.full((1, 3, 4), 300.0)
+
+    def job(engine):
+        secret = engine.secret(values if engine.rank == OWNER else None, values.shape, OWNER)
+        secret.bits = engine.config.key_bits
+        engine.total(secret, 1)
+        engine.scale(secret, 0.5)
+        engine.scores(secret, engine.rows(secret))
+        return engine.findings
+
+    findings = run(job, engine=TrackedEngine).results[CLIENT]
+    left = {finding.operation: finding.outside for finding in findings}
+    words = "numbers up to 300, of which no more than 2^8 was declared"
+    assert left == {"total": words, "scale": words, "rows": "", "scores": ""}
+
+
+def test_a_policy_that_reads_what_is_too_large_for_it_is_named(tmp_path):
+    """Softmax reads scores modulo their ring; a policy compares them."""
+    folder, model = tiny(tmp_path, **CASES["gqa"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= 120 if "k_proj" in name else 0.02 if "q_proj" in name else 1
+    model.save_pretrained(folder)
+    found = debug_compare.compare(folder, IDS, 1, chunk=17, policy=f"quest({ROWS['quest'].small})")
+    assert "of which no more than 2^8 was declared" in found.first_beyond.outside
+    assert debug_compare.compare(folder, IDS, 1, chunk=17).first_beyond is None
+
+
 def chosen(values, count: int, error: float, units: int = 0):
     """The choice of the ``count`` largest numbers; shares are off by as many 2^-14, up and down in turn, and any error
     up to ``error`` is declared."""

@@ -44,8 +44,8 @@ def test_engines_take_turns_and_a_run_goes_on_where_it_stopped(command, capsys):
     assert table == capsys.readouterr().out and table.count("\n") == 5
     assert "| d=256 ffn=688 heads=8 T=1024 layers=1 | wire | 1.5 | 2.0 | 2 | 7 | 0 | 5.0 KB |" in table
     measured, result, _ = command("--repeats", "2", "--engines", "wire")
-    assert measured == [(4096, "wire")] * 2 and len(result["cells"]) == 8
-    assert [row["times_faster"] for row in result["summary"]] == [1.0, 2.0, 3.0, None]
+    assert measured == [(4096, "wire")] * 2 + [(576, "wire")] * 2 and len(result["cells"]) == 10
+    assert [row["times_faster"] for row in result["summary"]] == [1.0, 2.0, 3.0, None, None]
     assert command("--repeats", "2", "--engines", "wire")[0] == []
 
 
@@ -53,6 +53,17 @@ def test_quick_is_one_pair_of_the_small_shape(command):
     measured, result, _ = command("--quick")
     assert [hidden for hidden, _ in measured] == [256] * 3
     assert all("/2 steps/" in name for name in result["cells"])
+
+
+def test_a_whole_token_is_a_shape_of_its_own(command):
+    """Its ratio is that of the published model's sizes, vocabulary and all."""
+    shape = SHAPES["SmolLM2"]
+    measured, result, table = command("--shapes", "SmolLM2", "--engines", "crypten", "wire, tape")
+    assert measured == [(576, "crypten"), (576, "wire, tape")]
+    assert [row["times_faster"] for row in result["summary"]] == [1.0, 3.0]
+    assert "| d=576 ffn=1536 heads=9 T=256 layers=30 vocab=49152 | wire, tape | 1.0 | 3.0 |" in table
+    layer = Shape(**vars(shape) | {"vocab": 0})
+    assert key(shape, "wire", 0).replace(" vocab=49152", "") == key(layer, "wire", 0)
 
 
 def test_repeats_are_paired():

@@ -11,7 +11,9 @@ import pytest
 from programs import GENERATE, Program
 
 from crypten_llm.commands import cli
+from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama
+from experiments.measure.compare_engines import SHAPES
 from experiments.tools import real_model
 
 SECONDS = 900  # of the private answer, on a machine that is busy with other tests
@@ -67,3 +69,10 @@ def test_what_it_revealed(private):
 def test_the_parties_are_modest(private):
     """The owner makes integers of its weights a block at a time; floats, integers and copies would be 3 GB."""
     assert max(private["peak_memory_bytes"]) < 2.5e9
+
+
+def test_its_sizes_are_those_that_engines_are_compared_at(model):
+    shape = SHAPES["SmolLM2"]
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers")
+    found, measured = LlamaConfig.from_folder(model), shape.config()
+    assert all(getattr(found, name) == getattr(measured, name) for name in (*names, "vocab_size", "head_dim"))

@@ -103,10 +103,13 @@ def test_rows_of_the_owner_s_check_are_as_long_as_the_window(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in expected_shapes(config).items()}
     seen = []
-    monkeypatch.setattr(calibration, "_Recorder", lambda growth: seen.append(growth) or RECORDER(growth))
+
+    class Recorder(calibration._Recorder):
+        def softmax(self, scores, mask=None):
+            seen.append(self.growth)
+            return super().softmax(scores, mask)
+
+    monkeypatch.setattr(calibration, "_Recorder", Recorder)
     calibration.measure(config, weights)
     calibration.measure(replace(config, windows=()), weights)
     assert seen == [2.0, 32.0]
-
-
-RECORDER = calibration._Recorder

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 WARM_UP = 1
+LARGEST = 64.0  # of the random numbers that stand for queries, keys and values
 FIRST_QUERY = 2_000_000
 FIRST_INPUT = 1_000_000  # seeds of inputs, apart from those of weights: a row of W times itself is no typical gate
 
@@ -158,12 +159,16 @@ def _given(shape: Shape, seed: int) -> torch.Tensor:
 def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
     """Weights and cached keys and values, all held by the owner."""
     is_owner = engine.rank == OWNER
-
     query_factor, key_factor = score_factors(engine, config.head_dim)
 
     def rows(seed: int, size: tuple[int, ...], values: bool = False) -> Handle:
-        factor = 1.0 if values else key_factor
-        return engine.rows(engine.secret(_random(seed, size) * factor if is_owner else None, size, OWNER), values)
+        return engine.rows(attended(seed, size, 1.0 if values else key_factor), values)
+
+    def attended(seed: int, size: tuple[int, ...], factor: float) -> Handle:
+        """Numbers as attention meets them, which policies know to be small."""
+        secret = engine.secret(_random(seed, size) * factor if is_owner else None, size, OWNER)
+        able: Any = engine
+        return able.within(secret, LARGEST)
 
     handles = {}
     for seed, (name, size) in enumerate(expected_shapes(config).items()):
@@ -180,8 +185,7 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
     for i, layer in enumerate(cache.layers):
         if layer.policy.acts:
             query = (kv_heads, heads // kv_heads, dim)
-            last = _random(FIRST_QUERY + i, query) * query_factor if is_owner else None
-            layer.show_last(engine.secret(last, query, OWNER))
+            layer.show_last(attended(FIRST_QUERY + i, query, query_factor))
     cache.end_prompt()
     return _Built(engine, config, layers, cache.layers, model)
 

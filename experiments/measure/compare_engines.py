@@ -1,9 +1,11 @@
 """One decode step on engine ``wire`` beside the same step on engine ``crypten``, in one run on one machine.
 
     python -m experiments.measure.compare_engines --json --repeats 3
+    python -m experiments.measure.compare_engines --json --repeats 3 --shapes SmolLM2 --engines crypten "wire, tape"
 
 Each shape is measured on every engine in turn, ``--repeats`` times, as in ``crypten_llm bench``: random weights, a
-secret cache of the given length, all parties on this machine. The dealer of ``crypten`` answers along the way; that
+secret cache of the given length, all parties on this machine. SmolLM2's is a whole token after 256 others, from its id
+to its logits, the other shapes are one decoder layer. The dealer of ``crypten`` answers along the way; that
 of ``wire`` works along, and once more ``wire`` runs from a tape that is dealt before. ``times faster`` is the median
 of the pairs' ratios. Rounds and bytes are a step's; bytes are those of the party that sent most, the dealer's those
 of its links to both parties.
@@ -36,6 +38,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "compare_engines.json"
 SHAPES = {
     "small": Shape(hidden=256, heads=8, kv_heads=8, ffn=688, kv_len=1024, steps=5),
     "7B": Shape(hidden=4096, heads=32, kv_heads=32, ffn=11008, kv_len=512, steps=1),
+    "SmolLM2": Shape(hidden=576, heads=9, kv_heads=3, ffn=1536, layers=30, kv_len=256, steps=2, vocab=49152),
 }
 BASELINE = "crypten"
 ENGINES = (BASELINE, "wire", "wire, tape")
@@ -63,6 +66,7 @@ def measure(shape: Shape, engine: str, timeout: float) -> dict:
 
 def key(shape: Shape, engine: str, repeat: int) -> str:
     sizes = f"d={shape.hidden} ffn={shape.ffn} heads={shape.heads} T={shape.kv_len} layers={shape.layers}"
+    sizes += f" vocab={shape.vocab}" if shape.vocab else ""
     return f"{sizes}/{shape.steps} steps/{engine}/{repeat}"
 
 

@@ -146,8 +146,9 @@ def summed(engine: TrackedEngine, out: Tracked, x: Tracked, y: Tracked) -> torch
 
 
 def _carried(engine: TrackedEngine, out: Tracked, x: Tracked, y: Tracked) -> torch.Tensor:
-    """A unit of ``hidden`` bits of what is added."""
-    return x.error + y.error + 2 * unit(engine.config.hidden)
+    """A unit of ``hidden`` bits of what has more of them."""
+    f = engine.config.hidden
+    return x.error + y.error + unit(f) * sum(side.secret.scale > f for side in (x, y))
 
 
 @operation(
