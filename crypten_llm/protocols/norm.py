@@ -125,8 +125,7 @@ def _sum_of_squares(runtime: Runtime, x: Lifted, bits: int, more: int) -> Tensor
     def share() -> Tensor:
         crossed = kernels.shift_wide(kernels.dot_wide(x.where, apart, bits), n, bits)
         crossed = kernels.add_wide(crossed, kernels.dot_wide(x.seen, x.mask, bits), bits)
-        own = kernels.subtract_wide(squared, kernels.shift_wide(crossed, 1, bits), bits)
-        return own
+        return kernels.subtract_wide(squared, kernels.shift_wide(crossed, 1, bits), bits)
 
     def owner() -> Tensor:
         known = kernels.dot_wide(x.seen, kernels.widen(x.seen, bits, True), bits)
