@@ -27,6 +27,7 @@ from crypten_llm.roles import OWNER
 ROOT = 20  # fractional bits of the inverse root, which is 1 to 2 before its power of two
 FACTORS = 26  # fractional bits of the public and of the dealt factors of its trigonometric sum
 GUARD = 4  # bits that are dealt of what is dropped later
+NARROWEST = 65  # bits of a number in limbs
 SLACK = 2 * math.log2(3)  # of squares of numbers that are up to three times too large
 
 
@@ -57,14 +58,16 @@ class _Plan:
     @classmethod
     def of(cls, size: int, scale: int, eps: float, limit: int, fraction: int, width: int) -> _Plan:
         top = 2 * (limit + scale)
+        assert top >= FACTORS, "a sum of squares has the bits that its inverse root is made of"
         cut = top // 2 + ROOT - fraction
         least = max(1, math.floor(math.log2(eps * size)) + 2 * scale)
-        squares = top + math.ceil(SLACK) + index_bits(size) + 1
-        return cls(top, least, squares, cut, width + cut, width + cut + 2 * FACTORS - ROOT)
+        squares = max(NARROWEST, top + math.ceil(SLACK) + index_bits(size) + 1)
+        wide = max(NARROWEST, width + cut)
+        return cls(top, least, squares, cut, wide, wide + 2 * FACTORS - ROOT)
 
 
 def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int, width: int) -> Protocol[Rows]:
-    """x / sqrt(sum of x^2 + eps H) over the last dimension H, at ``fraction`` bits modulo 2^width.
+    """x / sqrt(sum of x^2 + eps H) over the last dimension H, at ``fraction`` bits modulo 2^width, or somewhat more.
 
     limit: the domain is a sum of squares below 2^(2 limit - 1). What is beyond it, with |x| below 3 * 2^limit, is said
     in ``beyond`` where x's ring has limit + scale + 2 bits; in a narrower ring x must fit, and larger x may go unseen.
@@ -99,7 +102,7 @@ def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int
     (roots,) = yield [WideOpening(root, rows, plan.wide)]
     unit = _times(runtime, lifted, roots, plan.wide, plan.cut)
     whole = runtime.share(x.shape, lambda: lifted_share(runtime, lifted)[..., 0])
-    return Rows(Secret(unit, fraction, width, 0), Secret(whole, scale, 64, x.bits), beyond)
+    return Rows(Secret(unit, fraction, plan.wide - plan.cut, 0), Secret(whole, scale, 64, x.bits), beyond)
 
 
 def _sum_of_squares(runtime: Runtime, x: Lifted, bits: int, more: int) -> Tensor:
@@ -122,8 +125,7 @@ def _sum_of_squares(runtime: Runtime, x: Lifted, bits: int, more: int) -> Tensor
     def share() -> Tensor:
         crossed = kernels.shift_wide(kernels.dot_wide(x.where, apart, bits), n, bits)
         crossed = kernels.add_wide(crossed, kernels.dot_wide(x.seen, x.mask, bits), bits)
-        own = kernels.subtract_wide(squared, kernels.shift_wide(crossed, 1, bits), bits)
-        return own
+        return kernels.subtract_wide(squared, kernels.shift_wide(crossed, 1, bits), bits)
 
     def owner() -> Tensor:
         known = kernels.dot_wide(x.seen, kernels.widen(x.seen, bits, True), bits)

@@ -19,7 +19,7 @@ from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.ladder import exponent
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
-from crypten_llm.protocols.secret import Secret, Wire
+from crypten_llm.protocols.secret import Overflow, Secret, Wire
 from crypten_llm.protocols.wide import ResidueOpening, WideOpening
 
 OPENED = 22  # bits of a score that are opened: its ring stands for q bits of exponent
@@ -32,11 +32,15 @@ LOWEST_SUM = -58  # log2 of a row's sum of 2^y may be this, or somewhat more in 
 
 @dataclass(frozen=True)
 class Exponents:
-    """The ring of exponents: q = ``size`` bits, an even number from 66 to 512. The rest follows, in bits (a score is
+    """The ring of exponents: q = ``size`` bits, a multiple of 4 from 68 to 512. The rest follows, in bits (a score is
     ln 2 times as much).
     """
 
     size: int = 256
+
+    def __post_init__(self) -> None:
+        if not 68 <= self.size <= 512 or self.size % 4:
+            raise Overflow(f"the ring of exponents has a multiple of 4 bits from 68 to 512, not {self.size}")
 
     @property
     def low(self) -> int:
