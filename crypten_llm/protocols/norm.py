@@ -74,10 +74,11 @@ def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int
     Reveals: openings behind fresh uniform masks: x, the sum, its top bits and power of two, the inverse root.
     Error: 1.1 units of ``fraction`` bits, and 2^(fraction - ROOT - limit) |x| of them: what is opened of the root is
     off by a unit of ``ROOT`` bits, which shows where x is close to 2^limit.
-    Cost: 4 rounds (``cost`` in tests/test_norm.py counts bits). An element: x's n bits each way; dealer 2 (max(W, Q) -
-    n) + (Q - n - 1) + (width + 4) + (W - n) bits to the client, where Q is the ring of the sum and W = width + limit +
-    scale + 2. A row: some 250 bits each way; the dealer's key to both parties, 16 + 1/4 bytes and Q / 4 a level and
-    Q / 4 for each power of four, and 0.9 kB to the client.
+    Cost: 4 rounds. With x's ring of n bits, that of the sum of Q = 2 (limit + scale) + 5 + log2 H rounded up, and that
+    of the product of W = width + limit + scale + ROOT - fraction: an element, n bits each way; dealer, to the client, 2
+    (max(W, Q) - n) + (Q - n - 1) + (width + GUARD) + (W - n) bits. A row: Q + W + 27 + p bits each way, 2^(p - 3) being
+    the largest power of two; dealer, to the client, Q + 2 (V - p) + 20 (3 V - p) bits, V = W + 2 FACTORS - ROOT, and to
+    both ``ladder.normalized``'s key. (H = 576, width = 63: 37.6 bytes an element; a row 1 kB, and the key 2.6 kB.)
     Source: the normalisation by a secret power of two as in Catrina and Saxena (FC 2010); the rest is ours.
     """
     scale, (*rows, size) = x.scale, x.shape
