@@ -12,7 +12,7 @@ from crypten_llm import PrivateLlama
 from crypten_llm.commands import prompts as prompts_file
 from crypten_llm.commands.cli import main
 from crypten_llm.engines.wire.engine import LEFT_DOMAIN
-from crypten_llm.errors import LeftRange, PartyError, UsageError
+from crypten_llm.errors import CryptenLLMError, LeftRange, PartyError, UsageError
 from crypten_llm.session.generation import Step
 from crypten_llm.session.report import revealed_table
 
@@ -152,6 +152,16 @@ def _lines(folder):
     path = folder / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
     return path
+
+
+def test_the_owner_finds_where_it_happens(model, capsys):
+    """As the error advises: what is compared goes on beyond the range, and the first to leave it is named."""
+    words = ["debug-compare", "--model", str(model), "--prompt-ids", ids(HARMFUL), "--steps", "1", "--json"]
+    assert main(words) == CryptenLLMError.exit_code
+    out, err = capsys.readouterr()
+    found = json.loads(out)["first_beyond_bound"]
+    assert found["operation"] == "softmax" and "attention scores from" in found["outside"]
+    assert "its domain is" in err
 
 
 # A model that leaves it: the owner's measurement.
