@@ -12,13 +12,16 @@ from eviction.policy import Policy
 from eviction.rows import note_more, retain
 from eviction.settings import budget, tokens
 
+LARGEST = 2.0**6  # of the gate's queries, keys and values
+
 
 @dataclass(frozen=True)
 class AttentionGate(Policy):
     """Each token attends, with queries, keys and values of its own of a few dimensions, to what came before; the result
     times a matrix is the gate's logit for each kv head. At the end of the prompt the rows of the highest stay.
 
-    budget: rows to keep. weights: ``shipped``, or a file of ``experiments.model.train_policies``.
+    budget: rows to keep. weights: ``shipped``, or a file of ``experiments.model.train_policies``. The gate's queries,
+    keys and values are below 64.
 
     Source: Zeng et al. 2024, section 3. Deviations: a public count of rows is kept, where the paper keeps those whose
     gate is above 1/2; the gate sees the layer's queries, keys and values before the rotary embedding, linear images of
@@ -37,7 +40,7 @@ class AttentionGate(Policy):
     cost: ClassVar[str] = "none after the prefill, which computes one more small attention per layer"
     style: ClassVar[tuple[str, str, str]] = ("#CC79A7", "p", "--")
     uses: ClassVar[tuple[str, ...]] = (
-        *("transform", "fixed", "sigmoid", "softmax", "mix"),
+        *("transform", "within", "fixed", "sigmoid", "softmax", "mix"),
         *("top", "picks", "keep", "take"),
     )
 
@@ -47,7 +50,8 @@ class AttentionGate(Policy):
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         of_query, of_key, of_value, gate = self._matrices(layer)
         x, of_query = trained.features(ops, layer, seen), of_query / math.log(ops.softmax_base)  # trained for base e
-        query, key, value = (self._one_head(ops.transform(x, part)) for part in (of_query, of_key, of_value))
+        parts = (ops.within(ops.transform(x, part), LARGEST) for part in (of_query, of_key, of_value))
+        query, key, value = map(self._one_head, parts)
         note_more(ops, layer, "gate keys", ops.fixed(key), 1)
         note_more(ops, layer, "gate values", ops.fixed(value, values=True), 1)
         count, length = query.shape[1], layer.notes["gate keys"].shape[1]

@@ -11,6 +11,7 @@ from eviction.rows import add_mass, note_more
 from eviction.settings import fitting, whole
 
 SCORE = 128.0  # what no attention score exceeds, as an exponent of 2 or of e
+LARGEST = 2.0**16  # coordinates of keys are below
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class InfLLM(Policy):
         best = ops.top(layer.notes["importance"][..., start:stop].reshape(*shape), self.representatives)
         keys = ops.contents(ops.take(layer.keys, torch.arange(start, stop))).reshape(*shape, layer.head_dim)
         sums = ops.gather(best.reshape(*shape[:2], 1, self.block), keys).reshape(*shape[:2], layer.head_dim)
-        means = ops.fixed(ops.scale(sums, 1 / self.representatives))
+        means = ops.fixed(ops.within(ops.scale(sums, 1 / self.representatives), LARGEST))
         note_more(ops, layer, "keys", means, 1)
         layer.notes["blocks"] = blocks
 

@@ -12,6 +12,7 @@ from eviction.quest import page_ends
 from eviction.rows import note_more, take
 from eviction.settings import budget, fitting, number, switch, tokens, whole
 
+SQUARED = 2.0**16  # coordinates of queries, and half widths of blocks, are below 256
 FIRST = 16  # rows that a layer of ends keeps of the prompt's beginning, if they are a third of its rows at most
 
 
@@ -22,7 +23,8 @@ class MPCacheSpread(Policy):
     A block of ``block`` rows counts as the attention that keys would draw on average which fill the box between its
     largest and its least value of each coordinate evenly. To second order the logarithm of that is q·m + q²·w²/6, for
     the box's middle m and half its width w: Quest's bound takes |q|·w instead, and with it a comparison per coordinate.
-    The first block and the newest, which grows until it is full, are always attended to.
+    The first block and the newest, which grows until it is full, are always attended to. Neither a query's coordinate
+    nor half a block's width is 256 or more.
 
     budget: rows attended to, the mean over layers. lower, upper: shares of the layers, from below and from above, that
     keep the prompt's first rows and the last ones, together half the budget, or ``ends`` rows where that is more; the
@@ -48,7 +50,7 @@ class MPCacheSpread(Policy):
     cost: ClassVar[str] = "in the middle layers a square, two products over blocks and a top-k; in the others none"
     style: ClassVar[tuple[str, str, str]] = ("#D55E00", "s", "-")
     uses: ClassVar[tuple[str, ...]] = (
-        *("take", "contents", "largest", "scale", "multiply", "fixed", "total"),
+        *("take", "contents", "largest", "scale", "multiply", "within", "fixed", "total"),
         *("best", "gather_scores", "scatter_weights"),
     )
 
@@ -112,7 +114,8 @@ class MPCacheSpread(Policy):
         """[G or 1, C], added over the heads that choose together."""
         likeness = ops.scores(query, layer.notes["middle"])
         if self.width:
-            likeness = ops.add(likeness, ops.scores(ops.multiply(query, query), layer.notes["spread"]))
+            squared = ops.within(ops.multiply(query, query), SQUARED)
+            likeness = ops.add(likeness, ops.scores(squared, layer.notes["spread"]))
         likeness = ops.total(likeness, 1)
         return likeness if self.per_head else ops.total(likeness, 0).reshape(1, -1)
 
@@ -126,5 +129,6 @@ class MPCacheSpread(Policy):
         if self.width:
             width = ops.scale(ops.add(high, ops.scale(low, -1)), 0.5)
             sixth = math.log(ops.softmax_base) / 6  # of what is an exponent of e
-            note_more(ops, layer, "spread", ops.fixed(ops.scale(ops.multiply(width, width), sixth)), 1)
+            squared = ops.within(ops.multiply(width, width), SQUARED)
+            note_more(ops, layer, "spread", ops.fixed(ops.scale(squared, sixth)), 1)
         layer.notes["blocks"] = blocks

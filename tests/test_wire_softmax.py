@@ -11,7 +11,7 @@ from test_wire_security import assert_uniform, cut
 from wire_parties import CLIENT, DEALER, OWNER, joined, play, run, share
 
 from crypten_llm.kernels.ring import packed_size
-from crypten_llm.protocols.softmax import LEAST, OPENED, Exponents, weigh
+from crypten_llm.protocols.softmax import HEADROOM, LEAST, OPENED, Exponents, weigh
 
 FRACTION, WIDTH = 18, 40
 Q = Exponents()
@@ -103,7 +103,7 @@ def test_close_to_the_ends_of_the_domain_nothing_is_flagged():
 
 
 @pytest.mark.parametrize("counts", [[1], [3, 1, 20], [7] * 9])
-@pytest.mark.parametrize("size", [128, 208, 256])
+@pytest.mark.parametrize("size", [68, 104, 128, 208, 256, 512])
 def test_cost(counts, size):
     """4 rounds. A comparison key has a level for each bit from 2^4 to the top, and every second may be its last."""
     exponents = Exponents(size)
@@ -111,12 +111,10 @@ def test_cost(counts, size):
     bits = (size - 1).bit_length()
     _, _, outcome = weighed([[0.0] * count for count in counts], exponents)
     sent = sum(packed_size(*part) for part in [(n, 22), (rows, size), (rows, narrow), (rows, bits), (2 * rows, 1)])
-    levels = narrow - 1 - (LEAST + 2 - 6)
-    rounds, from_owner, from_client, to_owner, to_client = outcome.cost()
-    assert (rounds, from_owner, from_client) == (4, sent, sent)
-    assert to_client == to_owner + packed_size(n, size) + packed_size(2 * rows, size)
-    residue = bits / 8
-    assert levels * (16.25 + residue) < to_owner / rows < levels * (16.25 + residue) + (levels / 2 + 3) * residue + 4
+    levels, stops = narrow - 5, len({*range(LEAST + 2, narrow - 1, 2), narrow - HEADROOM})
+    key = 16 * levels + sum(packed_size(*part) for part in [(levels, bits), (stops, bits), (levels, 2)])
+    elements = packed_size(n, size) + packed_size(2 * rows, size)
+    assert outcome.cost() == (4, sent, sent, rows * key, rows * key + elements)
     outcome.check_meter()
 
 

@@ -7,7 +7,19 @@ read, so that a typing error is answered at once.
 
 import crypten_llm
 from crypten_llm.commands.command_line import Parser, add_command, run
-from crypten_llm.commands.verbs import bench, chat, cost, deal, debug_compare, doctor, generate, keys, party, trace
+from crypten_llm.commands.verbs import (
+    bench,
+    calibrate,
+    chat,
+    cost,
+    deal,
+    debug_compare,
+    doctor,
+    generate,
+    keys,
+    party,
+    trace,
+)
 
 COMMANDS = {
     "generate": generate,
@@ -15,6 +27,7 @@ COMMANDS = {
     "bench": bench,
     "deal": deal,
     "cost": cost,
+    "calibrate": calibrate,
     "debug-compare": debug_compare,
     "trace": trace,
     "party": party,

@@ -108,6 +108,6 @@ class Calibration:
 
     def table(self, tokens: dict[str, int]) -> str:
         """All of it, for the owner alone; tokens: how many were measured, by their kind."""
-        counts = " and ".join(f"{count:,} tokens of {kind}" for kind, count in tokens.items())
+        counts = " and ".join(f"{count:,} {kind}" for kind, count in tokens.items())
         head = f"{'measured on ' + counts:<52}{'lowest':>11}{'highest':>11}  {'range':<22}{'headroom':>10}"
         return "\n".join([head, *(reached.row() for reached in self.reached)])

@@ -27,6 +27,7 @@ from crypten_llm.roles import OWNER
 ROOT = 20  # fractional bits of the inverse root, which is 1 to 2 before its power of two
 FACTORS = 26  # fractional bits of the public and of the dealt factors of its trigonometric sum
 GUARD = 4  # bits that are dealt of what is dropped later
+NARROWEST = 65  # bits of a number in limbs
 SLACK = 2 * math.log2(3)  # of squares of numbers that are up to three times too large
 
 
@@ -57,14 +58,16 @@ class _Plan:
     @classmethod
     def of(cls, size: int, scale: int, eps: float, limit: int, fraction: int, width: int) -> _Plan:
         top = 2 * (limit + scale)
+        assert top >= FACTORS, "a sum of squares has the bits that its inverse root is made of"
         cut = top // 2 + ROOT - fraction
         least = max(1, math.floor(math.log2(eps * size)) + 2 * scale)
-        squares = top + math.ceil(SLACK) + index_bits(size) + 1
-        return cls(top, least, squares, cut, width + cut, width + cut + 2 * FACTORS - ROOT)
+        squares = max(NARROWEST, top + math.ceil(SLACK) + index_bits(size) + 1)
+        wide = max(NARROWEST, width + cut)
+        return cls(top, least, squares, cut, wide, wide + 2 * FACTORS - ROOT)
 
 
 def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int, width: int) -> Protocol[Rows]:
-    """x / sqrt(sum of x^2 + eps H) over the last dimension H, at ``fraction`` bits modulo 2^width.
+    """x / sqrt(sum of x^2 + eps H) over the last dimension H, at ``fraction`` bits modulo 2^width, or somewhat more.
 
     limit: the domain is a sum of squares below 2^(2 limit - 1). What is beyond it, with |x| below 3 * 2^limit, is said
     in ``beyond`` where x's ring has limit + scale + 2 bits; in a narrower ring x must fit, and larger x may go unseen.
@@ -74,10 +77,11 @@ def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int
     Reveals: openings behind fresh uniform masks: x, the sum, its top bits and power of two, the inverse root.
     Error: 1.1 units of ``fraction`` bits, and 2^(fraction - ROOT - limit) |x| of them: what is opened of the root is
     off by a unit of ``ROOT`` bits, which shows where x is close to 2^limit.
-    Cost: 4 rounds (``cost`` in tests/test_norm.py counts bits). An element: x's n bits each way; dealer 2 (max(W, Q) -
-    n) + (Q - n - 1) + (width + 4) + (W - n) bits to the client, where Q is the ring of the sum and W = width + limit +
-    scale + 2. A row: some 250 bits each way; the dealer's key to both parties, 16 + 1/4 bytes and Q / 4 a level and
-    Q / 4 for each power of four, and 0.9 kB to the client.
+    Cost: 4 rounds. With x's ring of n bits, that of the sum of Q = 2 (limit + scale) + 5 + log2 H rounded up, and that
+    of the product of W = width + limit + scale + ROOT - fraction: an element, n bits each way; dealer, to the client, 2
+    (max(W, Q) - n) + (Q - n - 1) + (width + GUARD) + (W - n) bits. A row: Q + W + 27 + p bits each way, 2^(p - 3) being
+    the largest power of two; dealer, to the client, Q + 2 (V - p) + 20 (3 V - p) bits, V = W + 2 FACTORS - ROOT, and to
+    both ``ladder.normalized``'s key. (H = 576, width = 63: 37.6 bytes an element; a row 1 kB, and the key 2.6 kB.)
     Source: the normalisation by a secret power of two as in Catrina and Saxena (FC 2010); the rest is ours.
     """
     scale, (*rows, size) = x.scale, x.shape
@@ -98,7 +102,7 @@ def unit_rows(runtime: Runtime, x: Secret, eps: float, limit: int, fraction: int
     (roots,) = yield [WideOpening(root, rows, plan.wide)]
     unit = _times(runtime, lifted, roots, plan.wide, plan.cut)
     whole = runtime.share(x.shape, lambda: lifted_share(runtime, lifted)[..., 0])
-    return Rows(Secret(unit, fraction, width, 0), Secret(whole, scale, 64, x.bits), beyond)
+    return Rows(Secret(unit, fraction, plan.wide - plan.cut, 0), Secret(whole, scale, 64, x.bits), beyond)
 
 
 def _sum_of_squares(runtime: Runtime, x: Lifted, bits: int, more: int) -> Tensor:
@@ -121,8 +125,7 @@ def _sum_of_squares(runtime: Runtime, x: Lifted, bits: int, more: int) -> Tensor
     def share() -> Tensor:
         crossed = kernels.shift_wide(kernels.dot_wide(x.where, apart, bits), n, bits)
         crossed = kernels.add_wide(crossed, kernels.dot_wide(x.seen, x.mask, bits), bits)
-        own = kernels.subtract_wide(squared, kernels.shift_wide(crossed, 1, bits), bits)
-        return own
+        return kernels.subtract_wide(squared, kernels.shift_wide(crossed, 1, bits), bits)
 
     def owner() -> Tensor:
         known = kernels.dot_wide(x.seen, kernels.widen(x.seen, bits, True), bits)

@@ -19,7 +19,7 @@ from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.ladder import exponent
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
-from crypten_llm.protocols.secret import Secret, Wire
+from crypten_llm.protocols.secret import Overflow, Secret, Wire
 from crypten_llm.protocols.wide import ResidueOpening, WideOpening
 
 OPENED = 22  # bits of a score that are opened: its ring stands for q bits of exponent
@@ -32,9 +32,15 @@ LOWEST_SUM = -58  # log2 of a row's sum of 2^y may be this, or somewhat more in 
 
 @dataclass(frozen=True)
 class Exponents:
-    """The ring of exponents: q = ``size`` bits. The rest follows, in bits (a score is ln 2 times as much)."""
+    """The ring of exponents: q = ``size`` bits, a multiple of 4 from 68 to 512. The rest follows, in bits (a score is
+    ln 2 times as much).
+    """
 
     size: int = 256
+
+    def __post_init__(self) -> None:
+        if not 68 <= self.size <= 512 or self.size % 4:
+            raise Overflow(f"the ring of exponents has a multiple of 4 bits from 68 to 512, not {self.size}")
 
     @property
     def low(self) -> int:
@@ -60,8 +66,8 @@ class Exponents:
 
 @dataclass
 class Rows:
-    """weights: shares [n]; a row adds up to between 1/4 and 1. beyond: bits [R, 2], opened: whether a row has left the
-    domain.
+    """weights: shares [n]; a row adds up to between 1/4 and 1. beyond: two bits a row, opened: its sum is negative, or
+    out of the domain.
     """
 
     weights: Secret
@@ -79,9 +85,13 @@ def weigh(
     Reveals: openings behind fresh uniform masks: y; a row's sum, rotated by a secret rho, modulo 2^q - 1; that sum
     without rho and without its low bits; and K = k + rho modulo q, rho being K's mask, uniform and used for this row.
     Error: 2^-13 of a weight and a unit of ``fraction`` bits, in the domain: scores and rows' sums as ``exponents``
-    says. Beyond it, ``beyond`` is set but for a lone score in a narrow band at the ends (see docs/wire.md).
-    Cost: 4 rounds. A score: OPENED bits each way; dealer q bits. A row: 2 q - dropped + 8 bits each way and some 6 kB
-    of the dealer's, of which the comparison key goes to both.
+    says. Beyond it, of rows that come out wrong, ``beyond`` is set for those whose sum is too small or too large, and
+    whose scores are between -low - 50 and low' - 16, where low' = q - low: none was missed in 20,000. A row whose only
+    large score is d bits below low' is missed with probability about d 2^-d (measured: a half at 2, 1/15 at 6, 1/400 at
+    12). What is outside of these counts modulo q, as another score, without a sign.
+    Cost: 4 rounds. A score: OPENED bits each way; dealer q bits to the client. With w = q - dropped and b the bits of
+    q - 1, a row: q + w + b + 2 bits each way; dealer 2 q bits to the client, and to both a comparison key of w - 5
+    levels at 16 + 1/4 bytes and b bits, and b bits for each second power of two from 2^(LEAST + 2) up (2.9 kB).
     Source: ours; comparison keys of Boyle et al. (EUROCRYPT 2021).
     """
     kernels, q, rows = runtime.kernels, exponents.size, counts.shape[0]

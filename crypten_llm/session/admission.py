@@ -105,8 +105,9 @@ class Admission:
             except UsageError:
                 return ()
             return calibration.enough_of(ids, config, parameters) if max(ids) < config.vocab_size else ()
-        ids = tokenizer.load(folder)(_read(self.text))["input_ids"]
-        if not ids:
+        text = _read(self.text)
+        ids = tokenizer.load(folder)(text)["input_ids"]
+        if not text.strip():
             raise UsageError(f"--calibration-text: {self.text} is empty; give a text like what clients will ask")
         if max(ids) >= config.vocab_size:
             raise UsageError(

@@ -32,7 +32,7 @@ Range = tuple[float, float]
 PROSE = Path(__file__).with_suffix(".txt")
 """A few thousand tokens of English, written for this."""
 
-RANDOM, TEXT = "random", "text"
+RANDOM, TEXT = "random tokens", "tokens of text"
 ROWS = 128  # random tokens, and the least of text; also a pass's
 MOST = 512  # tokens of ``PROSE``; of a text that the owner chose, all
 WORK = 7e10  # multiplications for tokens of ``PROSE``: 512 of a model of 135 million parameters, seconds on a core

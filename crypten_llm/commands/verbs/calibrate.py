@@ -1,0 +1,36 @@
+"""``calibrate``: how far a model's numbers go beside an engine's ranges, for its owner."""
+
+from typing import Any
+
+from crypten_llm.commands.command_line import Parser
+from crypten_llm.errors import UsageError
+from crypten_llm.session.settings import DEFAULT_ENGINE, DEFAULT_PRECISION_BITS, ProtocolConfig
+
+HELP = "measure a model of your own, in the clear and alone, beside the ranges in which an engine is right"
+
+
+def options(parser: Parser) -> None:
+    parser.add_model()
+    add = parser.add_argument
+    add("--engine", default=DEFAULT_ENGINE, help=f"wire or crypten (default: {DEFAULT_ENGINE})")
+    bits = f"fractional bits of a secret on engine crypten (default: {DEFAULT_PRECISION_BITS})"
+    add("--precision-bits", type=int, default=DEFAULT_PRECISION_BITS, metavar="F", help=bits)
+    what = "text like what clients ask, measured to its end (default: the beginning of some prose)"
+    add("--calibration-text", default="", metavar="FILE", help=what)
+    parser.add_json()
+    parser.add_offline_and_verbose()
+
+
+def run(arguments: Any) -> None:
+    protocol = ProtocolConfig(engine=arguments.engine, precision_bits=arguments.precision_bits)
+    if not protocol.is_private:
+        raise UsageError("engine 'plain' has no range that a model could leave; choose --engine wire or crypten")
+    from crypten_llm.commands.calibrate import calibrate
+    from crypten_llm.models import checkpoint
+
+    calibrate(
+        checkpoint.resolve_model(arguments.model, arguments.offline),
+        protocol,
+        arguments.calibration_text,
+        arguments.json,
+    )
