@@ -5,7 +5,7 @@
     python -m experiments.measure.profile_wire --prompt-tokens 512 --steps 8  # the shipped model: prefill, steps
 
 Each process is interrupted every few milliseconds of its own processor time and notes where it was: in the
-compiled loops over words (products, exponents, fits, comparisons, ...), the key streams, the messages, or the Python and
+compiled loops over words (products, exponents, fits, comparisons), the key streams, the messages, or the Python and
 torch calls around them. What remains of the wall clock is waiting: for the other party, for the dealer, for a core.
 """
 
