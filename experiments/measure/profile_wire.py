@@ -5,7 +5,7 @@
     python -m experiments.measure.profile_wire --prompt-tokens 512 --steps 8  # the shipped model: prefill, steps
 
 Each process is interrupted every few milliseconds of its own processor time and notes where it was: in the
-compiled loops over words (products, openings, fits, comparisons), the key streams, the messages, or the Python and
+compiled loops over words (products, exponents, fits, comparisons), the key streams, the messages, or the Python and
 torch calls around them. What remains of the wall clock is waiting: for the other party, for the dealer, for a core.
 """
 
@@ -41,11 +41,15 @@ ROLES = role_names(2)
 PARTS = {
     "cpu.py": "products and openings",
     "ring.py": "products and openings",
-    "cpu.py waves": "fits",
-    "cpu.py combine": "fits",
-    "cpu.py turned": "fits",
+    "limbs.py": "products and openings",
+    "lifted.py": "products and openings",
+    "exponents.py": "exponents",
+    "ones.py": "exponents",
+    "trigonometry.py": "fits",
     "smooth.py evaluate": "fits",
-    "smooth.py normalize": "comparisons",
+    "places.py": "choices by place",
+    "chacha.py": "comparisons",
+    "payloads.py": "comparisons",
     "tables.py": "comparisons",
     "dcf.py": "comparisons",
     "ladder.py": "comparisons",
