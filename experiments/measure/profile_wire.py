@@ -5,9 +5,8 @@
     python -m experiments.measure.profile_wire --prompt-tokens 512 --steps 8  # the shipped model: prefill, steps
 
 Each process is interrupted every few milliseconds of its own processor time and notes where it was: in the
-compiled loops over words (products and openings, numbers of several words, softmax's exponents, fits, bits at secret
-places, comparisons), the key streams, the messages, or the Python and torch calls around them. What remains of the wall
-clock is waiting: for the other party, for the dealer, for a core.
+compiled loops over words (products, exponents, fits, comparisons), the key streams, the messages, or the Python and
+torch calls around them. What remains of the wall clock is waiting: for the other party, for the dealer, for a core.
 """
 
 from __future__ import annotations
@@ -42,16 +41,17 @@ ROLES = role_names(2)
 PARTS = {
     "cpu.py": "products and openings",
     "ring.py": "products and openings",
-    "limbs.py": "wide numbers",
-    "lifted.py": "wide numbers",
-    "ones.py": "exponents",
+    "limbs.py": "products and openings",
+    "lifted.py": "products and openings",
     "exponents.py": "exponents",
+    "ones.py": "exponents",
     "trigonometry.py": "fits",
-    "places.py": "places",
-    "dcf.py": "comparisons",
-    "payloads.py": "comparisons",
+    "smooth.py evaluate": "fits",
+    "places.py": "choices by place",
     "chacha.py": "comparisons",
+    "payloads.py": "comparisons",
     "tables.py": "comparisons",
+    "dcf.py": "comparisons",
     "cpu.py KeyStream.fill": "key streams",
     "randomness.py": "key streams",
     "transport.py": "messages",
