@@ -5,8 +5,9 @@
     python -m experiments.measure.profile_wire --prompt-tokens 512 --steps 8  # the shipped model: prefill, steps
 
 Each process is interrupted every few milliseconds of its own processor time and notes where it was: in the
-compiled loops over words (products, exponents, fits, comparisons), the key streams, the messages, or the Python and
-torch calls around them. What remains of the wall clock is waiting: for the other party, for the dealer, for a core.
+compiled loops over words (products and openings, numbers of several words, softmax's exponents, fits, bits at secret
+places, comparisons), the key streams, the messages, or the Python and torch calls around them. What remains of the wall
+clock is waiting: for the other party, for the dealer, for a core.
 """
 
 from __future__ import annotations
@@ -41,20 +42,16 @@ ROLES = role_names(2)
 PARTS = {
     "cpu.py": "products and openings",
     "ring.py": "products and openings",
-    "limbs.py": "products and openings",
-    "lifted.py": "products and openings",
-    "exponents.py": "exponents",
+    "limbs.py": "wide numbers",
+    "lifted.py": "wide numbers",
     "ones.py": "exponents",
+    "exponents.py": "exponents",
     "trigonometry.py": "fits",
-    "smooth.py evaluate": "fits",
-    "places.py": "choices by place",
-    "chacha.py": "comparisons",
-    "payloads.py": "comparisons",
-    "tables.py": "comparisons",
+    "places.py": "places",
     "dcf.py": "comparisons",
-    "ladder.py": "comparisons",
-    "comparison.py": "comparisons",
-    "lookup.py": "comparisons",
+    "payloads.py": "comparisons",
+    "chacha.py": "comparisons",
+    "tables.py": "comparisons",
     "cpu.py KeyStream.fill": "key streams",
     "randomness.py": "key streams",
     "transport.py": "messages",
@@ -109,7 +106,7 @@ def run(party, job: dict) -> None:
     if "shape" in job:
         bench.run(party, bench.Shape(**job["shape"]))
         return
-    party.load(str(checkpoint.SHIPPED))
+    party.load(job["model"])
     party.start_request()
     plan = Plan(job["prompt_tokens"], job["steps"] + 1, hide_length=True)
     ids = [5 + 7 * i % 400 for i in range(plan.prompt_tokens)]
@@ -153,12 +150,14 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, help="(default: as heads)")
     parser.add_argument("--ffn", type=int, default=688)
     parser.add_argument("--kv-len", type=int, default=1024)
-    parser.add_argument("--prompt-tokens", type=int, help="profile the shipped model on such a prompt instead")
+    parser.add_argument("--prompt-tokens", type=int, help="profile a model on such a prompt instead")
+    parser.add_argument("--model", default="shipped", help="which one (default: shipped)")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.prompt_tokens:
-        job = {"prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps}
+        model = str(checkpoint.resolve_model(arguments.model))
+        job = {"prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps, "model": model}
     else:
         sizes = {name: getattr(arguments, name) for name in ("hidden", "heads", "ffn", "kv_len", "steps")}
         job = {"shape": sizes | {"kv_heads": arguments.kv_heads or arguments.heads}}
