@@ -10,7 +10,7 @@ from crypten_llm.protocols.frequencies import PERIOD, search
 
 LIMITS = {"silu": 1.0e-4, "gelu": 3.5e-5, "gelu tanh": 4.1e-5}
 FUNCTIONS = {
-    "silu": lambda x: torch.nn.functional.silu(1.75 * x) - 0.875 * x,
+    "silu": lambda x: torch.nn.functional.silu(2 * x) - x,
     "gelu": lambda x: torch.nn.functional.gelu(x) - x / 2,
     "gelu tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh") - x / 2,
 }

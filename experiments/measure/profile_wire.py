@@ -5,8 +5,9 @@
     python -m experiments.measure.profile_wire --prompt-tokens 512 --steps 8  # the shipped model: prefill, steps
 
 Each process is interrupted every few milliseconds of its own processor time and notes where it was: in the
-compiled loops over words (products, exponents, fits, comparisons), the key streams, the messages, or the Python and
-torch calls around them. What remains of the wall clock is waiting: for the other party, for the dealer, for a core.
+compiled loops over words (products and openings, numbers of several words, softmax's exponents, fits, bits at secret
+places, comparisons), the key streams, the messages, or the Python and torch calls around them. What remains of the wall
+clock is waiting: for the other party, for the dealer, for a core.
 """
 
 from __future__ import annotations
@@ -41,20 +42,16 @@ ROLES = role_names(2)
 PARTS = {
     "cpu.py": "products and openings",
     "ring.py": "products and openings",
-    "limbs.py": "products and openings",
-    "lifted.py": "products and openings",
-    "exponents.py": "exponents",
+    "limbs.py": "wide numbers",
+    "lifted.py": "wide numbers",
     "ones.py": "exponents",
+    "exponents.py": "exponents",
     "trigonometry.py": "fits",
-    "smooth.py evaluate": "fits",
-    "places.py": "choices by place",
-    "chacha.py": "comparisons",
-    "payloads.py": "comparisons",
-    "tables.py": "comparisons",
+    "places.py": "places",
     "dcf.py": "comparisons",
-    "ladder.py": "comparisons",
-    "comparison.py": "comparisons",
-    "lookup.py": "comparisons",
+    "payloads.py": "comparisons",
+    "chacha.py": "comparisons",
+    "tables.py": "comparisons",
     "cpu.py KeyStream.fill": "key streams",
     "randomness.py": "key streams",
     "transport.py": "messages",
