@@ -19,7 +19,7 @@ from experiments.tuning.study import locked
 
 AXES = ("static=0.1,0.3,0.5,1", "second=0.05,0.1,0.3,0.5", "fine=8,16,32", "summary=minmax,mean")  # 96 policies
 # A command on the shipped model that takes seconds.
-QUICK = ("--policy", "snapkv", "--set", "window=8", "--search", "budget=0.05,0.3,1", "--max-bytes", "0.6")
+QUICK = ("--policy", "snapkv", "--set", "window=8", "--search", "budget=0.05,0.3,1", "--max-bytes", "0.9")
 QUICK += ("--tasks", "passkey", "--lengths", "64", "--samples", "4", "--fresh", "2", "--workers", "1")
 
 
