@@ -27,7 +27,7 @@ def _main(monkeypatch, capsys, *arguments):
 
 def test_the_command_measures_what_quality_and_cost_measure(monkeypatch, capsys, tmp_path):
     page = _main(monkeypatch, capsys, *QUICK, "--out", str(tmp_path))
-    name = tmp_path / "snapkv_bytes_at_most_0.6"
+    name = tmp_path / "snapkv_bytes_at_most_0.9"
     found = json.loads(Path(f"{name}.json").read_text())
     assert Path(f"{name}.md").read_text() == page and Path(f"{name}.png").stat().st_size > 20_000
     assert {row["policy"]: row["how"] for row in found["policies"]}[
