@@ -11,6 +11,7 @@ Not for two threads on the same direction of the same link; different links are 
 
 import json
 import math
+import os
 import select
 import socket
 import ssl
@@ -30,6 +31,9 @@ from crypten_llm.links.sockets import set_up
 
 MAX_BUFFERS = 512  # of one system call; Linux allows 1024
 TLS_RECORD = 16384  # bytes at most; smaller buffers are joined to one
+AWAKE = 3e-4
+"""Seconds in which a wait asks again and again and offers its core to others in between. Who sends to a process that
+sleeps has to wake it first, which takes longer than the message: on one machine a quarter of a decode step."""
 Specs = Sequence[tuple[Sequence[int], torch.dtype]]  # shapes and dtypes of tensors that must come
 Sockets = Mapping[int, socket.socket]  # by the rank at their other end
 WAITS = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
@@ -261,6 +265,9 @@ class Transport:
                 break
             now = time.perf_counter()
             progress_at = now if progress else progress_at
+            if now - progress_at < AWAKE:
+                os.sched_yield()
+                continue
             self._poll(sending, receiving, progress_at + timeout - now, timeout)
         sent = received = 0
         for out in outgoing:
@@ -336,7 +343,6 @@ class Transport:
         events = dict.fromkeys((frame.link.fd for frame in receiving), select.POLLIN)
         for out in sending:
             events[out.link.fd] = events.get(out.link.fd, 0) | select.POLLOUT
-        # No spinning before the poll: on one machine it would take the core that another party computes on.
         poller = select.poll()
         for fd, mask in events.items():
             poller.register(fd, mask)
