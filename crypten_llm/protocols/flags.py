@@ -48,7 +48,7 @@ class Flags:
         dealt = runtime.deal_table((count,), 64, times)
         own = client if owner is None else owner
         if wire.public is not None and dealt is not None and own is not None:
-            self._word = self._word ^ _folded((own * wire.public.reshape(-1)) ^ dealt)
+            self._word = self._word ^ folded((own * wire.public.reshape(-1)) ^ dealt)
 
     def any_set(self) -> Protocol[bool]:
         """Whether any flag was set since the last time; at the dealer, who is not told, never.
@@ -61,10 +61,10 @@ class Flags:
         return bool(theirs) and bool((theirs[0] != word).any())
 
 
-def _folded(words: Tensor) -> Tensor:
-    """The exclusive or of all words, [1]."""
-    while words.numel() > 1:
-        half = words.numel() // 2
-        rest = words[2 * half :]
-        words = torch.cat([words[:half] ^ words[half : 2 * half], rest])
-    return words if words.numel() else torch.zeros(1, dtype=torch.int64, device=words.device)
+def folded(words: Tensor) -> Tensor:
+    """The exclusive or of all words along the last dimension: [..., N] to [..., 1]."""
+    while words.shape[-1] > 1:
+        half = words.shape[-1] // 2
+        rest = words[..., 2 * half :]
+        words = torch.cat([words[..., :half] ^ words[..., half : 2 * half], rest], -1)
+    return words if words.shape[-1] else words.new_zeros(*words.shape[:-1], 1)
