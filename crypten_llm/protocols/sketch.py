@@ -31,7 +31,7 @@ from torch import Tensor
 
 from crypten_llm.errors import PartyError
 from crypten_llm.protocols.dealer.runtime import Runtime
-from crypten_llm.protocols.flags import folded
+from crypten_llm.protocols.flags import TELLS, differ, folded
 from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.rounds import Protocol, Rounds
 from crypten_llm.roles import CLIENT, OWNER
@@ -44,7 +44,7 @@ NOT_ITS_SUMS = (
     "rank 0 (owner) answered the check of the client's tokens with other numbers than this program gives; the run ends "
     "here: ask the owner for an unchanged program, and start all parties again"
 )
-_CHECKS = ((CLIENT, NOT_ONE_ROW), (OWNER, NOT_ITS_SUMS))  # who tells its word, and what it means if it is another
+_FAILED = (NOT_ONE_ROW, NOT_ITS_SUMS)  # what it means that a share differs which the client tells, or the owner
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Sketches:
 
     def __init__(self, runtime: Runtime, rounds: Rounds) -> None:
         self._runtime, self._rounds = runtime, rounds
-        self._words = torch.zeros(len(_CHECKS), dtype=torch.int64, device=runtime.device)
+        self._words = torch.zeros(len(TELLS), dtype=torch.int64, device=runtime.device)
 
     def note(self, labels: Labels | None, count: int, seen: Tensor | None, mask: Tensor | None) -> None:
         """What a client asked for: bits xor a mask, words [count, V / 64 rounded up]; the sums go with the next
@@ -94,7 +94,7 @@ class Sketches:
     def _noted(self, labels: Labels | None, count: int, seen: Tensor | None, mask: Tensor | None) -> Protocol[None]:
         runtime, times = self._runtime, self._runtime.kernels.multiply_field
         hiding = runtime.mask_of(OWNER, (2, count))
-        owner, client = (runtime.mask_of(party, (len(_CHECKS), 1, count)) for party in (OWNER, CLIENT))
+        owner, client = (runtime.mask_of(party, (len(TELLS), 1, count)) for party in (OWNER, CLIENT))
 
         def dealt(words: Tensor) -> Tensor:
             assert labels is not None and mask is not None and hiding is not None, "the dealer knows what hides"
@@ -107,7 +107,7 @@ class Sketches:
             assert labels is not None and seen is not None and hiding is not None, "the owner was asked"
             return labels.sums(runtime, seen) ^ hiding
 
-        shared = runtime.deal_table((len(_CHECKS), 3, count), 64, dealt)
+        shared = runtime.deal_table((len(TELLS), 3, count), 64, dealt)
         sent = None if seen is None else hidden()
         (received,) = yield [Message(OWNER, (2, count), 64, sent)]
         sums = sent if received is None else received
@@ -126,8 +126,7 @@ class Sketches:
         Reveals: that, to each party; nothing while both follow the program, for it is so. Cost: 1 round of 8 bytes each
         way. Raises: PartyError, at the owner where it was not, at the client where the owner's sums were others.
         """
-        words, self._words = self._words.split(1), torch.zeros_like(self._words)
-        told = yield [Message(party, (1,), 64, word) for (party, _), word in zip(_CHECKS, words, strict=True)]
-        for theirs, word, (_, failed) in zip(told, words, _CHECKS, strict=True):
-            if theirs is not None and bool((theirs != word).any()):
+        words, self._words = self._words, torch.zeros_like(self._words)
+        for is_other, failed in zip((yield from differ(words)), _FAILED, strict=True):
+            if is_other:
                 raise PartyError(failed)
