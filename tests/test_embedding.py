@@ -10,7 +10,9 @@ from crypten_llm.kernels import places
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.protocols.embedding import look_up, own_table
 from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Rounds
 from crypten_llm.protocols.secret import Overflow, as_secret
+from crypten_llm.protocols.sketch import Sketches
 
 
 def numbers(shape, bits, scale, seed=0):
@@ -27,7 +29,9 @@ def held(runtime, value, bits, scale):
 
 
 def rows(runtime, ids, table):
-    return play(runtime, look_up(runtime, runtime.held_by(CLIENT, ids), len(ids), table))
+    rounds = Rounds(runtime)
+    sketches = Sketches(runtime, rounds)
+    return rounds.run(look_up(runtime, runtime.held_by(CLIENT, ids), len(ids), table, sketches))
 
 
 def looked_up(value, ids, bits, scale):
@@ -93,13 +97,13 @@ def test_rows_have_room_to_be_lifted():
 
 @pytest.mark.parametrize(("vocabulary", "hidden", "count"), [(130, 16, 3), (128, 8, 20), (1, 24, 1)])
 def test_cost(vocabulary, hidden, count):
-    """19 bits an entry, as SmolLM2's: 209 dealt ones an element."""
+    """19 bits an entry, as SmolLM2's: 209 dealt ones an element. Of the sketch 16 bytes a token, 48 dealt."""
     value, ids = numbers((vocabulary, hidden), 1, 16), torch.zeros(count, dtype=torch.int64)
     handed, opened = packed_size(vocabulary * hidden, 19), packed_size(count * hidden, 19)
     asked = 8 * count * -(-vocabulary // 64)
-    dealt = packed_size(count * hidden, 19 + 19 * 20 // 2)
+    dealt = packed_size(count * hidden, 19 + 19 * 20 // 2) + 48 * count
     # The table is a round for the client, the choice one for the owner, the opening one for both.
-    declared = (2, handed + opened, asked + opened, 0, dealt)
+    declared = (2, handed + opened + 16 * count, asked + opened, 0, dealt)
     check_cost(lambda runtime: rows(runtime, ids, held(runtime, value, 1, 16)), declared)
 
 

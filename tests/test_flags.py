@@ -4,7 +4,7 @@ import pytest
 import torch
 from wire_parties import run
 
-from crypten_llm.protocols.flags import Flags
+from crypten_llm.protocols.flags import TELLS, Flags
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Rounds
 from crypten_llm.protocols.secret import Secret
@@ -46,21 +46,46 @@ def test_any_set_flag_is_told_once(opened, shapes):
 
 
 def test_cost():
-    """A bit each way with the next message, 8 bytes of the dealer's; 1 round of 8 bytes when it is told."""
+    """A bit each way with the next message, 16 bytes of the dealer's; 1 round of 8 bytes when it is told."""
     rounds, from_owner, from_client, to_owner, to_client = run(told, False, torch.zeros(20, dtype=torch.int64)).cost()
-    assert (rounds, from_owner, from_client, to_owner, to_client) == (3, 3 + 16, 3 + 16, 0, 160)
+    assert (rounds, from_owner, from_client, to_owner, to_client) == (3, 3 + 16, 3 + 16, 0, 320)
 
 
-def test_the_word_that_tells_is_another_each_time():
-    """Two flags or one, here or there: what is shown is uniform."""
+def words_of(runtime, bits):
+    """A role's shares of both words."""
+    rounds = Rounds(runtime)
+    flags = Flags(runtime, rounds)
+    flags.note(xor_shares(runtime, bits))
+    rounds.open()
+    return flags._words.tolist()
+
+
+def test_the_words_that_tell_are_others_each_time():
+    """Two flags or one, here or there: what is shown is uniform, and one word says nothing of the other."""
     words = set()
     for seed in range(40):
         bits = torch.zeros(5, dtype=torch.int64)
         bits[seed % 5] = 1
-        outcome = run(told, False, bits, seed=seed)
-        shown = []
-        for role in (OWNER, CLIENT):
-            frames = [f.payload for f in outcome.frames[role] if len(f.payload) == 8]
-            shown.append(int.from_bytes(frames[0], "little"))
-        words.add(shown[0] ^ shown[1])
-    assert len(words) == 40 and 15 < sum(word.bit_count() for word in words) / 40 < 49
+        owner, client, _ = run(words_of, bits, seed=seed).results
+        words |= {(mine ^ theirs) % 2**64 for mine, theirs in zip(owner, client, strict=True)}
+    assert len(words) == 80 and 0.45 < sum(word.bit_count() for word in words) / (80 * 64) < 0.55
+
+
+@pytest.mark.parametrize("party", [OWNER, CLIENT])
+def test_a_party_that_sends_back_what_it_is_sent_hides_no_flag(party):
+    """What the other tells is its share of another word than the one of which it is told."""
+    bits, other = torch.ones(3, dtype=torch.int64), OWNER + CLIENT - party
+    told = run(words_of, bits).results[other][TELLS.index(other)]  # in every run with these masks
+
+    def job(runtime):
+        rounds = Rounds(runtime)
+        flags = Flags(runtime, rounds)
+        flags.note(xor_shares(runtime, bits))
+        rounds.open()
+        if runtime.role == party:
+            flags._words = torch.full_like(flags._words, told)
+        return rounds.run(flags.any_set())
+
+    outcome = run(job)
+    assert told.to_bytes(8, "little", signed=True) in {f.payload for f in outcome.frames[other]}
+    assert outcome.results[other] is True

@@ -1,4 +1,4 @@
-"""Kernels beside their twins: cosines at frequencies of their own, bits at secret places, rows chosen by bits."""
+"""Kernels beside their twins: cosines at frequencies of their own, bits at places, rows chosen by bits, a field."""
 
 import functools
 import math
@@ -158,3 +158,31 @@ def test_rows_of_any_layout():
 @given(st.integers(0, 140), st.integers(0, 9), st.integers(0, 40), st.integers(0, 1000))
 def test_chosen_rows_of_any_shape(rows, columns, count, seed):
     both("xor_rows", table_words(32, rows, columns, seed=seed), choices(count, rows, seed))
+
+
+# The field of 2^64 elements.
+
+
+def test_products_in_the_field():
+    """Edges beside edges, other layouts, shapes that broadcast."""
+    first, second = words(7, 1, seed=1), words(1, 9, seed=2)
+    found = both("multiply_field", first, second)
+    assert torch.equal(found, both("multiply_field", second, first))
+    assert torch.equal(found[1], second[0]), "a product with 1"
+    for left in layouts(words, 3, 5):
+        both("multiply_field", left, words(5, seed=3))
+    assert both("multiply_field", words(0), words(0)).shape == (0,)
+
+
+def test_it_is_a_field():
+    """Products distribute over xor, squares are a sum's, and whatever is not 0 has an inverse: its power 2^64 - 2."""
+    a, b, c = (words(20, seed=seed) for seed in (4, 5, 6))
+    times = cpu.multiply_field
+    assert torch.equal(times(a, b ^ c), times(a, b) ^ times(a, c))
+    assert torch.equal(times(times(a, b), c), times(a, times(b, c)))
+    assert torch.equal(times(a ^ b, a ^ b), times(a, a) ^ times(b, b))
+    power, inverse = a, torch.ones_like(a)
+    for _ in range(63):
+        power = times(power, power)
+        inverse = times(inverse, power)
+    assert torch.equal(times(a, inverse), (a != 0).long())

@@ -12,7 +12,9 @@ from crypten_llm.protocols.dealer.randomness import Stream
 from crypten_llm.protocols.embedding import look_up, own_table
 from crypten_llm.protocols.ladder import below
 from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.rounds import Rounds
 from crypten_llm.protocols.secret import Secret
+from crypten_llm.protocols.sketch import Sketches
 
 COUNT = 4096
 EXTREMES = {
@@ -61,7 +63,8 @@ def embedded(runtime, integers):
     """A table of 8 by 8 entries of 11 bits."""
     ids = integers.clamp(min=0) % 8
     table = play(runtime, own_table(runtime, runtime.held_by(OWNER, torch.eye(8)), (8, 8), 8, 1))
-    play(runtime, look_up(runtime, runtime.held_by(CLIENT, ids), len(ids), table))
+    rounds = Rounds(runtime)
+    rounds.run(look_up(runtime, runtime.held_by(CLIENT, ids), len(ids), table, Sketches(runtime, rounds)))
 
 
 def weights(runtime, integers):
@@ -94,7 +97,9 @@ DEALT = {  # what the dealer sends the client, in order: the bits of the ring th
         *[(COUNT, bits) for bits in (64, 40, 34, 10)],  # masks, each with the other's bit, both bits
         *[(COUNT, 64), (COUNT, 33)],  # the square
     ],
-    "embedding": [(8 * COUNT, 11), (COUNT * 11 * 12 // 2, 8)],  # what pads rows, and as bytes the shares of bits
+    "embedding": [  # what pads rows, the sketch's, and as bytes the shares of bits
+        *[(8 * COUNT, 11), (6 * COUNT, 64), (COUNT * 11 * 12 // 2, 8)]
+    ],
 }
 
 
@@ -159,7 +164,7 @@ def test_what_the_parties_send_each_other_is_uniform(name, integers):
     job, messages = PROTOCOLS[name]
     outcomes = [run(job, integers, seed=seed) for seed in range(3)]
     senders = {
-        "embedding": {OWNER: [[(8 * 8, 11)], *messages[1:]], CLIENT: messages},
+        "embedding": {OWNER: [[(8 * 8, 11)], [(2 * COUNT, 64), *messages[-1]]], CLIENT: messages},
         "weights": {OWNER: messages, CLIENT: []},
     }
     for role, due in senders.get(name, {OWNER: messages, CLIENT: messages}).items():

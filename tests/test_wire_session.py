@@ -46,13 +46,14 @@ def test_only_these_places_send_anything():
     """Every message of the engine, and why it may be sent; a new one has to be judged and listed here."""
     allowed = {
         ("opening.py", "Opening.prepare"): "x + r for a fresh mask r",
-        ("opening.py", "Message.prepare"): "what one of the seven below says",
+        ("opening.py", "Message.prepare"): "what one of the eight below says",
         ("products.py", "own"): "W - R for a fresh mask R",
         ("known.py", "_told"): "rows + r for a fresh mask r",
         ("embedding.py", "own_table"): "a table xor a fresh mask",
         ("embedding.py", "look_up"): "one-hot bits xor a fresh mask",
         ("embedding.py", "_as_words"): "xor shares of rows xor a fresh mask",
-        ("flags.py", "Flags.any_set"): "a word that is the other party's, or else uniform: the one bit that this tells",
+        ("sketch.py", "Sketches._noted"): "sums of labels xor fresh masks",
+        ("flags.py", "differ"): "a share that the other party has too, or else uniform: the one bit that it tells",
         ("engine.py", "WireEngine._show"): "a result, by order of the reveal module",
         ("wide.py", "WideOpening.prepare"): "x + r for a fresh mask r",
         ("wide.py", "ResidueOpening.prepare"): "x + r for a mask r that was drawn for it",

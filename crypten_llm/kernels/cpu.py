@@ -13,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from crypten_llm.kernels import dcf, exponents, lifted, limbs, ones, places, tables, trigonometry
+from crypten_llm.kernels import dcf, exponents, field, lifted, limbs, ones, places, tables, trigonometry
 from crypten_llm.kernels.compiling import compiled
 
 _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
@@ -267,6 +267,7 @@ waves, combine = trigonometry.waves, trigonometry.combine
 coefficients = trigonometry.coefficients
 cosines, add_cosines = trigonometry.cosines, trigonometry.add_cosines
 flip_places, parities, xor_rows = places.flip_places, places.parities, places.xor_rows
+multiply_field = field.multiply_field
 hide_wide, show_wide = limbs.hide_wide, limbs.show_wide
 reduce_wide, widen = limbs.reduce_wide, limbs.widen
 add_wide, subtract_wide, multiply_wide = limbs.add_wide, limbs.subtract_wide, limbs.multiply_wide

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from crypten_llm.kernels import (
+    reference_field,
     reference_keys,
     reference_lifted,
     reference_places,
@@ -102,6 +103,7 @@ waves, combine = reference_trigonometry.waves, reference_trigonometry.combine
 coefficients = reference_trigonometry.coefficients
 cosines, add_cosines = reference_trigonometry.cosines, reference_trigonometry.add_cosines
 flip_places, parities, xor_rows = reference_places.flip_places, reference_places.parities, reference_places.xor_rows
+multiply_field = reference_field.multiply_field
 
 
 # Tables turned by a mask.

@@ -285,6 +285,9 @@ class Kernels(Protocol):
         table: int32 [V, H]. chosen: words [T, V / 64 rounded up], whose bits from V on count for nothing.
         """
 
+    def multiply_field(self, a: Tensor, b: Tensor) -> Tensor:
+        """a b in GF(2^64): words as polynomials over bits, modulo x^64 + x^4 + x^3 + x + 1. Shapes broadcast."""
+
     # Tables turned by a mask. words: [N, 2^m] of a table; they are overwritten, and returned.
 
     def turn_table(self, table: Tensor, places: Tensor, words: Tensor) -> Tensor:

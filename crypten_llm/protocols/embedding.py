@@ -18,6 +18,7 @@ from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.products import row_blocks
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret
+from crypten_llm.protocols.sketch import Labels, Sketches, labels_of
 from crypten_llm.roles import CLIENT, OWNER
 
 WIDEST = 31  # bits of an entry
@@ -27,7 +28,8 @@ class OwnedTable:
     """A table [V, H] that the owner knows, in entries of ``width`` bits; of fewer than 2^bits, at ``scale``.
 
     plain: at the owner, entries modulo 2^width. hidden: the same xor R, at the client. mask: R, at the dealer. All are
-    int32. R is uniform and used for this table alone, so what the client holds is uniform too.
+    int32. R is uniform and used for this table alone, so what the client holds is uniform too. labels: of the rows,
+    with which the owner checks what it is asked for; not at the client.
     """
 
     def __init__(self, shape: tuple[int, int], scale: int, bits: int) -> None:
@@ -35,6 +37,7 @@ class OwnedTable:
         self.plain: Tensor | None = None
         self.hidden: Tensor | None = None
         self.mask: Tensor | None = None
+        self.labels: Labels | None = None
 
     @property
     def width(self) -> int:
@@ -70,6 +73,7 @@ def own_table(
     (received,) = yield [Message(OWNER, shape, width, hidden)]
     table.hidden = None if received is None else received.int()
     table.mask = runtime.known_to_dealer(mask)
+    table.labels = labels_of(runtime, shape[0])
     return table
 
 
@@ -80,12 +84,17 @@ def _narrow(words: Tensor | None, columns: int, width: int) -> Tensor | None:
     return ring.low_bits(words.view(torch.int32)[:, :columns], width)
 
 
-def look_up(runtime: Runtime, ids: Tensor | None, count: int, table: OwnedTable) -> Protocol[Secret]:
+def look_up(
+    runtime: Runtime, ids: Tensor | None, count: int, table: OwnedTable, sketches: Sketches
+) -> Protocol[Secret]:
     """Rows [count, H] for token ids [count] that only the client holds; ids is ``None`` elsewhere.
+
+    Whatever bits a client sends choose some set of rows, whose xor it would get. That each set is of one row is noted
+    with ``sketches``, to be checked before anything is revealed.
 
     Reveals: one-hot vectors xor a uniform mask, to the owner; then rows xor a uniform mask, to both.
     Error: none. Cost: 2 rounds; the client sends V bits a token (in whole words), each party b = ``table.width`` bits
-    an element; dealer b bits an element, and b (b + 1) / 2.
+    an element; dealer b bits an element, and b (b + 1) / 2; and a sketch (``Sketches.note``), in these rounds.
     Raises: ValueError at the client for an id outside the vocabulary.
     Source: private information retrieval by xor (Chor et al., FOCS 1995) with a second database that is hidden;
     daBits (Rotaru and Wood, INDOCRYPT 2019), dealt modulo what each bit counts for.
@@ -112,6 +121,7 @@ def look_up(runtime: Runtime, ids: Tensor | None, count: int, table: OwnedTable)
         assert pad is not None, "parties have their parts of what pads a row"
         return rows(entries, chosen) ^ kernels.unpack(pad, width, shape)
 
+    sketches.note(table.labels, count, runtime.held_by(OWNER, seen), runtime.known_to_dealer(mask))
     share = runtime.share(shape, lambda: own(table.plain, seen), lambda: own(table.hidden, mask))
     return (yield from _as_words(runtime, share, table))
 

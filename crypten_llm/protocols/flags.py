@@ -1,8 +1,9 @@
 """Whether anything has left its domain: many secret bits, of which one is shown.
 
 Owns ``Flags``. A flag is a bit that says of one value, or one row, that a protocol's result is wrong; it comes for next
-to nothing from what the protocol knows. Flags are gathered and shown as one word, which is zero if none is set, and
-uniform otherwise: which, how many and where stays secret.
+to nothing from what the protocol knows. Flags are gathered into two words, of each of which one party tells the other
+its share: the shares are equal if no flag is set, and differ by a uniform word otherwise, so that which, how many and
+where stays secret. There are two, so that a party which sends back what it was sent hides nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from crypten_llm.protocols.rounds import Protocol, Rounds
 from crypten_llm.protocols.secret import Secret, Wire
 from crypten_llm.roles import CLIENT, OWNER
 
+TELLS = (CLIENT, OWNER)  # who tells the other its share of each word
+
 
 class Flags:
-    """One role's share of what has been noted since it was last shown."""
+    """One role's shares of what has been noted since it was last shown."""
 
     def __init__(self, runtime: Runtime, rounds: Rounds) -> None:
         self._runtime, self._rounds = runtime, rounds
-        self._word = torch.zeros(1, dtype=torch.int64, device=runtime.device)
+        self._words = torch.zeros(len(TELLS), dtype=torch.int64, device=runtime.device)
 
     def note(self, bits: Tensor) -> None:
         """XOR shares of flags, words 0 or 1: opened behind a mask with the next message, and noted."""
@@ -35,36 +38,46 @@ class Flags:
     def note_opened(self, wire: Wire) -> None:
         """Flags that were opened modulo 2, behind a mask; local.
 
-        Cost: dealer 8 bytes a flag. Error: set flags are not seen with probability 2^-64. Source: a random linear
+        Cost: dealer 16 bytes a flag. Error: set flags are not seen with probability 2^-64. Source: a random linear
         combination, as MAC checks are batched in SPDZ (Damgard et al., CRYPTO 2012), of bits with the dealer's factors.
         """
         runtime, count = self._runtime, wire.shape.numel()
-        owner, client = (runtime.mask_of(party, (count,)) for party in (OWNER, CLIENT))
+        shape = (len(TELLS), count)
+        owner, client = (runtime.mask_of(party, shape) for party in (OWNER, CLIENT))
 
         def times(words: Tensor) -> Tensor:
             assert owner is not None and client is not None, "the dealer knows both factors"
             return ((owner ^ client) * wire.mask.held.reshape(-1)) ^ words
 
-        dealt = runtime.deal_table((count,), 64, times)
+        dealt = runtime.deal_table(shape, 64, times)
         own = client if owner is None else owner
         if wire.public is not None and dealt is not None and own is not None:
-            self._word = self._word ^ _folded((own * wire.public.reshape(-1)) ^ dealt)
+            self._words = self._words ^ folded((own * wire.public.reshape(-1)) ^ dealt)[:, 0]
 
     def any_set(self) -> Protocol[bool]:
         """Whether any flag was set since the last time; at the dealer, who is not told, never.
 
         Reveals: that one bit, to both parties. Cost: 1 round of 8 bytes each way.
         """
-        word, self._word = self._word, torch.zeros_like(self._word)
-        shown = yield [Message(party, (1,), 64, word) for party in (OWNER, CLIENT)]
-        theirs = [other for other in shown if other is not None]
-        return bool(theirs) and bool((theirs[0] != word).any())
+        words, self._words = self._words, torch.zeros_like(self._words)
+        return any((yield from differ(words)))
 
 
-def _folded(words: Tensor) -> Tensor:
-    """The exclusive or of all words, [1]."""
-    while words.numel() > 1:
-        half = words.numel() // 2
-        rest = words[2 * half :]
-        words = torch.cat([words[:half] ^ words[half : 2 * half], rest])
-    return words if words.numel() else torch.zeros(1, dtype=torch.int64, device=words.device)
+def differ(words: Tensor) -> Protocol[list[bool]]:
+    """Whether this party's share of a word, [2], is another than the one that it is told; of the word that it tells
+    itself, and at the dealer, False.
+
+    Reveals: shares of one word to each party. Cost: 1 round of 8 bytes each way.
+    """
+    own = words.split(1)
+    told = yield [Message(party, (1,), 64, word) for party, word in zip(TELLS, own, strict=True)]
+    return [theirs is not None and bool((theirs != word).any()) for theirs, word in zip(told, own, strict=True)]
+
+
+def folded(words: Tensor) -> Tensor:
+    """The exclusive or of all words along the last dimension: [..., N] to [..., 1]."""
+    while words.shape[-1] > 1:
+        half = words.shape[-1] // 2
+        rest = words[..., 2 * half :]
+        words = torch.cat([words[..., :half] ^ words[..., half : 2 * half], rest], -1)
+    return words if words.shape[-1] else words.new_zeros(*words.shape[:-1], 1)

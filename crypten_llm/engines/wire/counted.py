@@ -127,11 +127,12 @@ class CostEngine(WireEngine):
     """``WireEngine`` over ``Links``. Each operation's work is what its ``WireEngine`` namesake makes a party do."""
 
     name = "cost"
+    role = Counting
 
     def __init__(self, links: Links) -> None:
         material = _Material(links)
         there: Any = links  # stands for a transport
-        super().__init__(there, material=material, runtime=Counting(links, material))
+        super().__init__(there, material=material, runtime=self.role(links, material))
         self._links = links
 
     def expect(self, verb: str, facts: dict, request: int) -> None:

@@ -29,6 +29,7 @@ from crypten_llm.protocols.flags import Flags
 from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.rounds import Protocol, Rounds
 from crypten_llm.protocols.secret import Overflow, Secret
+from crypten_llm.protocols.sketch import Sketches
 from crypten_llm.roles import CLIENT, OWNER
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class WireEngine(Engine):
         self.runtime = runtime or roles.make(transport, material)
         self.rounds = Rounds(self.runtime)
         self.checks = Flags(self.runtime, self.rounds)
+        self.sketches = Sketches(self.runtime, self.rounds)
 
     @property
     def meter(self) -> Meter:
@@ -188,16 +190,18 @@ class WireEngine(Engine):
 
         Reveals: to ``rank``, x rounded to ``shown_bits`` fractional bits; to both parties, whether any number since the
         last time left its range. Error: half a unit of ``shown_bits``.
-        Cost: 1 round of 8 bytes each way, and 1 of l - d bits an element one way, for a ring of l bits and d bits
+        Cost: 1 round of 16 bytes each way, and 1 of l - d bits an element one way, for a ring of l bits and d bits
         dropped.
-        Raises: LeftRange, at both parties, instead of opening what is wrong.
+        Raises: LeftRange, at both parties, instead of opening what is wrong; PartyError as ``Sketches.checked``.
         """
         return self.rounds.run(self._show(x, rank))
 
     def _show(self, x: Handle, rank: int) -> Protocol[torch.Tensor | None]:
         x = yield from value(self, x)
-        if self.tells_range and (yield from self.checks.any_set()):
-            raise LeftRange(LEFT_DOMAIN)
+        if self.tells_range:
+            self.rounds.start(self.sketches.checked())
+            if (yield from self.checks.any_set()):
+                raise LeftRange(LEFT_DOMAIN)
         cut = max(0, x.scale - self.shown_bits)
         (other,) = yield [Message(OWNER + CLIENT - rank, tuple(x.shape), x.width - cut, x.share >> cut)]
         if other is None:
