@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from crypten_llm.errors import UsageError, did_you_mean, exit_code, last_words
+from crypten_llm.errors import UsageError, did_you_mean, exit_code, last_words, shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +74,7 @@ def run(parser: Callable[[], Parser], argv: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             return 1  # who read our output has left; not ours to complain
         if "--verbose" in argv or getattr(arguments, "verbose", False):
-            traceback.print_exc()
+            print(shown(traceback.format_exc()), end="", file=sys.stderr)
         print(f"error: {last_words(error)}", file=sys.stderr, flush=True)
         return exit_code(error)
 

@@ -16,13 +16,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from crypten_llm.errors import UsageError, first_line
+from crypten_llm import limits
+from crypten_llm.errors import UsageError, a_library, first_line
+from crypten_llm.files import check_regular, read, read_json
 from crypten_llm.models import gguf_tokenizer
 from crypten_llm.models.gguf_file import is_gguf
+from crypten_llm.records import Extract
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder without any of these has no tokenizer."""
 
+_WITHOUT = "repair it, or give token ids with --prompt-ids instead"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers: tokenizer.json is used as it is
@@ -35,6 +39,24 @@ _HARMLESS = {
     *("use_default_system_prompt", "sp_model_kwargs", "transformers_version", "stride", "truncation_strategy"),
     *("pad_to_multiple_of", "pad_token_type_id", "special_tokens_map_file", "processor_class", "tokenizer_file"),
 }
+
+
+class _Model(Extract, frozen=True):
+    """vocab: ids by token, or [token, score] in the order of ids."""
+
+    vocab: dict[str, int] | list[tuple[str, float]]
+
+
+class _Added(Extract, frozen=True):
+    id: int
+    content: str
+
+
+class _File(Extract, frozen=True):
+    """Of a tokenizer.json, which token each id stands for."""
+
+    model: _Model
+    added_tokens: list[_Added] | None = None
 
 
 class Tokenizer:
@@ -67,7 +89,8 @@ class Tokenizer:
         if not isinstance(text, str) or others:
             asked = {"add_special_tokens": add_special_tokens, "verbose": verbose, **others}
             return self.full(text, return_offsets_mapping=return_offsets_mapping, **asked)
-        encoded = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        with a_library(f"{self.folder / 'tokenizer.json'} on this text", _WITHOUT):
+            encoded = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return {"input_ids": encoded.ids} | ({"offset_mapping": encoded.offsets} if return_offsets_mapping else {})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -121,17 +144,12 @@ def load(folder: Path) -> Any:
     name, by_file = folder, is_gguf(folder)
     if not by_file and not any((folder / file).exists() for file in FILES):
         raise UsageError(f"{folder}: no tokenizer ({', '.join(FILES)}); give token ids with --prompt-ids instead")
-    try:
+    for file in () if by_file else folder.iterdir():
+        check_regular(file)
+    with a_library(f"{name}: the tokenizer", _WITHOUT):
         folder = gguf_tokenizer.folder(folder) if by_file else folder
         names = _as_it_stands(folder)
         return _of_transformers(folder) if names is None else Tokenizer(folder, names)
-    except UsageError:
-        raise
-    except Exception as error:  # both libraries raise anything here, from KeyError to their own types
-        raise UsageError(
-            f"{name}: the tokenizer cannot be loaded ({first_line(error)}); "
-            "repair it, or give token ids with --prompt-ids instead"
-        ) from error
 
 
 def _of_transformers(folder: Path) -> Any:
@@ -144,7 +162,7 @@ def _of_transformers(folder: Path) -> Any:
 
 def _check_package(path: Path) -> None:
     """Raises UsageError when the package that reads ``path`` is missing: transformers names another one."""
-    is_tiktoken = re.match(rb"[A-Za-z0-9+/=]+ \d+\s", path.read_bytes()[:4096])
+    is_tiktoken = re.match(rb"[A-Za-z0-9+/=]+ \d+\s", read(path, limits.TOKENIZER_BYTES)[:4096])
     package = "tiktoken" if is_tiktoken else "sentencepiece"
     if importlib.util.find_spec(package) is None:
         raise UsageError(
@@ -189,7 +207,7 @@ def _text(token: Any) -> Any:
 
 def _json(path: Path) -> dict:
     """An object from a file; an empty one when there is no such file."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return read_json(path, most=limits.TOKENIZER_BYTES) if path.exists() else {}
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -252,14 +270,10 @@ def digest(folder: Path) -> str | None:
             return _hashed(load(folder).get_vocab())
         except UsageError:
             return None
-    try:
-        content = _json(path)
-        vocabulary = content["model"]["vocab"]  # ids by token, or [token, score] in the order of ids
-        tokens = {row[0]: i for i, row in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
-        tokens |= {token["content"]: token["id"] for token in _added(content)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path}: not a usable tokenizer ({first_line(error)}); download it again") from error
-    return _hashed(tokens)
+    content = read_json(path, _File, limits.TOKENIZER_BYTES)
+    vocabulary = content.model.vocab
+    tokens = {row[0]: i for i, row in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
+    return _hashed(tokens | {token.content: token.id for token in content.added_tokens or ()})
 
 
 def _hashed(tokens: dict[str, int]) -> str | None:
