@@ -5,7 +5,6 @@ The attacks of a review, as scripts: each was a hang, a traceback, exhausted mem
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hostile import LARGE, SIZES, one_line
 
 import eviction
 from crypten_llm import memory
+from crypten_llm.commands.cli import main
 from crypten_llm.errors import CryptenLLMError, PartyError, UsageError, last_words, public_words
 from crypten_llm.models import checkpoint
 from crypten_llm.models import tokenizer as tokenizers
@@ -113,8 +113,8 @@ def test_a_regex_that_panics_in_a_tokenizer(tmp_path, capfd):
     for name in ("config.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((checkpoint.SHIPPED / name).read_bytes())
     loaded = tokenizers.load(tmp_path)
-    with one_line(UsageError, r"tokenizer.json on this text cannot be used \(Onig: .*\); repair it, or give token ids"):
-        loaded("a" * 40 + "b")
+    with one_line(UsageError, r"the tokenizer on this text cannot be used \(Onig: .*\); repair it, or give token ids"):
+        tokenizers.encode_prompt(loaded, "a" * 40 + "b")
     assert capfd.readouterr().err == ""
 
 
@@ -166,11 +166,10 @@ def test_a_long_value_is_cut_and_the_advice_stays():
     assert text.startswith("hidden_act is xxx") and text.endswith("; only 'silu' is supported") and len(text) < 2010
 
 
-def test_a_models_name_on_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "crypten_llm", "cost", "--model", f"{ESCAPES}/x", "--prompt-tokens", "3"]
-    done = subprocess.run([*command, "--verbose"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "\\x1b" in done.stderr
-    assert all(c.isprintable() or c == "\n" for c in done.stderr)
+def test_a_models_name_on_the_command_line(capsys):
+    assert main(["cost", "--model", f"{ESCAPES}/x", "--prompt-tokens", "3", "--verbose"]) == 2
+    err = capsys.readouterr().err
+    assert "\\x1b" in err and all(c.isprintable() or c == "\n" for c in err)
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

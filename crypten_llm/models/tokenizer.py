@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crypten_llm import limits
-from crypten_llm.errors import UsageError, a_library, first_line
+from crypten_llm.errors import UsageError, a_library
 from crypten_llm.files import check_regular, read, read_json
 from crypten_llm.models import gguf_tokenizer
 from crypten_llm.models.gguf_file import is_gguf
@@ -89,8 +89,7 @@ class Tokenizer:
         if not isinstance(text, str) or others:
             asked = {"add_special_tokens": add_special_tokens, "verbose": verbose, **others}
             return self.full(text, return_offsets_mapping=return_offsets_mapping, **asked)
-        with a_library(f"{self.folder / 'tokenizer.json'} on this text", _WITHOUT):
-            encoded = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        encoded = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return {"input_ids": encoded.ids} | ({"offset_mapping": encoded.offsets} if return_offsets_mapping else {})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -210,14 +209,26 @@ def _json(path: Path) -> dict:
     return read_json(path, most=limits.TOKENIZER_BYTES) if path.exists() else {}
 
 
+def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text. Raises UsageError where the tokenizer cannot make any of it: its rules are a file's."""
+    with a_library("the tokenizer on this text", _WITHOUT):
+        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Text of ids, without special tokens. Raises UsageError as ``encode``."""
+    with a_library("the tokenizer on these ids", _WITHOUT):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt. Where the tokenizer adds a first token, a prompt that begins with its text has it once."""
-    ids = list(tokenizer(prompt)["input_ids"])
+    ids = encode(tokenizer, prompt)
     bos = tokenizer.bos_token
     if not bos or not prompt.startswith(bos):
         return ids
     first = [tokenizer.bos_token_id]
-    return ids[1:] if tokenizer("")["input_ids"][:1] == first and ids[:2] == first * 2 else ids
+    return ids[1:] if encode(tokenizer, "")[:1] == first and ids[:2] == first * 2 else ids
 
 
 def render_chat(tokenizer: Any, messages: list[dict]) -> str:
@@ -227,15 +238,13 @@ def render_chat(tokenizer: Any, messages: list[dict]) -> str:
     """
     if not has_chat_template(tokenizer):
         raise UsageError("the tokenizer has no chat template; ask without --chat (chat=, messages=), as text")
-    try:
+    with a_library("the chat template", "ask without --chat"):  # it is a program, and raises what it likes
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program, and raises what it likes
-        raise UsageError(f"the chat template cannot be applied ({first_line(error)}); ask without --chat") from error
 
 
 def encode_rendered(tokenizer: Any, text: str) -> list[int]:
     """Token ids of what a template wrote, the special tokens with it."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode(tokenizer, text, add_special_tokens=False)
 
 
 def check_ids(ids: list[int], vocab_size: int) -> list[int]:
