@@ -8,6 +8,7 @@ that this one stops and why, but never in words that may quote what it alone kno
 import contextlib
 import difflib
 import os
+import threading
 from collections.abc import Iterable, Iterator
 
 
@@ -46,6 +47,7 @@ class PartyError(CryptenLLMError):
 
 ENDED = "its program ended with an error; see its own output"  # all that others hear of what is not for them
 LONGEST = 2000  # characters of a message; beyond that a value was quoted whole
+_silence = threading.RLock()
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
@@ -107,22 +109,21 @@ def a_library(what: str, remedy: str = "repair it") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """What is written to the file behind stderr meanwhile is lost, what this program prints to ``sys.stderr`` is not
-    meant.
-    """
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    """Meanwhile nothing of this process reaches the file behind stderr; one thread at a time, or it would stay so."""
+    with _silence:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ Kind = TypeVar("Kind")
 Count = Annotated[int, msgspec.Meta(ge=0, le=limits.COUNT)]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=limits.TOKENS)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=limits.COUNT)]
-Word = Annotated[str, msgspec.Meta(max_length=100)]
-Words = Annotated[str, msgspec.Meta(max_length=4000)]
+_ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"  # which cannot steer a terminal
+Word = Annotated[str, msgspec.Meta(max_length=100, pattern=_ONE_LINE)]
+Words = Annotated[str, msgspec.Meta(max_length=4000, pattern=_ONE_LINE)]
 
 
 class Malformed(ValueError):

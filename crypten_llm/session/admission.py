@@ -120,7 +120,7 @@ class Admission:
 
 def _read(path: str) -> str:
     try:
-        return files.read(path, limits.TEXT_BYTES).decode("utf-8")
+        return files.read(path, limits.TEXT).decode("utf-8").replace("\r\n", "\n")
     except UsageError as error:
         raise UsageError(f"--calibration-text: {error}; give a text file") from None
     except UnicodeDecodeError:

@@ -219,6 +219,7 @@ class PrivateLlama:
         self._claim(answers, events)
         try:
             self.party.expect("generate", *plans)
+            self.party.check_plans(plans, turn)
             with self._guarded():
                 for event in events:
                     if isinstance(event, Step):

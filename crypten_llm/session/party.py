@@ -25,7 +25,7 @@ from crypten_llm.links.meter import Counters, Meter, peak_bytes
 from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
-from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.roles import CLIENT, OWNER, role_names
 from crypten_llm.session import bench, generation, messages, sizes
 from crypten_llm.session.admission import Admission
 from crypten_llm.session.prefix import Prefixes
@@ -195,10 +195,13 @@ class Party:
         except UsageError as error:
             if self.transport is None or rank == self.rank:
                 raise
-            raise PartyError(f"{self.transport.name(rank)} asks for what cannot be run here: {error}") from None
+            name = f"rank {rank} ({role_names(self.compute_parties)[rank]})"
+            raise PartyError(f"{name} asks for what cannot be run here: {error}") from None
 
-    def _check_plans(self, plans: Sequence[generation.Plan], turn: generation.Turn | None) -> None:
-        """Before anything of a request's sizes is made. Raises PartyError for what does not fit model or machine."""
+    def check_plans(self, plans: Sequence[generation.Plan], turn: generation.Turn | None) -> None:
+        """Before anything of a request's sizes is made. Raises PartyError for what does not fit model or machine, at
+        the client, which asks, UsageError.
+        """
         behind = turn.cached_tokens if turn else 0
         with self._said_by(self.client):
             for plan in plans:
@@ -278,7 +281,7 @@ class Party:
                     self.load(folder, progress)
                 case messages.Generate(plans, turn):
                     self.start_request()
-                    self._check_plans(plans, turn)
+                    self.check_plans(plans, turn)
                     for _ in generation.together(self, plans, caches=self.caches(plans, turn)):
                         pass
                 case messages.Forget(conversation):
@@ -312,7 +315,6 @@ class Party:
 
         turn: where the one prompt goes on with a conversation, or begins one.
         """
-        self._check_plans(plans, turn)
         self.from_client(messages.Generate(tuple(plans), turn))
         self.start_request()
         return generation.together(self, plans, answers, self.caches(plans, turn))
