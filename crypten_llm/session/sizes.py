@@ -1,8 +1,8 @@
 """How many bytes a model, a request and a bench are sure to take at a party, from sizes alone.
 
 Owns these predictions, which are held against this machine (``memory``) before another party's words have it make
-anything. They count from below: what they refuse could not have run. number_bytes: of a number at this party, see
-``Engine``; 0 where none is kept.
+anything. They count from below: what they refuse would have ended in swapping at best. number_bytes: of a number at
+this party, see ``Engine``; 0 where none is kept.
 """
 
 from __future__ import annotations
