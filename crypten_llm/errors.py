@@ -97,7 +97,7 @@ def a_library(what: str, remedy: str = "repair it") -> Iterator[None]:
     One in Rust may panic, which is no Exception, and writes a stack to stderr first; that goes nowhere.
     """
     try:
-        with _without_stderr():
+        with _unheard_by_terminals():
             yield
     except (CryptenLLMError, ModuleNotFoundError):
         raise
@@ -108,22 +108,20 @@ def a_library(what: str, remedy: str = "repair it") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Meanwhile nothing of this process reaches the file behind stderr; one thread at a time, or it would stay so."""
-    with _silence:
-        try:
-            kept = os.dup(2)
-        except OSError:  # there is none
-            yield
-            return
-        try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 2)
-            os.close(nowhere)
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+def _unheard_by_terminals() -> Iterator[None]:
+    """Meanwhile nothing of this process reaches the files behind stdout and stderr: what a library prints there quotes
+    what it reads. One thread at a time, or it would stay so.
+    """
+    with _silence, contextlib.ExitStack() as undo:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        undo.callback(os.close, nowhere)
+        for stream in (1, 2):
+            with contextlib.suppress(OSError):  # there may be none
+                kept = os.dup(stream)
+                undo.callback(os.close, kept)
+                undo.callback(os.dup2, kept, stream)
+                os.dup2(nowhere, stream)
+        yield
 
 
 @contextlib.contextmanager

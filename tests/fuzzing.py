@@ -2,7 +2,7 @@
 
 Owns the mutations, the limits and the readers with their seed corpora (``READERS``). A reader takes bytes; it may
 return or raise the project's own errors, in one line, and nothing else. Every input follows from a seed and its number,
-so that one that fails can be made again: ``python tests/fuzzing.py NAME SEED NUMBER``.
+so that one that fails can be made again: ``PYTHONPATH=.:tests python tests/fuzzing.py NAME SEED NUMBER``.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def _hugging_face_name(name: str) -> str:
 def _as_hugging_face(name: str, config: LlamaConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     """Rows of a head's queries and keys are in pairs in files of architecture llama, in halves in Hugging Face's."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    projection = name.split(".")[-2]
+    projection = name.rpartition(".")[0].rpartition(".")[2]
     if config.model_type != "llama" or projection not in heads:
         return lambda tensor: tensor
 

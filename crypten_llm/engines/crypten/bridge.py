@@ -193,7 +193,7 @@ class Dealer(TTPServer):
         args = [torch.Size(a) if isinstance(a, list) else a for a in asked.args]
         try:
             memory.check(8 * math.prod(_result_shape(asked.function, tuple(args))), "the correlation")
-        except (UsageError, AssertionError, ValueError, TypeError, IndexError) as error:
+        except (UsageError, ValueError) as error:
             raise PartyError(
                 f"{self.transport.name(0)} asked the dealer for {asked.function} of {list(asked.args)}: {error}"
             ) from None
@@ -279,13 +279,19 @@ def _plain(value: Any) -> Any:
 
 
 def _result_shape(function: str, args: tuple) -> tuple[int, ...]:
+    """Raises ValueError for arguments that the function does not take."""
     # numpy's broadcast_shapes: torch's imports sympy on first use
-    if function == "additive":
-        left, right, op = args
-        assert op in ("mul", "matmul"), f"{op} is not used here"
-        if op == "mul":
-            return np.broadcast_shapes(left, right)
-        return (*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1])
-    if function == "binary":
-        return np.broadcast_shapes(*args)
-    return tuple(args[0])
+    shapes = [shape for shape in args if not isinstance(shape, str)]
+    match function, list(args[2:]):
+        case "additive", ["mul"] if len(shapes) == 2:
+            return np.broadcast_shapes(*shapes)
+        case "additive", ["matmul"] if len(shapes) == 2:
+            left, right = shapes
+            if min(len(left), len(right)) < 2 or left[-1] != right[-2]:
+                raise ValueError(f"no product of {list(left)} and {list(right)}")
+            return (*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1])
+        case "binary", [] if len(shapes) == 2:
+            return np.broadcast_shapes(*shapes)
+        case "square" | "wraps" | "B2A", [] if len(args) == len(shapes) == 1:
+            return tuple(shapes[0])
+    raise ValueError("it takes other arguments")
