@@ -23,6 +23,7 @@ from typing import Any
 import gguf_files
 import torch
 from hf_models import BASE, tiny
+from policy_table import ROWS
 from public_configs import ACCEPTED
 
 from crypten_llm.errors import CryptenLLMError
@@ -329,6 +330,20 @@ def message() -> Reader:
     return Reader(tuple(_text(plain(each)) for each in sent), read)
 
 
+def policy() -> Reader:
+    """The text of a policy in a plan."""
+    known = LlamaConfig.from_dict(SMALL)
+
+    def read(data: bytes) -> None:
+        plan = Plan(30, 2, policy=data.decode("utf-8", "surrogateescape"))
+        assert Plan(30, 2, policy=plan.policy).policy == plan.policy
+        plan.check(known)
+        of_requests(known, (plan,), 0, 8)
+
+    rows = ((name, (row.small, row.everything, row.least)) for name, row in ROWS.items())
+    return Reader(tuple(f"{name}({text})".encode() for name, texts in rows for text in texts), read, is_json=False)
+
+
 def frame() -> Reader:
     """Bytes on a link on which a tensor is due, then JSON, then a stream."""
 
@@ -358,7 +373,7 @@ def frame() -> Reader:
 
 
 READERS: dict[str, Callable[[], Reader]] = {
-    made.__name__: made for made in (config, generation_config, index, vocabulary, gguf, message, frame)
+    made.__name__: made for made in (config, generation_config, index, vocabulary, gguf, message, policy, frame)
 }
 
 

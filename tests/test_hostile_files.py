@@ -3,9 +3,11 @@
 The attacks of a review, as scripts: each was a hang, a traceback, exhausted memory or an opened file before.
 """
 
+import contextlib
 import json
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,23 @@ def test_a_policys_text_opens_no_file(name, value, monkeypatch):
     looked_up = eviction.parse(f"{name}(weights=..#0123456789abcdef)")
     with pytest.raises(eviction.PolicyError, match="no weights ..#0123456789abcdef are known here; start every party"):
         trained.load(looked_up.weights, name)
+
+
+WHOLE = [
+    (name, setting.name)
+    for name, kind in eviction.POLICIES.items()
+    for setting in fields(kind)
+    if setting.metadata["kind"] in ("whole", "share")
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), WHOLE)
+def test_no_setting_of_a_policy_is_too_large_to_be_refused(name, setting):
+    for large in (2**63, 10**30, "1e300", "-1e300", "nan", "inf", "9" * 900):
+        with one_line(UsageError, f"policy {name}: {setting} is "):
+            Plan(8, 2, policy=f"{name}({setting}={large})")
+    with contextlib.suppress(UsageError):  # where it has a bound of its own
+        Plan(8, 2, policy=f"{name}({setting}={2**40})")
 
 
 def forbidden(*arguments, **options):
