@@ -8,17 +8,22 @@ that this one stops and why, but never in words that may quote what it alone kno
 import contextlib
 import difflib
 import os
+import threading
 from collections.abc import Iterable, Iterator
 
 
 class CryptenLLMError(Exception):
     """An error whose message is written for the person at the terminal.
 
-    heard: whether the other parties may read it too.
+    heard: whether the other parties may read it too. Whatever a message quotes, a file's name, a field's, a peer's
+    text, it stays one line that cannot steer a terminal and can be read at a glance (``one_line``).
     """
 
     exit_code = 1
     heard = True
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class UsageError(CryptenLLMError):
@@ -41,6 +46,8 @@ class PartyError(CryptenLLMError):
 
 
 ENDED = "its program ended with an error; see its own output"  # all that others hear of what is not for them
+LONGEST = 2000  # characters of a message; beyond that a value was quoted whole
+_silence = threading.RLock()
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
@@ -51,6 +58,27 @@ def exit_code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, CryptenLLMError) else 1
 
 
+def one_line(text: str) -> str:
+    """Text for a terminal: one line, control characters written out, cut in its middle where it is too long.
+
+    The beginning says what is wrong, the end what to do.
+    """
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 2 // 3]} [...] {text[-LONGEST // 3 :]}"
+    text = "".join(" " if c in "\n\r\t" else c for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(text: str) -> str:
+    """Text of several lines for a terminal, all else that could steer it written out."""
+    return "".join(c if c in "\n\t" or not _steers(c) else repr(c)[1:-1] for c in text)
+
+
+def _steers(character: str) -> bool:
+    """Whether it is a control character; marks of writing direction, which answers have, are none."""
+    return character < " " or "\x7f" <= character < "\xa0"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "did you mean 'x'? " for the nearest known name, or nothing when none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
@@ -59,7 +87,41 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error of a library, to be quoted in one of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+@contextlib.contextmanager
+def a_library(what: str, remedy: str = "repair it") -> Iterator[None]:
+    """Around calls of a library that raises what it likes for ``what`` it cannot use: one UsageError of it.
+
+    One in Rust may panic, which is no Exception, and writes a stack to stderr first; that goes nowhere.
+    """
+    try:
+        with _unheard_by_terminals():
+            yield
+    except (CryptenLLMError, ModuleNotFoundError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(f"{what} cannot be used ({first_line(error)}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def _unheard_by_terminals() -> Iterator[None]:
+    """Meanwhile nothing of this process reaches the files behind stdout and stderr: what a library prints there quotes
+    what it reads. One thread at a time, or it would stay so.
+    """
+    with _silence, contextlib.ExitStack() as undo:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        undo.callback(os.close, nowhere)
+        for stream in (1, 2):
+            with contextlib.suppress(OSError):  # there may be none
+                kept = os.dup(stream)
+                undo.callback(os.close, kept)
+                undo.callback(os.dup2, kept, stream)
+                os.dup2(nowhere, stream)
+        yield
 
 
 @contextlib.contextmanager
@@ -92,7 +154,11 @@ def public_words(error: BaseException) -> str:
 
 def last_words(error: BaseException) -> str:
     """One line for the person at this party's terminal."""
-    text = " ".join(str(error).split())
+    return " ".join(one_line(_words(error)).split())
+
+
+def _words(error: BaseException) -> str:
+    text = str(error)
     if isinstance(error, CryptenLLMError):
         return text
     if isinstance(error, KeyboardInterrupt):

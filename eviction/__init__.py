@@ -28,6 +28,7 @@ from eviction.settings import PolicyError, UnknownPolicy
 from eviction.snapkv import SnapKV
 from eviction.streaming_llm import StreamingLLM
 from eviction.tova import TOVA
+from eviction.trained import register
 
 _ALL = (
     *(Full, StreamingLLM, H2O, TOVA, SnapKV, PyramidKV, Quest, InfLLM, LongCache, MPCache, MPCacheSpread),
@@ -36,7 +37,7 @@ _ALL = (
 POLICIES = {policy.name: policy for policy in _ALL}
 FULL = Full()  # what runs where no policy is asked for, and what all others are measured against
 
-__all__ = ["FULL", "POLICIES", "Policy", "PolicyError", "UnknownPolicy", "parse", "policy"]
+__all__ = ["FULL", "POLICIES", "Policy", "PolicyError", "UnknownPolicy", "parse", "policy", "register"]
 
 
 def policy(name: str, **settings: Any) -> Policy:

@@ -20,8 +20,8 @@ class AttentionGate(Policy):
     """Each token attends, with queries, keys and values of its own of a few dimensions, to what came before; the result
     times a matrix is the gate's logit for each kv head. At the end of the prompt the rows of the highest stay.
 
-    budget: rows to keep. weights: ``shipped``, or a file of ``experiments.model.train_policies``. The gate's queries,
-    keys and values are below 64.
+    budget: rows to keep. weights: ``shipped``, or the name of registered ones (``trained.register``). The gate's
+    queries, keys and values are below 64.
 
     Source: Zeng et al. 2024, section 3. Deviations: a public count of rows is kept, where the paper keeps those whose
     gate is above 1/2; the gate sees the layer's queries, keys and values before the rotary embedding, linear images of

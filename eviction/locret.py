@@ -18,7 +18,7 @@ class Locret(Policy):
     it is never larger than ``budget`` and a piece; the last ``recent`` rows are kept until the next piece comes.
 
     A token's score, one per kv head, is W2 silu(W1 [q, k, v]) of its queries, keys and values, and does not change.
-    weights: ``shipped``, or a file of ``experiments.model.train_policies``. Neither silu nor a score sees numbers
+    weights: ``shipped``, or the name of registered ones (``trained.register``). Neither silu nor a score sees numbers
     beyond 12.
 
     Source: Huang et al. 2024, section 3. Deviations: queries and keys are taken before the rotary embedding, so that a
@@ -34,6 +34,7 @@ class Locret(Policy):
     arxiv: ClassVar[str] = "2410.01805"
     when: ClassVar[str] = "each piece of the prompt"
     shared_over: ClassVar[str] = "kv head"
+    cuts_prompts: ClassVar[bool] = True
     cost: ClassVar[str] = "none after the prefill"
     style: ClassVar[tuple[str, str, str]] = ("#CC79A7", "h", "-")
     uses: ClassVar[tuple[str, ...]] = (*("transform", "multiply", "sigmoid", "top", "picks", "keep", "take", "gather"),)

@@ -23,6 +23,7 @@ class Policy:
     goes_on: whether it can go on with the cache of an earlier turn of a conversation, whose rows it then leaves as they
     are (see the hook ``go_on``). why_not: in words, where it cannot.
     rebuilds_cache: whether the rows that it makes with ``fixed`` are the cache's own, not others beside them.
+    cuts_prompts: whether it drops rows while a prompt is read, so that the cache is never as long as that.
     reads_scores: whether it reads the scores of rows that a prompt's token may not see.
     uneven: whether the steps of a period differ among themselves, see ``period``. budget_means: in words, what a budget
     is where it is not the rows that a step reads. held: settings that a search leaves alone, and the values that they
@@ -44,6 +45,7 @@ class Policy:
     goes_on: ClassVar[bool] = False
     why_not: ClassVar[str] = "it would choose again among rows of which it has chosen"
     rebuilds_cache: ClassVar[bool] = False
+    cuts_prompts: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = False
     uneven: ClassVar[bool] = False
     budget_means: ClassVar[str] = ""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
+LARGEST = 2**62  # of a whole number: a policy's text comes from another party, and tensors have 64 bits
+
 
 class PolicyError(ValueError):
     """A policy cannot be used as asked for; the message says which setting, its value, and what it may be."""
@@ -143,6 +145,6 @@ def _number(value: Any) -> float:
 
 def _whole(value: Any) -> int:
     number = _number(value)
-    if number != int(number):
+    if number != int(number) or abs(number) > LARGEST:
         raise ValueError
     return int(number)

@@ -1,10 +1,15 @@
-"""Trained policies: what they see of a token, and the files that hold their weights.
+"""Trained policies: what they see of a token, and where their weights come from.
 
-Owns the features and the loader. Weights are public: whoever runs the policy knows them, so products with them are
-linear maps with public coefficients. They were trained on a model, and tell about it what a trained file tells.
+Owns the features and the weights that this process knows. Weights are public: whoever runs the policy knows them, so
+products with them are linear maps with public coefficients. They were trained on a model, and tell about it what a
+trained file tells.
+
+A policy's text comes from another party, so it names weights and never a file: those that come with the project, or
+such as whoever started this process gave it (``register``), by a digest of what they are.
 """
 
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,28 +17,50 @@ from typing import Any
 import torch
 
 from eviction.operations import Handle, Layer, Operations, Seen
-from eviction.settings import PolicyError, setting, text
+from eviction.settings import PolicyError, setting
 
 FOLDER = Path(__file__).parent / "weights"
+SHIPPED = "shipped"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_NAMED = re.compile(rf"{_NAME.pattern}#[0-9a-f]{{16}}")
+_digests: dict[str, str] = {}  # of what was registered, by the name that it has here
+_known: dict[str, dict[str, torch.Tensor]] = {}  # by digest, weights by name
 
 
-def weights(default: str = "shipped") -> str:
-    """A setting: the name of weights that come with the project, or a file. Each party reads its own, so the policy's
-    text, which they compare, holds a digest of the file: PATH#DIGEST.
+def register(name: str, data: bytes) -> str:
+    """Makes weights known to this process; data: a file of ``experiments.model.train_policies``.
+
+    Returns NAME#DIGEST, which stands for them in a policy's text; NAME alone does so in this process. Raises
+    PolicyError for what cannot be read.
     """
-    kind: Any = text(default)
-    plain = kind.metadata["read"]
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
-    def read(value: str) -> str:
-        path, _, digest = (value, "", "") if Path(plain(value)).is_file() else value.rpartition("#")
-        if not Path(path).is_file():
+    name, digest = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:100], hashlib.sha256(data).hexdigest()[:16]
+    if not name or name == SHIPPED:
+        raise PolicyError(f"weights cannot be called {name!r}; give the file another name")
+    try:
+        _known[digest] = {key: value.float() for key, value in load(data).items()}
+    except (SafetensorError, ValueError) as error:
+        raise PolicyError(f"the weights {name} cannot be read ({error}); train them again") from None
+    _digests[name] = digest
+    return f"{name}#{digest}"
+
+
+def weights() -> str:
+    """A setting: ``shipped``, or the name of weights that all parties were started with. The policy's text, which they
+    compare, holds a digest of them: NAME#DIGEST.
+    """
+
+    def read(value: Any) -> str:
+        if value == SHIPPED or _NAMED.fullmatch(value):
             return value
-        found = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-        if digest not in ("", found):
+        if value not in _digests:
             raise ValueError
-        return f"{path}#{found}"
+        return f"{value}#{_digests[value]}"
 
-    return setting(default, read, f"{default}, or a file that is alike at all parties", "text")
+    what = f"{SHIPPED}, or the name of weights that every party was started with (--policy-weights FILE)"
+    return setting(SHIPPED, read, what, "text")
 
 
 def features(ops: Operations, layer: Layer, seen: Seen) -> Handle:
@@ -49,25 +76,26 @@ def width(layer: Layer) -> int:
     return (layer.heads + 2 * layer.kv_heads) * layer.head_dim
 
 
-@cache
 def load(name: str, policy: str) -> dict[str, torch.Tensor]:
-    """Weights by name from ``weights/POLICY-NAME.safetensors``, or from the file ``name``, as float32.
+    """Weights by name, float32: those that come with the project for ``policy``, or registered ones, NAME#DIGEST.
 
-    Raises PolicyError for a file that is not there or cannot be read.
+    Raises PolicyError for those that are not known here.
     """
-    from safetensors import SafetensorError
+    if name == SHIPPED:
+        return _shipped(policy)
+    digest = name.rpartition("#")[2]
+    if digest not in _known:
+        raise PolicyError(
+            f"policy {policy}: no weights {name} are known here; start every party with the same --policy-weights FILE"
+        )
+    return _known[digest]
+
+
+@cache
+def _shipped(policy: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    shipped = FOLDER / f"{policy}-{name}.safetensors"
-    path = shipped if shipped.exists() else Path(name.rpartition("#")[0] or name)
-    try:
-        return {key: value.float() for key, value in load_file(path).items()}
-    except FileNotFoundError:
-        names = sorted(file.stem.removeprefix(f"{policy}-") for file in FOLDER.glob(f"{policy}-*.safetensors"))
-        there_are = ", ".join(names) or "none"
-        raise PolicyError(f"policy {policy}: no weights {name!r}; give a file or one of: {there_are}") from None
-    except (SafetensorError, OSError) as error:
-        raise PolicyError(f"policy {policy}: cannot read the weights {path} ({error}); train them again") from None
+    return {key: value.float() for key, value in load_file(FOLDER / f"{policy}-{SHIPPED}.safetensors").items()}
 
 
 def matrix(weights: dict, key: str, layer: Layer, rows: int, columns: int | None, policy: str) -> torch.Tensor:

@@ -5,13 +5,11 @@ Owns the runs. A test's reference gets the queries and keys that the model made,
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import eviction
 from crypten_llm.engines.plain.engine import PlainEngine
@@ -83,7 +81,12 @@ def peaked_weights(config: LlamaConfig, gain: float, seed: int) -> dict[str, tor
 
 @cache
 def weights(policy: str, heads: int, kv_heads: int, layers: int) -> str:
-    """A file of random weights of a trained policy for this model."""
+    """The name of random weights of a trained policy for this model, made known to this process."""
+    return eviction.register(f"{policy}-{heads}-{kv_heads}-{layers}", trained_data(policy, heads, kv_heads, layers))
+
+
+def trained_data(policy: str, heads: int, kv_heads: int, layers: int) -> bytes:
+    """A file of such weights."""
     features, generator = (heads + 2 * kv_heads) * (32 // heads), torch.Generator().manual_seed(heads)
     shapes = {"w1": (features, 5), "w2": (5, kv_heads)}
     if policy == "attention_gate":
@@ -93,9 +96,7 @@ def weights(policy: str, heads: int, kv_heads: int, layers: int) -> str:
         for layer in range(layers)
         for name, shape in shapes.items()
     }
-    path = Path(tempfile.mkdtemp()) / "weights.safetensors"
-    save_file(made, path)
-    return str(path)
+    return save(made)
 
 
 @cache
@@ -104,7 +105,7 @@ def run(
 ) -> Run:
     """``prompt`` tokens in pieces of ``chunk``, then ``steps`` more, all drawn from a seed.
 
-    WEIGHTS in the policy's text stands for a file of random weights.
+    WEIGHTS in the policy's text stands for random weights.
     """
     if "WEIGHTS" in policy:
         policy = policy.replace("WEIGHTS", weights(policy.partition("(")[0], heads, kv_heads, layers))

@@ -5,12 +5,18 @@ To test a new policy, add its row here; ``test_every_policy_is_tested`` fails un
 
 from dataclasses import dataclass
 
+from safetensors.torch import save
+
+import eviction
+
+eviction.register("WEIGHTS", save({}))  # so that texts with the word can be read
+
 
 @dataclass(frozen=True)
 class Row:
     """Settings. small: under which it has work to do on a prompt of 40 tokens. everything: under which nothing is ever
-    left out of 46 tokens. least: the smallest there are, one row, one page or one cluster. WEIGHTS stands for a file of
-    trained weights.
+    left out of 46 tokens. least: the smallest there are, one row, one page or one cluster. WEIGHTS stands for
+    registered weights.
 
     wire_tolerance: of logits on shares against plaintext, a few units of 4.
     """

@@ -59,7 +59,7 @@ def test_a_template_that_refuses_a_conversation(chatty):
     config["chat_template"] = "{{ raise_exception('roles must alternate') }}"
     (chatty / "tokenizer_config.json").write_text(json.dumps(config))
     with PrivateLlama.from_pretrained(str(chatty), engine="plain") as llama:
-        with pytest.raises(UsageError, match="template cannot be applied .roles must alternate"):
+        with pytest.raises(UsageError, match="template cannot be used .roles must alternate"):
             llama.generate("a", chat=True)
 
 

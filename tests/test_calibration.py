@@ -314,7 +314,7 @@ def test_a_text_of_the_owners_choice_is_measured_to_its_end(worded, tmp_path, ca
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "--calibration-text: cannot read"),
+        (None, ": cannot be read"),
         (b" \n", "is empty; give a text like what clients will ask"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
     ],

@@ -275,7 +275,7 @@ def test_generation_config_decides_eos(tmp_path):
     [
         ({}, "no config.json; give a Hugging Face model folder"),
         ({"config": "{"}, "config.json: not valid JSON"),
-        ({"config": "[]"}, "config.json: must hold a JSON object, not list"),
+        ({"config": "[]"}, "config.json: not of its kind: Expected `object`, got `array`"),
         ({"config": SMALL, "generation_config": "?"}, "generation_config.json: not valid JSON"),
         ({"config": SMALL | {"hidden_act": "relu"}}, "config.json: hidden_act is 'relu'"),
     ],

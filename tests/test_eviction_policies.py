@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from eviction_runs import HEADS, STEPS, attended, best, heads_of, kept, run, weights
+from eviction_runs import HEADS, STEPS, attended, best, heads_of, kept, run, trained_data
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 import eviction
 from crypten_llm.engines.plain.engine import PlainEngine
@@ -258,7 +258,7 @@ def trained(name, found, layer):
         for what in ("key_before", "value")
     )
     features = torch.cat([found.queries(layer, before=True).transpose(0, 1).flatten(1), keys, values], 1)
-    file = load_file(weights(name, found.heads, found.kv_heads, 4))
+    file = load(trained_data(name, found.heads, found.kv_heads, 4))
     return features, {key.split(".")[2]: value for key, value in file.items() if key.startswith(f"layers.{layer}.")}
 
 

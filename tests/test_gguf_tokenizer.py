@@ -146,7 +146,7 @@ def test_what_cannot_be_read(made, changed, message):
 def test_merges_of_tokens_that_are_not_there(made):
     add = shipped()
     path = made(add | {"tokenizer.ggml.merges": [*add["tokenizer.ggml.merges"], "zq xqz"]})
-    with pytest.raises(UsageError, match="F32.gguf: the tokenizer cannot be loaded .*--prompt-ids"):
+    with pytest.raises(UsageError, match="F32.gguf: the tokenizer cannot be used .*--prompt-ids"):
         load_tokenizer(path)
 
 

@@ -131,8 +131,8 @@ def no_parties(monkeypatch):
     ("text", "message"),
     [
         ("", 'holds no prompt; write lines such as {"prompt": "..."}'),
-        ("{", "line 1: no JSON"),
-        ("[1]", "line 1: [1] is no object"),
+        ("{", "line 1: not valid JSON"),
+        ("[1]", "line 1: not of its kind: Expected `object`"),
         ('{"prompt": "a"}\n{"promt": "b"}', "line 2: unknown key 'promt'; did you mean 'prompt'?"),
         ('{"prompt": "a"}\n{"id": 1, "prompt": "b"}', "line 2: the id 1 is another line's"),
         ('{"id": 1.5, "prompt": "b"}', "line 1: the id is 1.5; it must be a text or a whole number"),
@@ -176,7 +176,7 @@ def test_answers_to_other_prompts_are_not_taken_for_these(model, files, capsys, 
             prompts_file.read_answers(str(files[1]), entries)
     files[1].write_text("{]\n", "utf-8")
     assert ask(model, files, engine="wire") == 2
-    assert "line 1: no JSON" in error(capsys)
+    assert "line 1: not valid JSON" in error(capsys)
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def test_a_digest_is_of_what_ids_stand_for(folder):
     path.write_text(json.dumps(content | {"added_tokens": [{"id": 9, "content": "<new>"}]}))
     assert tokenizer.digest(folder) != shipped
     path.write_text("{")
-    with pytest.raises(UsageError, match="tokenizer.json: not a usable tokenizer"):
+    with pytest.raises(UsageError, match="tokenizer.json: not valid JSON"):
         tokenizer.digest(folder)
     path.unlink()
     assert tokenizer.digest(folder) is None

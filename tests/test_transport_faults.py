@@ -160,15 +160,17 @@ def test_abort_reaches_a_peer_in_a_large_exchange(mesh):
 def test_abort_text_cannot_steer_a_terminal(mesh):
     a, b = mesh()
     a.abort("line one\nline two\x1b[2J")
-    assert error_of(lambda: b.recv(0, (), torch.int64)) == "rank 0 (owner) stopped: line one line two [2J"
+    assert error_of(lambda: b.recv(0, (), torch.int64)) == "rank 0 (owner) stopped: line one line two\\x1b[2J"
 
 
-@pytest.mark.parametrize(("text", "size"), [("", 0), ("é" * 5000, 2048)])
-def test_abort_texts_of_odd_length(mesh, text, size):
+@pytest.mark.parametrize(
+    ("text", "shown"), [("", "no reason given"), ("é" * 900, "é" * 900), ("é" * 5000, "é [...] é")]
+)
+def test_abort_texts_of_odd_length(mesh, text, shown):
     a, b = mesh()
     a.abort(text)
     message = error_of(lambda: b.recv(0, (), torch.int64))
-    assert message == "rank 0 (owner) stopped: " + ("é" * size or "no reason given")
+    assert message.startswith("rank 0 (owner) stopped: ") and shown in message and len(message) < 2010
 
 
 def test_nothing_follows_a_half_sent_frame(against_raw):

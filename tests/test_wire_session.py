@@ -121,7 +121,7 @@ def sessions(tmp_path_factory):
 
 SHOWN = ["whether any number left the engine's range", "logits of each generated token"]  # to both parties; to one
 PUBLIC = {  # keys of the JSON that the dealer may see, by sender
-    OWNER: {"config", "norm_scales", "tokens", "loaded", "total"},
+    OWNER: {"verb", "config", "norm_scales", "tokens", "loaded", "total"},
     CLIENT: {"verb", "plans", "stop"},
 }
 
@@ -136,7 +136,7 @@ def test_the_dealer_is_told_the_plan_and_when_to_stop(sessions):
                 assert set(json.loads(frame.payload)) <= PUBLIC[role], frame.payload
         messages = [json.loads(frame.payload) for frame in told[CLIENT]]
         assert [m.get("verb", "stop") for m in messages] == ["load", "generate", "stop", "statistics", "close"]
-        plans.append([json.loads(frame.payload) for frame in told[OWNER] if b"loaded" not in frame.payload] + messages)
+        plans.append([json.loads(frame.payload) for frame in told[OWNER] if b"loading" not in frame.payload] + messages)
     assert plans[0] == plans[1]  # the models differ, their configurations do not
 
 

@@ -12,7 +12,7 @@ import sys
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from crypten_llm.commands.show import closed, mark, say, say_decoding, say_outside, who
+from crypten_llm.commands.show import answer, closed, mark, say, say_decoding, say_outside, who
 from crypten_llm.errors import UsageError
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.chat import Chat, Restart, check
@@ -99,7 +99,7 @@ def _turn(talk: Chat, text: str, before: str) -> None:
                 case Progress(done, total) if total > done:
                     say(f"prefill {done} of {total} tokens")
                 case Step():
-                    print(before + event.text, end="", flush=True)
+                    answer(before + event.text)
                     before = ""
             if pressed:
                 break

@@ -10,10 +10,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
-from crypten_llm.errors import UsageError, did_you_mean, exit_code, last_words
+from crypten_llm import limits
+from crypten_llm.errors import UsageError, did_you_mean, exit_code, last_words, shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +74,7 @@ def run(parser: Callable[[], Parser], argv: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             return 1  # who read our output has left; not ours to complain
         if "--verbose" in argv or getattr(arguments, "verbose", False):
-            traceback.print_exc()
+            print(shown(traceback.format_exc()), end="", file=sys.stderr)
         print(f"error: {last_words(error)}", file=sys.stderr, flush=True)
         return exit_code(error)
 
@@ -100,7 +100,11 @@ def add_command(commands: Any, name: str, run: Callable, help: str) -> Parser:
 def read_text(option: str, path: str) -> str:
     """The text of the file that ``option`` names; raises UsageError."""
     try:
-        return Path(path).read_text("utf-8")
+        with open(path, encoding="utf-8") as file:  # whatever it is: a person named it, and may mean a pipe
+            text = file.read(limits.TEXT + 1)
+        if len(text) > limits.TEXT:
+            raise UsageError(f"{option}: {path} has more than {limits.TEXT:,} characters; give a shorter text")
+        return text
     except OSError as error:
         raise UsageError(f"{option}: cannot read {path} ({error.strerror}); give a text file") from None
     except UnicodeDecodeError:

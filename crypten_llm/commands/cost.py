@@ -22,6 +22,7 @@ from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation
 from crypten_llm.session.api import check_policy
+from crypten_llm.session.messages import Announced
 from crypten_llm.session.party import Party
 from crypten_llm.session.report import ONLINE, Cost
 
@@ -130,7 +131,7 @@ def predict(
     make_model = Llama if differ else functools.partial(_AlikeLayers, links)
     there: Any = links  # stands for a transport
     party = Party(CostEngine(links), there, compute_parties=2, make_model=make_model)
-    links.say({"config": config.to_dict(), "norm_scales": {}})
+    links.say(Announced(config.to_dict(), {}))
     party.load()
     counted = _entries(links, machine, network)
     cache = party.model.new_cache()

@@ -7,7 +7,7 @@ from them are public facts, which are read out here. It needs a model's config.j
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,12 @@ from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.manifest import make_manifest
 from crypten_llm.protocols.dealer.recording import Recording, Sizes
+from crypten_llm.records import Record
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 from crypten_llm.session.api import check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Plan
+from crypten_llm.session.messages import Announced, Bench, Close, Generate, Load
 from crypten_llm.session.party import Party
 from crypten_llm.units import size
 
@@ -40,31 +42,31 @@ class _Absent:
 
     rank = DEALER
 
-    def __init__(self, script: Iterator[dict]) -> None:
+    def __init__(self, script: Iterator[Record]) -> None:
         self.meter = Meter()
         self._script = script
 
-    def announce(self, source: int, peers: Any, message: dict | None, timeout: float | None = None) -> dict:
+    def announce(self, source: int, peers: Any, message: Any, kind: Any = dict, timeout: float | None = None) -> Any:
         return next(self._script)
 
     def passed(self, pieces: list[Piece]) -> None:
         pass
 
 
-def _generation(config: LlamaConfig, plan: Plan, requests: int) -> Iterator[dict]:
+def _generation(config: LlamaConfig, plan: Plan, requests: int) -> Iterator[Record]:
     """What the client and the owner say in a session of equal requests."""
-    yield {"verb": "load"}
-    yield {"config": config.to_dict(), "norm_scales": {}}
+    yield Load()
+    yield Announced(config.to_dict(), {})
     for _ in range(requests):
         # With hidden length nobody stops early: the tape lasts for the longest answer.
-        yield {"verb": "generate", "plans": [{**asdict(plan), "hide_length": True}]}
-    yield {"verb": "close"}
+        yield Generate((replace(plan, hide_length=True),))
+    yield Close()
 
 
-def _bench(shape: Shape, requests: int) -> Iterator[dict]:
+def _bench(shape: Shape, requests: int) -> Iterator[Record]:
     for _ in range(requests):
-        yield {"verb": "bench", "shape": asdict(shape)}
-    yield {"verb": "close"}
+        yield Bench(shape)
+    yield Close()
 
 
 def deal(

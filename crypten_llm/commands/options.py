@@ -43,7 +43,8 @@ def add_settings(parser: Parser) -> None:
 def settings(arguments: Any) -> dict:
     """Keyword arguments of ``settings.split`` from what was parsed."""
     given = {setting.name: getattr(arguments, setting.name) for setting in _settings_with_options()}
-    return given | {"progress": sys.stderr.isatty()}
+    weights = getattr(arguments, "policy_weights", "")
+    return given | {"progress": sys.stderr.isatty(), "policy_weights": weights}
 
 
 def _settings_with_options() -> Any:
@@ -157,13 +158,17 @@ def _ids(option: str, given: str) -> list[int]:
 def add_policy(parser: Parser) -> None:
     what = "KV-cache eviction policy (default: full); python -m eviction list shows all"
     parser.add_argument("--policy", default="full", help=what)
+    what = "trained weights of a policy, the same file at every party; --set weights=NAME takes them by the file's name"
+    parser.add_argument("--policy-weights", default="", metavar="FILE", help=what)
     parser.add_policy_settings()
 
 
 def policy(arguments: Any) -> str:
     """The policy and its settings as the text that parties agree on."""
     from crypten_llm.session.generation import parse_policy
+    from crypten_llm.session.weights import know_weights
 
+    know_weights(arguments.policy_weights)
     return str(parse_policy(arguments.policy, *arguments.set))
 
 

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from crypten_llm import records
 from crypten_llm.commands.command_line import read_text
 from crypten_llm.commands.show import closed, say, say_decoding, say_outside, who
 from crypten_llm.errors import LeftRange, UsageError
@@ -177,12 +178,9 @@ def _entry(text: str, number: int, asked: dict, model: str) -> Entry:
 
 def _object(text: str) -> dict:
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"no JSON ({error}); write one object a line") from None
-    if not isinstance(found, dict):
-        raise UsageError(f'{found!r} is no object; write lines such as {{"prompt": "..."}}')
-    return found
+        return records.decode(text, dict[str, Any])
+    except records.Malformed as error:
+        raise UsageError(f'{error}; write one object a line, such as {{"prompt": "..."}}') from None
 
 
 def read_answers(path: str, entries: list[Entry]) -> set[str | int]:

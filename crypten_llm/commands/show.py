@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from crypten_llm.errors import CryptenLLMError
+from crypten_llm.errors import CryptenLLMError, shown
 from crypten_llm.models.tokenizer import has_chat_template
 from crypten_llm.session.admission import WARNING
 from crypten_llm.session.api import PrivateLlama, check_policy
@@ -30,7 +30,12 @@ if TYPE_CHECKING:  # of commands that bring engine wire along
 
 
 def say(text: str = "") -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
+
+
+def answer(text: str) -> None:
+    """A piece of an answer. The owner's model says what is in it, so on a terminal it is text alone."""
+    print(shown(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def show_generation(request: Request, model: str, tokenizer: str | None, as_json: bool, **settings: Any) -> Result:
@@ -130,7 +135,7 @@ def _stream(llama: PrivateLlama, asked: Asked, progress: bool, show_text: bool) 
                     bar.update()
                     if show_text:
                         before = mark(llama) if event.index == 0 else ""
-                        print(before + (event.text if as_text else f"{event.token_id} "), end="", flush=True)
+                        answer(before + (event.text if as_text else f"{event.token_id} "))
     bar.close()
     if show_text:
         print(flush=True)

@@ -40,6 +40,7 @@ class Engine(ABC):
     name: str
     is_private: bool  # whether handles are secrets
     layer_error: float  # declared: of a layer's output on random inputs and weights of unit size (``bench``)
+    number_bytes: int = 8  # that a party but the owner keeps of a weight, and any of a cached number, at least
     softmax_base: float = math.e  # scores are exponents of this
     tells_range: bool = False  # whether it tells both parties, with each value that is opened, if any left its range
     dealer_follows: bool = False  # whether the dealer runs the same program, ahead of the parties' need

@@ -61,8 +61,7 @@ def gone(link: _Link, where: str) -> PartyError:
 
 def stopped(name: str, text: bytes | bytearray) -> PartyError:
     """The error for a peer that said so; text: the payload of its abort frame."""
-    # A peer's text goes to a terminal: one line, nothing that could steer it.
-    line = "".join(c if c.isprintable() else " " for c in bytes(text).decode(errors="replace")).strip()
+    line = bytes(text).decode(errors="replace").strip()
     return PartyError(f"{name} stopped: {line or 'no reason given'}")
 
 
@@ -124,10 +123,6 @@ def _describe(kind: int, dtype: int, sequence: int, size: str, specs: Specs = ()
 def unexpected(name: str, due: str, where: str) -> PartyError:
     """The error for a message that says something else than what is due, in words."""
     return PartyError(f"{name} sent something else than {due} during {where}: {SAME_PROGRAM}")
-
-
-def not_json(name: str, where: str) -> PartyError:
-    return PartyError(f"{name} sent a message that is not JSON during {where}: start every party with the same version")
 
 
 def altered(name: str, reason: str, where: str) -> PartyError:

@@ -20,11 +20,45 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from time import perf_counter
-from typing import Self
+from typing import Annotated, Self, TypedDict
+
+from msgspec import Meta
+
+from crypten_llm.records import Count, Seconds, Word
 
 CHANNELS = ("online", "dealer")
 Cell = tuple[str, str]  # (phase, kind): what a count goes to
 Cells = Mapping[Cell, Sequence[int]]  # bytes sent and received of each
+
+
+class Row(TypedDict):
+    """One row of ``Meter.table``, as other parties are told it."""
+
+    phase: Word
+    kind: Word
+    rounds: Count
+    bytes_sent: Count
+    bytes_received: Count
+    wait_seconds: Seconds
+    dealer_rounds: Count
+    dealer_bytes_sent: Count
+    dealer_bytes_received: Count
+    dealer_wait_seconds: Seconds
+    seconds: Seconds
+
+
+class DealersCounters(TypedDict):
+    """What a party has counted since a request began."""
+
+    rank: Annotated[int, Meta(ge=0, le=100)]
+    table: Annotated[list[Row], Meta(max_length=10_000)]
+    peak_bytes: Count
+
+
+class Counters(DealersCounters, total=False):
+    """The same of a compute party; dealer: those of a dealer that it has asked."""
+
+    dealer: DealersCounters
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ links of a party, or alters one, breaks the protocol: between hosts, use TLS, a 
 Not for two threads on the same direction of the same link; different links are independent.
 """
 
-import json
 import math
 import os
 import select
@@ -23,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crypten_llm import records
 from crypten_llm.errors import PartyError
+from crypten_llm.limits import MESSAGE_BYTES
 from crypten_llm.links import faults
 from crypten_llm.links.frames import ABORT, BOUNDED, DTYPES, HEADER, JSON, MAGIC, MAX_ABORT_BYTES, MIXED, STREAM, TENSOR
 from crypten_llm.links.meter import Cells, Meter
@@ -169,30 +170,27 @@ class Transport:
     # The control plane: public facts only.
 
     def send_json(self, dst: int, obj: object, channel: str = "online") -> None:
-        """Send a JSON-able object. Public facts only: nothing that depends on a secret may be in it."""
+        """Send a record, or what JSON knows. Public facts only: nothing that depends on a secret may be in it."""
         self._transfer([self._frame(self._link(dst), JSON, MIXED, [memoryview(encode_json(obj))])], [], channel)
 
-    def recv_json(self, src: int, max_bytes=16 << 20, channel: str = "online", timeout: float | None = None) -> Any:
-        """The object that `src` sends next, refused above `max_bytes`.
+    def recv_json(self, src: int, kind: Any = Any, max_bytes=MESSAGE_BYTES, channel="online", timeout=None) -> Any:
+        """What `src` sends next, a `kind` (see `records`); another is refused, and one above `max_bytes`.
         timeout: seconds instead of the transport's, for a wait on a person; `math.inf` waits for ever.
         """
         frame = _Incoming(self._link(src), JSON, MIXED, max_bytes)
         self._transfer([], [frame], channel, timeout)
         try:
-            return json.loads(frame.payload)
-        except (ValueError, RecursionError):
-            raise faults.not_json(frame.link.name, self.meter.where) from None
+            return records.decode(frame.payload, kind)
+        except records.Malformed as error:
+            raise self.unexpected(src, f"what is due ({error})") from None
 
-    def announce(self, source: int, peers: Iterable[int], message: Any, timeout: float | None = None) -> dict:
-        """A public message of `source`, a dict, at it and its `peers`, who all call this. timeout: of `recv_json`."""
+    def announce(self, source: int, peers: Iterable[int], message: Any, kind: Any = dict, timeout=None) -> Any:
+        """A public message of `source`, a `kind`, at it and its `peers`, who all call this. timeout: of `recv_json`."""
         if self.rank == source:
             for peer in peers:
                 self.send_json(peer, message)
             return message
-        message = self.recv_json(source, timeout=timeout)
-        if not isinstance(message, dict):
-            raise self.unexpected(source, "named facts")
-        return message
+        return self.recv_json(source, kind, timeout=timeout)
 
     def unexpected(self, source: int, due: str) -> PartyError:
         """The error for a message of `source` that says something else than what is `due`, in words."""
@@ -383,7 +381,7 @@ class StreamReader:
 
 def encode_json(obj: object) -> bytes:
     """The payload of a JSON frame."""
-    return json.dumps(obj, separators=(",", ":")).encode()
+    return records.encode(obj)
 
 
 def _dtype_code(dtypes: list[torch.dtype]) -> int:

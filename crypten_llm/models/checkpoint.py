@@ -8,20 +8,23 @@ run code on load, so none is ever opened or downloaded. Names are Hugging Face's
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
+from crypten_llm import files as reading
+from crypten_llm import limits
 from crypten_llm.errors import UsageError, first_line
 from crypten_llm.models import gguf_file, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.hub import HUB_ID, download
 from crypten_llm.models.stored import Stored
+from crypten_llm.records import Extract
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 
@@ -30,6 +33,12 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOATS = ", ".join(_DTYPES.values())
 # Frequencies that old versions of transformers saved; they follow from the config.
 _DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+
+
+class _Index(Extract, frozen=True):
+    """weight_map: by tensor, the file of this folder that holds it."""
+
+    weight_map: Annotated[dict[str, Annotated[str, Meta(pattern=r"^[^/\x00]+$", max_length=255)]], Meta(min_length=1)]
 
 
 def resolve_model(name_or_path: str | Path, offline: bool = False) -> Path:
@@ -105,6 +114,7 @@ def _resolve(name_or_path: str | Path, offline: bool, patterns: tuple[str, ...])
         return SHIPPED
     path = Path(name).expanduser()
     if name and path.is_dir():
+        reading.check_folder(path)
         return path
     if gguf_file.is_gguf(path):
         if not path.is_file():
@@ -148,18 +158,17 @@ def _weight_files(folder: Path) -> dict[str, str]:
     single, index = "model.safetensors", "model.safetensors.index.json"
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give a model folder that holds *.safetensors")
+    reading.check_folder(folder)
     if (folder / single).exists():  # transformers prefers it, too
         return {"": single}
     if not (folder / index).exists():
         raise UsageError(_no_weights(folder, single, index))
     try:
-        files = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-        # A path that leaves the folder is nothing that transformers writes.
-        sound = bool(files) and all(Path(file).name == file for file in files.values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{folder / index}: not a usable index ({first_line(error)}); download it again") from error
-    if not sound:
-        raise UsageError(f"{folder / index}: weight_map must name files of this folder; download it again")
+        files = reading.read_json(folder / index, _Index, limits.TOKENIZER_BYTES).weight_map
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; no usable index (weight_map names files of this folder): download it again"
+        ) from None
     missing = sorted(file for file in set(files.values()) if not (folder / file).exists())
     if missing:
         raise UsageError(f"{folder}: {_shortened(missing)} missing; download the model again")

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from crypten_llm import limits
 from crypten_llm.errors import UsageError
+from crypten_llm.files import check_folder, read_json
 from crypten_llm.models.config_fields import check_unread
 from crypten_llm.models.family import FAMILIES, Family
-from crypten_llm.models.fields import integer, is_integer, number, read_json, short
+from crypten_llm.models.fields import integer, is_integer, number, short
 from crypten_llm.models.gguf_file import SUFFIX, is_gguf, read_config
 from crypten_llm.models.rope_config import RopeConfig, read_rope, refuse_partial_rotation
 from crypten_llm.models.windows import Windows, read_windows, write_windows
@@ -26,6 +28,16 @@ _READ = frozenset(_REQUIRED) | {
     *("model_type", "hidden_act", "activation", "num_key_value_heads", "head_dim", "max_position_embeddings"),
     *("rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "layer_types"),
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "auto_map"),
+}
+_MOST = {
+    "vocab_size": limits.VOCABULARY,
+    "hidden_size": limits.HIDDEN,
+    "intermediate_size": limits.FFN,
+    "num_hidden_layers": limits.LAYERS,
+    "num_attention_heads": limits.HEADS,
+    "num_key_value_heads": limits.HEADS,
+    "head_dim": limits.HEAD_DIM,
+    "max_position_embeddings": limits.CONTEXT,
 }
 _ACTIVATIONS = {"hidden_act": ("silu", "swish"), "activation": ("silu", "swiglu")}  # spellings of the one there is
 _BIASES = ("attention_bias", "mlp_bias")
@@ -60,24 +72,24 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         _family(self.model_type)
-        for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            integer(name, getattr(self, name))
+        for name, most in _MOST.items():
+            integer(name, getattr(self, name), most)
         number("rms_norm_eps", self.rms_norm_eps)
         for name in ("tie_word_embeddings", *_BIASES):
             if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+                raise UsageError(f"{name} is {short(getattr(self, name))}; it must be true or false")
         for name in _BIASES:
             if getattr(self, name) and name not in self.family.fields:
                 raise UsageError(f"{name} is True; models of type {self.model_type!r} have no such bias")
         if self.windows and "sliding_window" not in self.family.fields:
-            raise UsageError(f"windows are {self.windows!r}; models of type {self.model_type!r} have none")
+            raise UsageError(f"windows are {short(self.windows)}; models of type {self.model_type!r} have none")
         if self.windows and len(self.windows) != self.num_hidden_layers:
             raise UsageError(f"windows are {short(self.windows)}; there must be one for each of the layers")
         # An id outside the vocabulary is never produced, so only the type matters.
         for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
             for token in ids:
                 if not is_integer(token) and not (token is None and name == "bos_token_id"):
-                    raise UsageError(f"{name} is {token!r}; it must be a token id (an integer)")
+                    raise UsageError(f"{name} is {short(token)}; it must be a token id (an integer)")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
                 f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of num_key_value_heads "
@@ -87,6 +99,8 @@ class LlamaConfig:
             raise UsageError(f"head_dim is {self.head_dim}; it must be even, since RoPE rotates pairs")
         if self.rope.type == "dynamic" and self.head_dim == 2:
             raise UsageError("head_dim is 2; rope type dynamic needs at least 4")
+        if self.parameters > limits.PARAMETERS:
+            raise UsageError(f"these sizes make {self.parameters:.2g} parameters; {limits.PARAMETERS:.2g} at most")
         divisors = self.rope.divisors
         if divisors is not None and len(divisors) != self.head_dim // 2:
             raise UsageError(
@@ -96,6 +110,11 @@ class LlamaConfig:
     @property
     def family(self) -> Family:
         return FAMILIES[self.model_type]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return self.family.parameters(self)
 
     @property
     def context(self) -> int:
@@ -110,7 +129,8 @@ class LlamaConfig:
         if rope.type not in ("linear", "dynamic"):
             return given
         assert rope.factor is not None, "RopeConfig asks for it"
-        return max(given, int((rope.original_max_position_embeddings or given) * rope.factor))
+        stretched = (rope.original_max_position_embeddings or given) * rope.factor
+        return max(given, int(min(stretched, limits.CONTEXT)))
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> LlamaConfig:
@@ -127,9 +147,9 @@ class LlamaConfig:
         given = {name: value for name, value in d.items() if value is not None}
         if missing := [name for name in _REQUIRED if name not in given]:
             raise UsageError(f"{', '.join(missing)} missing; a model's config must give them")
-        hidden, heads = (integer(name, given[name]) for name in ("hidden_size", "num_attention_heads"))
+        hidden, heads = (integer(name, given[name], _MOST[name]) for name in ("hidden_size", "num_attention_heads"))
         positions = given.get("max_position_embeddings", family.defaults["max_position_embeddings"])
-        integer("max_position_embeddings", positions)
+        integer("max_position_embeddings", positions, limits.CONTEXT)
         # For these null is a value: there is no such token, or as many heads of keys as of queries.
         key_value_heads, bos, eos = (
             d.get(name, family.defaults[name]) for name in ("num_key_value_heads", "bos_token_id", "eos_token_id")
@@ -180,7 +200,7 @@ class LlamaConfig:
     def from_file(cls, path: str | Path) -> LlamaConfig:
         """Read one config.json."""
         try:
-            return cls.from_dict(read_json(Path(path)))
+            return cls.from_dict(read_json(path))
         except UsageError as error:
             raise UsageError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
@@ -198,6 +218,7 @@ class LlamaConfig:
                 raise UsageError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder; give a model folder that holds config.json")
+        check_folder(path)
         if not (path / "config.json").exists():
             others = sorted(file.name for file in path.glob(f"*{SUFFIX}"))
             what = f"the GGUF file itself, {path / others[0]}" if others else "a Hugging Face model folder"
@@ -230,7 +251,7 @@ def _refuse_other_functions(d: dict[str, Any], family: Family) -> None:
     """Raise UsageError for the first field that makes the model something else than what the family computes."""
     architectures = d.get("architectures")
     if architectures is not None and architectures not in ([name] for name in family.architectures):
-        raise UsageError(f"architectures is {architectures!r}; only {[family.architectures[0]]!r} is supported")
+        raise UsageError(f"architectures is {short(architectures)}; only {[family.architectures[0]]!r} is supported")
     for name, spellings in _ACTIVATIONS.items():
         if d.get(name) not in (None, *spellings):
             raise UsageError(f"{name} is {short(d[name])}; only 'silu' is supported")

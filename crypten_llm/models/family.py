@@ -98,13 +98,7 @@ class Family:
 
         With tied embeddings there is no "lm_head.weight": "model.embed_tokens.weight" serves for both.
         """
-        sizes = {
-            "hidden": config.hidden_size,
-            "query": config.num_attention_heads * config.head_dim,
-            "key_value": config.num_key_value_heads * config.head_dim,
-            "head": config.head_dim,
-            "ffn": config.intermediate_size,
-        }
+        sizes = self._sizes(config)
         table = (config.vocab_size, config.hidden_size)
         found: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": table}
         for layer in range(config.num_hidden_layers):
@@ -117,6 +111,25 @@ class Family:
         if not config.tie_word_embeddings:
             found[f"{HEAD}.weight"] = table
         return found
+
+    def parameters(self, config: LlamaConfig) -> int:
+        """How many numbers ``shapes`` has, without listing it: a config may name any count of layers."""
+        sizes, table = self._sizes(config), config.vocab_size * config.hidden_size
+        count = table * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+        for part in self.layer:
+            shape = [sizes[size] for size in part.shape]
+            count += config.num_hidden_layers * (math.prod(shape) + part.has_bias(config) * shape[0])
+        return count
+
+    def _sizes(self, config: LlamaConfig) -> dict[str, int]:
+        """By the names that a part's dimensions have."""
+        return {
+            "hidden": config.hidden_size,
+            "query": config.num_attention_heads * config.head_dim,
+            "key_value": config.num_key_value_heads * config.head_dim,
+            "head": config.head_dim,
+            "ffn": config.intermediate_size,
+        }
 
     def norm_before(self, name: str) -> str | None:
         """The norm whose output the product ``name`` takes, if one does; both without ".weight"."""

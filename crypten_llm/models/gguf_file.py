@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from crypten_llm import limits, records
 from crypten_llm.errors import UsageError, first_line
+from crypten_llm.files import check_regular
 from crypten_llm.models.fields import integer, short
 from crypten_llm.models.stored import Stored
 
@@ -72,6 +74,7 @@ def opened(path: str | Path) -> GGUFReader:
     """The parsed file; its tensors are mapped, not read. Raises UsageError for one that cannot be used."""
     path = Path(path)
     try:
+        check_regular(path)
         state = path.stat()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give a GGUF file or a model folder") from None
@@ -85,6 +88,12 @@ def _opened(path: Path, size: int, changed: int) -> GGUFReader:
     class Reader(GGUFReader):
         """Cuts the file into plain arrays: a vocabulary has 10^6 pieces, which take three times as long as maps."""
 
+        def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            # The package's own reads nothing behind the end, as often as a length in the file asks for.
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self._whole):
+                raise ValueError("it ends early")
+            return super()._get(offset, dtype, count, override_order)
+
         @property
         def data(self) -> Any:
             return self._whole
@@ -97,31 +106,39 @@ def _opened(path: Path, size: int, changed: int) -> GGUFReader:
         reader = Reader(path)
     except Exception as error:  # the package raises anything here for a file that is cut off or no GGUF at all
         raise UsageError(f"{path} cannot be read as GGUF ({first_line(error)}); download it again") from error
-    if (value(reader, "split.count") or 1) > 1:
+    if (parts := value(reader, "split.count", int) or 1) > 1:
         raise UsageError(
-            f"{path} is one of {value(reader, 'split.count')} parts of a model; join them with "
+            f"{path} is one of {parts} parts of a model; join them with "
             "'llama-gguf-split --merge' and give the joined file"
         )
     return reader
 
 
-def value(reader: GGUFReader, name: str) -> Any:
-    """One entry of the metadata: a number, a text, or a list; None where there is none."""
+def value(reader: GGUFReader, name: str, kind: Any = Any) -> Any:
+    """One entry of the metadata: a number, a text, or a list; None where there is none.
+
+    Raises UsageError where it is not of this ``kind``.
+    """
     field = reader.fields.get(name)
-    return None if field is None else field.contents()
+    if field is None:
+        return None
+    try:
+        return records.convert(field.contents(), kind)
+    except (records.Malformed, UnicodeError) as error:
+        raise UsageError(f"{name} is not as it should be ({error}); get the file again") from None
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """What ``LlamaConfig.from_dict`` takes. Raises UsageError for a model that would be another one if read so."""
     reader = opened(path)
-    architecture = value(reader, "general.architecture")
-    if architecture not in _ARCHITECTURES:
-        raise UsageError(
-            f"{path}: general.architecture is {short(architecture)}; supported are {', '.join(_ARCHITECTURES)}"
-        )
-    prefix = f"{architecture}."
-    given = {key.removeprefix(prefix): value(reader, key) for key in reader.fields if key.startswith(prefix)}
     try:
+        architecture = value(reader, "general.architecture", str)
+        if architecture not in _ARCHITECTURES:
+            raise UsageError(
+                f"general.architecture is {short(architecture)}; supported are {', '.join(_ARCHITECTURES)}"
+            )
+        prefix = f"{architecture}."
+        given = {key.removeprefix(prefix): value(reader, key) for key in reader.fields if key.startswith(prefix)}
         _refuse_unread(given, prefix)
         return {
             "model_type": architecture,
@@ -169,7 +186,7 @@ def _hugging_face_name(name: str) -> str:
 def _as_hugging_face(name: str, config: LlamaConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     """Rows of a head's queries and keys are in pairs in files of architecture llama, in halves in Hugging Face's."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    projection = name.split(".")[-2]
+    projection = name.rpartition(".")[0].rpartition(".")[2]
     if config.model_type != "llama" or projection not in heads:
         return lambda tensor: tensor
 
@@ -189,20 +206,23 @@ def _refuse_unread(given: Mapping[str, Any], prefix: str) -> None:
 
 
 def _head_dim(given: Mapping[str, Any], prefix: str) -> dict[str, int]:
-    sizes = {key: given[key] for key in _HEAD_DIM if key in given}
+    sizes = {key: integer(f"{prefix}{key}", given[key], limits.HEAD_DIM) for key in _HEAD_DIM if key in given}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{prefix}{key} {size}" for key, size in sizes.items())
         raise UsageError(f"{listed}: these must be equal (keys as wide as values, RoPE on the whole head)")
     if sizes:
         return {"head_dim": next(iter(sizes.values()))}
     # Not left to the family: its default may be another one than the file's.
-    hidden, heads = (integer(f"{prefix}{key}", given.get(key)) for key in ("embedding_length", "attention.head_count"))
+    hidden, heads = (
+        integer(f"{prefix}{key}", given.get(key), most)
+        for key, most in (("embedding_length", limits.HIDDEN), ("attention.head_count", limits.HEADS))
+    )
     return {"head_dim": hidden // heads}
 
 
 def _from_tensors(reader: GGUFReader) -> dict[str, Any]:
     shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
-    if "token_embd.weight" not in shapes:
+    if not shapes.get("token_embd.weight"):
         raise UsageError("token_embd.weight is missing; this is no language model, or a part of one")
     biases = {"attention_bias": "attn_output", "mlp_bias": "ffn_gate"}
     return {
@@ -228,8 +248,8 @@ def _rope(given: Mapping[str, Any], reader: GGUFReader) -> dict[str, Any]:
 
 def _tokens(reader: GGUFReader) -> dict[str, Any]:
     """Ids of the first token and of all that end an answer: of a text, a turn or a message."""
-    ends = [value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = [value(reader, f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
     return {
-        "bos_token_id": value(reader, "tokenizer.ggml.bos_token_id"),
+        "bos_token_id": value(reader, "tokenizer.ggml.bos_token_id", int),
         "eos_token_id": [*dict.fromkeys(token for token in ends if token is not None)],
     }

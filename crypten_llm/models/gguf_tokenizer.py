@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crypten_llm.errors import UsageError
+from crypten_llm import records
+from crypten_llm.errors import UsageError, a_library
 from crypten_llm.models.fields import short
 from crypten_llm.models.gguf_file import opened, value
 
@@ -59,11 +60,13 @@ class _Tokens:
 
     @classmethod
     def of(cls, reader: GGUFReader) -> _Tokens:
-        texts = value(reader, "tokenizer.ggml.tokens") or []
-        kinds = value(reader, "tokenizer.ggml.token_type") or [NORMAL] * len(texts)
+        texts = value(reader, "tokenizer.ggml.tokens", list[str]) or []
+        kinds = value(reader, "tokenizer.ggml.token_type", list[int]) or [NORMAL] * len(texts)
+        if texts and len(kinds) != len(texts):
+            raise UsageError(f"it holds {len(texts)} tokens and types of {len(kinds)}; get the file again")
         named = {}
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-            token = value(reader, f"tokenizer.ggml.{key}_token_id")
+            token = value(reader, f"tokenizer.ggml.{key}_token_id", records.Count)
             if token is not None and token < len(texts):
                 named[f"{name}_token"] = texts[token]
                 kinds[token] = kinds[token] if kinds[token] == UNKNOWN else CONTROL
@@ -77,7 +80,10 @@ class _Tokens:
 
 def vocabulary(path: str | Path) -> dict[str, int]:
     """Ids by token; empty where the file has no tokens."""
-    return _Tokens.of(opened(path)).vocabulary
+    try:
+        return _Tokens.of(opened(path)).vocabulary
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}; {_ELSEWHERE}") from None
 
 
 def folder(path: str | Path) -> Path:
@@ -91,14 +97,15 @@ def folder(path: str | Path) -> Path:
 @functools.cache
 def _folder(path: str, reader: GGUFReader) -> Path:
     try:
-        made, names = _made(reader)
+        with a_library("the tokenizer", "get the file again"):
+            made, names = _made(reader)
     except UsageError as error:
         raise UsageError(f"{path}: {error}; {_ELSEWHERE}") from None
     where = Path(tempfile.mkdtemp(prefix="crypten-llm-"))
     atexit.register(shutil.rmtree, where, ignore_errors=True)
     made.save(str(where / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-    if template := value(reader, "tokenizer.chat_template"):
+    if template := value(reader, "tokenizer.chat_template", str):
         settings["chat_template"] = template
     for name, content in {"config": {"model_type": "llama"}, "tokenizer_config": settings}.items():
         (where / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -109,7 +116,7 @@ def _made(reader: GGUFReader) -> tuple[Tokenizer, dict[str, str]]:
     """The library's tokenizer, and the texts of ``bos_token`` and its like."""
     from tokenizers import AddedToken
 
-    tokens, model = _Tokens.of(reader), value(reader, "tokenizer.ggml.model")
+    tokens, model = _Tokens.of(reader), value(reader, "tokenizer.ggml.model", str)
     if not tokens.texts:
         raise UsageError("it holds no tokenizer")
     if model not in ("gpt2", "llama"):
@@ -124,7 +131,7 @@ def _made(reader: GGUFReader) -> tuple[Tokenizer, dict[str, str]]:
 
 
 def _pre(reader: GGUFReader) -> Any:
-    return value(reader, "tokenizer.ggml.pre")
+    return value(reader, "tokenizer.ggml.pre", str)
 
 
 def _byte_level(reader: GGUFReader, tokens: _Tokens) -> Tokenizer:
@@ -133,7 +140,7 @@ def _byte_level(reader: GGUFReader, tokens: _Tokens) -> Tokenizer:
     name = _pre(reader)
     if name not in _SPLITS:
         raise UsageError(f"tokenizer.ggml.pre is {short(name)}, a way to split text that is not known here")
-    merges = [tuple(merge.split(" ", 1)) for merge in value(reader, "tokenizer.ggml.merges") or []]
+    merges = [tuple(merge.split(" ", 1)) for merge in value(reader, "tokenizer.ggml.merges", list[str]) or []]
     made = Tokenizer(models.BPE(tokens.vocabulary, merges, ignore_merges=name in _WHOLE_WORDS))
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if name in _EACH_DIGIT else []
     steps += [pre_tokenizers.Split(Regex(_SPLITS[name]), "isolated")] if _SPLITS[name] else []
@@ -146,15 +153,15 @@ def _byte_level(reader: GGUFReader, tokens: _Tokens) -> Tokenizer:
 def _sentencepiece(reader: GGUFReader, tokens: _Tokens) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = value(reader, "tokenizer.ggml.scores")
-    if not scores:
-        raise UsageError("it holds no tokenizer.ggml.scores")
+    scores = value(reader, "tokenizer.ggml.scores", list[float]) or []
+    if len(scores) != len(tokens.texts):
+        raise UsageError("it holds no tokenizer.ggml.scores, one for each token")
     vocab = tokens.vocabulary
     normal = {token: i for token, i in vocab.items() if tokens.kinds[i] == NORMAL}
     unknown = next((token for token, i in vocab.items() if tokens.kinds[i] == UNKNOWN), None)
     options: dict[str, Any] = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": "<0x00>" in vocab}
     made = Tokenizer(models.BPE(vocab, _merges(normal, scores), **options))
-    leads = value(reader, "tokenizer.ggml.add_space_prefix") is not False
+    leads = value(reader, "tokenizer.ggml.add_space_prefix", bool) is not False
     made.normalizer = normalizers.Sequence(
         [*([normalizers.Prepend("▁")] if leads else []), normalizers.Replace(" ", "▁")]
     )
@@ -179,7 +186,7 @@ def _add_ends(made: Tokenizer, reader: GGUFReader, names: dict[str, str], has_fi
     from tokenizers import processors
 
     def wanted(end: str, default: bool) -> list[str]:
-        flag = value(reader, f"tokenizer.ggml.add_{end}_token")
+        flag = value(reader, f"tokenizer.ggml.add_{end}_token", bool)
         return [names[f"{end}_token"]] if (default if flag is None else flag) and f"{end}_token" in names else []
 
     first, last = wanted("bos", has_first), wanted("eos", False)

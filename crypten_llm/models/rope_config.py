@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from crypten_llm import limits
 from crypten_llm.errors import UsageError
 from crypten_llm.models.fields import integer, number, short
 
@@ -41,7 +42,7 @@ class RopeConfig:
     def __post_init__(self) -> None:
         number("rope_theta", self.theta)
         if self.type not in ROPE_TYPES:
-            raise UsageError(f"rope type is {self.type!r}; supported are {', '.join(ROPE_TYPES)}")
+            raise UsageError(f"rope type is {short(self.type)}; supported are {', '.join(ROPE_TYPES)}")
         if self.type == "divided":
             for divisor in self.divisors or (None,):
                 number("a divisor of rope type divided", divisor)
@@ -49,7 +50,7 @@ class RopeConfig:
             number(f"factor of rope type {self.type}", self.factor, least=1)
         original = self.original_max_position_embeddings
         if self.type == "llama3" or original is not None:
-            integer(f"original_max_position_embeddings of rope type {self.type}", original)
+            integer(f"original_max_position_embeddings of rope type {self.type}", original, limits.CONTEXT)
         if self.type == "llama3":
             low = number("low_freq_factor of rope type llama3", self.low_freq_factor)
             high = number("high_freq_factor of rope type llama3", self.high_freq_factor)
@@ -91,7 +92,9 @@ def read_rope(given: dict[str, Any], max_position_embeddings: int) -> RopeConfig
         if kind is None and "factor" in values:
             raise UsageError(f"{field} is {short(values)}; it has a factor but no rope_type ({', '.join(ROPE_TYPES)})")
         if theta is not None and values.get("rope_theta", theta) != theta:
-            raise UsageError(f"rope_theta is {theta!r} but {field}.rope_theta is {values['rope_theta']!r}; keep one")
+            raise UsageError(
+                f"rope_theta is {short(theta)} but {field}.rope_theta is {short(values['rope_theta'])}; keep one"
+            )
         # Values that the type does not use are dropped, as transformers does.
         used: dict[str, Any] = {"factor": values.get("factor")} if kind in ("linear", "dynamic", "llama3") else {}
         if kind == "divided":
@@ -105,7 +108,7 @@ def read_rope(given: dict[str, Any], max_position_embeddings: int) -> RopeConfig
         base = values.get("rope_theta", 10000.0 if theta is None else theta)
         found[field] = RopeConfig(theta=base, type="default" if kind is None else kind, **used)
     if len(set(found.values())) > 1:
-        raise UsageError(f"rope_scaling is {given['rope_scaling']!r} but rope_parameters say otherwise; keep one")
+        raise UsageError(f"rope_scaling is {short(given['rope_scaling'])} but rope_parameters say otherwise; keep one")
     return next(iter(found.values()), RopeConfig(theta=10000.0 if theta is None else theta))
 
 
@@ -119,11 +122,11 @@ def _original_context(field: str, values: dict, given: dict) -> Any:
     """The context before the stretch; versions of transformers disagree which field wins, so both must say the same."""
     inner, outer = values.get(_ORIGINAL), given.get(_ORIGINAL)
     if inner is not None and outer is not None and inner != outer:
-        raise UsageError(f"{_ORIGINAL} is {outer!r} but {field}.{_ORIGINAL} is {inner!r}; keep one")
+        raise UsageError(f"{_ORIGINAL} is {short(outer)} but {field}.{_ORIGINAL} is {short(inner)}; keep one")
     return outer if inner is None else inner
 
 
 def refuse_partial_rotation(label: str, d: dict[str, Any]) -> None:
     factor = d.get("partial_rotary_factor")
     if factor is not None and factor != 1:
-        raise UsageError(f"{label} is {factor!r}; only 1 is supported (RoPE on the whole head)")
+        raise UsageError(f"{label} is {short(factor)}; only 1 is supported (RoPE on the whole head)")

@@ -16,13 +16,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from crypten_llm.errors import UsageError, first_line
+from crypten_llm import limits
+from crypten_llm.errors import UsageError, a_library
+from crypten_llm.files import check_regular, read, read_json
 from crypten_llm.models import gguf_tokenizer
 from crypten_llm.models.gguf_file import is_gguf
+from crypten_llm.records import Extract
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder without any of these has no tokenizer."""
 
+_WITHOUT = "repair it, or give token ids with --prompt-ids instead"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers: tokenizer.json is used as it is
@@ -35,6 +39,24 @@ _HARMLESS = {
     *("use_default_system_prompt", "sp_model_kwargs", "transformers_version", "stride", "truncation_strategy"),
     *("pad_to_multiple_of", "pad_token_type_id", "special_tokens_map_file", "processor_class", "tokenizer_file"),
 }
+
+
+class _Model(Extract, frozen=True):
+    """vocab: ids by token, or [token, score] in the order of ids."""
+
+    vocab: dict[str, int] | list[tuple[str, float]]
+
+
+class _Added(Extract, frozen=True):
+    id: int
+    content: str
+
+
+class _File(Extract, frozen=True):
+    """Of a tokenizer.json, which token each id stands for."""
+
+    model: _Model
+    added_tokens: list[_Added] | None = None
 
 
 class Tokenizer:
@@ -121,17 +143,12 @@ def load(folder: Path) -> Any:
     name, by_file = folder, is_gguf(folder)
     if not by_file and not any((folder / file).exists() for file in FILES):
         raise UsageError(f"{folder}: no tokenizer ({', '.join(FILES)}); give token ids with --prompt-ids instead")
-    try:
+    for file in () if by_file else folder.iterdir():
+        check_regular(file)
+    with a_library(f"{name}: the tokenizer", _WITHOUT):
         folder = gguf_tokenizer.folder(folder) if by_file else folder
         names = _as_it_stands(folder)
         return _of_transformers(folder) if names is None else Tokenizer(folder, names)
-    except UsageError:
-        raise
-    except Exception as error:  # both libraries raise anything here, from KeyError to their own types
-        raise UsageError(
-            f"{name}: the tokenizer cannot be loaded ({first_line(error)}); "
-            "repair it, or give token ids with --prompt-ids instead"
-        ) from error
 
 
 def _of_transformers(folder: Path) -> Any:
@@ -144,7 +161,7 @@ def _of_transformers(folder: Path) -> Any:
 
 def _check_package(path: Path) -> None:
     """Raises UsageError when the package that reads ``path`` is missing: transformers names another one."""
-    is_tiktoken = re.match(rb"[A-Za-z0-9+/=]+ \d+\s", path.read_bytes()[:4096])
+    is_tiktoken = re.match(rb"[A-Za-z0-9+/=]+ \d+\s", read(path, limits.TOKENIZER_BYTES)[:4096])
     package = "tiktoken" if is_tiktoken else "sentencepiece"
     if importlib.util.find_spec(package) is None:
         raise UsageError(
@@ -189,17 +206,29 @@ def _text(token: Any) -> Any:
 
 def _json(path: Path) -> dict:
     """An object from a file; an empty one when there is no such file."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return read_json(path, most=limits.TOKENIZER_BYTES) if path.exists() else {}
+
+
+def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text. Raises UsageError where the tokenizer cannot make any of it: its rules are a file's."""
+    with a_library("the tokenizer on this text", _WITHOUT):
+        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Text of ids, without special tokens. Raises UsageError as ``encode``."""
+    with a_library("the tokenizer on these ids", _WITHOUT):
+        return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt. Where the tokenizer adds a first token, a prompt that begins with its text has it once."""
-    ids = list(tokenizer(prompt)["input_ids"])
+    ids = encode(tokenizer, prompt)
     bos = tokenizer.bos_token
     if not bos or not prompt.startswith(bos):
         return ids
     first = [tokenizer.bos_token_id]
-    return ids[1:] if tokenizer("")["input_ids"][:1] == first and ids[:2] == first * 2 else ids
+    return ids[1:] if encode(tokenizer, "")[:1] == first and ids[:2] == first * 2 else ids
 
 
 def render_chat(tokenizer: Any, messages: list[dict]) -> str:
@@ -209,15 +238,13 @@ def render_chat(tokenizer: Any, messages: list[dict]) -> str:
     """
     if not has_chat_template(tokenizer):
         raise UsageError("the tokenizer has no chat template; ask without --chat (chat=, messages=), as text")
-    try:
+    with a_library("the chat template", "ask without --chat"):  # it is a program, and raises what it likes
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program, and raises what it likes
-        raise UsageError(f"the chat template cannot be applied ({first_line(error)}); ask without --chat") from error
 
 
 def encode_rendered(tokenizer: Any, text: str) -> list[int]:
     """Token ids of what a template wrote, the special tokens with it."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode(tokenizer, text, add_special_tokens=False)
 
 
 def check_ids(ids: list[int], vocab_size: int) -> list[int]:
@@ -252,14 +279,10 @@ def digest(folder: Path) -> str | None:
             return _hashed(load(folder).get_vocab())
         except UsageError:
             return None
-    try:
-        content = _json(path)
-        vocabulary = content["model"]["vocab"]  # ids by token, or [token, score] in the order of ids
-        tokens = {row[0]: i for i, row in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
-        tokens |= {token["content"]: token["id"] for token in _added(content)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path}: not a usable tokenizer ({first_line(error)}); download it again") from error
-    return _hashed(tokens)
+    content = read_json(path, _File, limits.TOKENIZER_BYTES)
+    vocabulary = content.model.vocab
+    tokens = {row[0]: i for i, row in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
+    return _hashed(tokens | {token.content: token.id for token in content.added_tokens or ()})
 
 
 def _hashed(tokens: dict[str, int]) -> str | None:

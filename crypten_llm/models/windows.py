@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from crypten_llm import limits
 from crypten_llm.errors import UsageError
 from crypten_llm.models.fields import integer, is_integer, short
 
@@ -52,7 +53,8 @@ def read_windows(reading: Reading, given: Mapping[str, Any], layers: int, contex
 
     Raises UsageError for a field that is not as transformers takes it.
     """
-    found = [None if window is None else integer("sliding_window", window) for window in reading(given, layers)]
+    most = limits.CONTEXT
+    found = [None if window is None else integer("sliding_window", window, most) for window in reading(given, layers)]
     if 1 in found:
         raise UsageError("sliding_window is 1; it must be at least 2 (a token that sees itself alone is no attention)")
     kept = tuple(None if window is None or window >= context else window for window in found)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from crypten_llm import files, limits
 from crypten_llm.errors import UsageError, unheard
 from crypten_llm.models import tokenizer
 from crypten_llm.session import calibration
@@ -101,12 +102,12 @@ class Admission:
         """Of the text; none of ``PROSE`` where the model's folder has no tokenizer, or another model's."""
         if not self.text:
             try:
-                ids = tokenizer.load(folder)(calibration.PROSE.read_text("utf-8"))["input_ids"]
+                ids = tokenizer.encode(tokenizer.load(folder), calibration.PROSE.read_text("utf-8"))
             except UsageError:
                 return ()
             return calibration.enough_of(ids, config, parameters) if max(ids) < config.vocab_size else ()
         text = _read(self.text)
-        ids = tokenizer.load(folder)(text)["input_ids"]
+        ids = tokenizer.encode(tokenizer.load(folder), text)
         if not text.strip():
             raise UsageError(f"--calibration-text: {self.text} is empty; give a text like what clients will ask")
         if max(ids) >= config.vocab_size:
@@ -119,8 +120,8 @@ class Admission:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text("utf-8")
-    except OSError as error:
-        raise UsageError(f"--calibration-text: cannot read {path} ({error.strerror}); give a text file") from None
+        return files.read(path, limits.TEXT).decode("utf-8").replace("\r\n", "\n")
+    except UsageError as error:
+        raise UsageError(f"--calibration-text: {error}; give a text file") from None
     except UnicodeDecodeError:
         raise UsageError(f"--calibration-text: {path} is not UTF-8 text; convert it first") from None

@@ -31,6 +31,7 @@ from crypten_llm.session.party import Party
 from crypten_llm.session.report import Cost
 from crypten_llm.session.request import Asked, Request, Result, Taken, check_policy, requests_of, result_of
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
+from crypten_llm.session.weights import know_weights
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -57,6 +58,7 @@ class PrivateLlama:
     def __init__(self, protocol: ProtocolConfig, launched: LaunchConfig, model_folder: str = "") -> None:
         """Parties that have met but share no model yet. ``model_folder``: what a local owner will open."""
         self.protocol, self.launch = protocol, launched
+        know_weights(launched.policy_weights)
         self.load_seconds = 0.0
         self._children: launch.LocalParties | None = None
         self._joined: Transport | None = None
@@ -217,6 +219,7 @@ class PrivateLlama:
         self._claim(answers, events)
         try:
             self.party.expect("generate", *plans)
+            self.party.check_plans(plans, turn)
             with self._guarded():
                 for event in events:
                     if isinstance(event, Step):

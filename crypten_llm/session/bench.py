@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from msgspec import Meta
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import CryptenLLMError, UsageError
@@ -25,6 +26,7 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.family import EMBEDDING
 from crypten_llm.models.llama import DecoderLayer, Llama, Parameters, prepare, rotary_for, rotary_tables, score_factors
 from crypten_llm.models.rope import rope_frequencies
+from crypten_llm.records import Count, Tokens
 from crypten_llm.roles import OWNER
 from crypten_llm.session.generation import parse_policy
 
@@ -48,15 +50,15 @@ class Shape:
     vocab: with it a step is a whole token, from its id to its logits; without, the decoder layers alone.
     """
 
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    layers: int = 1
-    kv_len: int = 1024
-    steps: int = 5
-    policy: str = "full"
-    vocab: int = 0
+    hidden: Count
+    heads: Count
+    kv_heads: Count
+    ffn: Count
+    layers: Count = 1
+    kv_len: Tokens = 1024
+    steps: Tokens = 5
+    policy: Annotated[str, Meta(max_length=1000)] = "full"
+    vocab: Count = 0
 
     def facts(self) -> dict:
         """What decides how all messages look."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from crypten_llm.errors import UsageError
-from crypten_llm.models.fields import is_integer, read_json
+from crypten_llm.files import read_json
+from crypten_llm.models.fields import is_integer, short
 from crypten_llm.session.sampling import FILTERS, SamplingConfig
 
 FILE = "generation_config.json"
@@ -86,14 +87,16 @@ def _ids(path: Path, content: dict) -> tuple[int, ...]:
     ids = given if isinstance(given, list) else [] if given is None else [given]
     for token in ids:
         if not is_integer(token):
-            raise UsageError(f"{path}: eos_token_id is {given!r}; it must be a token id (an integer), or a list of ids")
+            raise UsageError(
+                f"{path}: eos_token_id is {short(given)}; it must be a token id (an integer), or a list of ids"
+            )
     return tuple(ids)
 
 
 def _positive(path: Path, content: dict, name: str) -> int | None:
     value = content.get(name)
     if value is not None and (not is_integer(value) or value < 1):
-        raise UsageError(f"{path}: {name} is {value!r}; it must be 1 or more")
+        raise UsageError(f"{path}: {name} is {short(value)}; it must be 1 or more")
     return value
 
 

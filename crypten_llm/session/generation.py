@@ -11,13 +11,16 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import torch
+from msgspec import Meta
 
 import eviction
+from crypten_llm import limits
 from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import check_ids
+from crypten_llm.records import Count, Record, Tokens
 from crypten_llm.session.prefix import check_policy
 from crypten_llm.session.sampling import Logprobs
 
@@ -45,12 +48,12 @@ class Plan:
     Raises UsageError for a policy that there is not.
     """
 
-    prompt_tokens: int
-    max_new_tokens: int
-    chunk: int = DEFAULT_CHUNK
+    prompt_tokens: Tokens
+    max_new_tokens: Tokens
+    chunk: Tokens = DEFAULT_CHUNK
     hide_length: bool = False
-    policy: str = "full"
-    public_prefix: tuple[int, ...] = ()
+    policy: Annotated[str, Meta(max_length=1000)] = "full"
+    public_prefix: Annotated[tuple[Count, ...], Meta(max_length=limits.TOKENS)] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", str(parse_policy(self.policy)))
@@ -97,8 +100,8 @@ class Turn:
     conversation: its number in this session. cached_tokens: that its cache holds already; 0 begins it anew.
     """
 
-    conversation: int
-    cached_tokens: int = 0
+    conversation: Count
+    cached_tokens: Count = 0
 
 
 @dataclass(frozen=True)
@@ -349,16 +352,21 @@ def agree(party: Party, answers: Mapping[int, Answer | None]) -> set[int]:
     """
     mine = None
     if None not in answers.values():
-        mine = {"stop": [place for place, a in answers.items() if a and (a.finished or a.abandoned)] or False}
-    message = mine if party.transport is None else party.transport.announce(party.client, party.peers, mine)
-    assert message is not None, "one process is the client too"
-    stop = message.get("stop")
-    if stop is False:
-        return set()
-    if not isinstance(stop, list) or not stop or not all(type(place) is int and place in answers for place in stop):
+        mine = Decision([place for place, a in answers.items() if a and (a.finished or a.abandoned)] or False)
+    if party.transport is not None:
+        mine = party.transport.announce(party.client, party.peers, mine, Decision)
+    assert mine is not None, "one process is the client too"
+    ending = set(mine.stop or ())
+    if not ending <= answers.keys():
         assert party.transport is not None, "what it says itself is right"
         raise party.transport.unexpected(party.client, "whether the answer goes on")
-    return set(stop)
+    return ending
+
+
+class Decision(Record, frozen=True):
+    """The client's: which of the answers that go on end here, by their place; False: none."""
+
+    stop: Literal[False] | Annotated[list[int], Meta(min_length=1, max_length=limits.PROMPTS)]
 
 
 def check_chat(policy: eviction.Policy) -> None:

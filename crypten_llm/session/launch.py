@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crypten_llm.errors import ENDED, INTERRUPTED, CryptenLLMError, PartyError, UsageError, public_words, unheard
+from crypten_llm.errors import ENDED, INTERRUPTED, CryptenLLMError, PartyError, UsageError, public_words, shown, unheard
 from crypten_llm.links import rendezvous
 from crypten_llm.links.network import parse_network
 from crypten_llm.links.transport import Transport
@@ -31,6 +31,7 @@ from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session.admission import WARNING, Admission
 from crypten_llm.session.party import Party
 from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
+from crypten_llm.session.weights import know_weights
 
 if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine
@@ -150,11 +151,12 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
 
 
 def _show(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def serve(protocol: ProtocolConfig, launch: LaunchConfig, model_folder: str | Path | None = None) -> None:
     """Any party but the client: follows the client until it closes."""
+    know_weights(launch.policy_weights)
     transport = join(protocol, launch)
     with guarded(transport):
         if transport.rank == protocol.compute_parties and protocol.engine == "crypten":
@@ -185,9 +187,9 @@ def _compare(transport: Transport, mine: Agreement) -> None:
         for peer in range(1, transport.world):
             transport.send_json(peer, asdict(mine))
         return
-    theirs = transport.recv_json(OWNER)
+    theirs = transport.recv_json(OWNER, Agreement)
     for field in fields(Agreement):
-        here, there = getattr(mine, field.name), theirs.get(field.name)
+        here, there = getattr(mine, field.name), getattr(theirs, field.name)
         if here != there:
             raise UsageError(
                 f"the parties disagree on {field.name}: {here!r} at {transport.name(transport.rank)}, {there!r} at "
@@ -271,7 +273,7 @@ class LocalParties:
         for line in stream:
             self._printed[rank].append(line.rstrip())
             if self.launch.verbose or line.startswith(WARNING):
-                print(f"[{self.names[rank]}] {line}", end="", file=sys.stderr, flush=True)
+                print(f"[{self.names[rank]}] {shown(line)}", end="", file=sys.stderr, flush=True)
 
     def check(self) -> None:
         """Raises with a party's own last words if one has ended early."""

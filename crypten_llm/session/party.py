@@ -7,9 +7,9 @@ weights, the client's alone sees the prompt, the dealer sees shapes.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 import eviction
+from crypten_llm import limits, memory
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import PartyError, UsageError, unheard
-from crypten_llm.links.meter import Meter, peak_bytes
+from crypten_llm.links.meter import Counters, Meter, peak_bytes
 from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
-from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.session import bench, generation
+from crypten_llm.roles import CLIENT, OWNER, role_names
+from crypten_llm.session import bench, generation, messages, sizes
 from crypten_llm.session.admission import Admission
 from crypten_llm.session.prefix import Prefixes
 from crypten_llm.session.reveal import RevealLog
@@ -84,18 +85,18 @@ class Party:
     def is_owner(self) -> bool:
         return self.rank == self.owner
 
-    def from_client(self, message: dict | None, timeout: float | None = None) -> dict:
+    def from_client(self, message: messages.Request | None, timeout: float | None = None) -> messages.Request:
         """The client's public message, at every compute party."""
-        return self._broadcast(self.client, message, timeout)
+        return self._broadcast(self.client, message, messages.Request, timeout)
 
-    def from_owner(self, message: dict | None) -> dict:
+    def from_owner(self, message: messages.OwnerSays | None) -> messages.OwnerSays:
         """The owner's public message, at every compute party."""
-        return self._broadcast(self.owner, message)
+        return self._broadcast(self.owner, message, messages.OwnerSays)
 
-    def _broadcast(self, source: int, message: dict | None, timeout: float | None = None) -> Any:
+    def _broadcast(self, source: int, message: messages.Message | None, kind: Any, timeout: float | None = None) -> Any:
         if self.transport is None:
             return message
-        return self.transport.announce(source, self.peers, message, timeout)
+        return self.transport.announce(source, self.peers, message, kind, timeout)
 
     def start_request(self) -> None:
         """Counts from zero, and lists reveals from where the loaded model left them."""
@@ -123,6 +124,8 @@ class Party:
         """
         if turn is None:
             return [self.model.new_cache() for _ in plans]
+        if turn.conversation not in self.kept and len(self.kept) >= limits.CONVERSATIONS:
+            raise UsageError(f"this session keeps {len(self.kept)} conversations already; end one first")
         if not turn.cached_tokens:
             self.kept[turn.conversation] = self.model.new_cache()
         cache = self.kept.get(turn.conversation)
@@ -147,9 +150,9 @@ class Party:
         self.reveals, self.kept = RevealLog(), {}
         with self.engine.meter.phase("load"):
             announced, weights = self._open_model(folder, progress) if self.is_owner else (self._await(progress), {})
-            config, scales = LlamaConfig.from_dict(announced["config"]), announced["norm_scales"]
+            config, scales = self._check_model(announced)
             self.reveals.public("architecture (config.json)", "all parties run the same program")
-            self.tokens_digest, self.outside = announced.get("tokens"), announced.get("outside", "")
+            self.tokens_digest, self.outside = announced.tokens, announced.outside
             if self.tokens_digest:
                 self.reveals.public(
                     "digest of the tokenizer's vocabulary", "the client's ids stand for the same tokens"
@@ -170,7 +173,44 @@ class Party:
         )
         self.load_reveals = self.reveals
 
-    def _open_model(self, folder: str | Path | None, progress: bool) -> tuple[dict, dict]:
+    def _check_model(self, announced: messages.Announced) -> tuple[LlamaConfig, dict[str, float]]:
+        """The announced configuration, of which nothing has been made yet, and the norms' scales.
+
+        Raises PartyError for what no model of this program is, and for one that this machine cannot hold.
+        """
+        with self._said_by(self.owner):
+            config = LlamaConfig.from_dict(announced.config)
+            if not self.is_owner:  # which holds its weights already
+                needed = config.parameters * self.engine.number_bytes
+                memory.check(needed, f"a model of {config.parameters:,} parameters")
+            if unknown := sorted(announced.norm_scales.keys() - checkpoint.expected_shapes(config).keys()):
+                raise UsageError(f"it gives a scale for {unknown[0]}, which this model does not have")
+        return config, announced.norm_scales
+
+    @contextlib.contextmanager
+    def _said_by(self, rank: int) -> Iterator[None]:
+        """Around checks of what another party asks for or announces: their errors name it, this one's own pass."""
+        try:
+            yield
+        except UsageError as error:
+            if self.transport is None or rank == self.rank:
+                raise
+            name = f"rank {rank} ({role_names(self.compute_parties)[rank]})"
+            raise PartyError(f"{name} asks for what cannot be run here: {error}") from None
+
+    def check_plans(self, plans: Sequence[generation.Plan], turn: generation.Turn | None) -> None:
+        """Before anything of a request's sizes is made. Raises PartyError for what does not fit model or machine, at
+        the client, which asks, UsageError.
+        """
+        behind = turn.cached_tokens if turn else 0
+        with self._said_by(self.client):
+            for plan in plans:
+                plan.check(self.model.config, behind)
+            held = sum(cache.length for cache in self.kept.values())
+            needed = sizes.of_requests(self.model.config, plans, held, self.engine.number_bytes)
+            memory.check(needed, f"{len(plans)} prompts of {sum(plan.prompt_tokens for plan in plans):,} tokens")
+
+    def _open_model(self, folder: str | Path | None, progress: bool) -> tuple[messages.Announced, dict]:
         """At the owner: the public announcement, which the others get, and the weights, which stay."""
         if not folder:
             raise UsageError("the owner was started without a model; give it --model")
@@ -181,8 +221,9 @@ class Party:
             weights = self._read_weights(folder, config, progress, beat)
         alive = partial(beat, len(weights), len(weights))
         found, outside = self.admission.decide(self.engine, Path(folder), config, weights, alive, progress)
-        announced = {"config": config.to_dict(), "norm_scales": found.norm_scales, "tokens": tokens}
-        return self.from_owner({**announced, **({"outside": outside} if outside else {})}), weights
+        announced = messages.Announced(config.to_dict(), found.norm_scales, tokens, outside)
+        self.from_owner(announced)
+        return announced, weights
 
     def _heartbeat(self) -> Callable[[int, int], None]:
         """Tells the others how far it is, ``(loaded, total)``, when it is time for a sign of life."""
@@ -191,7 +232,7 @@ class Party:
         def beat(loaded: int, total: int) -> None:
             nonlocal told
             if perf_counter() - told > HEARTBEAT_SECONDS:
-                self.from_owner({"loaded": loaded, "total": total})
+                self.from_owner(messages.Loading(loaded, total))
                 told = perf_counter()
 
         return beat
@@ -219,15 +260,12 @@ class Party:
         prepared = {name: plain.parameter(prepare(name, value, config), value.shape) for name, value in weights}
         return Llama(plain, config, prepared)
 
-    def _await(self, progress: bool) -> dict:
+    def _await(self, progress: bool) -> messages.Announced:
         """The owner's announcement. A large checkpoint takes its time; meanwhile the owner shows that it lives."""
         with _loading_bar(None, progress) as bar:
-            while "config" not in (message := self.from_owner(None)):
-                if not message.keys() >= {"loaded", "total"}:
-                    assert self.transport is not None, "the owner is another process"
-                    raise self.transport.unexpected(self.owner, "its model's configuration")
-                bar.total = message["total"]
-                bar.update(message["loaded"] - bar.n)
+            while isinstance(message := self.from_owner(None), messages.Loading):
+                bar.total = message.total
+                bar.update(message.loaded - bar.n)
         return message
 
     def serve(self, folder: str | Path | None = None, progress: bool = False) -> None:
@@ -236,33 +274,29 @@ class Party:
         folder: where the owner finds the model; others need none.
         """
         while True:
-            request = self.from_client(None, timeout=math.inf)
-            match request.get("verb"):
-                case "close":
+            match self.from_client(None, timeout=math.inf):
+                case messages.Close():
                     return
-                case "load":
+                case messages.Load():
                     self.load(folder, progress)
-                case "generate":
+                case messages.Generate(plans, turn):
                     self.start_request()
-                    plans = [generation.Plan(**plan) for plan in request["plans"]]
-                    turn = generation.Turn(**request["turn"]) if request.get("turn") else None
+                    self.check_plans(plans, turn)
                     for _ in generation.together(self, plans, caches=self.caches(plans, turn)):
                         pass
-                case "forget":
-                    self.forget(request["conversation"])
-                case "bench":
-                    bench.run(self, bench.Shape(**request["shape"]))
-                case "statistics":
+                case messages.Forget(conversation):
+                    self.forget(conversation)
+                case messages.Bench(shape):
+                    with self._said_by(self.client):
+                        memory.check(sizes.of_bench(shape, self.engine.number_bytes), "a bench of these sizes")
+                    bench.run(self, shape)
+                case messages.Statistics():
                     assert self.transport is not None, "the client is another process"
                     self.transport.send_json(self.client, self.statistics())
-                case verb:
-                    raise PartyError(
-                        f"rank {self.client} (client) asked for {verb!r}, which this version does not know"
-                    )
 
     def request_load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """At the client: has the model shared; ``folder`` is opened on engine ``plain`` alone."""
-        self.from_client({"verb": "load"})
+        self.from_client(messages.Load())
         self.load(folder, progress)
 
     def request_generate(
@@ -281,19 +315,18 @@ class Party:
 
         turn: where the one prompt goes on with a conversation, or begins one.
         """
-        told = {"turn": asdict(turn)} if turn else {}
-        self.from_client({"verb": "generate", "plans": [asdict(plan) for plan in plans], **told})
+        self.from_client(messages.Generate(tuple(plans), turn))
         self.start_request()
         return generation.together(self, plans, answers, self.caches(plans, turn))
 
     def request_forget(self, conversation: int) -> None:
         """At the client: has all parties drop the cache of a conversation."""
-        self.from_client({"verb": "forget", "conversation": conversation})
+        self.from_client(messages.Forget(conversation))
         self.forget(conversation)
 
     def request_bench(self, shape: Shape) -> dict:
         """At the client: times decode steps on random weights (see ``bench``)."""
-        self.from_client({"verb": "bench", "shape": asdict(shape)})
+        self.from_client(messages.Bench(shape))
         figures = bench.run(self, shape)
         assert figures is not None, "the client sees them"
         return figures
@@ -302,10 +335,10 @@ class Party:
         """At the client, after a request: every rank's counters; the dealer's last, if one takes part."""
         if self.transport is None:
             return [self.statistics()]
-        self.from_client({"verb": "statistics"})
-        mine = self.statistics()
-        others = [self.transport.recv_json(rank) for rank in self.peers]
-        ranks = {entry["rank"]: entry for entry in [mine, *others]}
+        self.from_client(messages.Statistics())
+        ranks = {self.rank: self.statistics()}
+        for rank in self.peers:
+            ranks[rank] = self.transport.recv_json(rank, Counters)
         if "dealer" in ranks[self.owner]:
             ranks[self.compute_parties] = ranks[self.owner].pop("dealer")
         return [ranks[rank] for rank in sorted(ranks)]
@@ -320,7 +353,7 @@ class Party:
     def close(self) -> None:
         """Ends the others' ``serve``; at the client only."""
         if self.transport is not None:
-            self.from_client({"verb": "close"})
+            self.from_client(messages.Close())
 
 
 def _loading_bar(total: int | None, progress: bool) -> tqdm:

@@ -99,7 +99,7 @@ class Request:
         self._check_public()
         for name in ("max_new_tokens", "prefill_chunk"):
             value = getattr(self, name)
-            if not (value is None and name == "max_new_tokens") and (not isinstance(value, int) or value < 1):
+            if not (value is None and name == "max_new_tokens") and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} is {value!r}; it must be 1 or more")
         if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
             raise UsageError(
@@ -190,7 +190,7 @@ class Request:
         """prompt_tokens: of what is secret, after the ids that are ``public``."""
         usual = defaults.max_new_tokens or (NEW_TOKENS_OF_CHAT if self.templated else NEW_TOKENS)
         new = usual if self.max_new_tokens is None else self.max_new_tokens
-        return Plan(prompt_tokens, new, self.prefill_chunk, self.hide_length, self.policy, tuple(public))
+        return Plan(prompt_tokens, new, self.prefill_chunk, bool(self.hide_length), self.policy, tuple(public))
 
 
 _DRAWN = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")

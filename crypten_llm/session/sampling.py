@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from crypten_llm.errors import CryptenLLMError, UsageError
+from crypten_llm.models.fields import short
 
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 """What greedy decoding has no use for."""
@@ -43,21 +44,21 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
-            raise UsageError(f"do_sample is {self.do_sample!r}; it must be true or false")
+            raise UsageError(f"do_sample is {short(self.do_sample)}; it must be true or false")
         if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or a positive number")
-        if self.top_k is not None and (not _is_integer(self.top_k) or self.top_k < 0):
-            raise UsageError(f"top_k is {self.top_k!r}; it must be a positive integer, or 0 to keep all tokens")
+            raise UsageError(f"temperature is {short(self.temperature)}; it must be 0 (greedy) or a positive number")
+        if self.top_k is not None and (not _is_integer(self.top_k) or not 0 <= self.top_k < 2**63):
+            raise UsageError(f"top_k is {short(self.top_k)}; it must be a positive integer, or 0 to keep all tokens")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+            raise UsageError(f"top_p is {short(self.top_p)}; it must be above 0 and at most 1")
         if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
-            raise UsageError(f"min_p is {self.min_p!r}; it must be from 0 (keeps all) to 1")
+            raise UsageError(f"min_p is {short(self.min_p)}; it must be from 0 (keeps all) to 1")
         if not _is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < float("inf"):
             raise UsageError(
-                f"repetition_penalty is {self.repetition_penalty!r}; it must be a positive number, 1 for none"
+                f"repetition_penalty is {short(self.repetition_penalty)}; it must be a positive number, 1 for none"
             )
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 2**63):
-            raise UsageError(f"seed is {self.seed!r}; it must be an integer from 0 to 2^63 - 1")
+            raise UsageError(f"seed is {short(self.seed)}; it must be an integer from 0 to 2^63 - 1")
         if not self.do_sample:
             ignored = {
                 "temperature": self.temperature not in (0, 1),
@@ -67,7 +68,7 @@ class SamplingConfig:
             }
             for name in FILTERS:
                 if ignored[name]:
-                    raise UsageError(f"{name} is {getattr(self, name)!r} but do_sample is false; leave it out")
+                    raise UsageError(f"{name} is {short(getattr(self, name))} but do_sample is false; leave it out")
 
     @property
     def greedy(self) -> bool:
@@ -165,7 +166,8 @@ class Logprobs:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """One that a float holds: JSON has integers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e300
 
 
 def _is_integer(value: Any) -> bool:

@@ -6,17 +6,17 @@ changes none of that: where parties meet, how long they wait, how they show prog
 A new setting is one field here: its option on the command line is made from it, and local parties are started with it.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import crypten_llm
 from crypten_llm.engines import check_engine
 from crypten_llm.errors import UsageError, did_you_mean
 from crypten_llm.links.network import parse_network
+from crypten_llm.records import Malformed, Word, decode, encode
 from crypten_llm.roles import role_names
 
 DEFAULT_ENGINE = "wire"
@@ -31,8 +31,8 @@ class Agreement:
     precision_bits: None on an engine that has none. force: whether all take a model that leaves the engine's ranges.
     """
 
-    version: str
-    engine: str
+    version: Word
+    engine: Word
     compute_parties: int
     precision_bits: int | None
     force: bool
@@ -113,6 +113,7 @@ class LaunchConfig:
     host: address at which the others reach this process (found by itself when empty).
     tls: folder of keys and certificates that put the links under TLS (see ``tls``); plain TCP when empty.
     calibration_text: a file that the owner measures its model on, in the clear and alone, before it shares it.
+    policy_weights: a file of a policy's trained weights, which requests name and no other party's words can open.
     offline: never ask a hub. verbose: tracebacks, and what the other parties print. progress: show progress bars.
     shielded: local parties do not hear Ctrl-C, which reaches every process of a terminal; they end with the client.
     """
@@ -130,6 +131,7 @@ class LaunchConfig:
     offline: bool = _setting(False, "never ask a model hub")
     verbose: bool = _setting(False, "show tracebacks and what the other parties print")
     progress: bool = False  # no option: bars are for a terminal
+    policy_weights: str = ""  # its option comes with --policy
     shielded: bool = False  # no option: for a client that has another use for Ctrl-C than to end all
 
     def __post_init__(self) -> None:
@@ -166,12 +168,14 @@ class Child:
     model: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return encode(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> "Child":
-        told = json.loads(text)
-        return cls(ProtocolConfig(**told["protocol"]), LaunchConfig(**told["launch"]), told["model"])
+        try:
+            return decode(text, cls)
+        except Malformed as error:
+            raise UsageError(f"--child is {error}; it is for parties that a client starts") from None
 
 
 def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:

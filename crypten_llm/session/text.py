@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from crypten_llm.errors import UsageError
+from crypten_llm.models.tokenizer import decode
 
 
 class Detokenizer:
@@ -28,7 +29,7 @@ class Detokenizer:
     def push(self, token_id: int, last: bool) -> str:
         """What ``token_id`` adds to the text that may be shown; the last token adds whatever is left."""
         self.ids.append(token_id)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = decode(self.tokenizer, self.ids)
         if (found := self._first_stop(text)) is not None:
             text, self.stopped = text[:found], True
         elif not last:
@@ -40,7 +41,7 @@ class Detokenizer:
 
     def again(self) -> None:
         """Does a token's work for none: a hidden end is not to be seen by how long the client takes."""
-        self._first_stop(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        self._first_stop(decode(self.tokenizer, self.ids))
 
     def _first_stop(self, text: str) -> int | None:
         """Where the first stop string begins; none begins before what was shown."""

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch.distributed import ReduceOp
 
-from crypten_llm import compat
-from crypten_llm.errors import PartyError
-from crypten_llm.links.meter import Meter, peak_bytes
+from crypten_llm import compat, limits, memory
+from crypten_llm.errors import PartyError, UsageError
+from crypten_llm.links.meter import DealersCounters, Meter, peak_bytes
 from crypten_llm.protocols.dealer.randomness import KEY_BYTES, Stream, fresh_key
+from crypten_llm.records import Record
 
 if TYPE_CHECKING:
     from crypten_llm.links.transport import Transport
@@ -31,6 +33,7 @@ from crypten.communicator import DistributedCommunicator  # noqa: E402
 from crypten.mpc.provider.ttp_provider import TTPServer  # noqa: E402
 
 DEALER = "dealer"
+_Shape = Annotated[list[Annotated[int, Meta(ge=0, le=limits.PARAMETERS)]], Meta(max_length=8)]
 _COMBINE: dict[Any, Callable[..., torch.Tensor]] = {
     ReduceOp.SUM: torch.add,
     ReduceOp.BXOR: torch.bitwise_xor,
@@ -125,6 +128,13 @@ class TransportCommunicator(DistributedCommunicator):
     send_obj = recv_obj = broadcast_obj = isend = irecv = scatter = barrier = _refuse
 
 
+class Asked(Record, frozen=True):
+    """What party 0 asks the dealer for: a function of CrypTen's and public shapes, or its counters, or its end."""
+
+    function: Literal["additive", "square", "binary", "wraps", "B2A", "statistics", "stop"]
+    args: Annotated[tuple[_Shape | Literal["mul", "matmul"], ...], Meta(max_length=3)] = ()
+
+
 class DealerClient:
     """What CrypTen's TTP provider talks to on a compute party: a key in common with the dealer, and requests."""
 
@@ -138,26 +148,24 @@ class DealerClient:
 
     def ask_statistics(self) -> dict:
         """Party 0 only: the dealer's counters, which start again from zero."""
-        self.transport.send_json(self.dealer, {"function": "statistics"}, channel=DEALER)
-        return self.transport.recv_json(self.dealer, channel=DEALER)
+        self.transport.send_json(self.dealer, Asked("statistics"), channel=DEALER)
+        return self.transport.recv_json(self.dealer, DealersCounters, channel=DEALER)
 
     def ask_stop(self) -> None:
         """Party 0 only: the dealer ends."""
-        self.transport.send_json(self.dealer, {"function": "stop"}, channel=DEALER)
+        self.transport.send_json(self.dealer, Asked("stop"), channel=DEALER)
 
     def ttp_request(self, function: str, device: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Party 0 only: the correction for one correlation. The request holds public shapes alone."""
-        shape = _result_shape(function, args, kwargs)
-        self.transport.send_json(
-            self.dealer, {"function": function, "args": [_plain(a) for a in args], "kwargs": kwargs}, channel=DEALER
-        )
+        assert not kwargs, f"{function} with {kwargs} is not used here"
+        shape = _result_shape(function, args)
+        name: Any = function
+        self.transport.send_json(self.dealer, Asked(name, tuple(_plain(a) for a in args)), channel=DEALER)
         return self.transport.recv(self.dealer, shape, torch.int64, channel=DEALER)
 
 
 class Dealer(TTPServer):
     """CrypTen's trusted third party: sees public shapes and when to stop, never a share."""
-
-    FUNCTIONS = ("additive", "square", "binary", "wraps", "B2A")
 
     def __init__(self, transport: Transport, compute_parties: int) -> None:
         self.transport = transport
@@ -170,22 +178,26 @@ class Dealer(TTPServer):
     def serve(self) -> None:
         """Answers party 0 until it says stop."""
         while True:
-            request = self.transport.recv_json(0, channel=DEALER, timeout=math.inf)
-            function = request.get("function")
-            if function == "stop":
+            asked = self.transport.recv_json(0, Asked, channel=DEALER, timeout=math.inf)
+            if asked.function == "stop":
                 return
-            if function == "statistics":
+            if asked.function == "statistics":
                 counted = {"table": self.transport.meter.table(), "peak_bytes": peak_bytes()}
                 self.transport.send_json(0, {"rank": self.transport.rank, **counted}, channel=DEALER)
                 self.transport.meter = Meter()
                 continue
-            if function not in self.FUNCTIONS:
-                raise PartyError(
-                    f"rank 0 (owner) asked the dealer for {function!r}; it makes {', '.join(self.FUNCTIONS)}"
-                )
-            args = [torch.Size(a) if isinstance(a, list) else a for a in request["args"]]
-            result = getattr(self, function)(*args, **request["kwargs"])
-            self.transport.send(0, result, channel=DEALER)
+            self.transport.send(0, self._make(asked), channel=DEALER)
+
+    def _make(self, asked: Asked) -> torch.Tensor:
+        """The correction. Raises PartyError for shapes that do not fit together, or not into this machine."""
+        args = [torch.Size(a) if isinstance(a, list) else a for a in asked.args]
+        try:
+            memory.check(8 * math.prod(_result_shape(asked.function, tuple(args))), "the correlation")
+        except (UsageError, ValueError) as error:
+            raise PartyError(
+                f"{self.transport.name(0)} asked the dealer for {asked.function} of {list(asked.args)}: {error}"
+            ) from None
+        return getattr(self, asked.function)(*args)
 
 
 def start(transport: Transport, compute_parties: int, precision_bits: int) -> DealerClient:
@@ -262,18 +274,24 @@ def _receive_key(transport: Transport, src: int) -> bytes:
     return bytes(transport.recv(src, (KEY_BYTES,), torch.uint8).tolist())
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (torch.Size, tuple)) else value
 
 
-def _result_shape(function: str, args: tuple, kwargs: dict) -> tuple[int, ...]:
+def _result_shape(function: str, args: tuple) -> tuple[int, ...]:
+    """Raises ValueError for arguments that the function does not take."""
     # numpy's broadcast_shapes: torch's imports sympy on first use
-    if function == "additive":
-        left, right, op = args
-        assert op in ("mul", "matmul") and not kwargs, f"{op} with {kwargs} is not used here"
-        if op == "mul":
-            return np.broadcast_shapes(left, right)
-        return (*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1])
-    if function == "binary":
-        return np.broadcast_shapes(*args)
-    return tuple(args[0])
+    shapes = [shape for shape in args if not isinstance(shape, str)]
+    match function, list(args[2:]):
+        case "additive", ["mul"] if len(shapes) == 2:
+            return np.broadcast_shapes(*shapes)
+        case "additive", ["matmul"] if len(shapes) == 2:
+            left, right = shapes
+            if min(len(left), len(right)) < 2 or left[-1] != right[-2]:
+                raise ValueError(f"no product of {list(left)} and {list(right)}")
+            return (*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1])
+        case "binary", [] if len(shapes) == 2:
+            return np.broadcast_shapes(*shapes)
+        case "square" | "wraps" | "B2A", [] if len(args) == len(shapes) == 1:
+            return tuple(shapes[0])
+    raise ValueError("it takes other arguments")

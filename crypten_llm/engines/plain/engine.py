@@ -16,6 +16,7 @@ class PlainEngine(PlainSelection, Engine):
 
     name = "plain"
     is_private = False
+    number_bytes = 4
     layer_error = 1e-4
     meter: Meter
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
+from crypten_llm import records
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.engines.wire.handles import OneHot, Weight
 from crypten_llm.links.frames import HEADER
@@ -40,7 +41,7 @@ class Links:
     def __init__(self) -> None:
         self.meter = Meter()
         self.times = 1
-        self._said: list[dict] = []
+        self._said: list[Any] = []
 
     @property
     def meter(self) -> Meter:
@@ -52,13 +53,13 @@ class Links:
         self.meters = [meter.twin() for _ in PARTIES]
         self.work: dict[Cell, Counter] = defaultdict(Counter)
 
-    def say(self, message: dict) -> None:
+    def say(self, message: Any) -> None:
         """What the program will hear next; after that, that the answer goes on."""
         self._said.append(message)
 
-    def announce(self, source: int, peers: object, message: dict | None, timeout: float | None = None) -> dict:
+    def announce(self, source: int, peers: object, message: Any, kind: Any = dict, timeout: float | None = None) -> Any:
         """A public message of ``source`` to the other party and the dealer, which hears what was said (``say``)."""
-        message = self._said.pop(0) if self._said else GO_ON
+        message = self._said.pop(0) if self._said else records.convert(GO_ON, kind)
         size = HEADER.size + len(encode_json(message))
         self._count(source, messages=2, sent=2 * size)
         self._count(1 - source, rounds=1, received=size)
@@ -128,6 +129,7 @@ class CostEngine(WireEngine):
 
     name = "cost"
     role = Counting
+    number_bytes = 0
 
     def __init__(self, links: Links) -> None:
         material = _Material(links)

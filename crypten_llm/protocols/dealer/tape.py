@@ -154,7 +154,7 @@ class Tape:
         self._same("engine", engine, self.manifest["engine"], "this program")
         other = OWNER + CLIENT - self._transport.rank
         self._transport.send_json(other, self.manifest)
-        theirs = self._transport.recv_json(other)
+        theirs = self._transport.recv_json(other, dict)
         for name, mine in self.manifest.items():
             self._same(name, theirs.get(name), mine, self._transport.name(other))
 

@@ -1,0 +1,81 @@
+"""What parties say to each other, each message one type: who hears another one, or sizes beyond its bounds, stops.
+
+Owns the control plane's words. A message is read once, by ``records``, where it arrives; what of it must fit the model
+and this machine, its hearer checks before anything of that size is made (``Party``). All of it is public.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from crypten_llm import limits
+from crypten_llm.records import Count, Record, Word, Words
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.generation import Plan, Turn
+
+
+class Message(Record, frozen=True, tag_field="verb"):
+    """The client's, and the owner's while it loads: told apart by "verb"."""
+
+
+# The client's requests.
+
+
+class Load(Message, frozen=True, tag="load"):
+    """Share the model."""
+
+
+class Generate(Message, frozen=True, tag="generate"):
+    """Answer prompts, whose plans these are, side by side; turn: where the one prompt goes on with a conversation."""
+
+    plans: Annotated[tuple[Plan, ...], Meta(min_length=1, max_length=limits.PROMPTS)]
+    turn: Turn | None = None
+
+
+class Forget(Message, frozen=True, tag="forget"):
+    """Drop the cache of a conversation."""
+
+    conversation: Count
+
+
+class Bench(Message, frozen=True, tag="bench"):
+    """Time decode steps on random weights."""
+
+    shape: Shape
+
+
+class Statistics(Message, frozen=True, tag="statistics"):
+    """Tell me your counters."""
+
+
+class Close(Message, frozen=True, tag="close"):
+    """The session ends."""
+
+
+Request = Load | Generate | Forget | Bench | Statistics | Close
+
+
+# The owner's, while its model is shared.
+
+
+class Loading(Message, frozen=True, tag="loading"):
+    """A sign of life: so many of the weights have been read."""
+
+    loaded: Count
+    total: Count
+
+
+class Announced(Message, frozen=True, tag="model"):
+    """The public facts of the model: config, as ``LlamaConfig`` takes it; norm_scales, a power of four by the name of a
+    norm's weight; tokens: digest of the tokenizer's vocabulary; outside: which of the engine's ranges it leaves.
+    """
+
+    config: dict[str, Any]
+    norm_scales: dict[Word, Annotated[float, Meta(gt=0, le=4.0**32)]]
+    tokens: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    outside: Words = ""
+
+
+OwnerSays = Loading | Announced

@@ -1,0 +1,40 @@
+"""How many bytes a model, a request and a bench are sure to take at a party, from sizes alone.
+
+Owns these predictions, which are held against this machine (``memory``) before another party's words have it make
+anything. They count from below: what they refuse would have ended in swapping at best. number_bytes: of a number at
+this party, see ``Engine``; 0 where none is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from crypten_llm.session.generation import parse_policy
+
+if TYPE_CHECKING:
+    from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.bench import Shape
+    from crypten_llm.session.generation import Plan
+
+
+def of_requests(config: LlamaConfig, plans: Sequence[Plan], held: int, number_bytes: int) -> int:
+    """The caches after these prompts, beside ``held`` tokens of conversations, and in each prompt's largest pass the
+    attention scores of one layer among the tokens of the pass.
+    """
+    row = 2 * config.num_key_value_heads * config.head_dim * number_bytes
+    windows = config.windows or (None,) * config.num_hidden_layers
+    total = held * row * config.num_hidden_layers
+    for plan in plans:
+        prompt = len(plan.public_prefix) + plan.prompt_tokens
+        if not parse_policy(plan.policy).cuts_prompts:
+            total += sum(row * (prompt if window is None else min(prompt, window)) for window in windows)
+        total += config.num_attention_heads * min(plan.chunk, plan.prompt_tokens) ** 2 * number_bytes
+    return total
+
+
+def of_bench(shape: Shape, number_bytes: int) -> int:
+    """Weights and cache. Raises UsageError as ``Shape.config``."""
+    config = shape.config()
+    cached = 2 * config.num_key_value_heads * config.head_dim * shape.kv_len * config.num_hidden_layers
+    return (config.parameters + cached) * number_bytes
