@@ -24,6 +24,7 @@ CHANGED = {
         "shielded": True,
         "force": True,
         "calibration_text": "asked.txt",
+        "reveal": "top-7",
     },
 }
 """Another value than the default for each setting; "tape" is for engine wire alone."""

@@ -88,6 +88,19 @@ def add_public_count(parser: Parser) -> None:
     parser.add_argument("--public-prefix", type=int, default=0, metavar="N", help=what)
 
 
+def add_reveal(parser: Parser) -> None:
+    """Of what is counted or dealt."""
+    what = "what the client learns of each step: tokens, top-K or logits (default: logits)"
+    parser.add_argument("--reveal", default="logits", metavar="MODE", help=what)
+    drawn = "of tokens that are drawn on shares, with --reveal tokens (default: 0, the likeliest)"
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=drawn)
+
+
+def revealed(arguments: Any) -> dict:
+    """What ``add_reveal`` added, as arguments of ``Plan``."""
+    return {"reveal": arguments.reveal, "temperature": arguments.temperature}
+
+
 def counted_prefix(arguments: Any) -> tuple[int, ...]:
     """A public prefix of that many tokens: which they are makes no difference to what is sent and dealt."""
     if arguments.public_prefix < 0:

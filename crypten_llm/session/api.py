@@ -69,7 +69,7 @@ class PrivateLlama:
         self._claiming = threading.Lock()  # of several threads that ask at once, one finds the parties free
         if not protocol.is_private:
             torch.set_num_threads(launched.thread_count(1))
-            self.party = Party(PlainEngine())
+            self.party = Party(PlainEngine(), mode=protocol.mode)
             return
         if launch.is_distributed() and (rank := launch.own_rank(protocol)) != CLIENT:
             raise UsageError(
@@ -106,7 +106,7 @@ class PrivateLlama:
         with llama._guarded():
             if first is not None and protocol.tape:
                 public, ids = first.parts(lambda: llama.tokenizer)
-                llama.party.expect("generate", first.plan(len(ids), llama.defaults, public))
+                llama.party.expect("generate", first.plan(len(ids), llama.defaults, public, protocol.mode))
             llama.party.request_load(folder, launched.progress)
         llama.load_seconds = perf_counter() - started
         return llama
@@ -194,7 +194,8 @@ class PrivateLlama:
         """
         public, ids = request.parts(lambda: self.tokenizer) if parts is None else parts
         tokenizers.check_ids([*public, *ids], self.config.vocab_size)
-        plan = request.plan(len(ids), self.defaults, public).check(self.config, len(before))
+        plan = request.plan(len(ids), self.defaults, public, self.protocol.mode).check(self.config, len(before))
+        self.party.engine.check_sampling(plan.temperature)
         if request.stops and not self.has_tokenizer:
             raise UsageError("stop is a text, and there is no tokenizer to make text of tokens; give one (--tokenizer)")
         stop_ids = request.stop_ids(self.defaults, self.config.eos_token_ids)

@@ -29,6 +29,7 @@ from crypten_llm.links.network import parse_network
 from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session.admission import WARNING, Admission
+from crypten_llm.session.mode import ALL
 from crypten_llm.session.party import Party
 from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
 
@@ -134,19 +135,19 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
         from crypten_llm.engines.wire.numbers import WireConfig
         from crypten_llm.protocols.dealer.tape import Tape
 
-        config = WireConfig()
+        config = WireConfig() if protocol.mode.kind == ALL else WireConfig.choosing()
         with unheard():
             tape = Tape(protocol.tape, transport.rank, transport) if protocol.tape else None
         if tape:
             tape.compare(asdict(config))
         engine: Engine = WireEngine(transport, config, tape)
-        return Party(engine, transport, protocol.compute_parties, admission=admission)
+        return Party(engine, transport, protocol.compute_parties, admission=admission, mode=protocol.mode)
     from crypten_llm.engines.crypten.domain import CryptenConfig
     from crypten_llm.engines.crypten.engine import CryptenEngine
 
     settings = CryptenConfig(precision_bits=protocol.precision_bits)
     engine = CryptenEngine(transport, protocol.compute_parties, settings)
-    return Party(engine, transport, protocol.compute_parties, admission=admission)
+    return Party(engine, transport, protocol.compute_parties, admission=admission, mode=protocol.mode)
 
 
 def _show(text: str) -> None:

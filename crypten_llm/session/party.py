@@ -27,6 +27,7 @@ from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import bench, generation
 from crypten_llm.session.admission import Admission
+from crypten_llm.session.mode import Mode
 from crypten_llm.session.prefix import Prefixes
 from crypten_llm.session.reveal import RevealLog
 
@@ -45,7 +46,7 @@ class Party:
 
     transport is ``None`` on engine ``plain``, where one process is owner and client at once. make_policy: of a request,
     from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner,
-    whether its model is shared.
+    whether its model is shared. mode: what this party lets the client learn of each step, all logits by default.
     """
 
     model: Llama  # once it has been loaded
@@ -61,6 +62,7 @@ class Party:
         make_policy: Callable[[str], eviction.Policy] = generation.parse_policy,
         make_model: Callable[..., Llama] = Llama,
         admission: Admission | None = None,
+        mode: Mode | None = None,
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -74,6 +76,7 @@ class Party:
         self.requests = 0
         self.kept: dict[int, KVCache] = {}  # by conversation, what its next turn goes on with
         self.make_policy, self.make_model, self.admission = make_policy, make_model, admission or Admission()
+        self.mode = mode or Mode()
         self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
     @property

@@ -15,6 +15,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import encode_prompt, encode_rendered, render_chat
 from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.generation import DEFAULT_CHUNK, Answer, Plan, Step, parse_policy
+from crypten_llm.session.mode import ID, Mode
 from crypten_llm.session.public import cut, cut_chat
 from crypten_llm.session.report import Cost
 from crypten_llm.session.sampling import Logprobs, Sampler, SamplingConfig
@@ -24,7 +25,7 @@ from crypten_llm.session.text import Detokenizer, check_stops
 NEW_TOKENS, NEW_TOKENS_OF_CHAT = 32, 256
 LEFT = "left"
 """Why an answer ended of which nobody read on."""
-NONE = Defaults()
+NONE, ALL_LOGITS = Defaults(), Mode()
 OWNERS = "owner"
 """As ``eos_token_id``: take what the owner announces. Said by the client, never assumed."""
 
@@ -186,11 +187,17 @@ class Request:
             )
         return tuple(given)
 
-    def plan(self, prompt_tokens: int, defaults: Defaults = NONE, public: Sequence[int] = ()) -> Plan:
-        """prompt_tokens: of what is secret, after the ids that are ``public``."""
+    def plan(
+        self, prompt_tokens: int, defaults: Defaults = NONE, public: Sequence[int] = (), mode: Mode = ALL_LOGITS
+    ) -> Plan:
+        """prompt_tokens: of what is secret, after the ids that are ``public``. Raises UsageError for what cannot be
+        chosen from what the client learns in ``mode``."""
+        sampling = self.sampling(defaults)
+        mode.check(sampling, self.logprobs)
         usual = defaults.max_new_tokens or (NEW_TOKENS_OF_CHAT if self.templated else NEW_TOKENS)
         new = usual if self.max_new_tokens is None else self.max_new_tokens
-        return Plan(prompt_tokens, new, self.prefill_chunk, self.hide_length, self.policy, tuple(public))
+        limits = prompt_tokens, new, self.prefill_chunk, self.hide_length, self.policy, tuple(public)
+        return Plan(*limits, str(mode), mode.temperature(sampling))
 
 
 _DRAWN = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")
@@ -295,7 +302,8 @@ class Asked:
 
     def answer(self, tokenizer: Any) -> Answer:
         """Where the answer grows; tokenizer: the client's, if it has one."""
-        choose = Sampler(self.sampling, [*self.before, *self.plan.public_prefix, *self.ids])
+        seen = [*self.before, *self.plan.public_prefix, *self.ids]
+        choose = int if self.plan.reveal == ID else Sampler(self.sampling, seen)
         text = None if tokenizer is None else Detokenizer(tokenizer, self.request.stops)
         return Answer(self.ids, choose, self.stop_ids, text, self.request.logprobs)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.engines.wire.handles import OneHot, Weight
+from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.links.frames import HEADER
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import encode_json
@@ -128,10 +129,10 @@ class CostEngine(WireEngine):
 
     name = "cost"
 
-    def __init__(self, links: Links) -> None:
+    def __init__(self, links: Links, config: WireConfig | None = None) -> None:
         material = _Material(links)
         there: Any = links  # stands for a transport
-        super().__init__(there, material=material, runtime=Counting(links, material))
+        super().__init__(there, config, material, Counting(links, material))
         self._links = links
 
     def expect(self, verb: str, facts: dict, request: int) -> None:
