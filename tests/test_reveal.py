@@ -17,12 +17,13 @@ from crypten_llm.commands.cli import main
 from crypten_llm.commands.deal import deal
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.engines.wire.numbers import WireConfig
-from crypten_llm.errors import CryptenLLMError, UsageError
+from crypten_llm.errors import CryptenLLMError, LeftRange, UsageError
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols.tournament import place_bits
 from crypten_llm.session.generation import Answer, Plan, Step
 from crypten_llm.session.mode import MOST, Mode
 from crypten_llm.session.party import Party
+from crypten_llm.session.request import Request
 from crypten_llm.session.sampling import Sampler, SamplingConfig
 
 IDS = [5, 6, 7, 8]
@@ -160,6 +161,75 @@ def test_an_owner_whose_config_ends_answers_at_even_ids_learns_no_parity(tmp_pat
             assert f"number of generated tokens: {expected}" in said
             ended_early.append(any(token % 2 == 0 for token in ids[: expected - 1]))
     assert any(ended_early), "no answer had an even id before its last: the test tells nothing"
+
+
+# The length of an answer.
+
+
+def lengths(result):
+    said = [entry["what"] for entry in result.revealed]
+    return [what for what in said if what.startswith(("number of generated tokens", "upper bound of the answer's"))]
+
+
+HIDDEN, SHOWN = "upper bound of the answer's length: 4", "number of generated tokens: 2"
+
+
+@pytest.fixture(scope="module")
+def private(models):
+    with PrivateLlama.from_pretrained(models[0], timeout=60, threads=1) as llama:
+        yield llama
+
+
+def test_an_answer_that_nobody_streams_hides_its_length(private, clear):
+    expected = clear.generate(input_ids=IDS, max_new_tokens=4).token_ids
+    asked = {"input_ids": IDS, "max_new_tokens": 4, "eos_token_id": expected[1]}
+    whole, shown = private.generate(**asked), private.generate(**asked, hide_length=False)
+    assert whole.token_ids == shown.token_ids == expected[:2] and whole.finish_reason == "stop"
+    assert (lengths(whole), lengths(shown)) == ([HIDDEN], [SHOWN])
+    both = private.generate([Request(**asked), Request(**asked, hide_length=False)])
+    assert sorted(lengths(both[0])) == [SHOWN, HIDDEN]
+    for _ in private.stream(**asked):
+        pass
+    assert lengths(private.result) == [SHOWN]
+    assert lengths(clear.generate(**asked)) == [SHOWN], "one process has nobody to hide it from"
+
+
+def test_answers_that_had_ended_when_a_step_left_its_range_are_shown(clear, monkeypatch):
+    """They were held back until the last step, which never comes."""
+    step = Step(0, 7, "a", 0.1, 1, 1, "stop")
+
+    def together(plans, answers, turn):
+        yield step
+        raise LeftRange("a step left it")
+
+    monkeypatch.setattr(clear.party, "request_together", together)
+    events = clear._events([Plan(4, 2, hide_length=True)], [], [], None)
+    assert next(events) is step
+    with pytest.raises(LeftRange, match="a step left it"):
+        next(events)
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden"),
+    [([], False), (["--hide-length"], True), (["--json"], True), (["--json", "--show-length"], False)],
+)
+def test_the_command_hides_it_where_nothing_is_streamed(models, monkeypatch, options, hidden):
+    asked = []
+    monkeypatch.setattr("crypten_llm.commands.show.show_generation", lambda request, **_: asked.append(request))
+    assert main(["generate", "--model", models[0], "--prompt-ids", "5,6", *options]) == 0
+    assert [request.hide_length for request in asked] == [hidden]
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden"), [([], True), (["--show-length"], False), (["--engine", "plain"], False)]
+)
+def test_a_file_of_prompts_hides_it(models, monkeypatch, options, hidden):
+    asked = []
+    monkeypatch.setattr(
+        "crypten_llm.commands.prompts.answer_file", lambda file, out, given, *_, **__: asked.append(given)
+    )
+    assert main(["generate", "--model", models[0], "--prompts", "a.jsonl", "--out", "b.jsonl", *options]) == 0
+    assert [given["hide_length"] for given in asked] == [hidden]
 
 
 # What a client can ask for in each mode.

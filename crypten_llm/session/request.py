@@ -26,8 +26,6 @@ NEW_TOKENS, NEW_TOKENS_OF_CHAT = 32, 256
 LEFT = "left"
 """Why an answer ended of which nobody read on."""
 NONE, ALL_LOGITS = Defaults(), Mode()
-OWNERS = "owner"
-"""As ``eos_token_id``: take what the owner announces. Said by the client, never assumed."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,15 @@ class Request:
     chat template is used. seed: of the draws. logprobs: tell every token's probability, and as many of the best.
 
     stop: text that ends the answer, which ends before it; or several. eos_token_id: ids that end it, one or several;
-    not given, those of the client's own tokenizer and folder, and never another party's, unless this is "owner".
+    not given, those of the client's own tokenizer and folder. Another party's announcement ends nothing: it would
+    decide how much is revealed.
 
     public_prefix: text or token ids before the prompt that are no secret: all parties see them, and the owner computes
     them in the clear. public_system: the same of what a chat template writes before a user's first word, ``system``
     with it.
 
-    hide_length: run all steps alike and show the answer after the last, so that only the client knows where it ended.
+    hide_length: run all steps alike and show the answer after the last, so that only the client knows where it ended;
+    not given, where it is asked for as a whole and not streamed (``PrivateLlama.generate``).
     prefill_chunk: prompt tokens per pass. policy: a KV-cache eviction policy.
 
     Raises UsageError for a value out of range.
@@ -63,14 +63,14 @@ class Request:
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
-    hide_length: bool = False
+    hide_length: bool | None = None
     prefill_chunk: int = DEFAULT_CHUNK
     policy: str = "full"
     chat: bool = False
     messages: list[dict] | None = None
     system: str | None = None
     stop: str | list[str] | tuple[str, ...] = ()
-    eos_token_id: int | list[int] | tuple[int, ...] | str | None = None
+    eos_token_id: int | list[int] | tuple[int, ...] | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     logprobs: int | None = None
@@ -108,7 +108,7 @@ class Request:
             )
         check_policy(self.policy)
         check_stops(self.stop)
-        self.stop_ids(NONE, ())
+        self.stop_ids(NONE)
         SamplingConfig(**{"do_sample": True, **self._given(("do_sample", *_DRAWN))})
         if self.do_sample is False:
             self.sampling()
@@ -173,18 +173,13 @@ class Request:
     def _given(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def stop_ids(self, defaults: Defaults, owners: tuple[int, ...]) -> tuple[int, ...]:
-        """What ends the answer beside its text; ``owners``: what the owner announced, used where it was asked for."""
+    def stop_ids(self, defaults: Defaults) -> tuple[int, ...]:
+        """What ends the answer beside its text."""
         if self.eos_token_id is None:
             return defaults.stop_ids
-        if self.eos_token_id == OWNERS:
-            return owners
         given = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
         if isinstance(given, str) or not all(type(token) is int and token >= 0 for token in given):
-            raise UsageError(
-                f"eos_token_id is {self.eos_token_id!r}; give a token id, several, or 'owner' for what the owner "
-                "announces"
-            )
+            raise UsageError(f"eos_token_id is {self.eos_token_id!r}; give a token id, or several")
         return tuple(given)
 
     def plan(
@@ -196,7 +191,7 @@ class Request:
         mode.check(sampling, self.logprobs)
         usual = defaults.max_new_tokens or (NEW_TOKENS_OF_CHAT if self.templated else NEW_TOKENS)
         new = usual if self.max_new_tokens is None else self.max_new_tokens
-        limits = prompt_tokens, new, self.prefill_chunk, self.hide_length, self.policy, tuple(public)
+        limits = prompt_tokens, new, self.prefill_chunk, bool(self.hide_length), self.policy, tuple(public)
         return Plan(*limits, str(mode), mode.temperature(sampling))
 
 
