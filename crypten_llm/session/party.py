@@ -27,6 +27,7 @@ from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import bench, generation
 from crypten_llm.session.admission import Admission
+from crypten_llm.session.limits import Limits
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.prefix import Prefixes
 from crypten_llm.session.reveal import RevealLog
@@ -47,6 +48,7 @@ class Party:
     transport is ``None`` on engine ``plain``, where one process is owner and client at once. make_policy: of a request,
     from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner,
     whether its model is shared. mode: what this party lets the client learn of each step, all logits by default.
+    limits: at the owner, how many tokens it answers with.
     """
 
     model: Llama  # once it has been loaded
@@ -63,6 +65,7 @@ class Party:
         make_model: Callable[..., Llama] = Llama,
         admission: Admission | None = None,
         mode: Mode | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -77,6 +80,7 @@ class Party:
         self.kept: dict[int, KVCache] = {}  # by conversation, what its next turn goes on with
         self.make_policy, self.make_model, self.admission = make_policy, make_model, admission or Admission()
         self.mode = mode or Mode()
+        self.limits = limits if limits and self.is_owner else Limits()
         self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
     @property
@@ -148,6 +152,7 @@ class Party:
         wrong, which of its ranges the model leaves.
         """
         self.reveals, self.kept = RevealLog(), {}
+        self.limits.begin(folder or "")
         with self.engine.meter.phase("load"):
             announced, weights = self._open_model(folder, progress) if self.is_owner else (self._await(progress), {})
             config, scales = LlamaConfig.from_dict(announced["config"]), announced["norm_scales"]
@@ -249,8 +254,9 @@ class Party:
                     self.start_request()
                     plans = [generation.Plan(**plan) for plan in request["plans"]]
                     turn = generation.Turn(**request["turn"]) if request.get("turn") else None
-                    for _ in generation.together(self, plans, caches=self.caches(plans, turn)):
-                        pass
+                    with self.limits.taken([plan.max_new_tokens for plan in plans], lambda: self.reveals.tokens):
+                        for _ in generation.together(self, plans, caches=self.caches(plans, turn)):
+                            pass
                 case "forget":
                     self.forget(request["conversation"])
                 case "bench":

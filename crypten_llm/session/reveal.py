@@ -34,6 +34,7 @@ class RevealLog:
 
     def __init__(self, counts: dict[Revealed, int] | None = None) -> None:
         self._counts = counts or {}
+        self.tokens = 0  # steps of which the client was shown what it chooses from
 
     def copy(self) -> RevealLog:
         """A log that goes on from here and leaves this one as it is."""
@@ -61,6 +62,7 @@ class RevealLog:
         else:
             chosen, what, why = logits, "logits of each generated token", "the client samples its own answer"
         with engine.meter.operation("reveal to the client", "reveal"):
+            self.tokens += 1
             shown = self.open_to_client(engine, chosen, client, what, why)
         if shown is None or not mode.count:
             return None if shown is None else shown[0]

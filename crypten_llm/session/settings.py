@@ -124,6 +124,7 @@ class LaunchConfig:
     host: address at which the others reach this process (found by itself when empty).
     tls: folder of keys and certificates that put the links under TLS (see ``tls``); plain TCP when empty.
     calibration_text: a file that the owner measures its model on, in the clear and alone, before it shares it.
+    session_tokens, day_tokens: most tokens that the owner answers with (see ``limits``); 0 for no limit.
     offline: never ask a hub. verbose: tracebacks, and what the other parties print. progress: show progress bars.
     shielded: local parties do not hear Ctrl-C, which reaches every process of a terminal; they end with the client.
     """
@@ -138,6 +139,8 @@ class LaunchConfig:
     calibration_text: str = _setting(
         "", "text like what clients ask, on which the owner measures its model (default: some prose)", metavar="FILE"
     )
+    session_tokens: int = _setting(0, "most tokens that the owner answers with in a session", metavar="N")
+    day_tokens: int = _setting(0, "most tokens that the owner answers with in a day, over all sessions", metavar="N")
     offline: bool = _setting(False, "never ask a model hub")
     verbose: bool = _setting(False, "show tracebacks and what the other parties print")
     progress: bool = False  # no option: bars are for a terminal
@@ -148,6 +151,10 @@ class LaunchConfig:
             raise UsageError(f"timeout is {self.timeout!r}; it must be a number of seconds above 0")
         if _not_integer(self.threads) or self.threads < 0:
             raise UsageError(f"threads is {self.threads!r}; give 1 or more, or 0 to divide the cores")
+        for name in ("session_tokens", "day_tokens"):
+            value = getattr(self, name)
+            if _not_integer(value) or value < 0:
+                raise UsageError(f"{name} is {value!r}; give 1 or more, or 0 for no limit")
         if self.network:
             parse_network(self.network)
 
