@@ -212,8 +212,8 @@ class _Sequence:
         more = f", after {self.behind} that the cache holds" if self.behind else ""
         reveals.public(f"prompt length: {plan.prompt_tokens} tokens{more}", "shapes and rounds depend on it")
         limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
-        limits += self.party.mode.facts(plan.temperature)
-        reveals.public(f"request: {limits}", "all parties run the same program")
+        for fact in filter(None, (f"request: {limits}", self.party.mode.fact(plan.temperature))):
+            reveals.public(fact, "all parties run the same program")
 
     def end(self, steps: int) -> None:
         counted = "upper bound of the answer's length" if self.plan.hide_length else "number of generated tokens"

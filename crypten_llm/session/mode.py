@@ -79,8 +79,8 @@ class Mode:
         """What must be public of how a token is chosen: the temperature of what is drawn on shares, 0 for none."""
         return 0.0 if self.kind != ID or sampling.greedy else float(sampling.temperature)
 
-    def facts(self, temperature: float) -> str:
-        """The same in words."""
+    def fact(self, temperature: float) -> str:
+        """What all parties know of how a step's token is chosen; nothing where that is the client's own affair."""
         if self.kind == ID:
-            return ", tokens chosen " + (f"at temperature {temperature:g}" if temperature else "greedily")
-        return f", the {self.count} best logits" if self.count else ""
+            return "tokens are chosen on shares, " + (f"at temperature {temperature:g}" if temperature else "greedily")
+        return f"the {self.count} best logits are found on shares" if self.count else ""
