@@ -10,7 +10,7 @@ shapes and counts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
@@ -146,7 +146,6 @@ def _again(x: Secret) -> Opening:
     return Opening(x, ring=x.width, function=True)
 
 
-@lru_cache
 def plan(rows: int, count: int) -> tuple[int, ...]:
     """How wide the blocks are, level by level, for a tournament of ``count`` values in each of ``rows`` rows."""
     return _cheapest(rows, count)[1]
@@ -167,7 +166,6 @@ def _cheapest(rows: int, count: int) -> tuple[int, tuple[int, ...]]:
     return min(found)
 
 
-@lru_cache
 def cuts(total: int, count: int) -> tuple[int, ...]:
     """Into how many blocks ``largest_few`` cuts, one cut after another."""
     return _cheapest_cuts(total, count)[1]
