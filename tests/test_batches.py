@@ -100,8 +100,8 @@ def test_an_answer_that_ends_early_is_nobodys_burden(private, plain):
     ids, tokens = clear_ids(plain, 8, 5)
     longer, _ = clear_ids(plain, 6, 5)
     assert tokens[1] not in tokens[:1]
-    stopped = Request(input_ids=ids, max_new_tokens=5, eos_token_id=tokens[1])
-    other = Request(input_ids=longer, max_new_tokens=5, eos_token_id=[])
+    stopped = Request(input_ids=ids, max_new_tokens=5, eos_token_id=tokens[1], hide_length=False)
+    other = Request(input_ids=longer, max_new_tokens=5, eos_token_id=[], hide_length=False)
     found = private.generate([stopped, other, stopped])
     assert [len(each.token_ids) for each in found] == [2, 5, 2]
     assert [each.finish_reason for each in found] == ["stop", "length", "stop"]

@@ -9,6 +9,7 @@ import pytest
 
 from crypten_llm.commands import cli, cost
 from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.links.network import Network
@@ -18,6 +19,7 @@ from crypten_llm.models.llama import Llama
 from crypten_llm.roles import CLIENT
 from crypten_llm.session import bench
 from crypten_llm.session.generation import Answer, Plan
+from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 
 SHIPPED = checkpoint.SHIPPED
@@ -42,7 +44,9 @@ def dealer_by_phase(table: list[dict], phases=("prefill", "decode")) -> dict:
 
 def generate(transport, folder, plan: Plan):
     """A whole session of one request: at the client the counters of the load and of the request; bytes of weights."""
-    party = Party(WireEngine(transport), transport, compute_parties=2)
+    mode = Mode.parse(plan.reveal)
+    config = WireConfig() if mode.kind == "logits" else WireConfig.choosing()
+    party = Party(WireEngine(transport, config), transport, compute_parties=2, mode=mode)
     if not party.is_client:
         party.serve(folder)
         return held(party.model)
@@ -65,9 +69,17 @@ def held(model) -> int:
     return sum(tensor.nbytes for tensor in found if tensor is not None)
 
 
-@pytest.mark.parametrize(("length", "chunk"), [(7, 128), (40, 16)])
-def test_generation_on_the_shipped_model(length, chunk):
-    plan = Plan(length, max_new_tokens=3, chunk=chunk)
+PLANS = [
+    Plan(7, 3),
+    Plan(40, 3, chunk=16),
+    Plan(7, 3, reveal="tokens"),
+    Plan(7, 3, reveal="tokens", temperature=0.7),
+    Plan(7, 3, reveal="top-20"),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_generation_on_the_shipped_model(plan):
     at_owner, (loaded, measured, at_client), at_dealer = run_roles(lambda links: generate(links, SHIPPED, plan))
     prediction = cost.predict(LlamaConfig.from_folder(SHIPPED), plan)
     assert [memory["weights"] for memory in prediction.memory.values()] == [at_owner, at_client, at_dealer]

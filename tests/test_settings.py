@@ -24,6 +24,9 @@ CHANGED = {
         "shielded": True,
         "force": True,
         "calibration_text": "asked.txt",
+        "reveal": "top-7",
+        "session_tokens": 100,
+        "day_tokens": 1000,
     },
 }
 """Another value than the default for each setting; "tape" is for engine wire alone."""

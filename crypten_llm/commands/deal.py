@@ -30,6 +30,7 @@ from crypten_llm.session.api import check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Plan
 from crypten_llm.session.messages import Announced, Bench, Close, Generate, Load
+from crypten_llm.session.mode import ALL, Mode
 from crypten_llm.session.party import Party
 from crypten_llm.units import size
 
@@ -98,9 +99,10 @@ def deal(
         script = _generation(model, work, requests) if isinstance(work, Plan) else _bench(work, requests)
         links: Any = _Absent(script)  # stands for a transport
         with torch.inference_mode():
-            Party(WireEngine(links, engine, material, role(links, material)), links, 2).serve()
+            Party(WireEngine(links, engine, material, role(links, material)), links, 2, mode=mode).serve()
 
-    engine, sizes = WireConfig(), Sizes()
+    mode = Mode.parse(getattr(work, "reveal", ALL))
+    engine, sizes = WireConfig() if mode.kind == ALL else WireConfig.choosing(), Sizes()
     run(sizes, Counting)
     total = [sizes.total(party) for party in (OWNER, CLIENT)]
     say(f"tape for {requests} x {verb}: {size(total[OWNER])} for the owner, {size(total[CLIENT])} for the client")

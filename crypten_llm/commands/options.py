@@ -89,6 +89,19 @@ def add_public_count(parser: Parser) -> None:
     parser.add_argument("--public-prefix", type=int, default=0, metavar="N", help=what)
 
 
+def add_reveal(parser: Parser) -> None:
+    """Of what is counted or dealt."""
+    what = "what the client learns of each step: tokens, top-K or logits (default: logits)"
+    parser.add_argument("--reveal", default="logits", metavar="MODE", help=what)
+    drawn = "of tokens that are drawn on shares, with --reveal tokens (default: 0, the likeliest)"
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=drawn)
+
+
+def revealed(arguments: Any) -> dict:
+    """What ``add_reveal`` added, as arguments of ``Plan``."""
+    return {"reveal": arguments.reveal, "temperature": arguments.temperature}
+
+
 def counted_prefix(arguments: Any) -> tuple[int, ...]:
     """A public prefix of that many tokens: which they are makes no difference to what is sent and dealt."""
     if arguments.public_prefix < 0:
@@ -108,8 +121,8 @@ def add_answer(parser: Parser) -> None:
     usual = "(default: 32, or 256 with a chat template)"
     add("--max-new-tokens", type=int, metavar="N", help=f"most tokens of an answer {usual}")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
-    eos = "token ids that end the answer (default: the client's tokenizer's and folder's); 'owner': what the owner says"
-    add("--eos-token-id", metavar="1,2|owner", help=eos)
+    eos = "token ids that end the answer (default: the client's tokenizer's and folder's)"
+    add("--eos-token-id", metavar="1,2", help=eos)
     add("--greedy", action="store_true", help="take the likeliest token, whatever the model's own defaults are")
     add("--temperature", type=float, metavar="T", help="sample with this temperature")
     add("--top-k", type=int, metavar="K", help="sample among the K best tokens")
@@ -126,9 +139,8 @@ def answer(arguments: Any) -> dict:
     if arguments.greedy and sampling:
         raise UsageError(f"--greedy has no use for --{next(iter(sampling)).replace('_', '-')}; leave one out")
     found = {name: getattr(arguments, name) for name in ("max_new_tokens", "repetition_penalty", "seed")}
-    eos = arguments.eos_token_id
-    if eos is not None:
-        found["eos_token_id"] = eos if eos == "owner" else whole_numbers("--eos-token-id", eos)
+    if arguments.eos_token_id is not None:
+        found["eos_token_id"] = whole_numbers("--eos-token-id", arguments.eos_token_id)
     if arguments.greedy or sampling:
         found["do_sample"] = not arguments.greedy
     return {**found, **sampling, "stop": arguments.stop, "prefill_chunk": arguments.chunk, "policy": policy(arguments)}

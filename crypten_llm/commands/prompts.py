@@ -171,7 +171,7 @@ def _entry(text: str, number: int, asked: dict, model: str) -> Entry:
             raise UsageError("--system is for prompts; of messages, the first may be the system's")
         settings["chat"] = False
     request = Request(**settings)
-    given = {key: value for key, value in settings.items() if value is not None}
+    given = {key: value for key, value in settings.items() if value is not None and key != "hide_length"}
     decides = json.dumps({**given, "model": model}, sort_keys=True)
     return Entry(name, request, hashlib.sha256(decides.encode()).hexdigest()[:16])
 

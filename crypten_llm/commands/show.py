@@ -20,7 +20,7 @@ from crypten_llm.session.bench import Shape
 from crypten_llm.session.defaults import FILE
 from crypten_llm.session.generation import Progress, Step
 from crypten_llm.session.report import cost_table, revealed_table
-from crypten_llm.session.request import OWNERS, Asked, Request, Result
+from crypten_llm.session.request import Asked, Request, Result
 from crypten_llm.session.settings import ProtocolConfig, split
 from crypten_llm.units import size
 
@@ -78,10 +78,7 @@ def mark(llama: PrivateLlama) -> str:
 def say_decoding(llama: PrivateLlama, asked: Asked) -> None:
     """How tokens will be chosen and what ends the answer, and who says so."""
     request, defaults = asked.request, llama.defaults
-    if request.eos_token_id is None:
-        source = defaults.stop_source
-    else:
-        source = "as the owner announces" if request.eos_token_id == OWNERS else "as asked for"
+    source = defaults.stop_source if request.eos_token_id is None else "as asked for"
     until = f"until token {', '.join(map(str, asked.stop_ids))} ({source})"
     if not asked.stop_ids:
         until = "and no token ends it: --eos-token-id says which would"
@@ -89,6 +86,8 @@ def say_decoding(llama: PrivateLlama, asked: Asked) -> None:
     used = [name for name in defaults.sampling if getattr(request, name) is None and name != "do_sample"]
     source = f" ({FILE})" if used and (asked.sampling.do_sample or "repetition_penalty" in used) else ""
     say(f"decoding: {asked.sampling}{source}, at most {asked.plan.max_new_tokens} tokens, {until}{stops}")
+    if asked.plan.hide_length:
+        say(f"all {asked.plan.max_new_tokens} steps are run, so that only the client learns the answer's length")
     if defaults.not_followed:
         say(f"{FILE} asks for {', '.join(defaults.not_followed)}, which is not followed here")
 

@@ -157,8 +157,23 @@ class Engine(ABC):
         """Handles joined along a dimension; local on every engine."""
 
     @required
-    def open_to(self, x: Handle, rank: int) -> torch.Tensor | None:
-        """The float value of ``x`` at party ``rank`` and ``None`` elsewhere. Only ``reveal`` may call this."""
+    def sample(self, logits: Handle, temperature: float) -> Handle:
+        """[1, V] to [1], the index of the largest; of each plus temperature times Gumbel noise, which makes it a draw
+        from softmax(logits / temperature). temperature: public, 0 for none.
+        """
+
+    @required
+    def top_k(self, logits: Handle, count: int) -> Any:
+        """[1, V] to (indices [count] of the largest, these logits [count])."""
+
+    @required
+    def open_to(self, x: Handle | tuple[Handle, ...], rank: int) -> Any:
+        """The float value of ``x``, or of each of several, at party ``rank`` and ``None`` elsewhere. Only ``reveal``
+        may call this.
+        """
+
+    def check_sampling(self, temperature: float) -> None:
+        """Raises UsageError where ``sample`` cannot draw at that temperature."""
 
     def check_policy(self, policy: Policy) -> None:
         """Raises UsageError unless this engine has the operations of an eviction policy (``eviction.operations``)."""

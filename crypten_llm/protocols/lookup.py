@@ -7,6 +7,7 @@ Source: one-time truth tables (Ishai et al., TCC 2013, section 3), with additive
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.secret import Secret, Wire
 
 BLOCK = 1 << 20  # words of tables at a time
+WORD = 32  # bits of a table's words, of what is chosen
 
 
 def read(runtime: Runtime, wire: Wire, table: Tensor, width: int) -> Secret:
@@ -37,20 +39,58 @@ def one_hot(runtime: Runtime, wire: Wire, values: Tensor) -> Secret:
     return Secret(_shares(runtime, wire, table, values, 64), 0, 64, 1)
 
 
+def first(runtime: Runtime, wire: Wire) -> Secret:
+    """1{v == 0} for v as in ``read``, valid modulo 2^32; local. Error: none. Cost: dealer 2^m words of 4 bytes."""
+    return read(runtime, wire, (torch.arange(1 << wire.width) == 0).long(), WORD)
+
+
+def times_hot(runtime: Runtime, wire: Wire, hot: Secret, x: Wire) -> Secret:
+    """1{v == 0} x for v as in ``read``, its shares ``hot`` (``first``) and an exact wire x of its shape; local.
+
+    x = X - r, and the dealer, who knows where v is zero and what r is, shares a table of 1{v == 0} r.
+
+    Error: none. Cost: dealer 2^m words of 4 bytes an element.
+    """
+    assert x.wrap is None and x.width <= WORD, "what is chosen is an exact wire of 32 bits at most"
+    numbers = x.mask.held.reshape(-1)
+
+    def turn(words: Tensor, places: Tensor, part: slice) -> Tensor:
+        low = numbers[part].contiguous().view(torch.int32)[::2]  # the low half of each word
+        return words.neg_().scatter_add_(1, places[:, None], low[:, None])
+
+    masked = _dealt(runtime, wire, torch.zeros(1, dtype=torch.int64), WORD, turn)[..., 0]
+    share = runtime.share(x.shape, lambda: x.seen * hot.share - masked)
+    return Secret(share, x.scale, x.width, x.bits)
+
+
 def _shares(runtime: Runtime, wire: Wire, table: Tensor, steps: Tensor, width: int) -> Tensor:
     """Shares of T[v - steps[k]]: [..., K]."""
-    kernels, size = runtime.kernels, len(table)
-    mask = wire.mask.held.reshape(-1)
+
+    def turn(words: Tensor, places: Tensor, part: slice) -> Tensor:
+        return runtime.kernels.turn_table(table, places, words)
+
+    return _dealt(runtime, wire, steps, width, turn)
+
+
+def _dealt(
+    runtime: Runtime, wire: Wire, steps: Tensor, width: int, turn: Callable[[Tensor, Tensor, slice], Tensor]
+) -> Tensor:
+    """What a table of 2^m words an element holds at the opened place less steps[k]: [..., K].
+
+    turn: at the dealer, makes the client's part of a block of tables from the owner's, the places by which they are
+    turned, and which elements they are of.
+    """
+    size, mask = 1 << wire.width, wire.mask.held.reshape(-1)
     raw = None if wire.public is None else wire.public.reshape(-1)
     blocks = []
     for part in runtime.blocks(mask.numel(), max(1, BLOCK // size)):
 
         def turned(words: Tensor, part: slice = part) -> Tensor:
-            return kernels.turn_table(table, mask[part], words)
+            return turn(words, mask[part], part)
 
         words = runtime.deal_table((part.stop - part.start, size), width, turned)
         if raw is not None and words is not None:
-            blocks.append(kernels.read_table(words, raw[part], steps))
+            blocks.append(runtime.kernels.read_table(words, raw[part], steps))
     shape = (*wire.shape, len(steps))
     return runtime.share(shape, lambda: torch.cat(blocks).view(shape))
 

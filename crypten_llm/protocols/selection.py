@@ -62,11 +62,14 @@ def best(runtime: Runtime, x: Wire, count: int) -> Protocol[Secret]:
     return lookup.one_hot(runtime, rank, torch.arange(count)).transpose(-1, -2)
 
 
-def _ranks(runtime: Runtime, x: Wire) -> Protocol[Wire]:
-    """The number of values before each, opened modulo 2^ceil(log2 N)."""
+def ranks(runtime: Runtime, x: Wire) -> Protocol[Secret]:
+    """The number of values before each, as shares modulo a byte's or two bytes' numbers: [..., N] to [..., N].
+
+    Cost: 1 round; for each of the N (N - 1) / 2 pairs that of ``below`` with words of 1 byte (2 for N > 256).
+    """
     n = x.shape[-1]
     first, second = torch.triu_indices(n, n, 1)
-    pairs = difference(_columns(x, first), _columns(x, second))
+    pairs = difference(columns(x, first), columns(x, second))
     later = yield from below(runtime, pairs, [0], 8 if n <= 256 else 16)  # 1 where the second is larger
 
     def before() -> Tensor:
@@ -74,8 +77,13 @@ def _ranks(runtime: Runtime, x: Wire) -> Protocol[Wire]:
         found = bit.new_zeros(x.shape)
         return found.index_add_(-1, first, bit).index_add_(-1, second, runtime.plus(-bit, 1))
 
-    rank = later.like(runtime.share(x.shape, before))
-    (opened,) = yield [Opening(rank, ring=lookup.index_bits(n), function=True)]
+    return later.like(runtime.share(x.shape, before))
+
+
+def _ranks(runtime: Runtime, x: Wire) -> Protocol[Wire]:
+    """The number of values before each, opened modulo 2^ceil(log2 N)."""
+    rank = yield from ranks(runtime, x)
+    (opened,) = yield [Opening(rank, ring=lookup.index_bits(x.shape[-1]), function=True)]
     return opened
 
 
@@ -90,7 +98,7 @@ def by_tournament(runtime: Runtime, x: Wire) -> Protocol[Secret]:
     levels: list[tuple[int, Wire]] = []  # all but the last
     while n > 1:
         blocks = -(-n // BLOCK) if n > 2 * BLOCK else 1
-        x = _padded(x, blocks * BLOCK - n if blocks > 1 else 0)
+        x = padded(x, blocks * BLOCK - n if blocks > 1 else 0)
         grouped = x.reshape(*x.shape[:-1], blocks, -1)
         hot = yield from by_pairs(runtime, grouped, 1)
         if blocks == 1:
@@ -181,7 +189,7 @@ def largest(runtime: Runtime, x: Wire) -> Protocol[Secret]:
     secret = None
     while (n := x.shape[-1]) > 1:
         half = n // 2
-        left, right, rest = (_columns(x, slice(*ends)) for ends in ((0, half), (half, 2 * half), (2 * half, n)))
+        left, right, rest = (columns(x, slice(*ends)) for ends in ((0, half), (half, 2 * half), (2 * half, n)))
         apart = difference(left, right)
         smaller = (yield from below(runtime, apart, [0], 8))[..., 0]
         (bit,) = yield [bit_opening(smaller)]
@@ -204,11 +212,11 @@ def _opened(tau: Secret, like: Wire) -> Protocol[Wire]:
     return opened
 
 
-def _columns(x: Wire, index: Any) -> Wire:
+def columns(x: Wire, index: Any) -> Wire:
     return x.map(lambda t: t[..., index])
 
 
-def _padded(x: Wire, count: int) -> Wire:
+def padded(x: Wire, count: int) -> Wire:
     """``count`` columns more, of the lowest value; their public part is that value and their mask zero."""
     if not count:
         return x

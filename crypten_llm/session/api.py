@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from crypten_llm.engines.plain.engine import PlainEngine
-from crypten_llm.errors import ENDED, UsageError, public_words, unheard
+from crypten_llm.errors import ENDED, LeftRange, UsageError, public_words, unheard
 from crypten_llm.models import checkpoint
 from crypten_llm.models import tokenizer as tokenizers
 from crypten_llm.roles import CLIENT, OWNER
@@ -71,7 +71,7 @@ class PrivateLlama:
         self._claiming = threading.Lock()  # of several threads that ask at once, one finds the parties free
         if not protocol.is_private:
             torch.set_num_threads(launched.thread_count(1))
-            self.party = Party(PlainEngine())
+            self.party = Party(PlainEngine(), mode=protocol.mode)
             return
         if launch.is_distributed() and (rank := launch.own_rank(protocol)) != CLIENT:
             raise UsageError(
@@ -108,7 +108,7 @@ class PrivateLlama:
         with llama._guarded():
             if first is not None and protocol.tape:
                 public, ids = first.parts(lambda: llama.tokenizer)
-                llama.party.expect("generate", first.plan(len(ids), llama.defaults, public))
+                llama.party.expect("generate", first.plan(len(ids), llama.defaults, public, protocol.mode))
             llama.party.request_load(folder, launched.progress)
         llama.load_seconds = perf_counter() - started
         return llama
@@ -169,9 +169,13 @@ class PrivateLlama:
         Raises UsageError for a request that cannot be run, or when the session has ended.
         """
         requests, several = requests_of(prompt, arguments)
+        return self._stream(requests, several, self._size(batch_size))
+
+    def _size(self, batch_size: int) -> int:
+        """How many prompts are taken at once: a tape is for one."""
         if type(batch_size) is not int or batch_size < 1:
             raise UsageError(f"batch_size is {batch_size!r}; it must be 1 or more")
-        return self._stream(requests, several, 1 if self.protocol.tape else batch_size)  # a tape is for one at a time
+        return 1 if self.protocol.tape else batch_size
 
     def _stream(
         self, requests: list[Request], several: bool, size: int
@@ -196,11 +200,12 @@ class PrivateLlama:
         """
         public, ids = request.parts(lambda: self.tokenizer) if parts is None else parts
         tokenizers.check_ids([*public, *ids], self.config.vocab_size)
-        plan = request.plan(len(ids), self.defaults, public).check(self.config, len(before))
+        plan = request.plan(len(ids), self.defaults, public, self.protocol.mode).check(self.config, len(before))
+        self.party.engine.check_sampling(plan.temperature)
         if request.stops and not self.has_tokenizer:
             raise UsageError("stop is a text, and there is no tokenizer to make text of tokens; give one (--tokenizer)")
-        stop_ids = request.stop_ids(self.defaults, self.config.eos_token_ids)
-        return Asked(request, ids, plan, request.sampling(self.defaults), stop_ids, before)
+        sampling, stop_ids = request.sampling(self.defaults), request.stop_ids(self.defaults)
+        return Asked(request, ids, plan, sampling, stop_ids, before)
 
     def run(
         self, asked: Sequence[Asked], first: int = 0, turn: Turn | None = None, taken: Taken | None = None
@@ -257,11 +262,15 @@ class PrivateLlama:
         """
         held: list[Step] = []
         hides = any(plan.hide_length for plan in plans)
-        for event in self.party.request_together(plans, answers, turn):
-            if hides and isinstance(event, Step):
-                held.append(event)
-            else:
-                yield event
+        try:
+            for event in self.party.request_together(plans, answers, turn):
+                if hides and isinstance(event, Step):
+                    held.append(event)
+                else:
+                    yield event
+        except LeftRange:  # all parties have ended, and what came before is right
+            yield from held
+            raise
         ranks += self.party.collect_statistics()
         yield from held
 
@@ -297,8 +306,15 @@ class PrivateLlama:
             self._running = answers, events
 
     def generate(self, prompt: Any = None, *, batch_size: int = BATCH, **arguments: Any) -> Any:
-        """The whole answer, a ``Result``, or a list of them for several prompts; arguments as for ``stream``."""
-        return result_of(self.stream(prompt, batch_size=batch_size, **arguments))
+        """The whole answer, a ``Result``, or a list of them for several prompts; arguments as for ``stream``.
+
+        Nobody waits for its first token, so its length is hidden from the others unless ``hide_length`` is false: all
+        ``max_new_tokens`` steps are run.
+        """
+        requests, several = requests_of(prompt, arguments)
+        if self.protocol.is_private:
+            requests = [each if each.hide_length is not None else replace(each, hide_length=True) for each in requests]
+        return result_of(self._stream(requests, several, self._size(batch_size)))
 
     def chat(self, system: str | None = None, **arguments: Any) -> Chat:
         """A conversation, whose cache all parties keep, so that a turn costs its own tokens alone; see ``Chat``.

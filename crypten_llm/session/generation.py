@@ -20,7 +20,8 @@ import eviction
 from crypten_llm import limits
 from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import check_ids
-from crypten_llm.records import Count, Record, Tokens
+from crypten_llm.records import Count, Record, Tokens, Word
+from crypten_llm.session.mode import ALL, HOTTEST, ID, Mode
 from crypten_llm.session.prefix import check_policy
 from crypten_llm.session.sampling import Logprobs
 
@@ -43,9 +44,11 @@ class Plan:
     prompt_tokens: length of the prompt. max_new_tokens: upper bound of the answer. chunk: rows per prefill pass.
     hide_length: run all ``max_new_tokens`` steps alike, so that nobody but the client learns the length of the answer.
     policy: the eviction policy as text, such as "mpcache" or "mpcache(static=0.25)"; kept in one canonical form, which
-    parties compare. public_prefix: ids of tokens before the prompt, which are no secret (see ``prefix``).
+    parties compare. public_prefix: ids of tokens before the prompt, which are no secret (see ``prefix``). reveal: what
+    the client learns of each step, a ``Mode`` as text; every party has its own, and refuses another. temperature: of
+    what is drawn on shares (mode "tokens"), 0 for the likeliest.
 
-    Raises UsageError for a policy that there is not.
+    Raises UsageError for a policy or a mode that there is not, and a temperature that cannot be.
     """
 
     prompt_tokens: Tokens
@@ -54,8 +57,16 @@ class Plan:
     hide_length: bool = False
     policy: Annotated[str, Meta(max_length=1000)] = "full"
     public_prefix: Annotated[tuple[Count, ...], Meta(max_length=limits.TOKENS)] = ()
+    reveal: Word = ALL
+    temperature: float = 0.0
 
     def __post_init__(self) -> None:
+        mode, temperature = Mode.parse(self.reveal), self.temperature
+        is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+        if not is_number or not 0 <= temperature <= (HOTTEST if mode.kind == ID else 0):
+            raise UsageError(
+                f"temperature is {temperature!r} in the plan; it must be 0 to {HOTTEST:g} with --reveal tokens, else 0"
+            )
         object.__setattr__(self, "policy", str(parse_policy(self.policy)))
         object.__setattr__(self, "public_prefix", tuple(self.public_prefix))  # JSON has lists
 
@@ -137,9 +148,10 @@ class Progress:
 class Answer:
     """What the client alone knows of an answer in the making.
 
-    choose: the sampler, [V] logits to an id. stop_ids: tokens that end the answer. text: makes text of it and ends it
-    at a stop string, where there is a tokenizer. logprobs: how many of the best tokens each step tells, ``None`` for
-    nothing. abandoned: set when nobody reads on; the answer then ends at the next token, as the others see it.
+    choose: the sampler, [V] logits to an id, or ``int`` where an id is all that is shown. stop_ids: tokens that end the
+    answer. text: makes text of it and ends it at a stop string, where there is a tokenizer. logprobs: how many of the
+    best tokens each step tells, ``None`` for nothing. abandoned: set when nobody reads on; the answer then ends at the
+    next token, as the others see it.
     """
 
     prompt_ids: list[int]
@@ -156,13 +168,13 @@ class Answer:
         """The last token, which the model sees next; it stays the last when the answer has ended."""
         return self.token_ids[-1]
 
-    def take(self, logits: torch.Tensor, last: bool = False) -> tuple[str, Logprobs | None]:
+    def take(self, shown: torch.Tensor, last: bool = False) -> tuple[str, Logprobs | None]:
         """Draws the next token, the ``last`` or not; returns what it adds to the text, and its probability.
 
         A finished answer keeps its tokens, and does all this for nothing: it takes as long.
         """
-        drawn = int(self.choose(logits))
-        likely = None if self.logprobs is None else Logprobs.of(logits, drawn, self.logprobs)
+        drawn = int(self.choose(shown))
+        likely = None if self.logprobs is None else Logprobs.of(shown, drawn, self.logprobs)
         if self.finished:
             if self.text:
                 self.text.again()
@@ -185,6 +197,11 @@ class _Sequence:
         self._last: Handle = None
 
     def begin(self) -> None:
+        if self.plan.reveal != str(self.party.mode):
+            raise UsageError(
+                f"a request would reveal {self.plan.reveal}, and this party reveals {self.party.mode}; start every "
+                "party with the same --reveal"
+            )
         policy, plan, reveals = self.party.make_policy(self.plan.policy), self.plan, self.party.reveals
         prefix = check_ids(list(plan.public_prefix), self.party.model.config.vocab_size)
         if self.behind:
@@ -198,7 +215,8 @@ class _Sequence:
         more = f", after {self.behind} that the cache holds" if self.behind else ""
         reveals.public(f"prompt length: {plan.prompt_tokens} tokens{more}", "shapes and rounds depend on it")
         limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
-        reveals.public(f"request: {limits}", "all parties run the same program")
+        for fact in filter(None, (f"request: {limits}", self.party.mode.fact(plan.temperature))):
+            reveals.public(fact, "all parties run the same program")
 
     def end(self, steps: int) -> None:
         counted = "upper bound of the answer's length" if self.plan.hide_length else "number of generated tokens"
@@ -227,7 +245,7 @@ class _Sequence:
         return stop - start
 
     def first(self) -> torch.Tensor | None:
-        """Ends the prompt; the logits [1, V] after it at the client, ``None`` elsewhere."""
+        """Ends the prompt; what the client chooses the next token from (``open_choice``), ``None`` elsewhere."""
         self.cache.end_prompt()
         last, self._last = self._last, None
         return self._open(self.party.model.logits(last))
@@ -243,9 +261,7 @@ class _Sequence:
 
     def _open(self, logits: Handle) -> torch.Tensor | None:
         party = self.party
-        with party.engine.meter.operation("reveal of the logits to the client", "reveal"):
-            what, why = "logits of each generated token", "the client samples its own answer"
-            return party.reveals.open_to_client(party.engine, logits, party.client, what, why)
+        return party.reveals.open_choice(party.engine, logits, party.client, party.mode, self.plan.temperature)
 
 
 def go_on(cache: KVCache, prompt_tokens: int) -> None:
@@ -281,7 +297,7 @@ def together(
 
     caches: new ones by default. One that holds rows is gone on with: the prompt follows what it holds.
 
-    Reveals: to the client the logits of each generated token; to all the number of steps, unless ``hide_length``.
+    Reveals: to the client what the mode says of each generated token; to all the number of steps, unless hidden.
     Cost: the rounds of the longest prompt, then those of the longest answer; the bytes of all.
     Raises: UsageError for a policy that does not fit.
     """
@@ -307,9 +323,9 @@ def together(
         for (place, sequence), value in zip(list(live.items()), values, strict=True):
             last = index + 1 == sequence.plan.max_new_tokens
             if (answer := sequence.answer) is not None:
-                assert value is not None, "the client sees the logits"
+                assert value is not None, "the client sees what it chooses from"
                 ended = answer.finished
-                text, likely = answer.take(value[0], last)
+                text, likely = answer.take(value, last)
                 online = meter.snapshot().online
                 reason = "stop" if answer.finished else "length" if last else None
                 seconds = perf_counter() - started

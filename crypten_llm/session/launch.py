@@ -29,6 +29,8 @@ from crypten_llm.links.network import parse_network
 from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session.admission import WARNING, Admission
+from crypten_llm.session.limits import Limits
+from crypten_llm.session.mode import ALL
 from crypten_llm.session.party import Party
 from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
 from crypten_llm.session.weights import know_weights
@@ -130,24 +132,29 @@ def forget(transport: Transport) -> None:
 def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchConfig) -> Party:
     """A compute party over ``transport``. What the owner has to be shown goes to stderr."""
     admission = Admission(launch.calibration_text, protocol.force, _show)
+    own: dict[str, Any] = {
+        "admission": admission,
+        "mode": protocol.mode,
+        "limits": Limits(launch.session_tokens, launch.day_tokens),
+    }
     if protocol.engine == "wire":
         from crypten_llm.engines.wire.engine import WireEngine
         from crypten_llm.engines.wire.numbers import WireConfig
         from crypten_llm.protocols.dealer.tape import Tape
 
-        config = WireConfig()
+        config = WireConfig() if protocol.mode.kind == ALL else WireConfig.choosing()
         with unheard():
             tape = Tape(protocol.tape, transport.rank, transport) if protocol.tape else None
         if tape:
             tape.compare(asdict(config))
         engine: Engine = WireEngine(transport, config, tape)
-        return Party(engine, transport, protocol.compute_parties, admission=admission)
+        return Party(engine, transport, protocol.compute_parties, **own)
     from crypten_llm.engines.crypten.domain import CryptenConfig
     from crypten_llm.engines.crypten.engine import CryptenEngine
 
     settings = CryptenConfig(precision_bits=protocol.precision_bits)
     engine = CryptenEngine(transport, protocol.compute_parties, settings)
-    return Party(engine, transport, protocol.compute_parties, admission=admission)
+    return Party(engine, transport, protocol.compute_parties, **own)
 
 
 def _show(text: str) -> None:

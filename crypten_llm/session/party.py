@@ -28,6 +28,8 @@ from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER, role_names
 from crypten_llm.session import bench, generation, messages, sizes
 from crypten_llm.session.admission import Admission
+from crypten_llm.session.limits import Limits
+from crypten_llm.session.mode import Mode
 from crypten_llm.session.prefix import Prefixes
 from crypten_llm.session.reveal import RevealLog
 
@@ -46,7 +48,8 @@ class Party:
 
     transport is ``None`` on engine ``plain``, where one process is owner and client at once. make_policy: of a request,
     from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner,
-    whether its model is shared.
+    whether its model is shared. mode: what this party lets the client learn of each step, all logits by default.
+    limits: at the owner, how many tokens it answers with.
     """
 
     model: Llama  # once it has been loaded
@@ -62,6 +65,8 @@ class Party:
         make_policy: Callable[[str], eviction.Policy] = generation.parse_policy,
         make_model: Callable[..., Llama] = Llama,
         admission: Admission | None = None,
+        mode: Mode | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -75,6 +80,8 @@ class Party:
         self.requests = 0
         self.kept: dict[int, KVCache] = {}  # by conversation, what its next turn goes on with
         self.make_policy, self.make_model, self.admission = make_policy, make_model, admission or Admission()
+        self.mode = mode or Mode()
+        self.limits = limits if limits and self.is_owner else Limits()
         self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
     @property
@@ -148,6 +155,7 @@ class Party:
         wrong, which of its ranges the model leaves.
         """
         self.reveals, self.kept = RevealLog(), {}
+        self.limits.begin(folder or "")
         with self.engine.meter.phase("load"):
             announced, weights = self._open_model(folder, progress) if self.is_owner else (self._await(progress), {})
             config, scales = self._check_model(announced)
@@ -282,8 +290,9 @@ class Party:
                 case messages.Generate(plans, turn):
                     self.start_request()
                     self.check_plans(plans, turn)
-                    for _ in generation.together(self, plans, caches=self.caches(plans, turn)):
-                        pass
+                    with self.limits.taken([plan.max_new_tokens for plan in plans], lambda: self.reveals.tokens):
+                        for _ in generation.together(self, plans, caches=self.caches(plans, turn)):
+                            pass
                 case messages.Forget(conversation):
                     self.forget(conversation)
                 case messages.Bench(shape):

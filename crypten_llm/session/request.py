@@ -15,6 +15,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import encode_prompt, encode_rendered, render_chat
 from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.generation import DEFAULT_CHUNK, Answer, Plan, Step, parse_policy
+from crypten_llm.session.mode import ID, Mode
 from crypten_llm.session.public import cut, cut_chat
 from crypten_llm.session.report import Cost
 from crypten_llm.session.sampling import Logprobs, Sampler, SamplingConfig
@@ -24,9 +25,7 @@ from crypten_llm.session.text import Detokenizer, check_stops
 NEW_TOKENS, NEW_TOKENS_OF_CHAT = 32, 256
 LEFT = "left"
 """Why an answer ended of which nobody read on."""
-NONE = Defaults()
-OWNERS = "owner"
-"""As ``eos_token_id``: take what the owner announces. Said by the client, never assumed."""
+NONE, ALL_LOGITS = Defaults(), Mode()
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,15 @@ class Request:
     chat template is used. seed: of the draws. logprobs: tell every token's probability, and as many of the best.
 
     stop: text that ends the answer, which ends before it; or several. eos_token_id: ids that end it, one or several;
-    not given, those of the client's own tokenizer and folder, and never another party's, unless this is "owner".
+    not given, those of the client's own tokenizer and folder. Another party's announcement ends nothing: it would
+    decide how much is revealed.
 
     public_prefix: text or token ids before the prompt that are no secret: all parties see them, and the owner computes
     them in the clear. public_system: the same of what a chat template writes before a user's first word, ``system``
     with it.
 
-    hide_length: run all steps alike and show the answer after the last, so that only the client knows where it ended.
+    hide_length: run all steps alike and show the answer after the last, so that only the client knows where it ended;
+    not given, where it is asked for as a whole and not streamed (``PrivateLlama.generate``).
     prefill_chunk: prompt tokens per pass. policy: a KV-cache eviction policy.
 
     Raises UsageError for a value out of range.
@@ -62,14 +63,14 @@ class Request:
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
-    hide_length: bool = False
+    hide_length: bool | None = None
     prefill_chunk: int = DEFAULT_CHUNK
     policy: str = "full"
     chat: bool = False
     messages: list[dict] | None = None
     system: str | None = None
     stop: str | list[str] | tuple[str, ...] = ()
-    eos_token_id: int | list[int] | tuple[int, ...] | str | None = None
+    eos_token_id: int | list[int] | tuple[int, ...] | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     logprobs: int | None = None
@@ -107,7 +108,7 @@ class Request:
             )
         check_policy(self.policy)
         check_stops(self.stop)
-        self.stop_ids(NONE, ())
+        self.stop_ids(NONE)
         SamplingConfig(**{"do_sample": True, **self._given(("do_sample", *_DRAWN))})
         if self.do_sample is False:
             self.sampling()
@@ -172,25 +173,26 @@ class Request:
     def _given(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def stop_ids(self, defaults: Defaults, owners: tuple[int, ...]) -> tuple[int, ...]:
-        """What ends the answer beside its text; ``owners``: what the owner announced, used where it was asked for."""
+    def stop_ids(self, defaults: Defaults) -> tuple[int, ...]:
+        """What ends the answer beside its text."""
         if self.eos_token_id is None:
             return defaults.stop_ids
-        if self.eos_token_id == OWNERS:
-            return owners
         given = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
         if isinstance(given, str) or not all(type(token) is int and token >= 0 for token in given):
-            raise UsageError(
-                f"eos_token_id is {self.eos_token_id!r}; give a token id, several, or 'owner' for what the owner "
-                "announces"
-            )
+            raise UsageError(f"eos_token_id is {self.eos_token_id!r}; give a token id, or several")
         return tuple(given)
 
-    def plan(self, prompt_tokens: int, defaults: Defaults = NONE, public: Sequence[int] = ()) -> Plan:
-        """prompt_tokens: of what is secret, after the ids that are ``public``."""
+    def plan(
+        self, prompt_tokens: int, defaults: Defaults = NONE, public: Sequence[int] = (), mode: Mode = ALL_LOGITS
+    ) -> Plan:
+        """prompt_tokens: of what is secret, after the ids that are ``public``. Raises UsageError for what cannot be
+        chosen from what the client learns in ``mode``."""
+        sampling = self.sampling(defaults)
+        mode.check(sampling, self.logprobs)
         usual = defaults.max_new_tokens or (NEW_TOKENS_OF_CHAT if self.templated else NEW_TOKENS)
         new = usual if self.max_new_tokens is None else self.max_new_tokens
-        return Plan(prompt_tokens, new, self.prefill_chunk, bool(self.hide_length), self.policy, tuple(public))
+        limits = prompt_tokens, new, self.prefill_chunk, bool(self.hide_length), self.policy, tuple(public)
+        return Plan(*limits, str(mode), mode.temperature(sampling))
 
 
 _DRAWN = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")
@@ -295,7 +297,8 @@ class Asked:
 
     def answer(self, tokenizer: Any) -> Answer:
         """Where the answer grows; tokenizer: the client's, if it has one."""
-        choose = Sampler(self.sampling, [*self.before, *self.plan.public_prefix, *self.ids])
+        seen = [*self.before, *self.plan.public_prefix, *self.ids]
+        choose = int if self.plan.reveal == ID else Sampler(self.sampling, seen)
         text = None if tokenizer is None else Detokenizer(tokenizer, self.request.stops)
         return Answer(self.ids, choose, self.stop_ids, text, self.request.logprobs)
 

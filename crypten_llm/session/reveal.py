@@ -8,12 +8,15 @@ both lists, so that a reader can check them against the threat model.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from crypten_llm.session.mode import ID
 
 if TYPE_CHECKING:
-    import torch
-
     from crypten_llm.engines.base import Engine
+    from crypten_llm.session.mode import Mode
     from eviction.operations import Handle
 
 
@@ -31,6 +34,7 @@ class RevealLog:
 
     def __init__(self, counts: dict[Revealed, int] | None = None) -> None:
         self._counts = counts or {}
+        self.tokens = 0  # steps of which the client was shown what it chooses from
 
     def copy(self) -> RevealLog:
         """A log that goes on from here and leaves this one as it is."""
@@ -40,8 +44,33 @@ class RevealLog:
         """Records a fact that every party, the dealer too, knows."""
         self._record(Revealed(what, "all", why))
 
-    def open_to_client(self, engine: Engine, handle: Handle, client: int, what: str, why: str) -> torch.Tensor | None:
-        """The float value of ``handle`` at the client, ``None`` elsewhere.
+    def open_choice(self, engine: Engine, logits: Handle, client: int, mode: Mode, temperature: float) -> Any:
+        """What the client chooses a token from, ``None`` elsewhere: logits [V], of which all but the best are -inf in
+        mode "top-k"; in mode "tokens" the id, a tensor [].
+
+        logits: [1, V]. temperature: of mode "tokens". Reveals, raises: as ``open_to_client``. Cost: the engine's, of
+        ``sample`` or ``top_k``, and of ``open_to``.
+        """
+        if mode.kind == ID:
+            with engine.meter.operation("choice of the token", "choice"):
+                chosen = engine.sample(logits, temperature)
+            what, why = "id of each generated token", "the answer"
+        elif mode.count:
+            with engine.meter.operation(f"the {mode.count} best logits", "choice"):
+                chosen = engine.top_k(logits, mode.count)
+            what, why = f"ids and logits of the {mode.count} best tokens, each step", "the client samples among them"
+        else:
+            chosen, what, why = logits, "logits of each generated token", "the client samples its own answer"
+        with engine.meter.operation("reveal to the client", "reveal"):
+            self.tokens += 1
+            shown = self.open_to_client(engine, chosen, client, what, why)
+        if shown is None or not mode.count:
+            return None if shown is None else shown[0]
+        ids, best = shown
+        return torch.full((logits.shape[-1],), -torch.inf).scatter(0, ids.long(), best)
+
+    def open_to_client(self, engine: Engine, handle: Handle, client: int, what: str, why: str) -> Any:
+        """The float value of ``handle`` at the client, ``None`` elsewhere; of several in a tuple, of each.
 
         Reveals: the value, to the client alone; on an engine that tells, to the compute parties before, whether any
         number left its range. Cost: the engine's, of ``open_to``. Raises: LeftRange, where one did.

@@ -18,6 +18,7 @@ from crypten_llm.errors import UsageError, did_you_mean
 from crypten_llm.links.network import parse_network
 from crypten_llm.records import Malformed, Word, decode, encode
 from crypten_llm.roles import role_names
+from crypten_llm.session.mode import ALL, Mode
 
 DEFAULT_ENGINE = "wire"
 DEFAULT_PRECISION_BITS = 15  # CryptenConfig's
@@ -36,6 +37,7 @@ class Agreement:
     compute_parties: int
     precision_bits: int | None
     force: bool
+    reveal: str
 
 
 def _setting(default: Any, help: str, metavar: str | None = None, option: str = "") -> Any:
@@ -48,7 +50,8 @@ class ProtocolConfig:
     """engine: see ``engines``. compute_parties: how many hold shares; the dealer comes on top.
     precision_bits: fractional bits of a share on engine ``crypten``. tape: this party's file of a tape that was dealt
     for engine ``wire``, or the folder that holds it; there is no dealer then. force: share a model that leaves the
-    engine's ranges by the owner's measurement; every answer is marked.
+    engine's ranges by the owner's measurement; every answer is marked. reveal: what the client learns of each step
+    (``reveal.Mode``).
     """
 
     engine: str = _setting(DEFAULT_ENGINE, f"plain (no privacy), crypten or wire (default: {DEFAULT_ENGINE})")
@@ -67,9 +70,13 @@ class ProtocolConfig:
     force: bool = _setting(
         False, "share a model that leaves the engine's ranges all the same: every answer is marked as not to be trusted"
     )
+    reveal: str = _setting(
+        ALL, "what the client learns of each step: tokens, top-K or logits (default: logits)", metavar="MODE"
+    )
 
     def __post_init__(self) -> None:
         check_engine(self.engine)
+        Mode.parse(self.reveal)
         if self.force and self.engine == "plain":
             raise UsageError("engine 'plain' has no range that a model could leave; leave --force out (force=False)")
         if self.tape and self.engine != "wire":
@@ -101,9 +108,13 @@ class ProtocolConfig:
         names = role_names(self.compute_parties)
         return names[: self.compute_parties] if self.tape else names
 
+    @property
+    def mode(self) -> Mode:
+        return Mode.parse(self.reveal)
+
     def agreement(self) -> Agreement:
         bits = self.precision_bits if self.engine == "crypten" else None
-        return Agreement(crypten_llm.__version__, self.engine, self.compute_parties, bits, self.force)
+        return Agreement(crypten_llm.__version__, self.engine, self.compute_parties, bits, self.force, self.reveal)
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,7 @@ class LaunchConfig:
     tls: folder of keys and certificates that put the links under TLS (see ``tls``); plain TCP when empty.
     calibration_text: a file that the owner measures its model on, in the clear and alone, before it shares it.
     policy_weights: a file of a policy's trained weights, which requests name and no other party's words can open.
+    session_tokens, day_tokens: most tokens that the owner answers with (see ``limits``); 0 for no limit.
     offline: never ask a hub. verbose: tracebacks, and what the other parties print. progress: show progress bars.
     shielded: local parties do not hear Ctrl-C, which reaches every process of a terminal; they end with the client.
     """
@@ -128,6 +140,8 @@ class LaunchConfig:
     calibration_text: str = _setting(
         "", "text like what clients ask, on which the owner measures its model (default: some prose)", metavar="FILE"
     )
+    session_tokens: int = _setting(0, "most tokens that the owner answers with in a session", metavar="N")
+    day_tokens: int = _setting(0, "most tokens that the owner answers with in a day, over all sessions", metavar="N")
     offline: bool = _setting(False, "never ask a model hub")
     verbose: bool = _setting(False, "show tracebacks and what the other parties print")
     progress: bool = False  # no option: bars are for a terminal
@@ -139,6 +153,10 @@ class LaunchConfig:
             raise UsageError(f"timeout is {self.timeout!r}; it must be a number of seconds above 0")
         if _not_integer(self.threads) or self.threads < 0:
             raise UsageError(f"threads is {self.threads!r}; give 1 or more, or 0 to divide the cores")
+        for name in ("session_tokens", "day_tokens"):
+            value = getattr(self, name)
+            if _not_integer(value) or value < 0:
+                raise UsageError(f"{name} is {value!r}; give 1 or more, or 0 for no limit")
         if self.network:
             parse_network(self.network)
 

@@ -27,6 +27,7 @@ def options(parser: Parser) -> None:
     add("--new-tokens", type=int, default=2, metavar="N", help="length of the answer (default: 2)")
     parser.add_chunk()
     shared.add_policy(parser)
+    shared.add_reveal(parser)
     add("--network", default="", metavar="lan|wan|RTTms,Mbit", help="the links between the parties (default: none)")
     parser.add_json()
     parser.add_offline_and_verbose()
@@ -40,7 +41,8 @@ def run(arguments: Any) -> None:
 
     policy = shared.policy(arguments)
     prefix = shared.counted_prefix(arguments)
-    plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, policy=policy, public_prefix=prefix)
+    facts = {"policy": policy, "public_prefix": prefix, **shared.revealed(arguments)}
+    plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, **facts)
     network = parse_network(arguments.network) if arguments.network else None
     show_cost(predict(_config(arguments), plan, network), arguments.json)
 

@@ -23,6 +23,7 @@ def options(parser: Parser) -> None:
     add("--bench", action="store_true", help="for a bench of these sizes instead of a model:")
     shared.add_bench_sizes(parser)
     shared.add_policy(parser)
+    shared.add_reveal(parser)
 
 
 def run(arguments: Any) -> None:
@@ -41,8 +42,7 @@ def run(arguments: Any) -> None:
     else:
         policy = shared.policy(arguments)
         prefix = shared.counted_prefix(arguments)
-        work = Plan(
-            arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, policy=policy, public_prefix=prefix
-        )
+        facts = {"policy": policy, "public_prefix": prefix, **shared.revealed(arguments)}
+        work = Plan(arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, **facts)
         config = LlamaConfig.from_folder(checkpoint.resolve_config(arguments.model, arguments.offline))
     deal(work, arguments.out, config, arguments.requests, say, progress=sys.stderr.isatty())

@@ -23,8 +23,13 @@ def options(parser: Parser) -> None:
     add("--batch-size", type=int, metavar="N", help="prompts of --prompts that share their rounds (default: 8)")
     shared.add_answer(parser)
     add("--logprobs", type=int, metavar="K", help="with --json, --out: each token's log-probability and the K best's")
-    what = "run all N steps, then show the answer at once: only the client knows its length"
-    add("--hide-length", action="store_true", help=what)
+    length = parser.add_mutually_exclusive_group().add_argument
+    what = (
+        "run all N steps, then show the answer at once: only the client knows its length (default with --json, --out)"
+    )
+    length("--hide-length", action="store_true", default=None, help=what)
+    what = "end with the answer, whose length the others then learn (default where it is streamed)"
+    length("--show-length", dest="hide_length", action="store_false", default=None, help=what)
     shared.add_policy(parser)
     parser.add_json()
     shared.add_settings(parser)
@@ -35,6 +40,8 @@ def run(arguments: Any) -> None:
         return
     asked = shared.answer(arguments)
     asked |= {name: getattr(arguments, name) for name in ("chat", "system", "public_system", "logprobs", "hide_length")}
+    if asked["hide_length"] is None:
+        asked["hide_length"] = arguments.engine != "plain" and (arguments.json or arguments.prompts is not None)
     asked["public_prefix"] = shared.public_prefix(arguments)
     where = {"model": arguments.model, "tokenizer": arguments.tokenizer, **shared.settings(arguments)}
     if arguments.prompts is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -168,7 +168,30 @@ class CryptenEngine(CryptenSelection, Engine):
         """
         return gate * self.sigmoid(gate) * up
 
-    def open_to(self, x: Handle, rank: int) -> torch.Tensor | None:
+    def check_sampling(self, temperature: float) -> None:
+        if temperature:
+            raise UsageError(
+                f"engine 'crypten' has no noise to draw tokens on shares at temperature {temperature:g}; with --reveal "
+                "tokens decode greedily (--greedy), or use engine 'wire'"
+            )
+
+    def sample(self, logits: Handle, temperature: float) -> Handle:
+        """By ``top``; no noise is dealt here. Error: none. Cost: ``top``'s of one among V."""
+        self.check_sampling(temperature)
+        bits = self.top(logits, 1)
+        return self.transform(bits, torch.arange(logits.shape[-1])[:, None])[..., 0]
+
+    def top_k(self, logits: Handle, count: int) -> tuple[Handle, Handle]:
+        """Beyond ``selection.PAIRS`` logits in the order of their indices. Error: none. Cost: ``best``'s of V, and a
+        round with count V bits and V logits."""
+        picks = self.best(logits, count)[0]
+        ids = self.transform(picks, torch.arange(logits.shape[-1])[:, None])[:, 0]
+        return ids, self.gather(picks, logits.reshape(-1, 1))[:, 0]
+
+    def open_to(self, x: Handle | tuple[Handle, ...], rank: int) -> Any:
         """Reveals: x to ``rank`` alone. Exact. Cost: one message of 8 bytes per element from each other party."""
-        total = x.reveal(dst=rank)
-        return None if total is None else (total.double() / x.encoder.scale).float()
+        found = []
+        for handle in x if isinstance(x, tuple) else (x,):
+            total = handle.reveal(dst=rank)
+            found.append(None if total is None else (total.double() / handle.encoder.scale).float())
+        return found[0] if found[0] is None or not isinstance(x, tuple) else tuple(found)

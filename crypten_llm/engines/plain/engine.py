@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.plain.selection import PlainSelection
 from crypten_llm.links.meter import Meter
+from crypten_llm.protocols.dealer.randomness import Stream, fresh_key
+from crypten_llm.protocols.gumbel import noise
 
 
 class PlainEngine(PlainSelection, Engine):
@@ -27,6 +31,11 @@ class PlainEngine(PlainSelection, Engine):
         self.device = torch.device(device)
         self.meter = meter or Meter()
         self.rank = 0
+
+    @cached_property
+    def _stream(self) -> Stream:
+        """Of noise; its kernels are compiled where some is drawn."""
+        return Stream(fresh_key())
 
     def parameter(self, value: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor:
         assert value is not None, "one process plays every party"
@@ -75,5 +84,15 @@ class PlainEngine(PlainSelection, Engine):
     def cat(self, handles: list[torch.Tensor], dim: int) -> torch.Tensor:
         return torch.cat(handles, dim)
 
-    def open_to(self, x: torch.Tensor, rank: int) -> torch.Tensor:
-        return x.cpu()
+    def sample(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        if temperature:
+            uniform = self._stream.words(logits.numel()).view(logits.shape)
+            logits = logits.double() + temperature * noise(uniform).to(self.device)
+        return logits.argmax(-1)
+
+    def top_k(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        best, index = logits[0].sort(descending=True, stable=True)
+        return index[:count], best[:count]
+
+    def open_to(self, x: torch.Tensor | tuple[torch.Tensor, ...], rank: int) -> Any:
+        return tuple(part.cpu() for part in x) if isinstance(x, tuple) else x.cpu()

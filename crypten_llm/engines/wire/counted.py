@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from crypten_llm import records
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.engines.wire.handles import OneHot, Weight
+from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.links.frames import HEADER
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import encode_json
@@ -131,10 +132,10 @@ class CostEngine(WireEngine):
     role = Counting
     number_bytes = 0
 
-    def __init__(self, links: Links) -> None:
+    def __init__(self, links: Links, config: WireConfig | None = None) -> None:
         material = _Material(links)
         there: Any = links  # stands for a transport
-        super().__init__(there, material=material, runtime=self.role(links, material))
+        super().__init__(there, config, material, self.role(links, material))
         self._links = links
 
     def expect(self, verb: str, facts: dict, request: int) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.domain import Calibration
-from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, gathering, keeping, layers  # noqa: F401
+from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, drawing, gathering, keeping, layers  # noqa: F401
 from crypten_llm.engines.wire.handles import Handle, OneHot, Rows, Weight, value
 from crypten_llm.engines.wire.known import known_rows
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
@@ -184,30 +184,36 @@ class WireEngine(Engine):
 
     # What comes out.
 
-    def open_to(self, x: Handle, rank: int) -> torch.Tensor | None:
+    def open_to(self, x: Handle | tuple[Handle, ...], rank: int) -> Any:
         """The other party sends its share without the bits below the ``shown_bits``th: they would show how the value
         was computed, such as a factor that all logits have in common.
 
         Reveals: to ``rank``, x rounded to ``shown_bits`` fractional bits; to both parties, whether any number since the
         last time left its range. Error: half a unit of ``shown_bits``.
         Cost: 1 round of 16 bytes each way, and 1 of l - d bits an element one way, for a ring of l bits and d bits
-        dropped.
+        dropped; of several handles together.
         Raises: LeftRange, at both parties, instead of opening what is wrong; PartyError as ``Sketches.checked``.
         """
         return self.rounds.run(self._show(x, rank))
 
-    def _show(self, x: Handle, rank: int) -> Protocol[torch.Tensor | None]:
-        x = yield from value(self, x)
+    def _show(self, x: Handle | tuple[Handle, ...], rank: int) -> Protocol[Any]:
+        several = []
+        for handle in x if isinstance(x, tuple) else (x,):
+            several.append((yield from value(self, handle)))
         if self.tells_range:
             self.rounds.start(self.sketches.checked())
             if (yield from self.checks.any_set()):
                 raise LeftRange(LEFT_DOMAIN)
-        cut = max(0, x.scale - self.shown_bits)
-        (other,) = yield [Message(OWNER + CLIENT - rank, tuple(x.shape), x.width - cut, x.share >> cut)]
-        if other is None:
+        cuts, sender = [max(0, x.scale - self.shown_bits) for x in several], OWNER + CLIENT - rank
+        pieces = zip(several, cuts, strict=True)
+        others = yield [Message(sender, tuple(x.shape), x.width - cut, x.share >> cut) for x, cut in pieces]
+        if others[0] is None:
             return None
-        words = self._shown(x.share, other, cut, x.width)
-        return words.double().div(2.0**x.scale).to(self.shown_dtype)
+        found = []
+        for part, other, cut in zip(several, others, cuts, strict=True):
+            words = self._shown(part.share, other, cut, part.width)
+            found.append(words.double().div(2.0**part.scale).to(self.shown_dtype))
+        return tuple(found) if isinstance(x, tuple) else found[0]
 
     def _shown(self, share: torch.Tensor, other: torch.Tensor, cut: int, width: int) -> torch.Tensor:
         """The signed integers behind both shares, the other of which came without its ``cut`` low bits."""

@@ -42,8 +42,8 @@ class WireConfig:
 
     Bounds: hidden_bits, |x| < 2^hidden_bits of hidden states and of what is added to them; key_bits, of queries, keys
     and values as eviction policies compute with them, while the model itself needs no bound on these; mixed_bits;
-    up_bits; logit_bits; embedding_bits; gates, how many intervals tell a gate's size. exponent: q, the ring of
-    softmax's exponents.
+    up_bits; logit_bits, and beside it logit_room of their ring for what is added; embedding_bits; gates, how many
+    intervals tell a gate's size. exponent: q, the ring of softmax's exponents.
     """
 
     hidden: int = 16
@@ -65,9 +65,16 @@ class WireConfig:
     mixed_bits: int = 8
     up_bits: int = 10
     logit_bits: int = 16
+    logit_room: int = 0
     embedding_bits: int = 4
     gates: int = 256
     exponent: int = 256
+
+    @classmethod
+    def choosing(cls) -> "WireConfig":
+        """For a run that compares logits on shares: fewer bits before the point leave more behind it, and one of the
+        ring is for noise."""
+        return cls(logit_bits=12, logit_room=1)
 
     def __post_init__(self) -> None:
         """Raises Overflow where a ring would be wider than a word."""
@@ -135,7 +142,7 @@ class WireConfig:
 
     @cached_property
     def logits_width(self) -> int:
-        return self.row + self.weight + self.logit_bits + 2
+        return self.row + self.weight + self.logit_bits + self.logit_room + 2
 
     @cached_property
     def mixed_width(self) -> int:

@@ -26,6 +26,7 @@ LENGTH = struct.Struct("<Q")
 WORD = 8
 _PROGRAM = ("*.py", "*.json", "weights/*.safetensors")  # the last are of trained policies
 _NOT_IN_A_TAPE = ("hide_length",)  # changes nothing that is dealt
+_USUAL = (0, "logits")  # what no option needs to say
 _NOT_IN_A_FINGERPRINT = ("bos_token_id", "eos_token_id")  # as little; generation_config.json may change them
 
 
@@ -66,7 +67,7 @@ def fingerprint(config: dict) -> str:
 def command(verb: str, plan: dict) -> str:
     """The command that deals a tape for ``plan``."""
     first = "--bench" if verb == "bench" else "--model MODEL"
-    given = {name: value for name, value in plan.items() if name not in _NOT_IN_A_TAPE and value != 0}
+    given = {name: value for name, value in plan.items() if name not in _NOT_IN_A_TAPE and value not in _USUAL}
     options = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
     return " ".join(["python -m crypten_llm deal", first, *options, "--out DIR"])
 
