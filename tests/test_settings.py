@@ -25,6 +25,7 @@ CHANGED = {
         "force": True,
         "calibration_text": "asked.txt",
         "reveal": "top-7",
+        "policy_weights": "gates.safetensors",
         "session_tokens": 100,
         "day_tokens": 1000,
     },

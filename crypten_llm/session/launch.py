@@ -29,9 +29,9 @@ from crypten_llm.links.network import parse_network
 from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session.admission import WARNING, Admission
-from crypten_llm.session.limits import Limits
 from crypten_llm.session.mode import ALL
 from crypten_llm.session.party import Party
+from crypten_llm.session.quota import Quota
 from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
 from crypten_llm.session.weights import know_weights
 
@@ -135,7 +135,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
     own: dict[str, Any] = {
         "admission": admission,
         "mode": protocol.mode,
-        "limits": Limits(launch.session_tokens, launch.day_tokens),
+        "quota": Quota(launch.session_tokens, launch.day_tokens),
     }
     if protocol.engine == "wire":
         from crypten_llm.engines.wire.engine import WireEngine

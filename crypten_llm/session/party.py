@@ -28,9 +28,9 @@ from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER, role_names
 from crypten_llm.session import bench, generation, messages, sizes
 from crypten_llm.session.admission import Admission
-from crypten_llm.session.limits import Limits
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.prefix import Prefixes
+from crypten_llm.session.quota import Quota
 from crypten_llm.session.reveal import RevealLog
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Party:
     transport is ``None`` on engine ``plain``, where one process is owner and client at once. make_policy: of a request,
     from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner,
     whether its model is shared. mode: what this party lets the client learn of each step, all logits by default.
-    limits: at the owner, how many tokens it answers with.
+    quota: at the owner, how many tokens it answers with.
     """
 
     model: Llama  # once it has been loaded
@@ -66,7 +66,7 @@ class Party:
         make_model: Callable[..., Llama] = Llama,
         admission: Admission | None = None,
         mode: Mode | None = None,
-        limits: Limits | None = None,
+        quota: Quota | None = None,
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -81,7 +81,7 @@ class Party:
         self.kept: dict[int, KVCache] = {}  # by conversation, what its next turn goes on with
         self.make_policy, self.make_model, self.admission = make_policy, make_model, admission or Admission()
         self.mode = mode or Mode()
-        self.limits = limits if limits and self.is_owner else Limits()
+        self.quota = quota if quota and self.is_owner else Quota()
         self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
     @property
@@ -155,7 +155,7 @@ class Party:
         wrong, which of its ranges the model leaves.
         """
         self.reveals, self.kept = RevealLog(), {}
-        self.limits.begin(folder or "")
+        self.quota.begin(folder or "")
         with self.engine.meter.phase("load"):
             announced, weights = self._open_model(folder, progress) if self.is_owner else (self._await(progress), {})
             config, scales = self._check_model(announced)
@@ -290,7 +290,7 @@ class Party:
                 case messages.Generate(plans, turn):
                     self.start_request()
                     self.check_plans(plans, turn)
-                    with self.limits.taken([plan.max_new_tokens for plan in plans], lambda: self.reveals.tokens):
+                    with self.quota.taken([plan.max_new_tokens for plan in plans], lambda: self.reveals.tokens):
                         for _ in generation.together(self, plans, caches=self.caches(plans, turn)):
                             pass
                 case messages.Forget(conversation):

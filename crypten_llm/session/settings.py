@@ -6,6 +6,7 @@ changes none of that: where parties meet, how long they wait, how they show prog
 A new setting is one field here: its option on the command line is made from it, and local parties are started with it.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ import crypten_llm
 from crypten_llm.engines import check_engine
 from crypten_llm.errors import UsageError, did_you_mean
 from crypten_llm.links.network import parse_network
-from crypten_llm.records import Malformed, Word, decode, encode
+from crypten_llm.records import Malformed, Word, convert, plain
 from crypten_llm.roles import role_names
 from crypten_llm.session.mode import ALL, Mode
 
@@ -125,7 +126,7 @@ class LaunchConfig:
     tls: folder of keys and certificates that put the links under TLS (see ``tls``); plain TCP when empty.
     calibration_text: a file that the owner measures its model on, in the clear and alone, before it shares it.
     policy_weights: a file of a policy's trained weights, which requests name and no other party's words can open.
-    session_tokens, day_tokens: most tokens that the owner answers with (see ``limits``); 0 for no limit.
+    session_tokens, day_tokens: most tokens that the owner answers with (see ``quota``); 0 for no limit.
     offline: never ask a hub. verbose: tracebacks, and what the other parties print. progress: show progress bars.
     shielded: local parties do not hear Ctrl-C, which reaches every process of a terminal; they end with the client.
     """
@@ -186,13 +187,14 @@ class Child:
     model: str = ""
 
     def to_json(self) -> str:
-        return encode(self).decode()
+        """ASCII: a path may hold what is no UTF-8."""
+        return json.dumps(plain(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Child":
         try:
-            return decode(text, cls)
-        except Malformed as error:
+            return convert(json.loads(text), cls)
+        except (Malformed, ValueError) as error:
             raise UsageError(f"--child is {error}; it is for parties that a client starts") from None
 
 

@@ -21,7 +21,7 @@ from crypten_llm.errors import UsageError, unheard
 LARGEST = 1 << 16  # bytes of a file that is a count
 
 
-class Limits:
+class Quota:
     """session, day: most tokens, 0 for no limit. The days are those of UTC.
 
     The day's count is a file for each model, by the path of its folder: ``count_file``.

@@ -9,7 +9,7 @@ from hf_models import tiny
 
 from crypten_llm import PrivateLlama
 from crypten_llm.errors import CryptenLLMError, UsageError, public_words
-from crypten_llm.session.limits import Limits, count_file
+from crypten_llm.session.quota import Quota, count_file
 from crypten_llm.session.settings import LaunchConfig
 
 
@@ -18,15 +18,15 @@ def state(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
-def use(limits, asked, shown=None):
-    with limits.taken([asked], lambda: asked if shown is None else shown):
+def use(quota, asked, shown=None):
+    with quota.taken([asked], lambda: asked if shown is None else shown):
         pass
 
 
 def session(model="model", **most):
-    limits = Limits(**most)
-    limits.begin(model)
-    return limits
+    quota = Quota(**most)
+    quota.begin(model)
+    return quota
 
 
 def counted(model="model"):
@@ -34,11 +34,11 @@ def counted(model="model"):
 
 
 def test_a_session_has_its_tokens_and_no_more():
-    limits = session(session=10)
-    use(limits, 6, shown=2)
-    use(limits, 8)
+    quota = session(session=10)
+    use(quota, 6, shown=2)
+    use(quota, 8)
     with pytest.raises(UsageError, match="with 10 tokens a session, of which 0 are left, and 1 are asked for; ask for"):
-        use(limits, 1)
+        use(quota, 1)
     use(session(session=10), 10)
     assert not count_file("model").exists(), "nothing is kept of what has no limit a day"
 
