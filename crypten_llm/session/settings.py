@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import crypten_llm
+from crypten_llm import program
 from crypten_llm.engines import check_engine
 from crypten_llm.errors import UsageError, did_you_mean
 from crypten_llm.links.network import parse_network
@@ -28,10 +29,14 @@ DEFAULT_TIMEOUT = 300.0
 class Agreement:
     """Public settings that every party must have alike; the owner's are compared with each other's.
 
+    program: digest of the code. torch: its version, whatever device it was built for. What tapes are for is compared
+    when they are opened (``Tape.compare``).
     precision_bits: None on an engine that has none. force: whether all take a model that leaves the engine's ranges.
     """
 
     version: str
+    program: str
+    torch: str
     engine: str
     compute_parties: int
     precision_bits: int | None
@@ -103,7 +108,10 @@ class ProtocolConfig:
 
     def agreement(self) -> Agreement:
         bits = self.precision_bits if self.engine == "crypten" else None
-        return Agreement(crypten_llm.__version__, self.engine, self.compute_parties, bits, self.force)
+        import torch  # not where a command line is read
+
+        code, tensors = program.digest()[:16], str(torch.__version__).partition("+")[0]
+        return Agreement(crypten_llm.__version__, code, tensors, self.engine, self.compute_parties, bits, self.force)
 
 
 @dataclass(frozen=True)
