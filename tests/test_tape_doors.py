@@ -12,6 +12,7 @@ import torch
 from tapes import KEYS, links_of, open_tape, record
 
 from crypten_llm.commands.cli import main
+from crypten_llm.commands.deal import deal
 from crypten_llm.errors import CryptenLLMError, PartyError, UsageError
 from crypten_llm.links.signatures import Signer, is_signed, public_key
 from crypten_llm.links.tls import make_key
@@ -21,6 +22,10 @@ from crypten_llm.protocols.dealer.manifest import NAMES, Manifest
 from crypten_llm.protocols.dealer.roles import ROLES
 from crypten_llm.protocols.dealer.tape import Tape, locate
 from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.session import launch
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 
 
 @pytest.fixture
@@ -362,3 +367,50 @@ def test_a_manifest_reads_what_it_wrote(folder):
     public = json.loads(text)
     assert public.pop("bytes") > 0 and Manifest.read(public) == mine.manifest
     assert (folder / "client" / "manifest.json").read_text() != text and links_of(0).rank == 0
+
+
+# In a run.
+
+
+def test_a_run_opens_what_it_may(folder, tmp_path, monkeypatch):
+    """All parties on one machine may find both files there; under certificates the dealer's key must have signed."""
+    links, protocol = links_of(OWNER), ProtocolConfig(tape=str(folder))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(UsageError, match="must not be on the owner's host"):
+        launch._tape(protocol, LaunchConfig(), links)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    launch._tape(protocol, LaunchConfig(), links).close()
+    with pytest.raises(UsageError, match=r"cannot read .*dealer.crt"):
+        launch._tape(protocol, LaunchConfig(tls=str(tmp_path)), links)
+    make_key(tmp_path, "dealer")
+    with pytest.raises(UsageError, match="is not signed by the dealer's key"):
+        launch._tape(protocol, LaunchConfig(tls=str(tmp_path)), links)
+
+
+def test_a_bench_with_a_signed_tape_leaves_no_key_and_no_material(tmp_path):
+    """A whole run under TLS; the tape was dealt for more steps than it takes."""
+    for role in ("owner", "client", "dealer"):
+        make_key(tmp_path / "keys", role)
+    shape = Shape(hidden=16, heads=2, kv_heads=2, ffn=16, kv_len=4, steps=2)
+    deal(shape, tmp_path / "tape", say=lambda line: None, tls=str(tmp_path / "keys"))
+    files = [tmp_path / "tape" / name / f"{name}.tape" for name in NAMES]
+    begun = []
+    for path in files:
+        fd = os.open(path, os.O_RDONLY)
+        begun.append(read_begin(fd))
+        os.close(fd)
+    settings = {"tape": str(tmp_path / "tape"), "tls": str(tmp_path / "keys"), "timeout": 60, "threads": 1}
+    with PrivateLlama(*split(settings)) as llama:
+        assert llama.bench(replace(shape, steps=1))[0]["max_abs_err"] < 0.1
+    for path, before in zip(files, begun, strict=True):
+        data = path.read_bytes()
+        header = Header.read(before.header)
+        assert before.key not in data and data[16:18] == b"20"
+        start, zero = before.start, []
+        for size, _ in header.sections.values():
+            if size:
+                zero.append(not any(data[start : start + size]))
+            start += size
+        assert zero == [True] * (len(zero) - 1) + [False], "the last step's is encrypted, under a key that is gone"

@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import Self
 
 CHANNELS = ("online", "dealer")
+CLOCKS = ("seconds", "wait_seconds", "dealer_wait_seconds")  # of a table's row
 Cell = tuple[str, str]  # (phase, kind): what a count goes to
 Cells = Mapping[Cell, Sequence[int]]  # bytes sent and received of each
 
@@ -216,6 +217,10 @@ class Meter:
                 }
             )
         return rows
+
+    def counts(self) -> list[dict]:
+        """`table` without clocks: what this party may tell others, as they could count it themselves."""
+        return [{name: row[name] for name in row if name not in CLOCKS} for row in self.table()]
 
     def _charge_wall(self) -> None:
         """Give the time since the last call to the innermost scope, so nested time is never counted twice."""

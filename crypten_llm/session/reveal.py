@@ -40,6 +40,10 @@ class RevealLog:
         """Records a fact that every party, the dealer too, knows."""
         self._record(Revealed(what, "all", why))
 
+    def told(self, what: str, to: str, why: str) -> None:
+        """Records what the parties tell ``to`` of themselves."""
+        self._record(Revealed(what, to, why))
+
     def open_to_client(self, engine: Engine, handle: Handle, client: int, what: str, why: str) -> torch.Tensor | None:
         """The float value of ``handle`` at the client, ``None`` elsewhere.
 

@@ -283,6 +283,7 @@ class Tape:
 
     def read(self, count: int) -> torch.Tensor:
         """The next bytes of the section. Raises OneTimeError where it has no more."""
+        self._owned.check("a tape")
         size, start = padded(count), self._used
         if self._position + size > self._stop:
             raise OneTimeError("the program needs more than this section of the tape holds")
@@ -297,7 +298,6 @@ class Tape:
         """The next bytes of the section, in new memory: what was read before belongs to those who read it. In the file
         they become zeros, which the disk has at the latest when the tape is closed.
         """
-        self._owned.check("a tape")
         left = self._ahead[self._used :]
         memory = torch.empty(max(least, min(AHEAD, self._stop - self._position)), dtype=torch.uint8)
         memory[: left.numel()] = left
