@@ -45,6 +45,10 @@ class PartyError(CryptenLLMError):
     exit_code = 3
 
 
+class OneTimeError(CryptenLLMError):
+    """A mask would hide two values, or dealt material would be used twice or out of step: the run ends instead."""
+
+
 ENDED = "its program ended with an error; see its own output"  # all that others hear of what is not for them
 LONGEST = 2000  # characters of a message; beyond that a value was quoted whole
 _silence = threading.RLock()

@@ -21,10 +21,10 @@ Kind = TypeVar("Kind")
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=limits.COUNT)]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=limits.TOKENS)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=limits.COUNT)]
 _ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"  # which cannot steer a terminal
 Word = Annotated[str, msgspec.Meta(max_length=100, pattern=_ONE_LINE)]
 Words = Annotated[str, msgspec.Meta(max_length=4000, pattern=_ONE_LINE)]
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256, in hex
 
 
 class Malformed(ValueError):

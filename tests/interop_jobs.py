@@ -122,7 +122,8 @@ def from_tape(engine, folder, x, w):
     """``masked_rectifier`` with this party's tape; the dealer has nothing to do."""
     if engine.rank == 2:
         return None
-    return masked_rectifier(WireEngine(engine.transport, material=Tape(folder, engine.rank, engine.transport)), x, w)
+    tape = Tape(folder, engine.rank, engine.transport, is_local=True)
+    return masked_rectifier(WireEngine(engine.transport, material=tape), x, w)
 
 
 @torch.inference_mode()

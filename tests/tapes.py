@@ -33,13 +33,13 @@ def program(runtime, sections=SECTIONS):
     return dealt
 
 
-def record(out, plan=PLAN, requests=2, progress=lambda count: None, program=program):
+def record(out, plan=PLAN, requests=2, progress=lambda count: None, program=program, signer=None):
     """A tape of ``program``; returns what the dealer knows."""
     sizes = Sizes()
     links = SimpleNamespace(rank=DEALER, meter=Meter())
     program(Counting(links, sizes))
     manifest = make_manifest(ENGINE, CONFIG, "generate", plan, requests)
-    with Recording(out, manifest, sizes, progress) as recording:
+    with Recording(out, manifest, sizes, progress, signer) as recording:
         return program(Dealer(links, recording.keys, recording))
 
 
@@ -47,5 +47,5 @@ def links_of(rank):
     return SimpleNamespace(rank=rank, meter=Meter(), name=lambda peer: f"rank {peer} ({NAMES[peer]})")
 
 
-def open_tape(path, party):
-    return Tape(path, party, links_of(party))
+def open_tape(path, party, is_local=True, signer=""):
+    return Tape(path, party, links_of(party), is_local, signer)

@@ -303,7 +303,10 @@ def test_crypten_chooses_by_its_own_comparisons(models, clear, mode):
     with PrivateLlama.from_pretrained(models[0], engine="crypten", reveal=mode, timeout=60, threads=1) as llama:
         found = llama.generate(input_ids=IDS, max_new_tokens=2)
         assert found.token_ids == expected
-        assert [entry["what"] for entry in found.revealed if entry["to"] == "client"] == [CHOICES[mode][0][0]]
+        assert [entry["what"] for entry in found.revealed if entry["to"] == "client"] == [
+            CHOICES[mode][0][0],
+            "peak memory of each party",
+        ]
         if mode == "tokens":
             with pytest.raises(UsageError, match="engine 'crypten' has no noise to draw tokens on shares at temperat"):
                 llama.generate(input_ids=IDS, max_new_tokens=1, do_sample=True, temperature=0.5)

@@ -42,7 +42,7 @@ def test_tapes_of_two_deals(folder, tmp_path, other, engine, message):
 
     def compare(party, where):
         try:
-            Tape(where, party, links[party]).compare(engine)
+            Tape(where, party, links[party], is_local=True).compare(engine)
         except UsageError as error:
             errors.append(str(error))
 

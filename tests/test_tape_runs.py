@@ -66,18 +66,17 @@ def test_commands(model, expected, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == "" and "tape for 1 x generate: " in err and "/s)" in err
     for party in NAMES:
-        (tmp_path / party).mkdir()
-        shutil.move(folder / f"{party}.tape", tmp_path / party)
+        shutil.move(folder / party, tmp_path / "hosts" / party / "tape")
     command = [*GENERATE, "--engine", "wire", "--model", model, "--prompt-ids", "5,6,7,8,9", "--json", "--timeout", 60]
     port = free_port()
     with ExitStack() as running:
         for rank, party in enumerate(NAMES):
-            own = [*command, "--max-new-tokens", 3, "--tape", tmp_path / party / f"{party}.tape"]
+            own = [*command, "--max-new-tokens", 3, "--tape", tmp_path / "hosts" / party / "tape"]
             (program,) = by_hand(2, *own, port=port, ranks=[rank])
             running.enter_context(program)
         assert program.result()["token_ids"] == expected
-    shutil.move(tmp_path / "owner" / "owner.tape", tmp_path / "client")
-    for where, message in ((folder, "no tape at"), (tmp_path / "client", "was used on")):
+    shutil.move(tmp_path / "hosts" / "owner" / "tape" / "owner.tape", tmp_path / "hosts" / "client" / "tape")
+    for where, message in ((folder, "no tape at"), (tmp_path / "hosts" / "client" / "tape", "was used on")):
         assert main([*map(str, command[2:]), "--tape", str(where)]) == 2
         assert message in error_line(capsys.readouterr().err)
 
@@ -102,7 +101,7 @@ def test_config_json_alone_deals_for_the_whole_folder(model, tmp_path):
 def test_a_bench_is_dealt_too(tmp_path):
     shape = Shape(hidden=16, heads=2, kv_heads=2, ffn=16, kv_len=8, steps=2)
     manifest = deal(shape, tmp_path / "tape", say=quiet)
-    assert manifest["plan"] == asdict(shape)
+    assert manifest.plan == asdict(shape)
     mine = open_tape(tmp_path / "tape", OWNER)
     mine.expect("bench", {**asdict(shape), "steps": 1}, 1)
     with pytest.raises(UsageError, match="kv_len is 9, .* deal --bench --hidden 16 --heads 2 .* --kv-len 9"):

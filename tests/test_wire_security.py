@@ -5,6 +5,7 @@ import pytest
 import torch
 from wire_parties import CLIENT, DEALER, OWNER, key, open_wires, play, run, share
 
+from crypten_llm.errors import OneTimeError
 from crypten_llm.insecure.audit import MaskReused
 from crypten_llm.kernels.ring import Comparison, Group, packed_size
 from crypten_llm.protocols import fits, products, smooth
@@ -299,7 +300,7 @@ def twice(runtime, forget: bool):
 
 
 def test_a_section_is_begun_once():
-    with pytest.raises(AssertionError, match="section 'twice' is begun twice: it would use its masks twice"):
+    with pytest.raises(OneTimeError, match="section 'twice' is begun twice: it would use its masks twice"):
         run(twice, False)
 
 

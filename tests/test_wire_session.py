@@ -120,6 +120,7 @@ def sessions(tmp_path_factory):
 
 
 SHOWN = ["whether any number left the engine's range", "logits of each generated token"]  # to both parties; to one
+COUNTED = [*SHOWN, "peak memory of each party"]  # where statistics are asked for
 PUBLIC = {  # keys of the JSON that the dealer may see, by sender
     OWNER: {"verb", "config", "norm_scales", "tokens", "loaded", "total"},
     CLIENT: {"verb", "plans", "stop"},
@@ -154,7 +155,7 @@ def test_two_sessions_differ_in_no_size_and_no_order(sessions):
 def test_a_session_reveals_logits_and_public_facts_alone(sessions):
     for outcome in sessions:
         revealed = outcome.results[CLIENT][1]
-        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == SHOWN
+        assert [entry["what"] for entry in revealed if entry["to"] != "all"] == COUNTED
 
 
 # Turns of a conversation, and prompts side by side.

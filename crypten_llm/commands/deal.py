@@ -19,10 +19,11 @@ from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.links.meter import Meter
+from crypten_llm.links.signatures import Signer, fingerprint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.counting import Counting
-from crypten_llm.protocols.dealer.manifest import make_manifest
+from crypten_llm.protocols.dealer.manifest import Manifest, make_manifest
 from crypten_llm.protocols.dealer.recording import Recording, Sizes
 from crypten_llm.records import Record
 from crypten_llm.roles import CLIENT, DEALER, OWNER
@@ -77,23 +78,29 @@ def deal(
     requests: int = 1,
     say: Callable[[str], object] = print,
     progress: bool = False,
-) -> dict:
-    """Writes the tape for ``requests`` times ``work`` to the new folder ``out``; returns its manifest.
+    tls: str = "",
+) -> Manifest:
+    """Writes the tape for ``requests`` times ``work`` to the new folder ``out``, a folder in it for each party; returns
+    its manifest.
 
-    config: of the model, for a ``Plan``. say: called with each line about the run.
+    config: of the model, for a ``Plan``. say: called with each line about the run. tls: the dealer's folder of keys,
+    with whose own it signs; else a key for this tape alone does.
 
-    Raises UsageError for a request that no model can run, and when ``out`` cannot be written.
+    Raises UsageError for a request that no model can run, a key that cannot be read, and when ``out`` cannot be
+    written.
     """
     check_policy(work.policy)
     verb = "generate" if isinstance(work, Plan) else "bench"
     model = config if isinstance(work, Plan) else work.config()
-    assert model is not None, "a plan comes with its model's configuration"
+    if model is None:
+        raise UsageError("a plan comes with its model's configuration; give config=LlamaConfig.from_folder(...)")
     counts = {"requests": requests} | {name: getattr(work, name, 1) for name in ("max_new_tokens", "chunk")}
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"{name} is {count}; it must be 1 or more")
     if isinstance(work, Plan):
         work.check(model)
+    signer = Signer.of_role(tls, "dealer") if tls else Signer.fresh()
 
     def run(material: Any, role: Callable[[Any, Any], Runtime]) -> None:
         script = _generation(model, work, requests) if isinstance(work, Plan) else _bench(work, requests)
@@ -109,8 +116,11 @@ def deal(
     started = perf_counter()
     manifest = make_manifest(asdict(engine), model.to_dict(), verb, work.facts(), requests)
     bar = tqdm(desc="dealing", total=sum(total), unit="B", unit_scale=True, disable=not progress, leave=False)
-    with bar, Recording(Path(out), manifest, sizes, bar.update) as recording:
+    with bar, Recording(Path(out), manifest, sizes, bar.update, signer) as recording:
         run(recording, roles.make)
     seconds = perf_counter() - started
-    say(f"{out}: tape {manifest['id']} in {seconds:.1f} s ({size(sum(total) / seconds)}/s)")
-    return manifest
+    say(f"{out}: tape {manifest.id} in {seconds:.1f} s ({size(sum(total) / seconds)}/s)")
+    whose = "the dealer's key" if tls else "a key of this tape alone"
+    say(f"signed by {whose}, {fingerprint(signer.public)}")
+    say(f"carry {out}/owner to the owner alone, {out}/client to the client alone")
+    return recording.manifest

@@ -43,8 +43,7 @@ def add_settings(parser: Parser) -> None:
 def settings(arguments: Any) -> dict:
     """Keyword arguments of ``settings.split`` from what was parsed."""
     given = {setting.name: getattr(arguments, setting.name) for setting in _settings_with_options()}
-    weights = getattr(arguments, "policy_weights", "")
-    return given | {"progress": sys.stderr.isatty(), "policy_weights": weights}
+    return given | {"progress": sys.stderr.isatty()}
 
 
 def _settings_with_options() -> Any:
@@ -170,9 +169,13 @@ def _ids(option: str, given: str) -> list[int]:
 def add_policy(parser: Parser) -> None:
     what = "KV-cache eviction policy (default: full); python -m eviction list shows all"
     parser.add_argument("--policy", default="full", help=what)
-    what = "trained weights of a policy, the same file at every party; --set weights=NAME takes them by the file's name"
-    parser.add_argument("--policy-weights", default="", metavar="FILE", help=what)
     parser.add_policy_settings()
+
+
+def add_policy_weights(parser: Parser) -> None:
+    """Of commands that run without parties; to all others it is a setting."""
+    setting = LaunchConfig.__dataclass_fields__["policy_weights"]
+    parser.add_argument("--policy-weights", default="", metavar="FILE", help=setting.metadata["help"])
 
 
 def policy(arguments: Any) -> str:

@@ -37,6 +37,8 @@ SAME_PROGRAM = "the parties run different programs; start all of them with the s
 def say_goodbye(link: _Link, message: str) -> None:
     """Tell the peer at `link` why this party stops. Best effort, never raises for a link that is gone."""
     text = message.encode()[:MAX_ABORT_BYTES]
+    if not link.owned.is_here:  # the link goes on in the process that was forked
+        return
     try:
         if not link.mid_frame:
             link.sock.settimeout(LAST_WORDS_SECONDS)

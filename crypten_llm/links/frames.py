@@ -7,6 +7,7 @@ ever read. Owns the numbers that both ends of a link must agree on; `rendezvous.
 
 import struct
 import sys
+from collections.abc import Iterable
 
 import torch
 
@@ -26,4 +27,13 @@ DTYPES = {
 }
 DTYPE_NAMES = {code: str(dtype).removeprefix("torch.") for dtype, code in DTYPES.items()} | {MIXED: "mixed"}
 MAX_ABORT_BYTES = 4096
-assert sys.byteorder == "little", "frames carry raw little-endian elements"
+if sys.byteorder != "little":
+    raise ImportError("frames carry raw little-endian elements, and this machine's are big-endian")
+
+
+def dtype_code(dtypes: Iterable[torch.dtype]) -> int:
+    """The code of what a frame carries. Raises TypeError for what does not travel."""
+    codes = {DTYPES.get(dtype, MIXED) for dtype in dtypes}
+    if MIXED in codes:
+        raise TypeError(f"{dtypes} do not travel: convert to one of {', '.join(map(str, DTYPES))}")
+    return codes.pop() if len(codes) == 1 else MIXED

@@ -24,27 +24,25 @@ from typing import Annotated, Self, TypedDict
 
 from msgspec import Meta
 
-from crypten_llm.records import Count, Seconds, Word
+from crypten_llm.records import Count, Word
 
 CHANNELS = ("online", "dealer")
+CLOCKS = ("seconds", "wait_seconds", "dealer_wait_seconds")  # of a table's row
 Cell = tuple[str, str]  # (phase, kind): what a count goes to
 Cells = Mapping[Cell, Sequence[int]]  # bytes sent and received of each
 
 
 class Row(TypedDict):
-    """One row of ``Meter.table``, as other parties are told it."""
+    """One row of ``Meter.table`` as other parties are told it: without clocks."""
 
     phase: Word
     kind: Word
     rounds: Count
     bytes_sent: Count
     bytes_received: Count
-    wait_seconds: Seconds
     dealer_rounds: Count
     dealer_bytes_sent: Count
     dealer_bytes_received: Count
-    dealer_wait_seconds: Seconds
-    seconds: Seconds
 
 
 class DealersCounters(TypedDict):
@@ -250,6 +248,10 @@ class Meter:
                 }
             )
         return rows
+
+    def counts(self) -> list[dict]:
+        """`table` without clocks: what this party may tell others, as they could count it themselves."""
+        return [{name: row[name] for name in row if name not in CLOCKS} for row in self.table()]
 
     def _charge_wall(self) -> None:
         """Give the time since the last call to the innermost scope, so nested time is never counted twice."""

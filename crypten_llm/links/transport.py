@@ -25,10 +25,11 @@ from torch import Tensor
 from crypten_llm import records
 from crypten_llm.errors import PartyError
 from crypten_llm.limits import MESSAGE_BYTES
-from crypten_llm.links import faults
+from crypten_llm.links import faults, frames
 from crypten_llm.links.frames import ABORT, BOUNDED, DTYPES, HEADER, JSON, MAGIC, MAX_ABORT_BYTES, MIXED, STREAM, TENSOR
 from crypten_llm.links.meter import Cells, Meter
 from crypten_llm.links.sockets import set_up
+from crypten_llm.process import Owned
 
 MAX_BUFFERS = 512  # of one system call; Linux allows 1024
 TLS_RECORD = 16384  # bytes at most; smaller buffers are joined to one
@@ -48,10 +49,12 @@ class _Link:
         self.sent = self.received = 0  # frames, the sequence numbers
         self.mid_frame = False  # a frame is half sent: nothing else may follow on this link
         self.line_free = 0  # emulation: when the incoming line has passed on all earlier frames, in ns
+        self.owned = Owned()
         set_up(sock)
 
     def send(self, views: list[memoryview]) -> int:
         """Bytes of these that the kernel took; raises one of ``WAITS`` where it takes none now."""
+        self.owned.check(f"the link to {self.name}")
         if not isinstance(self.sock, ssl.SSLSocket):
             return self.sock.sendmsg(views[:MAX_BUFFERS])
         count, size = 0, 0
@@ -62,6 +65,7 @@ class _Link:
 
     def receive_into(self, views: list[memoryview]) -> int:
         """Bytes read into the first of these; 0 at the end, raises one of ``WAITS`` where there are none yet."""
+        self.owned.check(f"the link to {self.name}")
         if len(views) == 1 or isinstance(self.sock, ssl.SSLSocket):
             return self.sock.recv_into(views[0])
         return self.sock.recvmsg_into(views[:MAX_BUFFERS])[0]
@@ -224,12 +228,13 @@ class Transport:
     # How a transfer works.
 
     def _link(self, peer: int) -> _Link:
-        assert peer in self._links, f"rank {self.rank} has no open link to rank {peer}"
+        if peer not in self._links:
+            raise PartyError(f"rank {self.rank} has no open link to rank {peer}; start all parties again")
         return self._links[peer]
 
     def _outgoing(self, dst: int, tensors: list[Tensor]) -> _Outgoing:
         views = [bytes_of(tensor.detach().cpu().contiguous()) for tensor in tensors]
-        return self._frame(self._link(dst), TENSOR, _dtype_code([tensor.dtype for tensor in tensors]), views)
+        return self._frame(self._link(dst), TENSOR, frames.dtype_code([tensor.dtype for tensor in tensors]), views)
 
     def _frame(self, link: _Link, kind: int, dtype: int, views: list[memoryview]) -> _Outgoing:
         size = sum([view.nbytes for view in views])
@@ -239,7 +244,7 @@ class Transport:
 
     def _incoming(self, src: int, specs: Specs) -> _Incoming:
         size = sum([math.prod(shape) * dtype.itemsize for shape, dtype in specs])
-        return _Incoming(self._link(src), TENSOR, _dtype_code([dtype for _, dtype in specs]), size, specs)
+        return _Incoming(self._link(src), TENSOR, frames.dtype_code([dtype for _, dtype in specs]), size, specs)
 
     def _transfer(self, outgoing, incoming, channel: str, timeout: float | None = None, cells: Cells | None = None):
         """Send and receive all these frames at once, each link as fast as it goes, and count them."""
@@ -376,18 +381,13 @@ class StreamReader:
         return out
 
     def end(self) -> None:
-        assert not self._left, f"{self._link.name} sent more than this section needs"
+        if self._left:
+            raise PartyError(f"{self._link.name} sent more than this section needs: {faults.SAME_PROGRAM}")
 
 
 def encode_json(obj: object) -> bytes:
     """The payload of a JSON frame."""
     return records.encode(obj)
-
-
-def _dtype_code(dtypes: list[torch.dtype]) -> int:
-    codes = {DTYPES.get(dtype, MIXED) for dtype in dtypes}
-    assert MIXED not in codes, f"{dtypes} do not travel: convert to one of {', '.join(map(str, DTYPES))}"
-    return codes.pop() if len(codes) == 1 else MIXED
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -80,7 +80,8 @@ class LayerCache:
         """Drops the rows that no token to come sees; to be called before the next ones join."""
         if self.window is None or len(self) < self.window:
             return
-        assert not self.policy.acts, "a policy's rows fit the window, see ``Plan.check``"
+        if self.policy.acts:  # which ``Plan.check`` has found at a client of this program
+            raise UsageError(f"policy {self.policy.name} needs all rows, but the layer's window is {self.window}")
         take(self.engine, self.layer, torch.arange(len(self) - self.window + 1, len(self)))
 
     def append(self, keys: Handle, values: Handle) -> None:
@@ -202,7 +203,8 @@ class KVCache:
 
     def begin_with(self, rows: Sequence[tuple[Handle, Handle]], count: int) -> None:
         """Enters the keys and values of the first ``count`` tokens, by layer: those that its window leaves of them."""
-        assert not self.length, "a prefix comes first"
+        if self.length:
+            raise UsageError(f"a public prefix comes first, but the cache has {self.length} rows")
         for cache, (keys, values) in zip(self.layers, rows, strict=True):
             cache.enter_known(keys, values, count)
         self.length = count

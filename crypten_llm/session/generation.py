@@ -205,7 +205,8 @@ class _Sequence:
         policy, plan, reveals = self.party.make_policy(self.plan.policy), self.plan, self.party.reveals
         prefix = check_ids(list(plan.public_prefix), self.party.model.config.vocab_size)
         if self.behind:
-            assert not prefix, "a prefix comes before all turns"
+            if prefix:
+                raise UsageError("a public prefix comes before all turns of a conversation; begin another")
             go_on(self.cache, plan.prompt_tokens)
         else:
             self.cache.follow(policy, len(prefix) + plan.prompt_tokens)

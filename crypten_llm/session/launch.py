@@ -38,6 +38,7 @@ from crypten_llm.session.weights import know_weights
 if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine
     from crypten_llm.links.tls import Links
+    from crypten_llm.protocols.dealer.tape import Tape
 
 PACKAGE_HOME = str(Path(__file__).parents[2])
 GRACE_SECONDS = 10.0  # for the other processes to end by themselves, once the links are closed
@@ -47,6 +48,11 @@ FAILED_GRACE_SECONDS = 2.0  # the same after an error: nothing is lost then
 def is_distributed(env: Mapping[str, str] = os.environ) -> bool:
     """Whether somebody else (torchrun) started the parties."""
     return any(env.get(name) for name in ("RANK", "WORLD_SIZE"))
+
+
+def is_local(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether all parties run on this machine: started here, or by torchrun on this host alone."""
+    return not is_distributed(env) or env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
 
 
 def own_rank(protocol: ProtocolConfig, env: Mapping[str, str] = os.environ) -> int:
@@ -112,6 +118,17 @@ def _links(launch: LaunchConfig, protocol: ProtocolConfig, rank: int) -> Links |
     return tls.Links(launch.tls, protocol.roles, rank)
 
 
+def _tape(protocol: ProtocolConfig, launch: LaunchConfig, transport: Transport) -> Tape | None:
+    """This party's file, if there is a tape; signed by the dealer's key, where certificates say which that is."""
+    if not protocol.tape:
+        return None
+    from crypten_llm.links.signatures import public_key
+    from crypten_llm.protocols.dealer.tape import Tape
+
+    signer = public_key(launch.tls, "dealer") if launch.tls else ""
+    return Tape(protocol.tape, transport.rank, transport, is_local(), signer)
+
+
 def _bridge() -> Any:
     """The module that keeps CrypTen's state; None in a process where nothing has needed it yet."""
     return sys.modules.get("crypten_llm.engines.crypten.bridge")
@@ -140,11 +157,10 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
     if protocol.engine == "wire":
         from crypten_llm.engines.wire.engine import WireEngine
         from crypten_llm.engines.wire.numbers import WireConfig
-        from crypten_llm.protocols.dealer.tape import Tape
 
         config = WireConfig() if protocol.mode.kind == ALL else WireConfig.choosing()
         with unheard():
-            tape = Tape(protocol.tape, transport.rank, transport) if protocol.tape else None
+            tape = _tape(protocol, launch, transport)
         if tape:
             tape.compare(asdict(config))
         engine: Engine = WireEngine(transport, config, tape)
@@ -250,7 +266,7 @@ class LocalParties:
             raise UsageError(
                 f"{self.protocol.tape} is one party's file, and a local run starts both; give --tape the folder"
             )
-        return {rank: str(locate(self.protocol.tape, rank)) for rank in (OWNER, CLIENT)}
+        return {rank: str(locate(self.protocol.tape, rank, is_local=True)) for rank in (OWNER, CLIENT)}
 
     def environment(self, rank: int) -> dict[str, str]:
         """What torchrun would have set for ``rank``; the client hosts the store, as torchrun's agent would.

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from crypten_llm import limits
-from crypten_llm.records import Count, Record, Word, Words
+from crypten_llm.records import Count, Digest, Record, Word, Words
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.generation import Plan, Turn
 
@@ -74,7 +74,7 @@ class Announced(Message, frozen=True, tag="model"):
 
     config: dict[str, Any]
     norm_scales: dict[Word, Annotated[float, Meta(gt=0, le=4.0**32)]]
-    tokens: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    tokens: Digest | None = None
     outside: Words = ""
 
 

@@ -353,8 +353,16 @@ class Party:
         return [ranks[rank] for rank in sorted(ranks)]
 
     def statistics(self) -> dict:
-        """This party's public counters since ``fresh_meter``; party 0 adds the dealer's."""
-        entry = {"rank": self.rank, "table": self.engine.meter.table(), "peak_bytes": peak_bytes()}
+        """This party's public counters since ``fresh_meter``, without clocks but at the client; party 0 adds the
+        dealer's.
+
+        Reveals: each party's peak memory, to the client.
+        """
+        meter = self.engine.meter
+        table = meter.table() if self.is_client else meter.counts()
+        entry = {"rank": self.rank, "table": table, "peak_bytes": peak_bytes()}
+        if self.transport is not None:
+            self.reveals.told("peak memory of each party", "client", "its report names it")
         if self.rank == OWNER and self.engine.dealer is not None:
             entry["dealer"] = self.engine.dealer.ask_statistics()
         return entry

@@ -20,7 +20,9 @@ ONLINE = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class Cost:
-    """Counters of every rank for one request; ``ranks`` holds what ``Party.collect_statistics`` returns."""
+    """Counters of every rank for one request; ``ranks`` holds what ``Party.collect_statistics`` returns: clocks are the
+    client's alone.
+    """
 
     ranks: list[dict]
     compute_parties: int

@@ -44,6 +44,10 @@ class RevealLog:
         """Records a fact that every party, the dealer too, knows."""
         self._record(Revealed(what, "all", why))
 
+    def told(self, what: str, to: str, why: str) -> None:
+        """Records what the parties tell ``to`` of themselves."""
+        self._record(Revealed(what, to, why))
+
     def open_choice(self, engine: Engine, logits: Handle, client: int, mode: Mode, temperature: float) -> Any:
         """What the client chooses a token from, ``None`` elsewhere: logits [V], of which all but the best are -inf in
         mode "top-k"; in mode "tokens" the id, a tensor [].

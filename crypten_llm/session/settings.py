@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import crypten_llm
+from crypten_llm import program
 from crypten_llm.engines import check_engine
 from crypten_llm.errors import UsageError, did_you_mean
 from crypten_llm.links.network import parse_network
@@ -30,10 +31,14 @@ DEFAULT_TIMEOUT = 300.0
 class Agreement:
     """Public settings that every party must have alike; the owner's are compared with each other's.
 
+    program: digest of the code. torch: its version, whatever device it was built for. What tapes are for is compared
+    when they are opened (``Tape.compare``).
     precision_bits: None on an engine that has none. force: whether all take a model that leaves the engine's ranges.
     """
 
     version: Word
+    program: Word
+    torch: Word
     engine: Word
     compute_parties: int
     precision_bits: int | None
@@ -115,7 +120,12 @@ class ProtocolConfig:
 
     def agreement(self) -> Agreement:
         bits = self.precision_bits if self.engine == "crypten" else None
-        return Agreement(crypten_llm.__version__, self.engine, self.compute_parties, bits, self.force, self.reveal)
+        import torch  # not where a command line is read
+
+        code, tensors = program.digest()[:16], str(torch.__version__).partition("+")[0]
+        return Agreement(
+            crypten_llm.__version__, code, tensors, self.engine, self.compute_parties, bits, self.force, self.reveal
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,11 @@ class LaunchConfig:
     offline: bool = _setting(False, "never ask a model hub")
     verbose: bool = _setting(False, "show tracebacks and what the other parties print")
     progress: bool = False  # no option: bars are for a terminal
-    policy_weights: str = ""  # its option comes with --policy
+    policy_weights: str = _setting(
+        "",
+        "trained weights of a policy, the same file at every party; --set weights=NAME takes them by the file's name",
+        metavar="FILE",
+    )
     shielded: bool = False  # no option: for a client that has another use for Ctrl-C than to end all
 
     def __post_init__(self) -> None:

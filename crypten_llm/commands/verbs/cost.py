@@ -27,6 +27,7 @@ def options(parser: Parser) -> None:
     add("--new-tokens", type=int, default=2, metavar="N", help="length of the answer (default: 2)")
     parser.add_chunk()
     shared.add_policy(parser)
+    shared.add_policy_weights(parser)
     shared.add_reveal(parser)
     add("--network", default="", metavar="lan|wan|RTTms,Mbit", help="the links between the parties (default: none)")
     parser.add_json()

@@ -18,11 +18,13 @@ def options(parser: Parser) -> None:
     add("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_chunk()
     add("--requests", type=int, default=1, metavar="K", help="how many such requests in one session (default: 1)")
-    add("--out", required=True, metavar="DIR", help="the new folder: owner.tape, client.tape and manifest.json")
+    add("--out", required=True, metavar="DIR", help="the new folder: 'owner' and 'client', each for that party alone")
+    add("--tls", default="", metavar="DIR", help="sign with the dealer's key in this folder (see keys), for --tls")
     parser.add_offline_and_verbose()
     add("--bench", action="store_true", help="for a bench of these sizes instead of a model:")
     shared.add_bench_sizes(parser)
     shared.add_policy(parser)
+    shared.add_policy_weights(parser)
     shared.add_reveal(parser)
 
 
@@ -45,4 +47,4 @@ def run(arguments: Any) -> None:
         facts = {"policy": policy, "public_prefix": prefix, **shared.revealed(arguments)}
         work = Plan(arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, **facts)
         config = LlamaConfig.from_folder(checkpoint.resolve_config(arguments.model, arguments.offline))
-    deal(work, arguments.out, config, arguments.requests, say, progress=sys.stderr.isatty())
+    deal(work, arguments.out, config, arguments.requests, say, sys.stderr.isatty(), arguments.tls)

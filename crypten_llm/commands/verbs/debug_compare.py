@@ -11,6 +11,7 @@ HELP = "INSECURE, reveals everything: run plain and wire on one input and find t
 
 def options(parser: Parser) -> None:
     shared.add_policy(parser)
+    shared.add_policy_weights(parser)
     shared.add_model_and_prompt(parser)
     add = parser.add_argument
     add("--steps", type=int, default=2, metavar="N", help="tokens to generate (default: 2)")

@@ -182,7 +182,7 @@ class Dealer(TTPServer):
             if asked.function == "stop":
                 return
             if asked.function == "statistics":
-                counted = {"table": self.transport.meter.table(), "peak_bytes": peak_bytes()}
+                counted = {"table": self.transport.meter.counts(), "peak_bytes": peak_bytes()}
                 self.transport.send_json(0, {"rank": self.transport.rank, **counted}, channel=DEALER)
                 self.transport.meter = Meter()
                 continue

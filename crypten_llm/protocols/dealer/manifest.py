@@ -1,67 +1,85 @@
-"""What a tape is for, and how its files are laid out: what the dealer writes and the party reads alike.
+"""What a tape is for: public facts, which its dealer signs, and which both parties compare before they use it.
 
-A tape is a folder: ``owner.tape`` and ``client.tape``, each for that party alone, and ``manifest.json``, which is
-public. A party's file holds MAGIC, the length of its header (8 bytes), the header (JSON: the manifest, and offset, size
-and CRC-32 of each section), the party's key, and the material in the order in which the program asks for it, every
-piece padded to whole words. Owns the manifest and this layout; ``recording`` writes it, ``tape`` reads it.
+Owns the manifest, as a typed record: what a file or the other party says of a tape is read once, here, with caps.
+``layout`` says how a party's file holds it.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
-import os
-import struct
-from functools import cache
-from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
+from msgspec.structs import replace
 
 import crypten_llm
-import eviction
+from crypten_llm import program
+from crypten_llm.links.signatures import Signer, is_signed
 from crypten_llm.protocols.dealer.randomness import fresh_key
+from crypten_llm.records import Count, Digest, Record, Word, Words, plain
 from crypten_llm.roles import CLIENT, OWNER, role_names
 
-FORMAT = 1
 PARTIES = (OWNER, CLIENT)
 NAMES = role_names(len(PARTIES))[: len(PARTIES)]
-MAGIC = b"crypten-llm tape"
-LENGTH = struct.Struct("<Q")
-WORD = 8
-_PROGRAM = ("*.py", "*.json", "weights/*.safetensors")  # the last are of trained policies
 _NOT_IN_A_TAPE = ("hide_length",)  # changes nothing that is dealt
 _USUAL = (0, "logits")  # what no option needs to say
 _NOT_IN_A_FINGERPRINT = ("bos_token_id", "eos_token_id")  # as little; generation_config.json may change them
+Fact = bool | Count | float | Words
+Facts = Annotated[dict[Word, Fact], Meta(max_length=64)]
+Party = Annotated[str, Meta(pattern=f"^({'|'.join(NAMES)})$")]
 
 
-def make_manifest(engine: dict, config: dict, verb: str, plan: dict, requests: int) -> dict:
-    """What a tape is for: public, and what must be alike on all sides.
-
-    engine: the engine's settings. config: the model's config.json. verb, plan: the request, as the client announces it.
+class Manifest(Record, frozen=True):
+    """version, program: of the code that dealt. engine: its settings. config: fingerprint of the model's config.json.
+    verb, plan: the request, as the client announces it. requests: how many. id: drawn for this tape. signer: public key
+    of who dealt. files: digest of each party's file.
     """
-    return {
-        "format": FORMAT,
-        "version": crypten_llm.__version__,
-        "program": program(),
-        "engine": engine,
-        "config": fingerprint(config),
-        "verb": verb,
-        "plan": {name: value for name, value in plan.items() if name not in _NOT_IN_A_TAPE},
-        "requests": requests,
-        "id": fresh_key()[:8].hex(),
-    }
+
+    version: Word
+    program: Word
+    engine: Facts
+    config: Word
+    verb: Word
+    plan: Facts
+    requests: Count
+    id: Word
+    signer: Words
+    files: Annotated[dict[Party, Digest], Meta(min_length=len(NAMES))]
+
+    def signed_by(self, signer: Signer, files: dict[str, str]) -> tuple[Manifest, bytes]:
+        """With the digests of its files, and the signature of all that."""
+        whole = replace(self, signer=signer.public, files=files)
+        return whole, signer.sign(whole.text())
+
+    def is_signed(self, signature: bytes) -> bool:
+        return is_signed(self.text(), signature, self.signer)
+
+    def text(self) -> bytes:
+        """What is signed."""
+        return b"crypten-llm tape " + json.dumps(plain(self), sort_keys=True, separators=(",", ":")).encode()
 
 
-@cache
-def program() -> str:
-    """Fingerprint of the code: material means something only to the program that it was dealt for, line by line."""
-    code = hashlib.sha256()
-    for package in (Path(crypten_llm.__file__).parent, Path(eviction.__file__).parent):
-        for path in sorted(path for kind in _PROGRAM for path in package.rglob(kind)):
-            code.update(f"{path.relative_to(package.parent)}\n".encode() + path.read_bytes())
-    return code.hexdigest()[:16]
+def make_manifest(engine: dict, config: dict, verb: str, plan: dict, requests: int) -> Manifest:
+    """As ``Manifest``; config: the model's config.json."""
+    return Manifest(
+        version=crypten_llm.__version__,
+        program=program.digest(),
+        engine=engine,
+        config=fingerprint(config),
+        verb=verb,
+        plan={name: value for name, value in plan.items() if name not in _NOT_IN_A_TAPE},
+        requests=requests,
+        id=fresh_key()[:8].hex(),
+        signer="",
+        files={},
+    )
 
 
 def fingerprint(config: dict) -> str:
     """Of what decides in a model's public configuration what is dealt."""
     architecture = {name: value for name, value in config.items() if name not in _NOT_IN_A_FINGERPRINT}
-    return checksum(json.dumps(architecture, sort_keys=True).encode())
+    return hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def command(verb: str, plan: dict) -> str:
@@ -70,27 +88,3 @@ def command(verb: str, plan: dict) -> str:
     given = {name: value for name, value in plan.items() if name not in _NOT_IN_A_TAPE and value not in _USUAL}
     options = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
     return " ".join(["python -m crypten_llm deal", first, *options, "--out DIR"])
-
-
-def padded(count: int) -> int:
-    """Bytes that a piece of ``count`` takes in a file."""
-    return -(-count // WORD) * WORD
-
-
-def before_key(header: dict) -> bytes:
-    """The start of a file: all that stands before its key."""
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return MAGIC + LENGTH.pack(len(text)) + text
-
-
-def checksum(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def sync(folder: Path) -> None:
-    """Returns when the disk knows the names in ``folder``."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

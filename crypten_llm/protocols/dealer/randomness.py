@@ -2,7 +2,8 @@
 
 Owns the streams. No other module draws a share or a mask, and ``torch.Generator`` is never used near a secret
 (it is MT19937: predictable after 624 outputs). A stream's counter only moves forward, so no key stream byte is
-ever used twice. The bytes come from the kernels of the stream's device.
+ever used twice; in a child of the process that made it, it draws nothing more. The bytes come from the kernels of the
+stream's device.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from crypten_llm.kernels import ring
+from crypten_llm.process import Owned
 
 KEY_BYTES = 32
 _BUFFER = 1 << 13  # words
@@ -34,6 +36,8 @@ class Stream:
 
     Both must draw the same sizes in the same order. Everything is cut from ``words``; ``position`` is the number
     of bytes taken so far.
+
+    Raises OneTimeError at every draw after a fork, in the child.
     """
 
     def __init__(self, key: bytes, device: torch.device | str = "cpu") -> None:
@@ -43,10 +47,12 @@ class Stream:
         self._bytes = ring.on(device).KeyStream(key)
         self._kept = torch.empty(0, dtype=torch.int64)  # words of key stream for small draws
         self._used = 0  # of those
+        self._owned = Owned()
         self.position = 0
 
     def words(self, count: int) -> torch.Tensor:
         """The next ``count`` uniform words, int64 [count], writable, in memory that nothing else refers to."""
+        self._owned.check("a stream of masks")
         self.position += 8 * count
         if count > _SMALL:
             return self._bytes.fill(8 * count).view(torch.int64)
@@ -86,3 +92,14 @@ class Stream:
         """Uniform words of 8, 16, 32 or 64 bits of shape ``size``, held as ``kernels.ring.TABLE_WORDS`` says."""
         shape = (size,) if isinstance(size, int) else tuple(size)
         return self.draw(math.prod(shape) * bits // 8).view(ring.TABLE_WORDS[bits]).view(shape)
+
+
+class Cipher:
+    """Encrypts and decrypts what lies on a disk: bytes in their order, however they are cut."""
+
+    def __init__(self, key: bytes) -> None:
+        self._bytes = ring.on("cpu").KeyStream(key)
+
+    def apply(self, data: torch.Tensor) -> None:
+        """The next bytes, uint8, in place."""
+        data ^= self._bytes.fill(data.numel())

@@ -5,24 +5,30 @@ Owns their writing: how large they will be, and that a folder gets its name only
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from msgspec.structs import replace
 
-from crypten_llm.errors import UsageError
+from crypten_llm import records
+from crypten_llm.errors import OneTimeError, UsageError
+from crypten_llm.links.signatures import Signer
 from crypten_llm.links.transport import bytes_of
-from crypten_llm.protocols.dealer.manifest import NAMES, PARTIES, before_key, checksum, padded, sync
-from crypten_llm.protocols.dealer.randomness import KEY_BYTES, fresh_key
+from crypten_llm.protocols.dealer.layout import MAX_HEADER, Header, begin, material_key, padded, path_in, room_for, sync
+from crypten_llm.protocols.dealer.manifest import NAMES, PARTIES, Manifest
+from crypten_llm.protocols.dealer.randomness import Cipher, fresh_key
 from crypten_llm.units import size as for_people
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+_NO_DIGEST = "0" * 64
 
 
 class _Written:
@@ -42,7 +48,8 @@ class Sizes(_Written):
         self.sections: dict[str, list[int]] = {}
 
     def begin(self, label: str) -> None:
-        assert label not in self.sections, f"section {label!r} is begun twice: it would use its masks twice"
+        if label in self.sections:
+            raise OneTimeError(f"section {label!r} is begun twice: it would use its masks twice")
         self._now = self.sections[label] = [0, 0]
 
     def add(self, party: int, count: int) -> None:
@@ -55,6 +62,60 @@ class Sizes(_Written):
         return sum(sizes[party] for sizes in self.sections.values())
 
 
+class _File:
+    """One party's file while it is written."""
+
+    def __init__(self, path: Path, header: Header, key: bytes) -> None:
+        self.header, self._key, self._sections = header, key, dict(header.sections)
+        self._length = room_for(header)
+        if self._length > MAX_HEADER:
+            raise UsageError(
+                f"a tape of {len(self._sections):,} sections is too long; deal fewer requests or tokens at once"
+            )
+        path.parent.mkdir(0o700)
+        self._file: Any = open(path, "xb", buffering=1 << 20)  # closed by ``close``
+        os.fchmod(self._file.fileno(), 0o600)
+
+    def reserve(self) -> None:
+        """All the room that it will take: a full disk says so now."""
+        start = padded(len(begin(b"", self._key, self._length)))
+        os.posix_fallocate(self._file.fileno(), 0, start + self.header.size)
+        self._file.seek(start)
+
+    def begin(self, label: str) -> None:
+        self._label, self._count, self._hash = label, 0, hashlib.sha256()
+        self._cipher = Cipher(material_key(self._key, label))
+
+    def write(self, data: torch.Tensor) -> int:
+        """Returns how many bytes that took."""
+        piece = torch.zeros(padded(data.numel()), dtype=torch.uint8)
+        piece[: data.numel()] = data
+        self._cipher.apply(piece)
+        self._hash.update(bytes_of(piece))
+        self._file.write(bytes_of(piece))
+        self._count += piece.numel()
+        return piece.numel()
+
+    def end(self) -> None:
+        announced, _ = self._sections[self._label]
+        if self._count != announced:
+            raise OneTimeError(f"section {self._label!r}: {self._count} bytes were dealt, {announced} announced")
+        self._sections[self._label] = announced, self._hash.hexdigest()
+
+    def digest(self) -> str:
+        self.header = replace(self.header, sections=self._sections)
+        return self.header.digest(self._key)
+
+    def finish(self, manifest: Manifest, signature: bytes) -> None:
+        self._file.flush()
+        header = replace(self.header, manifest=manifest, signature=signature.hex())
+        os.pwrite(self._file.fileno(), begin(records.encode(header), self._key, self._length), 0)
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.raw.close()  # what is still buffered goes with the folder
+
+
 class Recording(_Written):
     """At a dealer that runs alone: material goes to a folder that gets its name when it is complete.
 
@@ -62,12 +123,18 @@ class Recording(_Written):
     """
 
     def __init__(
-        self, out: Path, manifest: dict, sizes: Sizes, progress: Callable[[int], object] = lambda count: None
+        self,
+        out: Path,
+        manifest: Manifest,
+        sizes: Sizes,
+        progress: Callable[[int], object] = lambda count: None,
+        signer: Signer | None = None,
     ) -> None:
-        """progress: called with the number of bytes of each piece."""
+        """progress: called with the number of bytes of each piece. signer: a fresh key unless given."""
         self.out, self.manifest, self.sizes, self.progress = Path(out), manifest, sizes, progress
+        self.signer = signer or Signer.fresh()
         self.keys = [fresh_key() for _ in PARTIES]
-        self._files: list = []
+        self._files: list[_File] = []
 
     def __enter__(self) -> Self:
         try:
@@ -80,45 +147,30 @@ class Recording(_Written):
             raise self._cannot_write(error) from None
         try:
             for party in PARTIES:
-                self._start(party)
+                self._files.append(_File(path_in(self._partial, party), self._header(party), self.keys[party]))
+            for file in self._files:
+                file.reserve()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
         return self
 
-    def _start(self, party: int) -> None:
-        sections: dict[str, list] = {label: [0, sizes[party], "0" * 8] for label, sizes in self.sizes.sections.items()}
-        key = checksum(self.keys[party])
-        header = {**self.manifest, "party": NAMES[party], "burned": "", "key": key, "sections": sections}
-        offset = padded(len(before_key(header)) + 16 * len(sections) + KEY_BYTES)
-        for entry in sections.values():
-            entry[0] = offset
-            offset += entry[1]
-        file = open(self._partial / f"{NAMES[party]}.tape", "xb", buffering=1 << 20)  # closed by __exit__
-        os.fchmod(file.fileno(), 0o600)
-        self._files.append((file, header, [0, 0]))  # the last: bytes and CRC-32 of the section so far
-        os.posix_fallocate(file.fileno(), 0, offset)  # a full disk says so now
-        file.seek(min((entry[0] for entry in sections.values()), default=offset))
+    def _header(self, party: int) -> Header:
+        """Complete but for digests and signature."""
+        blank = replace(self.manifest, signer=self.signer.public, files=dict.fromkeys(NAMES, _NO_DIGEST))
+        sections = {label: (sizes[party], _NO_DIGEST) for label, sizes in self.sizes.sections.items()}
+        return Header(blank, "", NAMES[party], sections)
 
     def begin(self, label: str) -> None:
-        self._label = label
+        for file in self._files:
+            file.begin(label)
 
     def write(self, party: int, data: torch.Tensor) -> None:
-        file, _, state = self._files[party]
-        size = data.numel()
-        rest = bytes(padded(size) - size)
-        for piece in (bytes_of(data), rest):
-            file.write(piece)
-            state[1] = zlib.crc32(piece, state[1])
-        state[0] += size + len(rest)
-        self.progress(size + len(rest))
+        self.progress(self._files[party].write(data))
 
     def end(self) -> None:
-        for _, header, state in self._files:
-            entry = header["sections"][self._label]
-            assert state[0] == entry[1], f"section {self._label!r}: {state[0]} bytes were dealt, {entry[1]} announced"
-            entry[2] = f"{state[1]:08x}"
-            state[:] = [0, 0]
+        for file in self._files:
+            file.end()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -130,21 +182,22 @@ class Recording(_Written):
             error = failure
             raise self._cannot_write(failure) from None
         finally:
-            for file, *_ in self._files:
-                file.raw.close()  # what is still buffered goes with the folder
+            for file in self._files:
+                file.close()
             if self._partial.exists():
                 shutil.rmtree(self._partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise self._cannot_write(error) from None
 
     def _finish(self) -> None:
-        for (file, header, _), key in zip(self._files, self.keys, strict=True):
-            file.flush()
-            os.pwrite(file.fileno(), before_key(header) + key, 0)
-            os.fsync(file.fileno())
-        files = {f"{header['party']}.tape": _summary(header) for _, header, _ in self._files}
-        text = json.dumps({**self.manifest, "files": files}, indent=1)
-        (self._partial / "manifest.json").write_text(text + "\n")
+        digests = {NAMES[party]: file.digest() for party, file in zip(PARTIES, self._files, strict=True)}
+        self.manifest, signature = self.manifest.signed_by(self.signer, digests)
+        for party, file in zip(PARTIES, self._files, strict=True):
+            file.finish(self.manifest, signature)
+            folder = path_in(self._partial, party).parent
+            public = records.plain(self.manifest) | {"bytes": file.header.size}
+            (folder / "manifest.json").write_text(json.dumps(public, indent=1) + "\n")
+            sync(folder)
         os.rename(self._partial, self.out)
         sync(self.out.parent)
 
@@ -154,10 +207,3 @@ class Recording(_Written):
             f"cannot write a tape of {needed} to {self.out}: {error.strerror}; make room there or name another folder "
             "(--out). Nothing was left behind"
         )
-
-
-def _summary(header: dict) -> dict:
-    """Size of the material, and a checksum of its sections' checksums."""
-    sections = header["sections"].values()
-    checksums = "".join(crc for _, _, crc in sections)
-    return {"bytes": sum(size for _, size, _ in sections), "checksum": checksum(checksums.encode())}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from crypten_llm.errors import OneTimeError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols.dealer.material import CHANNEL, FRAME, Sending
 from crypten_llm.protocols.dealer.randomness import fresh_key
@@ -88,7 +89,8 @@ class Party(Runtime):
     def _outgoing(self, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
         """Of an opening this party's part, and what it sends; of what it sends alone, the latter."""
         if piece.sender is None:
-            assert piece.share is not None and piece.mask is not None, "an opening comes with its share and its mask"
+            if piece.share is None or piece.mask is None:
+                raise OneTimeError("an opening comes with its share and its mask; nothing was sent")
             if piece.is_wide:
                 ones = piece.modulus is not None
                 return self.kernels.hide_wide(piece.share, piece.mask, self._offset(piece), piece.bits, ones)
@@ -209,7 +211,7 @@ class Dealer(Runtime):
     def deal(self, shape: Sequence[int], value: Callable[[], Tensor], bits: int = 64) -> Parts:
         result = value()
         held = result.shape if bits <= 64 else result.shape[:-1]
-        assert held == torch.Size(shape), f"dealt {tuple(held)}, announced {tuple(shape)}"
+        _as_announced(held, shape)
         drawn = self._streams[OWNER].ring(shape, max(bits, 64))
         correction = result - drawn if bits <= 64 else self.kernels.subtract_wide(result, drawn, bits)
         self._material.write(CLIENT, self.kernels.pack(correction, bits))
@@ -217,20 +219,21 @@ class Dealer(Runtime):
 
     def deal_ones(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Parts:
         made = turned(self._streams[OWNER].ring(shape, bits))
-        assert made.shape[:-1] == torch.Size(shape), f"dealt {tuple(made.shape[:-1])}, announced {tuple(shape)}"
+        _as_announced(made.shape[:-1], shape)
         self._material.write(CLIENT, self.kernels.pack(made, bits))
         return Parts(made)
 
     def deal_table(self, shape: Sequence[int], bits: int, turned: Callable[[Tensor], Tensor]) -> Tensor | None:
         made = turned(self._streams[OWNER].table(shape, bits))
-        assert made.shape == torch.Size(shape), f"dealt {tuple(made.shape)}, announced {tuple(shape)}"
+        _as_announced(made.shape, shape)
         self._material.write(CLIENT, made.contiguous().view(-1).view(torch.uint8))
         return None
 
     def deal_common(self, sizes: list[Size], value: Callable[[], list[Tensor]]) -> list[Tensor]:
         made = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in value()]
         counts = [math.prod(shape) * dtype.itemsize for shape, dtype in sizes]
-        assert [tensor.numel() for tensor in made] == counts, "tensors of another size were announced"
+        if [tensor.numel() for tensor in made] != counts:
+            raise OneTimeError("tensors of another size were announced")
         for party in (CLIENT, OWNER):  # the owner will wait for the client, which by then must have what came before
             for tensor in made:
                 self._material.write(party, tensor)
@@ -259,6 +262,12 @@ class Dealer(Runtime):
 
     def exchange(self, pieces: list[Piece]) -> list[Tensor | None]:
         return [None] * len(pieces)
+
+
+def _as_announced(dealt: Sequence[int], announced: Sequence[int]) -> None:
+    """What the parties do not expect would put all that follows out of step."""
+    if tuple(dealt) != tuple(announced):
+        raise OneTimeError(f"dealt {tuple(dealt)}, announced {tuple(announced)}")
 
 
 ROLES: dict[int, type[Party] | type[Dealer]] = {OWNER: Owner, CLIENT: Client, DEALER: Dealer}

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from crypten_llm.errors import OneTimeError
 from crypten_llm.kernels import ring
+from crypten_llm.process import Owned
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key
 from crypten_llm.roles import CLIENT, OWNER
 
@@ -101,12 +103,18 @@ class Runtime(ABC):
         self._material = material
         self._streams: list[Stream] = []
         self._begun: set[str] = set()
+        self._owned = Owned()
 
     # Sections.
 
     def begin(self, label: str) -> None:
-        """Starts a section: fresh streams that depend on ``label`` alone, so that all roles start it alike."""
-        assert label not in self._begun, f"section {label!r} is begun twice: it would use its masks twice"
+        """Starts a section: fresh streams that depend on ``label`` alone, so that all roles start it alike.
+
+        Raises OneTimeError for a section that was begun before, and after a fork, in the child.
+        """
+        self._owned.check("the parties' randomness")
+        if label in self._begun:
+            raise OneTimeError(f"section {label!r} is begun twice: it would use its masks twice")
         self._begun.add(label)
         self.end()
         self._material.begin(label)
