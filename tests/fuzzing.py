@@ -36,7 +36,8 @@ from crypten_llm.records import Malformed, decode, plain
 from crypten_llm.session import messages
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.defaults import Defaults
-from crypten_llm.session.generation import Decision, Plan, Turn
+from crypten_llm.session.generation import Decision
+from crypten_llm.session.plan import Plan, Turn
 from crypten_llm.session.settings import Agreement, ProtocolConfig
 from crypten_llm.session.sizes import of_bench, of_requests
 

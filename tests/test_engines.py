@@ -22,6 +22,7 @@ from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.session import generation
 from crypten_llm.session.calibration import measure
 from crypten_llm.session.party import Party
+from crypten_llm.session.plan import Plan
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 
 IDS = torch.randint(3, 97, (30,), generator=torch.Generator().manual_seed(5))
@@ -109,14 +110,14 @@ def test_beyond_the_length_before_the_stretch(tmp_path, kind):
 
     party, found = Party(model.engine), []
     party.model = model
-    plan = generation.Plan(90, 8, chunk=40).check(model.config)
+    plan = Plan(90, 8, chunk=40).check(model.config)
     for event in generation.run(party, plan, generation.Answer(LONG[:90].tolist(), lambda row: int(row.argmax()))):
         found += [event.token_id] if isinstance(event, generation.Step) else []
     ids = torch.tensor([*LONG[:90], *found])
     expected = reference_logits(reference, ids, prefill=90)
     assert found == expected[89:-1].argmax(-1).tolist()
     with pytest.raises(UsageError, match="the model's context is 256; shorten the prompt by 2 tokens"):
-        generation.Plan(250, 8).check(model.config)
+        Plan(250, 8).check(model.config)
 
 
 @pytest.mark.parametrize("case", FAMILIES)

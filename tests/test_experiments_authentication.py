@@ -8,7 +8,7 @@ from crypten_llm.commands.cost import predict
 from crypten_llm.links.frames import HEADER
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols import ladder, norm
-from crypten_llm.session.generation import Plan
+from crypten_llm.session.plan import Plan
 from experiments.measure import authentication
 from experiments.measure.authentication import CHECK, SECURITY, count, main, totals
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from crypten_llm.errors import UsageError
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import parse_policy
+from crypten_llm.session.plan import parse_policy
 from eviction import POLICIES
 from experiments.baselines.plots import STYLES
 from experiments.baselines.policies import PARTS, VARIANTS, at_budget, has_budget, names, style

@@ -11,7 +11,7 @@ import pytest
 from crypten_llm.commands.cost import count_bench, predict
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import Plan
+from crypten_llm.session.plan import Plan
 from experiments.measure import eviction_cost
 from experiments.measure.eviction_cost import (
     CURVE,

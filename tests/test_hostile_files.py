@@ -23,7 +23,7 @@ from crypten_llm.models import tokenizer as tokenizers
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.gguf_file import opened
 from crypten_llm.session.defaults import Defaults
-from crypten_llm.session.generation import Plan
+from crypten_llm.session.plan import Plan
 from crypten_llm.session.weights import know_weights
 from eviction import trained
 

@@ -17,8 +17,8 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import messages
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import Plan, Turn
 from crypten_llm.session.party import Party
+from crypten_llm.session.plan import Plan, Turn
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session import sizes
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import Plan
+from crypten_llm.session.plan import Plan
 
 SMALL = LlamaConfig.from_sizes(hidden=32, heads=4, kv_heads=2, ffn=48, layers=3, vocab=97, context=4096)
 

@@ -19,7 +19,7 @@ from crypten_llm.protocols.dealer.manifest import NAMES
 from crypten_llm.roles import OWNER
 from crypten_llm.session.api import PrivateLlama, Request
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import Plan
+from crypten_llm.session.plan import Plan
 
 IDS = [5, 6, 7, 8, 9]
 

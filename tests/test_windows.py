@@ -20,7 +20,7 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import causal_mask
 from crypten_llm.roles import CLIENT
 from crypten_llm.session import calibration
-from crypten_llm.session.generation import Plan
+from crypten_llm.session.plan import Plan
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (4, 4), (5, 12), (12, 12), (1, 9)])

@@ -26,6 +26,7 @@ from crypten_llm.session.api import check_policy
 from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import ALL, Mode
 from crypten_llm.session.party import Party
+from crypten_llm.session.plan import Plan, parse_policy
 from crypten_llm.session.report import ONLINE, Cost
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Prediction:
     memory: dict[str, dict[str, int]]
     decode_steps: int
     dealing: dict[str, float]
-    plan: generation.Plan
+    plan: Plan
 
     def phase(self, name: str, share: int = 1) -> dict:
         """Figures of a phase, or of the mean of its ``share`` steps: the cache grows from step to step."""
@@ -115,7 +116,7 @@ class _AlikeLayers(Llama):
 
 @torch.inference_mode()
 def predict(
-    config: LlamaConfig, plan: generation.Plan, network: Network | None = None, machine: Machine = Machine()
+    config: LlamaConfig, plan: Plan, network: Network | None = None, machine: Machine = Machine()
 ) -> Prediction:
     """What ``plan`` costs with a model of this configuration. A stop token may end an answer earlier.
 
@@ -129,7 +130,7 @@ def predict(
     check_policy(plan.policy)
     plan.check(config)
     links = Links()
-    differ = generation.parse_policy(plan.policy).acts or len(set(config.windows)) > 1
+    differ = parse_policy(plan.policy).acts or len(set(config.windows)) > 1
     make_model = Llama if differ else functools.partial(_AlikeLayers, links)
     there: Any = links  # stands for a transport
     mode = Mode.parse(plan.reveal)

@@ -29,10 +29,10 @@ from crypten_llm.records import Record
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 from crypten_llm.session.api import check_policy
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import Plan
 from crypten_llm.session.messages import Announced, Bench, Close, Generate, Load
 from crypten_llm.session.mode import ALL, Mode
 from crypten_llm.session.party import Party
+from crypten_llm.session.plan import Plan
 from crypten_llm.units import size
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.tokenizer import check_ids
 from crypten_llm.roles import CLIENT, role_names
 from crypten_llm.session import generation
-from crypten_llm.session.generation import Answer, Plan
+from crypten_llm.session.generation import Answer
 from crypten_llm.session.party import Party
+from crypten_llm.session.plan import DEFAULT_CHUNK, Plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +84,7 @@ def compare(
     folder: str | Path,
     prompt_ids: list[int],
     steps: int = 2,
-    chunk: int = generation.DEFAULT_CHUNK,
+    chunk: int = DEFAULT_CHUNK,
     policy: str = "full",
 ) -> Comparison:
     """Runs ``steps`` tokens of both engines on the model in ``folder``; both go on with the best token of ``plain``.
@@ -110,9 +111,7 @@ def compare(
     return Comparison(engine.findings, errors, equal, engine.shown.as_list())
 
 
-def audit(
-    folder: str | Path, prompt_ids: list[int], steps: int = 2, chunk: int = generation.DEFAULT_CHUNK
-) -> dict[str, dict]:
+def audit(folder: str | Path, prompt_ids: list[int], steps: int = 2, chunk: int = DEFAULT_CHUNK) -> dict[str, dict]:
     """Runs ``steps`` tokens of engine ``wire`` as it is, with masks that may never hide two things (``wire.audit``).
 
     Returns by role what was drawn and checked: streams, stream_bytes, masks, words, unused, messages.

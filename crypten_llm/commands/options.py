@@ -180,7 +180,7 @@ def add_policy_weights(parser: Parser) -> None:
 
 def policy(arguments: Any) -> str:
     """The policy and its settings as the text that parties agree on."""
-    from crypten_llm.session.generation import parse_policy
+    from crypten_llm.session.plan import parse_policy
     from crypten_llm.session.weights import know_weights
 
     know_weights(arguments.policy_weights)

@@ -26,8 +26,9 @@ from crypten_llm.session.bench import Shape
 from crypten_llm.session.chat import Chat
 from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.folder import ClientFolder
-from crypten_llm.session.generation import Answer, Plan, Progress, Step, Turn
+from crypten_llm.session.generation import Answer, Progress, Step
 from crypten_llm.session.party import Party
+from crypten_llm.session.plan import Plan, Turn
 from crypten_llm.session.report import Cost
 from crypten_llm.session.request import Asked, Request, Result, Taken, check_policy, requests_of, result_of
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
@@ -43,8 +44,7 @@ if TYPE_CHECKING:
 ENDED_SESSION = "this session has ended, by close() or an error; open another with PrivateLlama.from_pretrained()"
 BUSY = "another stream of this session is still being read; read it to its end or close it"
 UNLEAVABLE: tuple[Sequence[Answer], None] = ((), None)
-BATCH = 8
-"""Prompts that share rounds, where more are given and nothing else is said."""
+BATCH = 8  # prompts that share rounds, where more are given and nothing else is said
 Events = Generator[Progress | Step, None, None]
 
 
@@ -337,7 +337,6 @@ class PrivateLlama:
     def bench(self, shape: Shape) -> tuple[dict, Cost]:
         """Times decode steps on random weights; needs no model (see ``bench.run``). Returns figures and cost."""
         check_policy(shape.policy)
-        self._check_free()
         self._claim(*UNLEAVABLE)
         try:
             with self._guarded():

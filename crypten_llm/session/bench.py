@@ -28,7 +28,7 @@ from crypten_llm.models.llama import DecoderLayer, Llama, Parameters, prepare, r
 from crypten_llm.models.rope import rope_frequencies
 from crypten_llm.records import Count, Tokens
 from crypten_llm.roles import OWNER
-from crypten_llm.session.generation import parse_policy
+from crypten_llm.session.plan import parse_policy
 
 if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine

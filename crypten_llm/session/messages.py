@@ -13,7 +13,7 @@ from msgspec import Meta
 from crypten_llm import limits
 from crypten_llm.records import Count, Digest, Record, Word, Words
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import Plan, Turn
+from crypten_llm.session.plan import Plan, Turn
 
 
 class Message(Record, frozen=True, tag_field="verb"):

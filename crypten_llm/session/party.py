@@ -29,6 +29,7 @@ from crypten_llm.roles import CLIENT, OWNER, role_names
 from crypten_llm.session import bench, generation, messages, sizes
 from crypten_llm.session.admission import Admission
 from crypten_llm.session.mode import Mode
+from crypten_llm.session.plan import Plan, Turn, parse_policy
 from crypten_llm.session.prefix import Prefixes
 from crypten_llm.session.quota import Quota
 from crypten_llm.session.reveal import RevealLog
@@ -62,7 +63,7 @@ class Party:
         compute_parties: int = 1,
         owner: int = OWNER,
         client: int = CLIENT,
-        make_policy: Callable[[str], eviction.Policy] = generation.parse_policy,
+        make_policy: Callable[[str], eviction.Policy] = parse_policy,
         make_model: Callable[..., Llama] = Llama,
         admission: Admission | None = None,
         mode: Mode | None = None,
@@ -119,12 +120,12 @@ class Party:
         else:
             self.transport.meter = Meter()
 
-    def expect(self, verb: str, *plans: generation.Plan | Shape) -> None:
+    def expect(self, verb: str, *plans: Plan | Shape) -> None:
         """Raises UsageError when the engine was prepared for another request; nothing has happened then."""
         for plan in plans:
             self.engine.expect(verb, plan.facts(), self.requests + 1)
 
-    def caches(self, plans: Sequence[generation.Plan], turn: generation.Turn | None) -> list[KVCache]:
+    def caches(self, plans: Sequence[Plan], turn: Turn | None) -> list[KVCache]:
         """New caches for a request, or the one of the conversation that it is a ``turn`` of, which is kept.
 
         Raises PartyError when the turn goes on with another cache than is here.
@@ -206,7 +207,7 @@ class Party:
             name = f"rank {rank} ({role_names(self.compute_parties)[rank]})"
             raise PartyError(f"{name} asks for what cannot be run here: {error}") from None
 
-    def check_plans(self, plans: Sequence[generation.Plan], turn: generation.Turn | None) -> None:
+    def check_plans(self, plans: Sequence[Plan], turn: Turn | None) -> None:
         """Before anything of a request's sizes is made. Raises PartyError for what does not fit model or machine, at
         the client, which asks, UsageError.
         """
@@ -309,16 +310,16 @@ class Party:
         self.load(folder, progress)
 
     def request_generate(
-        self, plan: generation.Plan, answer: generation.Answer
+        self, plan: Plan, answer: generation.Answer
     ) -> Generator[generation.Progress | generation.Step, None, None]:
         """``request_together`` of one prompt."""
         return self.request_together([plan], [answer])
 
     def request_together(
         self,
-        plans: Sequence[generation.Plan],
+        plans: Sequence[Plan],
         answers: Sequence[generation.Answer],
-        turn: generation.Turn | None = None,
+        turn: Turn | None = None,
     ) -> Generator[generation.Progress | generation.Step, None, None]:
         """At the client: starts one request; its ``Progress`` and ``Step`` are to be read to their end.
 

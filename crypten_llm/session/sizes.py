@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from crypten_llm.session.generation import parse_policy
+from crypten_llm.session.plan import parse_policy
 
 if TYPE_CHECKING:
     from crypten_llm.models.config import LlamaConfig
     from crypten_llm.session.bench import Shape
-    from crypten_llm.session.generation import Plan
+    from crypten_llm.session.plan import Plan
 
 
 def of_requests(config: LlamaConfig, plans: Sequence[Plan], held: int, number_bytes: int) -> int:

@@ -13,7 +13,7 @@ until they do where R is small; what is split in the paper (sinks, window, retri
 from __future__ import annotations
 
 from crypten_llm.errors import UsageError, did_you_mean
-from crypten_llm.session.generation import parse_policy
+from crypten_llm.session.plan import parse_policy
 from eviction import POLICIES
 from experiments.baselines.variants import ABLATION, COMPARED, Variant
 

@@ -39,6 +39,7 @@ from crypten_llm.protocols import ladder, norm
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.session import generation
 from crypten_llm.session.party import Party
+from crypten_llm.session.plan import Plan
 from experiments.tools.command import command
 
 SECURITY = 40  # s
@@ -191,7 +192,7 @@ def count(config: Any, prompt_tokens: int) -> dict:
     with noting():
         party.load()
         party.start_request()
-        for _ in generation.run(party, generation.Plan(prompt_tokens, 2), cache=party.model.new_cache()):
+        for _ in generation.run(party, Plan(prompt_tokens, 2), cache=party.model.new_cache()):
             pass
     found: dict = {}
     for (phase, kind), counted in engine.runtime.bits.items():

@@ -26,7 +26,7 @@ from crypten_llm.commands.deal import deal
 from crypten_llm.models.checkpoint import resolve_config
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import Plan
+from crypten_llm.session.plan import Plan
 from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import sign

@@ -38,8 +38,8 @@ from crypten_llm.insecure.tracked import TrackedEngine
 from crypten_llm.models.checkpoint import SHIPPED
 from crypten_llm.roles import CLIENT
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import DEFAULT_CHUNK, parse_policy
 from crypten_llm.session.party import Party
+from crypten_llm.session.plan import DEFAULT_CHUNK, parse_policy
 from experiments.measure.eviction_cost import markdown
 from experiments.measure.shared_prefill import Onlookers, prefill
 from experiments.model.corpus import Encoder, sample

@@ -32,7 +32,7 @@ from crypten_llm.models.checkpoint import SHIPPED
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import Plan
+from crypten_llm.session.plan import Plan
 from crypten_llm.session.settings import split
 from experiments.measure.eviction_counts import ATTENTION, CHOICE, NUMBER, count, fills, layers
 from experiments.measure.eviction_time import measured_step, measured_table

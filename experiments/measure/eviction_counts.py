@@ -18,8 +18,8 @@ from crypten_llm.models.checkpoint import resolve_config
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session import bench
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import parse_policy
 from crypten_llm.session.party import Party
+from crypten_llm.session.plan import parse_policy
 
 CHOICE = ("selection", "gather", "scatter")  # of rows: similarity and top-k, then their scores, then their weights
 ATTENTION = ("scores", "softmax", "values", *CHOICE, "eviction")

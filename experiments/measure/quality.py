@@ -25,7 +25,7 @@ from tqdm import tqdm
 from crypten_llm.errors import UsageError
 from crypten_llm.models.checkpoint import load_tokenizer
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import DEFAULT_CHUNK, Plan, parse_policy
+from crypten_llm.session.plan import DEFAULT_CHUNK, Plan, parse_policy
 from eviction import Policy
 from experiments.measure.shared_prefill import prefill_all
 from experiments.tasks import Example, Text, find, score

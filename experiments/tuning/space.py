@@ -14,7 +14,7 @@ from itertools import product
 from math import prod
 
 from crypten_llm.errors import UsageError, did_you_mean
-from crypten_llm.session.generation import parse_policy
+from crypten_llm.session.plan import parse_policy
 from eviction import Policy, PolicyError
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)

@@ -38,7 +38,7 @@ def run(arguments: Any) -> None:
     from crypten_llm.commands.cost import predict
     from crypten_llm.commands.show import show_cost
     from crypten_llm.links.network import parse_network
-    from crypten_llm.session.generation import Plan
+    from crypten_llm.session.plan import Plan
 
     policy = shared.policy(arguments)
     prefix = shared.counted_prefix(arguments)

@@ -36,7 +36,7 @@ def run(arguments: Any) -> None:
     from crypten_llm.models import checkpoint
     from crypten_llm.models.config import LlamaConfig
     from crypten_llm.session.bench import Shape
-    from crypten_llm.session.generation import Plan
+    from crypten_llm.session.plan import Plan
 
     if arguments.bench:
         work: Plan | Shape = shared.bench_shape(arguments)

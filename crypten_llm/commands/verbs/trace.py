@@ -27,7 +27,7 @@ def options(parser: Parser) -> None:
 def run(arguments: Any) -> None:
     from crypten_llm.commands.trace import trace
     from crypten_llm.models import checkpoint
-    from crypten_llm.session.generation import parse_policy
+    from crypten_llm.session.plan import parse_policy
 
     policy = parse_policy(arguments.policy, *arguments.set)
     if arguments.steps < 1:
