@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf_files
+import tapes
 import torch
 from hf_models import BASE, tiny
 from policy_table import ROWS
@@ -32,7 +33,9 @@ from crypten_llm.links.meter import Counters, Meter
 from crypten_llm.links.transport import Transport
 from crypten_llm.models import checkpoint, gguf_file, gguf_tokenizer, tokenizer
 from crypten_llm.models.config import LlamaConfig
+from crypten_llm.protocols.dealer.layout import Header, begin, path_in, read_begin
 from crypten_llm.records import Malformed, decode, plain
+from crypten_llm.roles import OWNER
 from crypten_llm.session import messages
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.defaults import Defaults
@@ -303,7 +306,7 @@ def message() -> Reader:
         *(messages.Forget(1), messages.Bench(shape), messages.Statistics(), messages.Close(), messages.Loading(1, 2)),
         messages.Announced(SMALL, {"model.norm.weight": 4.0}, "0" * 64, "scores"),
         *(Decision([0, 1]), Decision(False), ProtocolConfig().agreement()),
-        {"rank": 0, "table": meter.table(), "peak_bytes": 5, "dealer": {"rank": 2, "table": [], "peak_bytes": 1}},
+        {"rank": 0, "table": meter.counts(), "peak_bytes": 5, "dealer": {"rank": 2, "table": [], "peak_bytes": 1}},
     )
     kinds = (messages.Request, messages.OwnerSays, Decision, Agreement, Counters)
     known = LlamaConfig.from_dict(SMALL)
@@ -329,6 +332,25 @@ def message() -> Reader:
             raise CryptenLLMError(str(reasons[0]))
 
     return Reader(tuple(_text(plain(each)) for each in sent), read)
+
+
+def tape() -> Reader:
+    """The header of the owner's file; what decides must be as it was dealt, or it is refused."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzzing-")) / "tape"
+    tapes.record(folder)
+    path = path_in(folder, OWNER)
+    whole = path.read_bytes()
+    with path.open("rb") as file:
+        begun = read_begin(file.fileno())
+    dealt = decode(begun.header, Header)
+
+    def read(data: bytes) -> None:
+        path.write_bytes(begin(data, begun.key, max(len(data), len(begun.header))) + whole[begun.start :])
+        opened = tapes.open_tape(path, OWNER)
+        opened.close()
+        assert opened.manifest == dealt.manifest and decode(data, Header) == dealt
+
+    return Reader((begun.header.strip(),), read)
 
 
 def policy() -> Reader:
@@ -374,7 +396,7 @@ def frame() -> Reader:
 
 
 READERS: dict[str, Callable[[], Reader]] = {
-    made.__name__: made for made in (config, generation_config, index, vocabulary, gguf, message, policy, frame)
+    made.__name__: made for made in (config, generation_config, index, vocabulary, gguf, message, policy, tape, frame)
 }
 
 
