@@ -155,7 +155,7 @@ def interrupt(program):
     program.read_until("(the answer ends at its next token; Ctrl-C again ends the chat)")
 
 
-COMMAND = ["-m", "crypten_llm", "chat", "--offline", "--threads", "1", "--network", "30ms,1000", "--timeout", "60"]
+COMMAND = ["-m", "crypten_llm", "chat", "--offline", "--threads", "1", "--network", "10ms,1000", "--timeout", "60"]
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat(model):

@@ -41,7 +41,8 @@ def short(model):
 @pytest.fixture
 def long(model):
     """A run that is still going when something happens to it."""
-    return [*GENERATE, *CRYPTEN, "--model", model, "--prompt-ids", IDS, "--max-new-tokens", "50", "--json"]
+    asked = ["--prompt-ids", IDS, "--max-new-tokens", "50", "--show-length", "--json"]
+    return [*GENERATE, *CRYPTEN, "--model", model, *asked]
 
 
 def check(result, expected, parties=2, engine="crypten"):
@@ -172,13 +173,13 @@ def test_a_killed_party_ends_the_others(long, rank, name):
 
 
 def test_a_party_that_hangs_is_named(long):
-    with Program(*long, "--timeout", "15") as program:
+    with Program(*long, "--timeout", "8") as program:
         program.read_until("prefill in")
         os.kill(program.pid_of(0), signal.SIGSTOP)
         code, out, err = program.finish()
     assert (code, out) == (3, "")
     message = error_line(err)
-    assert "rank 0 (owner) sent nothing for 15 s during decode: " in message
+    assert "rank 0 (owner) sent nothing for 8 s during decode: " in message
     assert "raise the timeout" in message
 
 
