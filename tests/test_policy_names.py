@@ -14,7 +14,7 @@ DEFAULTS = {  # of a command, a request or a measurement, and the one policy tha
     "crypten_llm/commands/debug_compare.py": "full",
     "crypten_llm/session/request.py": "full",
     "crypten_llm/session/bench.py": "full",
-    "crypten_llm/session/generation.py": "full",
+    "crypten_llm/session/plan.py": "full",
     "experiments/measure/agreement.py": "full",
     "experiments/tune.py": "mpcache",
 }

@@ -40,8 +40,19 @@ def clear(model):
 @pytest.fixture(scope="module")
 def private(model, clear):
     """The report of a run as a user starts it; all three processes have ended by themselves, and well."""
-    asked = ["--model", model, "--prompt", PROMPT, "--max-new-tokens", NEW, "--greedy", "--timeout", SECONDS]
-    with Program(*GENERATE, *map(str, asked), "--json", fresh=True) as program:
+    asked = [
+        "--model",
+        model,
+        "--prompt",
+        PROMPT,
+        "--max-new-tokens",
+        NEW,
+        "--greedy",
+        "--show-length",
+        "--timeout",
+        SECONDS,
+    ]
+    with Program(*GENERATE, *map(str, asked), "--show-length", "--json", fresh=True) as program:
         return program.result(timeout=SECONDS)
 
 

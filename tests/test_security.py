@@ -96,6 +96,6 @@ def test_the_dealer_learns_public_shapes_alone(models):
     assert seen[0] == seen[1] and len(seen[0]) > 100
     functions = {"additive", "square", "binary", "wraps", "B2A", "stop", "statistics"}
     for message in seen[0]:
-        assert message["function"] in functions
+        assert message.function in functions
         for argument in message.get("args", []):
             assert argument in ("mul", "matmul") or all(isinstance(size, int) for size in argument)

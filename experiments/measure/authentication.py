@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.protocols import ladder, norm
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.session import generation
+from crypten_llm.session.messages import Announced
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
 from experiments.tools.command import command
@@ -188,7 +190,7 @@ def count(config: Any, prompt_tokens: int) -> dict:
     there: Any = links
     engine = AuthenticatedEngine(links)
     party = Party(engine, there, compute_parties=2)
-    links.say({"config": config.to_dict(), "norm_scales": {}})
+    links.say(Announced(config.to_dict(), {}))
     with noting():
         party.load()
         party.start_request()
@@ -233,4 +235,4 @@ def main(arguments: Any = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
