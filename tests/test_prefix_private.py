@@ -252,9 +252,7 @@ def test_a_tape_for_prefixes_of_a_length(tmp_path):
     settings = {"engine": "wire", "tape": str(tmp_path / "tape"), "timeout": 60, "threads": 1}
     request = {"input_ids": IDS[6:10], "max_new_tokens": 3}
     command = "deal --model MODEL --prompt-tokens 4 --max-new-tokens 3 --chunk 128 --policy full --out DIR"
-    with pytest.raises(
-        UsageError, match=f"public_prefix is 0, but the tape is .*public_prefix 6, .*; .* {command}"
-    ):
+    with pytest.raises(UsageError, match=f"public_prefix is 0, but the tape is .*public_prefix 6, .*; .* {command}"):
         PrivateLlama.from_pretrained(str(folder), first=Request(**request), **settings)
     with PrivateLlama.from_pretrained(str(folder), **settings) as llama:
         with pytest.raises(UsageError, match="public_prefix is 5, but .* --public-prefix 5 --out DIR"):
