@@ -26,7 +26,7 @@ def plain(model):
         yield llama
 
 
-@pytest.fixture(scope="module", params=["wire", "crypten"])
+@pytest.fixture(scope="module", params=["wire", pytest.param("crypten", marks=pytest.mark.slow)])
 def private(model, request):
     with PrivateLlama.from_pretrained(str(model), engine=request.param, timeout=60, threads=1) as llama:
         yield llama

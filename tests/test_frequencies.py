@@ -41,6 +41,7 @@ def test_stored_fits_are_whole_units_that_floats_hold(name):
     assert fit.frequencies.dtype == torch.int64 and 0 < fit.frequencies.min() <= fit.frequencies.max() < 2**PERIOD
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_stored_fit_again():
     """Frequencies are found by size of error, so another processor's may differ, but not be worse."""
     found, stored = fits.EVEN_TARGETS["gelu"].fit("gelu"), fits.stored_even("gelu")
