@@ -1,12 +1,11 @@
 """What holds for every test: one thread a process, parties that start at once, and which tests stay together.
 
-And the fixtures that more than one file uses: a port, a store that a launcher hosts, and connected transports.
+And the fixtures that more than one file uses: a port, and connected transports.
 
 Workers and parties share the cores, and threads that wait for each other spin.
 """
 
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -47,25 +46,10 @@ def one_thread():
 
 
 @pytest.fixture
-def no_torchrun(monkeypatch):
-    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
 def port():
     from programs import free_port
 
     return free_port()
-
-
-@pytest.fixture
-def hosted():
-    """A store that a launcher hosts: (store, port)."""
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
-    return store, store.port
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Parties that meet over a store on loopback, for tests."""
+"""Parties that meet on loopback, for tests."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,12 +10,18 @@ from crypten_llm.links.rendezvous import connect
 ROLES = ("owner", "client", "dealer")
 
 
-def meet(port, ranks=(0, 1, 2), world=3, timeout=5.0, **options):
-    """Connect these ranks at once; a Transport or the error for each."""
+SECRET = b"thirty-two characters or more....."
+
+
+def meet(port, ranks=(0, 1, 2), world=3, timeout=5.0, secret=SECRET, **options):
+    """Connect these ranks at once; a Transport or the error for each. secret: also by rank, a dict."""
+
+    def of(rank):
+        return secret[rank] if isinstance(secret, dict) else secret
 
     def job(rank):
         try:
-            return connect(rank, world, ROLES[:world], "127.0.0.1", port, timeout, **options)
+            return connect(rank, world, ROLES[:world], "127.0.0.1", port, timeout, secret=of(rank), **options)
         except CryptenLLMError as error:
             assert "\n" not in str(error)
             return error

@@ -1,6 +1,7 @@
 """A setting is one field: its option and what local parties are told follow from it."""
 
 import ast
+import os
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -23,6 +24,7 @@ CHANGED = {
         "progress": True,
         "shielded": True,
         "force": True,
+        "insecure_links": True,
         "calibration_text": "asked.txt",
         "reveal": "top-7",
         "policy_weights": "gates.safetensors",
@@ -74,14 +76,16 @@ def started(monkeypatch):
 
         def __init__(self, arguments, environment):
             commands[int(environment["RANK"])] = arguments
+            self.stdin = nothing
 
     monkeypatch.setattr("crypten_llm.session.launch.start_party", Process)
-    return commands
+    with open(os.devnull, "w") as nothing:
+        yield commands
 
 
 def test_local_parties_are_started_with_the_clients_settings(started):
     protocol, launch = split({name: value for name, value in CHANGED.items() if name != "tape"})
-    LocalParties(protocol, launch, "/models/secret")
+    LocalParties(protocol, launch, "/models/secret").listener.close()
     assert started.keys() == {0, 2, 3, 4}
     for rank, command in started.items():
         assert command[:-1] == ["party", "--child"]

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import hashlib
+import os
 import shutil
 import socket
 import ssl
@@ -20,7 +21,7 @@ from transports import socket_pair, together
 
 from crypten_llm.commands.cli import main
 from crypten_llm.errors import CryptenLLMError, PartyError, UsageError
-from crypten_llm.links import rendezvous, sockets
+from crypten_llm.links import rendezvous
 from crypten_llm.links.tls import Links, make_key
 from crypten_llm.links.transport import Transport
 
@@ -90,7 +91,7 @@ def meet(folders, timeout=5.0):
     def job(rank, folder):
         try:
             links = Links(folder, ROLES, rank) if folder else None
-            return rendezvous.connect(rank, 3, ROLES, "127.0.0.1", port, timeout, links=links, is_master=rank == 0)
+            return rendezvous.connect(rank, 3, ROLES, "127.0.0.1", port, timeout, links=links)
         except CryptenLLMError as error:
             assert "\n" not in str(error)
             return error
@@ -195,12 +196,15 @@ def test_each_party_needs_its_own_key_alone(keys, tmp_path):
         party.close()
 
 
-def test_all_or_none(keys):
-    """Whoever reads the disagreement first says it; nobody falls back to plain TCP."""
-    found = meet([keys, keys, None], timeout=2.0)
+@pytest.mark.parametrize("secured", [(True, True, False), (False, True, False)])
+def test_all_or_none(keys, secured):
+    """Whoever finds the disagreement says it, to a host with TLS and to one without; nobody falls back to plain TCP."""
+    found = meet([keys if tls else None for tls in secured], timeout=1.0)
     assert all(isinstance(error, CryptenLLMError) for error in found)
-    text = " ".join(map(str, found))
-    assert "disagree on the links" in text and "TLS (--tls)" in text and "plain TCP" in text
+    differs = found[2 if secured[0] else 1]
+    assert str(differs).startswith("the parties disagree on the links: rank ")
+    assert "TLS (--tls)" in str(differs) and "plain TCP" in str(differs)
+    assert "did not come within 1 s" in str(found[0]) and "links)" in str(found[0])
 
 
 def test_another_key_is_turned_away(keys, tmp_path):
@@ -211,7 +215,7 @@ def test_another_key_is_turned_away(keys, tmp_path):
     make_key(stranger, "client")
     found = meet([keys, stranger, keys], timeout=2.0)
     assert all(isinstance(error, PartyError) for error in found)
-    assert "did not complete the handshake" in str(found[1])
+    assert "did not complete the greeting" in str(found[1])
 
 
 @pytest.mark.parametrize("peer", [None, 0])
@@ -233,32 +237,36 @@ def test_one_role_is_not_another(keys, tmp_path):
     shutil.copytree(keys, posing)
     for kind in ("key", "crt"):
         shutil.copy(keys / f"dealer.{kind}", posing / f"client.{kind}")
+        (posing / f"dealer.{kind}").unlink()
+    make_key(posing, "dealer")
     found = meet([keys, posing, keys], timeout=2.0)
     assert all(isinstance(error, PartyError) for error in found)
 
 
-def test_a_stranger_without_a_key_holds_nobody_up(keys):
-    """Plain connections to a party that answers are dropped, and the others still come."""
-    port, began = free_port(), time.monotonic()
-    answering, strays = sockets.listen, []
-
-    def listen(*arguments):
-        listener = answering(*arguments)
-        strays.append(socket.create_connection(listener.getsockname()[:2]))
-        strays[-1].sendall(b"GET / HTTP/1.1\r\n\r\n")
-        return listener
+def test_strangers_without_a_key_hold_nobody_up(keys):
+    """Plain connections to a party that answers, silent or not, are dropped, and the others still come."""
+    port, strays = free_port(), []
 
     def job(rank):
         links = Links(keys, ROLES, rank)
-        return rendezvous.connect(rank, 3, ROLES, "127.0.0.1", port, 10.0, links=links, is_master=rank == 0)
+        return rendezvous.connect(rank, 3, ROLES, "127.0.0.1", port, 20.0, links=links)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sockets, "listen", listen)
-        for party in together(*(lambda rank=rank: job(rank) for rank in range(3))):
+    def stray(said):
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                strays.append(socket.create_connection(("127.0.0.1", port)))
+                return strays[-1].sendall(said)
+
+    with ThreadPoolExecutor(1) as pool:
+        owner = pool.submit(job, 0)
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"", b"\x16\x03\x01\x02\x00\x01"):
+            stray(said)
+        began = time.monotonic()
+        for party in (*together(*(lambda rank=rank: job(rank) for rank in (1, 2))), owner.result()):
             party.close()
-    for stray in strays:
-        stray.close()
-    assert len(strays) == 3 and time.monotonic() - began < 10
+    for sock in strays:
+        sock.close()
+    assert time.monotonic() - began < 4
 
 
 # Files.
@@ -304,6 +312,35 @@ def test_files_that_do_not_fit_are_named(keys, tmp_path):
         Links(folder, ROLES, 0)
     (folder / "owner.key").unlink()
     with pytest.raises(UsageError, match=r"--tls: cannot use .*owner.key \(No such file"):
+        Links(folder, ROLES, 0)
+
+
+def test_one_key_for_two_roles_is_refused(keys, tmp_path):
+    """Also under another certificate of the same key."""
+    folder = tmp_path / "keys"
+    shutil.copytree(keys, folder)
+    shutil.copy(keys / "dealer.crt", folder / "client.crt")
+    with pytest.raises(UsageError, match="the certificates of client and dealer in .* are of one key, so the client"):
+        Links(folder, ROLES, 0)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
+def test_a_key_that_others_can_read_is_refused(keys, tmp_path, mode):
+    folder = tmp_path / "keys"
+    shutil.copytree(keys, folder)
+    (folder / "owner.key").chmod(mode)
+    with pytest.raises(UsageError, match=rf"others than you can read or change .*owner.key \(mode {mode:o}\)"):
+        Links(folder, ROLES, 0)
+    Links(folder, ROLES, 1)  # whose own key is closed
+
+
+@pytest.mark.parametrize("name", ["owner.key", "client.crt"])
+def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(keys, tmp_path, name):
+    folder = tmp_path / "keys"
+    shutil.copytree(keys, folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UsageError, match=rf"{name} \(not a plain file\)"):
         Links(folder, ROLES, 0)
 
 

@@ -2,7 +2,7 @@
 
 A frame is a 24-byte header and a payload of raw little-endian elements, UTF-8 JSON or one line of text. The receiver
 knows what must come next and compares kind, dtype, sequence number and size before it allocates anything. No pickle is
-ever read. Owns the numbers that both ends of a link must agree on; `rendezvous.PROTOCOL_VERSION` changes with them.
+ever read. Owns the numbers that both ends of a link must agree on; `greeting.PROTOCOL_VERSION` changes with them.
 """
 
 import struct

@@ -3,12 +3,14 @@
 Owns addresses, ports and options of the system, and why it refused, in one line.
 """
 
+import contextlib
 import errno
 import ipaddress
 import socket
 
 from crypten_llm.errors import UsageError
 
+BACKLOG = 128  # connections that have not been looked at yet
 # Small frames leave at once; a machine that vanished is noticed within a minute even by a wait without end. Buffer
 # sizes are left to the kernel: fixing them turns its tuning to the link off, and gained nothing on loopback.
 TCP_OPTIONS = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
@@ -25,22 +27,24 @@ def address_towards(host: str, port: int) -> str:
         raise UsageError(f"MASTER_ADDR={host!r} cannot be reached ({reason_of(error)}): give another one") from None
 
 
-def listen(address: str, port_base: int | None, rank: int, world: int) -> socket.socket:
-    """A socket at which the other ranks reach this one, on port_base + rank or, without a base, any free port."""
-    port = 0 if port_base is None else port_base + rank
-    if not 0 <= port <= 65535:
-        raise UsageError(f"port base {port_base} is too large: rank {rank} would listen on port {port}, above 65535")
+def listen(address: str, port: int = 0) -> socket.socket:
+    """A socket at which other parties reach this one, on a free port if none is given; at this address alone.
+
+    An address that is translated on the way (a container's host) is not this machine's to bind: then on every one of
+    this machine's. Raises UsageError for a port in use and what else cannot be bound.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    for place in (address, ""):  # an address translated on the way (a container's host) is not ours to bind
+    for place in (address, ""):
         try:
-            return socket.create_server((place, port), family=family, backlog=world + 16)
+            return socket.create_server((place, port), family=family, backlog=BACKLOG)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise UsageError(
-                    f"port {port} (port base {port_base} + rank {rank}) is in use on this machine: choose another port "
-                    "base for every party"
+                    f"port {port} is in use on this machine, perhaps by another run: give every party another "
+                    "MASTER_PORT"
                 ) from None
-            if place == "" or error.errno not in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
+            is_foreign = error.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME)
+            if place == "" or is_loopback(address) or not is_foreign:
                 raise UsageError(
                     f"cannot listen on {place or 'any address'}, port {port} ({reason_of(error)}): give this party's "
                     "address as host"
@@ -68,7 +72,21 @@ def is_local(sock: socket.socket) -> bool:
     if sock.family == socket.AF_UNIX:
         return True
     here, there = sock.getsockname()[0], sock.getpeername()[0]
-    return here == there or ipaddress.ip_address(there).is_loopback
+    return here == there or is_loopback(there)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is this machine by way of no network at all."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    return host.rstrip(".").lower() in ("localhost", "ip6-localhost")
+
+
+def places(sock: socket.socket) -> bytes:
+    """Both ends' addresses of a connection, alike at both; of one that may be translated on its way, nothing."""
+    if sock.family == socket.AF_UNIX or not is_loopback(sock.getpeername()[0]):
+        return b""
+    return " ".join(sorted(f"{end[0]}:{end[1]}" for end in (sock.getsockname(), sock.getpeername()))).encode()
 
 
 def reason_of(error: BaseException) -> str:

@@ -8,11 +8,14 @@ ROLE.crt of all roles and ROLE.key of its own; the key file never leaves the mac
 TLS 1.3 alone: AES-GCM or ChaCha20, fresh keys for each connection, from the interpreter's OpenSSL.
 """
 
+import errno
 import hashlib
 import os
 import re
 import socket
 import ssl
+import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -75,12 +78,14 @@ class Links:
     """How this party's connections become TLS.
 
     folder: see above. roles: one name per rank. rank: this party's.
-    Raises UsageError for a file that is missing, or is no key or certificate.
+    Raises UsageError for a file that is missing, or is no key or certificate; for a key that others than this user
+    could read; and for two roles with one key, of which each could pose as the other.
     """
 
-    def __init__(self, folder: str | Path, roles: list[str], rank: int) -> None:
+    def __init__(self, folder: str | Path, roles: Sequence[str], rank: int) -> None:
         self._roles, self._folder = roles, Path(folder)
         self._certificates = [self._read(role) for role in roles]
+        self._tell_apart()
         self._dialling, self._answering = (
             self._context(purpose, roles[rank]) for purpose in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)
         )
@@ -108,10 +113,31 @@ class Links:
         shown = secured.getpeercert(binary_form=True) if isinstance(secured, ssl.SSLSocket) else None
         return shown == self._certificates[peer]
 
+    def _tell_apart(self) -> None:
+        """Whoever holds the key of two roles could pose as either."""
+        keys: dict[bytes, str] = {}
+        for role, certificate in zip(self._roles, self._certificates, strict=True):
+            public = x509.load_der_x509_certificate(certificate).public_key()
+            form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+            other = keys.setdefault(public.public_bytes(*form), role)
+            if other != role:
+                raise UsageError(
+                    f"--tls: the certificates of {other} and {role} in {self._folder} are of one key, so the {other} "
+                    f"could pose as the {role}; have each make its own with python -m crypten_llm keys ROLE"
+                )
+
+    def _check_private(self, path: Path) -> None:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            raise UsageError(
+                f"--tls: others than you can read or change {path} (mode {mode:o}); if nobody has, chmod 600 it, else "
+                "make another key"
+            )
+
     def _read(self, role: str) -> bytes:
         path = _certificate_path(self._folder, role)
         try:
-            certificate = ssl.PEM_cert_to_DER_cert(path.read_text("ascii"))
+            certificate = ssl.PEM_cert_to_DER_cert(_regular(path).read_text("ascii"))
             x509.load_der_x509_certificate(certificate)
             return certificate
         except OSError as error:
@@ -133,6 +159,7 @@ class Links:
             context.load_verify_locations(cadata=certificate)
         path = _key_path(self._folder, role)
         try:
+            self._check_private(_regular(path))
             context.load_cert_chain(_certificate_path(self._folder, role), path)
         except OSError as error:  # ssl.SSLError among them
             reason = f"no key of {role}'s certificate" if isinstance(error, ssl.SSLError) else error.strerror
@@ -140,6 +167,13 @@ class Links:
                 f"--tls: cannot use {path} ({reason}); the {role} makes both with python -m crypten_llm keys '{role}'"
             ) from None
         return context
+
+
+def _regular(path: Path) -> Path:
+    """The path, which is read. Raises OSError for what is no plain file: reading a pipe would wait for its writer."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a plain file")
+    return path
 
 
 def _key_path(folder: Path, role: str) -> Path:

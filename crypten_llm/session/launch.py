@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crypten_llm.errors import ENDED, INTERRUPTED, CryptenLLMError, PartyError, UsageError, public_words, shown, unheard
-from crypten_llm.links import rendezvous
+from crypten_llm.links import keyring, rendezvous, sockets
 from crypten_llm.links.network import parse_network
 from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from crypten_llm.protocols.dealer.tape import Tape
 
 PACKAGE_HOME = str(Path(__file__).parents[2])
+HUB = "CRYPTEN_LLM_HUB"  # in the environment of a local party: the rank that hosts the meeting
 GRACE_SECONDS = 10.0  # for the other processes to end by themselves, once the links are closed
 FAILED_GRACE_SECONDS = 2.0  # the same after an error: nothing is lost then
 
@@ -88,6 +88,9 @@ def join(
     """
     own_rank(protocol, env)
     rank, world, host, port = rendezvous.read_environment(env)
+    links = _links(launch, protocol, rank)
+    hosts = host, launch.host or host
+    secret = parties.secret.encode() if parties else keyring.find(hosts, launch.tls, protocol.insecure_links, env)
     torch.set_num_threads(launch.thread_count(int(env.get("LOCAL_WORLD_SIZE", world))))
     transport = rendezvous.connect(
         rank,
@@ -96,9 +99,12 @@ def join(
         host,
         port,
         launch.timeout,
-        host=launch.host or None,
-        is_master=True if parties else None,
-        links=_links(launch, protocol, rank),
+        launch.host or None,
+        hub=int(env.get(HUB, OWNER)),
+        listener=parties.listener if parties else None,
+        run=rendezvous.run_of(env),
+        secret=secret,
+        links=links,
         network=parse_network(launch.network) if launch.network else None,
         while_waiting=parties.check if parties else None,
     )
@@ -221,7 +227,7 @@ def _compare(transport: Transport, mine: Agreement) -> None:
 
 
 def start_party(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:
-    """The command ``party`` with ``arguments``, as a child that holds on to its standard input; stderr is read.
+    """The command ``party`` with ``arguments``, as a child that reads its standard input; stderr is read.
 
     Tests put a fork in its place, which imports nothing again.
     """
@@ -245,9 +251,10 @@ class LocalParties:
         self.processes: dict[int, subprocess.Popen] = {}
         self._printed: dict[int, deque] = {}
         self._readers: dict[int, threading.Thread] = {}
-        self._port = _free_port()
-        self._met = False
+        self.secret, self._run = keyring.fresh(), keyring.fresh()
         self._tapes = self._find_tapes()
+        self.listener = sockets.listen(rendezvous.LOOPBACK)
+        self._met = False
         try:
             for rank in range(protocol.world):
                 if rank != CLIENT:
@@ -269,7 +276,7 @@ class LocalParties:
         return {rank: str(locate(self.protocol.tape, rank, is_local=True)) for rank in (OWNER, CLIENT)}
 
     def environment(self, rank: int) -> dict[str, str]:
-        """What torchrun would have set for ``rank``; the client hosts the store, as torchrun's agent would.
+        """What torchrun would have set for ``rank``, and that the client hosts the meeting.
 
         The child imports this very package: a notebook may have found it through ``sys.path`` alone.
         """
@@ -279,7 +286,8 @@ class LocalParties:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGE_HOME, os.environ.get("PYTHONPATH", "")])),
             **{"RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": threads},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            **{"MASTER_ADDR": rendezvous.LOOPBACK, "MASTER_PORT": str(self.listener.getsockname()[1])},
+            **{"TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_RUN_ID": self._run, HUB: str(CLIENT)},
         }
 
     def _start(self, rank: int, model_folder: str) -> None:
@@ -288,6 +296,9 @@ class LocalParties:
         launch = replace(self.launch, host="", progress=False, calibration_text=text)
         told = Child(replace(self.protocol, tape=self._tapes.get(rank, "")), launch, model_folder)
         process = self.processes[rank] = start_party(["party", "--child", told.to_json()], self.environment(rank))
+        assert process.stdin is not None, "it was opened with the process"
+        with contextlib.suppress(BrokenPipeError):  # it has ended: ``check`` says so
+            os.write(process.stdin.fileno(), f"{self.secret}\n".encode())
         self._printed[rank] = deque(maxlen=20)
         self._readers[rank] = threading.Thread(target=self._read, args=(rank, process.stderr), daemon=True)
         self._readers[rank].start()
@@ -347,6 +358,7 @@ class LocalParties:
 
     def stop(self, failed: bool = False) -> None:
         """Waits for the other processes to end, and ends those that do not."""
+        self.listener.close()
         grace = FAILED_GRACE_SECONDS if failed else GRACE_SECONDS
         deadline = time.monotonic() + (grace if self._met else 0.0)
         try:
@@ -363,9 +375,3 @@ class LocalParties:
             for pipe in (process.stdin, process.stderr):
                 assert pipe is not None, "both ends were opened with the process"
                 pipe.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

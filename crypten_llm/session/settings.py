@@ -57,7 +57,7 @@ class ProtocolConfig:
     precision_bits: fractional bits of a share on engine ``crypten``. tape: this party's file of a tape that was dealt
     for engine ``wire``, or the folder that holds it; there is no dealer then. force: share a model that leaves the
     engine's ranges by the owner's measurement; every answer is marked. reveal: what the client learns of each step
-    (``reveal.Mode``).
+    (``reveal.Mode``). insecure_links: leave links between hosts without TLS all the same.
     """
 
     engine: str = _setting(DEFAULT_ENGINE, f"plain (no privacy), crypten or wire (default: {DEFAULT_ENGINE})")
@@ -78,6 +78,10 @@ class ProtocolConfig:
     )
     reveal: str = _setting(
         ALL, "what the client learns of each step: tokens, top-K or logits (default: logits)", metavar="MODE"
+    )
+
+    insecure_links: bool = _setting(
+        False, "leave links between hosts plain TCP: whoever is between reads everything (a tunnel must protect them)"
     )
 
     def __post_init__(self) -> None:

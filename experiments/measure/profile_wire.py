@@ -91,7 +91,7 @@ def play(rank: int, port: int, job: dict, results) -> None:
     """One role, in a process of its own; puts (rank, samples, counters by phase) or the error's text."""
     try:
         torch.set_num_threads(1)
-        transport = rendezvous.connect(rank, 3, ROLES, "127.0.0.1", port, timeout=600.0, is_master=rank == 0)
+        transport = rendezvous.connect(rank, 3, ROLES, "127.0.0.1", port, timeout=600.0)
         with contextlib.closing(transport):
             party = Party(WireEngine(transport), transport, compute_parties=2)
             samples = collections.Counter()

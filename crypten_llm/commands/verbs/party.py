@@ -1,6 +1,7 @@
 """``party``: every party but the client, started by hand or by the client of a local run."""
 
 import argparse
+import os
 import signal
 from dataclasses import asdict
 from typing import Any
@@ -28,10 +29,11 @@ def run(arguments: Any) -> None:
 
 
 def _serve_parent(arguments: Any) -> None:
+    from crypten_llm.links import keyring
     from crypten_llm.session.lifeline import end_with_parent
     from crypten_llm.session.settings import Child
 
-    end_with_parent()
+    os.environ[keyring.VARIABLE] = end_with_parent()
     told = Child.from_json(arguments.child)
     arguments.verbose = told.launch.verbose
     if told.launch.shielded:
