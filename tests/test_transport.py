@@ -165,8 +165,9 @@ def test_malformed_json(against_raw, text):
 
 
 def test_json_wait_may_outlast_the_timeout(mesh):
-    a, b = mesh(timeout=0.05)
-    timer = threading.Timer(0.2, lambda: a.send_json(1, "late"))
+    a, b = mesh(timeout=0.2)
+    a.beat([1])
+    timer = threading.Timer(0.6, lambda: a.send_json(1, "late"))
     timer.start()
     assert b.recv_json(0, timeout=float("inf")) == "late"
     timer.join()
@@ -200,8 +201,9 @@ def test_something_else_than_an_announcement(mesh, other):
 
 
 def test_an_announcement_may_outlast_the_timeout(mesh):
-    a, b = mesh(timeout=0.05)
-    timer = threading.Timer(0.2, lambda: a.announce(0, [1], {"verb": "close"}))
+    a, b = mesh(timeout=0.2)
+    a.beat([1])
+    timer = threading.Timer(0.6, lambda: a.announce(0, [1], {"verb": "close"}))
     timer.start()
     assert b.announce(0, [0], None, timeout=float("inf")) == {"verb": "close"}
     timer.join()

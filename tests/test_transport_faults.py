@@ -1,16 +1,19 @@
 """A peer that sends something else, is silent, gone, or says why it stops; every case has its message."""
 
+import math
 import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
 from transports import error_of, header, together
 
 from crypten_llm.errors import PartyError
-from crypten_llm.links.frames import DTYPES
+from crypten_llm.links.faults import LAST_WORDS_SECONDS, last_words
+from crypten_llm.links.frames import DTYPES, JSON
 
 # A peer that sends something else
 
@@ -91,15 +94,58 @@ def test_only_the_silent_party_is_blamed(mesh):
 
 def test_slow_progress_is_no_timeout(against_raw):
     transport, raw = against_raw
-    payload = header(size=48) + bytes(48)
+    payload = header(size=480_000) + bytes(480_000)
 
     def trickle():
-        for i in range(0, len(payload), 8):
+        for i in range(0, len(payload), 80_000):
             time.sleep(0.1)
-            raw.sendall(payload[i : i + 8])
+            raw.sendall(payload[i : i + 80_000])
 
-    _, received = together(trickle, lambda: transport.recv(1, (6,), torch.int64))
-    assert received.tolist() == [0] * 6
+    _, received = together(trickle, lambda: transport.recv(1, (60_000,), torch.int64))
+    assert not received.any()
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_byte_now_and_then_is_no_progress(against_raw, endless):
+    transport, raw = against_raw
+    ended = threading.Event()
+
+    def drip():
+        for byte in header(kind=JSON, dtype=0, size=2):
+            if ended.wait(0.1):
+                return
+            raw.sendall(bytes([byte]))
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    started = time.monotonic()
+    with transport.meter.phase("decode"):
+        message = error_of(lambda: transport.recv_json(1, timeout=math.inf if endless else None))
+    assert 0.4 < time.monotonic() - started < 1.5
+    assert message.startswith(f"rank 1 (client) {'gave no sign of life' if endless else 'sent nothing'} for 0.5 s")
+    assert "during decode" in message
+    ended.set()
+    dripping.join()
+
+
+def test_last_words_that_drip_are_not_waited_for(against_raw):
+    """A peer that takes nothing more, and whose unread frames come byte by byte."""
+    transport, raw = against_raw
+    link, ended = transport._links[1], threading.Event()
+
+    def drip():
+        with suppress(OSError):
+            raw.sendall(header(size=1 << 40))
+            while not ended.wait(0.05):
+                raw.sendall(b"x")
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    started = time.monotonic()
+    assert last_words(link.sock) is None
+    assert time.monotonic() - started < 1.5 * LAST_WORDS_SECONDS
+    ended.set()
+    dripping.join()
 
 
 def test_closed_connection_fails_at_once(mesh):

@@ -24,7 +24,7 @@ from crypten_llm.links.frames import (
 )
 
 if TYPE_CHECKING:
-    from crypten_llm.links.transport import Specs, _Incoming, _Link
+    from crypten_llm.links.link import Incoming, Link, Specs
 
 
 LAST_WORDS_SECONDS = 1.0  # how long to look for a peer's abort frame after its link broke
@@ -34,15 +34,18 @@ SAME_PROGRAM = "the parties run different programs; start all of them with the s
 # A peer that stops.
 
 
-def say_goodbye(link: _Link, message: str) -> None:
+def say_goodbye(link: Link, message: str) -> None:
     """Tell the peer at `link` why this party stops. Best effort, never raises for a link that is gone."""
     text = message.encode()[:MAX_ABORT_BYTES]
     if not link.owned.is_here:  # the link goes on in the process that was forked
         return
     try:
-        if not link.mid_frame:
-            link.sock.settimeout(LAST_WORDS_SECONDS)
-            link.sock.sendall(HEADER.pack(MAGIC, ABORT, MIXED, 0, len(text), 0) + text)
+        if not link.mid_frame and link.sending.acquire(timeout=LAST_WORDS_SECONDS):
+            try:
+                link.sock.settimeout(LAST_WORDS_SECONDS)
+                link.sock.sendall(link.owed + HEADER.pack(MAGIC, ABORT, MIXED, 0, len(text), 0) + text)
+            finally:
+                link.sending.release()  # who waits for it finds that nothing may follow
         # Closing with unread input resets the connection, which could destroy what was just sent.
         link.sock.shutdown(socket.SHUT_WR)
         link.sock.setblocking(False)
@@ -53,8 +56,9 @@ def say_goodbye(link: _Link, message: str) -> None:
         pass
 
 
-def gone(link: _Link, where: str) -> PartyError:
+def gone(link: Link, where: str) -> PartyError:
     """The error for a broken link: the peer's own message when one is still in the input."""
+    link.hush()
     text = last_words(link.sock)
     if text is not None:
         return stopped(link.name, text)
@@ -72,29 +76,45 @@ def last_words(sock: socket.socket) -> bytes | None:
 
     Called when sending failed: the peer may have said why before it closed.
     """
+    deadline = time.monotonic() + LAST_WORDS_SECONDS  # of all of it, however it comes
+
+    def read(count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            sock.settimeout(max(1e-3, deadline - time.monotonic()))
+            chunk = sock.recv(min(count - len(data), 1 << 20))
+            if not chunk or time.monotonic() > deadline:
+                raise ConnectionResetError
+            data += chunk
+        return data
+
     try:
-        sock.settimeout(LAST_WORDS_SECONDS)
-        stream = sock.makefile("rb")
-        while len(header := stream.read(HEADER.size)) == HEADER.size:
-            magic, kind, _, _, size, _ = HEADER.unpack(header)
+        while True:
+            magic, kind, _, _, size, _ = HEADER.unpack(read(HEADER.size))
             if magic != MAGIC:
                 return None
             if kind == ABORT:
-                return stream.read(min(size, MAX_ABORT_BYTES))
-            while size and (chunk := stream.read(min(size, 1 << 20))):
-                size -= len(chunk)
+                return read(min(size, MAX_ABORT_BYTES))
+            while size:
+                size -= len(read(min(size, 1 << 16)))
     except OSError:
-        pass
-    return None
+        return None
 
 
 # A peer that is silent.
 
 
-def silent(names: list[str], took: bool, seconds: float, where: str) -> PartyError:
-    """The error for peers from which nothing came, or one that `took` nothing, for so long."""
+def silent(names: list[str], did: str, seconds: float, where: str, endless: bool = False) -> PartyError:
+    """The error for peers from which nothing came, or one that took nothing, for so long; of an `endless` wait, no sign
+    of life either.
+    """
+    if endless:
+        return PartyError(
+            f"{' and '.join(names)} gave no sign of life for {seconds:g} s during {where}, while its next request was "
+            "waited for: it hangs, was stopped, or its network is down; start all parties again"
+        )
     return PartyError(
-        f"{' and '.join(names)} {'took' if took else 'sent'} nothing for {seconds:g} s during {where}: look at that "
+        f"{' and '.join(names)} {did} nothing for {seconds:g} s during {where}: look at that "
         "party's own output, and raise the timeout if it only needs longer"
     )
 
@@ -102,7 +122,7 @@ def silent(names: list[str], took: bool, seconds: float, where: str) -> PartyErr
 # A peer that sent something else.
 
 
-def another_frame(frame: _Incoming, header: tuple, where: str) -> PartyError:
+def another_frame(frame: Incoming, header: tuple, where: str) -> PartyError:
     """The error for a header (as unpacked) that is not of the `frame` that is due."""
     magic, kind, dtype, sequence, size, _ = header
     came = "bytes of another protocol"

@@ -13,8 +13,8 @@ import torch
 
 HEADER = struct.Struct("<2sBBIQQ")  # magic, kind, dtype, sequence number, payload bytes, send time (emulation)
 MAGIC = b"cL"
-TENSOR, JSON, ABORT, STREAM = 1, 2, 3, 4
-KIND_NAMES = {TENSOR: "tensor", JSON: "JSON", ABORT: "abort", STREAM: "stream"}
+TENSOR, JSON, ABORT, STREAM, BEAT = 1, 2, 3, 4, 5
+KIND_NAMES = {TENSOR: "tensor", JSON: "JSON", ABORT: "abort", STREAM: "stream", BEAT: "heartbeat"}
 BOUNDED = (JSON, STREAM)  # of a length that the receiver knows only a bound of
 MIXED = 0  # dtype code of a frame that carries tensors of several dtypes, and of frames without tensors
 DTYPES = {

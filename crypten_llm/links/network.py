@@ -15,7 +15,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.links.sockets import is_local
 
 if TYPE_CHECKING:
-    from crypten_llm.links.transport import _Incoming, _Link
+    from crypten_llm.links.link import Incoming, Link
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Network:
         """How long rounds and the bytes that one party sends in them are on their way."""
         return rounds * self.rtt_ms / 2e3 + sent * 8e-6 / self.mbit
 
-    def check(self, links: Iterable[_Link]) -> None:
+    def check(self, links: Iterable[Link]) -> None:
         """Raises UsageError for a link to another machine, whose clock is another."""
         for link in links:
             if not is_local(link.sock):
@@ -50,7 +50,7 @@ class Network:
                     "every party on one machine"
                 )
 
-    def hold_back(self, frames: Sequence[_Incoming], header: int) -> None:
+    def hold_back(self, frames: Sequence[Incoming], header: int) -> None:
         """Sleeps until this network would have delivered these frames, each of a link of its own; header: its bytes."""
         ready = 0
         for frame in frames:

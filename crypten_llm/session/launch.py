@@ -112,7 +112,16 @@ def join(
         parties.met()
     with guarded(transport):
         _compare(transport, protocol.agreement())
+    transport.beat(_followers(protocol, rank))
     return transport
+
+
+def _followers(protocol: ProtocolConfig, rank: int) -> list[int]:
+    """Who waits without end for what this party wants next."""
+    asks_dealer = protocol.engine == "crypten"  # the owner, for all
+    if rank == CLIENT:
+        return [peer for peer in range(protocol.compute_parties if asks_dealer else protocol.world) if peer != CLIENT]
+    return [protocol.compute_parties] if rank == OWNER and asks_dealer else []
 
 
 def _links(launch: LaunchConfig, protocol: ProtocolConfig, rank: int) -> Links | None:

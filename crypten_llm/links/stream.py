@@ -1,0 +1,39 @@
+"""A stream as its reader wants it: any number of bytes at a time, in sections that end where a message does.
+
+Owns what is left of the last message. Where messages end means nothing to the reader.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from crypten_llm.errors import PartyError
+from crypten_llm.links.faults import SAME_PROGRAM
+
+
+class StreamReader:
+    """next_piece: receives the next message. name: of the party that sends."""
+
+    def __init__(self, next_piece: Callable[[], memoryview], name: str) -> None:
+        self._next_piece, self._name = next_piece, name
+        self._left = memoryview(b"")  # of the last message
+
+    def begin(self, label: str) -> None:
+        """The next section, whatever its label: it is what comes next."""
+
+    def read(self, count: int) -> torch.Tensor:
+        """The next `count` bytes, a uint8 tensor."""
+        out, filled = torch.empty(count, dtype=torch.uint8), 0
+        target = out.numpy().data
+        while filled < count:
+            if not self._left:
+                self._left = self._next_piece()
+            take = min(count - filled, len(self._left))
+            target[filled : filled + take] = self._left[:take]
+            self._left = self._left[take:]
+            filled += take
+        return out
+
+    def end(self) -> None:
+        if self._left:
+            raise PartyError(f"{self._name} sent more than this section needs: {SAME_PROGRAM}")
