@@ -97,5 +97,5 @@ def test_the_dealer_learns_public_shapes_alone(models):
     functions = {"additive", "square", "binary", "wraps", "B2A", "stop", "statistics"}
     for message in seen[0]:
         assert message.function in functions
-        for argument in message.get("args", []):
+        for argument in message.args:
             assert argument in ("mul", "matmul") or all(isinstance(size, int) for size in argument)

@@ -54,7 +54,8 @@ def add_model_and_prompt(parser: Parser) -> None:
     parser.add_model()
     add_tokenizer(parser)
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="the client's text")
+    what = "the client's text, which the process list shows to this machine's users; --prompt-file is not seen"
+    prompt.add_argument("--prompt", metavar="TEXT", help=what)
     file = "a file with the client's text, one newline at its end left out; - for standard input"
     prompt.add_argument("--prompt-file", metavar="F", help=file)
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="the client's token ids; a file of ids after @")
