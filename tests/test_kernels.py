@@ -148,6 +148,8 @@ def test_key_streams(byte, monkeypatch):
     for count in (0, 1, 15, 16, 17, 5, (1 << 12) - 1, 1 << 12, (1 << 14) + 3, 64):
         found, expected = mine.fill(count), theirs.fill(count)
         assert same(found, expected) and found.numel() == count
+        over = torch.randint(0, 256, (count,), dtype=torch.uint8)
+        assert same(mine.fill(count, over), theirs.fill(count) ^ over)
         found.fill_(byte)  # changes nothing of what comes
 
 

@@ -119,13 +119,15 @@ class KeyStream:
     def __init__(self, key: bytes) -> None:
         self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
-    def fill(self, count: int) -> Tensor:
-        """The next ``count`` bytes, in memory of their own: uint8."""
+    def fill(self, count: int, over: Tensor | None = None) -> Tensor:
+        """The next ``count`` bytes, xor as many of ``over``, in memory of their own: uint8."""
+        data = None if over is None else over.numpy().data
         buffer = np.empty(count + 15, dtype=np.uint8)  # update_into wants room for one block more
         view = buffer.data
         for start in range(0, count, _CHUNK):
             size = min(_CHUNK, count - start)
-            self._encryptor.update_into(memoryview(_ZEROS)[:size], view[start : start + size + 15])
+            source = memoryview(_ZEROS)[:size] if data is None else data[start : start + size]
+            self._encryptor.update_into(source, view[start : start + size + 15])
         return torch.from_numpy(buffer[:count])
 
 

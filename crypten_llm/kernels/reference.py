@@ -33,11 +33,12 @@ class KeyStream:
     def __init__(self, key: bytes) -> None:
         self._key, self._used = key, 0
 
-    def fill(self, count: int) -> Tensor:
+    def fill(self, count: int, over: Tensor | None = None) -> Tensor:
         cipher = Cipher(algorithms.AES(self._key), modes.CTR(bytes(16))).encryptor()
         stream = cipher.update(bytes(self._used + count))[self._used :]
         self._used += count
-        return torch.tensor(list(stream), dtype=torch.uint8)
+        found = torch.tensor(list(stream), dtype=torch.uint8)
+        return found if over is None else found ^ over
 
 
 # Matrix products.

@@ -81,8 +81,8 @@ class Comparison:
 class Bytes(Protocol):
     """A key stream."""
 
-    def fill(self, count: int) -> Tensor:
-        """The next ``count`` bytes of the stream, in memory of their own: uint8."""
+    def fill(self, count: int, over: Tensor | None = None) -> Tensor:
+        """The next ``count`` bytes of the stream, xor as many of ``over``, in memory of their own: uint8."""
 
 
 class Kernels(Protocol):

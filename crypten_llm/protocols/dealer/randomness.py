@@ -100,6 +100,6 @@ class Cipher:
     def __init__(self, key: bytes) -> None:
         self._bytes = ring.on("cpu").KeyStream(key)
 
-    def apply(self, data: torch.Tensor) -> None:
-        """The next bytes, uint8, in place."""
-        data ^= self._bytes.fill(data.numel())
+    def apply(self, data: torch.Tensor) -> torch.Tensor:
+        """The next bytes, uint8, in memory of their own."""
+        return self._bytes.fill(data.numel(), data)

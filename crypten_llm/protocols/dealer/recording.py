@@ -90,7 +90,7 @@ class _File:
         """Returns how many bytes that took."""
         piece = torch.zeros(padded(data.numel()), dtype=torch.uint8)
         piece[: data.numel()] = data
-        self._cipher.apply(piece)
+        piece = self._cipher.apply(piece)
         self._hash.update(bytes_of(piece))
         self._file.write(bytes_of(piece))
         self._count += piece.numel()

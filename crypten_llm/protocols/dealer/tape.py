@@ -198,6 +198,7 @@ class Tape:
         self._burned = False
         self._position = self._stop = 0
         self._ahead, self._used = _NOTHING, 0  # what has been read of the section, and how much of that is taken
+        self._piece = torch.empty(AHEAD, dtype=torch.uint8)  # as it is on the disk
         self._owned = Owned()
 
     def _verify(self, start: int, header: Header) -> None:
@@ -303,15 +304,16 @@ class Tape:
         they become zeros, which the disk has at the latest when the tape is closed.
         """
         left = self._ahead[self._used :]
-        memory = torch.empty(max(least, min(AHEAD, self._stop - self._position)), dtype=torch.uint8)
-        memory[: left.numel()] = left
-        fresh, place = memory[left.numel() :], self._position + left.numel()
+        count, place = max(least, min(AHEAD, self._stop - self._position)) - left.numel(), self._position + left.numel()
+        if self._piece.numel() < count:
+            self._piece = torch.empty(count, dtype=torch.uint8)
+        fresh = self._piece[:count]
         if os.preadv(self._fd, [bytes_of(fresh)], place) != fresh.numel():
             raise _damaged(self.path)
         for start in range(0, fresh.numel(), _PIECE):
             os.pwrite(self._fd, memoryview(_ZEROS)[: fresh.numel() - start], place + start)
-        self._cipher.apply(fresh)
-        self._ahead = memory
+        read = self._cipher.apply(fresh)
+        self._ahead = torch.cat([left, read]) if left.numel() else read
 
     def end(self) -> None:
         """Raises OneTimeError where the section has more."""
