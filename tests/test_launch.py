@@ -57,7 +57,7 @@ def check(result, expected, parties=2, engine="crypten"):
     )
 
 
-@pytest.mark.parametrize(("engine", "parties"), [("crypten", 3), ("wire", 2)])
+@pytest.mark.parametrize(("engine", "parties"), [pytest.param("crypten", 3, marks=pytest.mark.slow), ("wire", 2)])
 def test_local_parties(short, expected, engine, parties):
     with Program(*short, "--engine", engine, "--parties", parties, fresh=True) as program:
         program.wait_for(processes=parties + 1)
@@ -173,13 +173,13 @@ def test_a_killed_party_ends_the_others(long, rank, name):
 
 
 def test_a_party_that_hangs_is_named(long):
-    with Program(*long, "--timeout", "8") as program:
+    with Program(*long, "--timeout", "5") as program:
         program.read_until("prefill in")
         os.kill(program.pid_of(0), signal.SIGSTOP)
         code, out, err = program.finish()
     assert (code, out) == (3, "")
     message = error_line(err)
-    assert "rank 0 (owner) sent nothing for 8 s during decode: " in message
+    assert "rank 0 (owner) sent nothing for 5 s during decode: " in message
     assert "raise the timeout" in message
 
 
