@@ -4,6 +4,7 @@
     python experiments/compare_baselines.py                         the committed results
     python experiments/compare_baselines.py --print-config > mine.toml
     python experiments/compare_baselines.py --config mine.toml --out runs/mine
+    python experiments/compare_baselines.py --config experiments/baselines/smollm2.toml --out runs/smollm2 --device cuda
 
 Accuracy is measured on engine ``plain``, cost counted for engine ``wire`` and measured on ``crypten``, for the same
 settings; some prompts are also answered on ``wire`` end to end and compared with ``plain`` token by token. What a
@@ -29,6 +30,7 @@ from experiments.baselines import config as configuration
 from experiments.baselines.report import markdown
 from experiments.baselines.summary import Summary
 from experiments.measure.eviction_counts import shape_of
+from experiments.tools import real_model
 from experiments.tools.command import command
 from experiments.tools.journal import Journal
 from experiments.tools.tables import print_table
@@ -49,10 +51,10 @@ def report(summary: Summary, journal: Journal, out: Path, command: str) -> list[
 
 
 def run(arguments, config: configuration.Config, out: Path) -> None:
-    shape = shape_of(config.model, max(config.lengths), config.offline)
+    shape = shape_of(real_model.resolved(config.model), max(config.lengths), config.offline)
     journal = Journal(out.with_suffix(".jsonl"), config.to_dict(), configuration.CHOOSES_CELLS)
     work = {
-        "accuracy": lambda: cells.measure_accuracy(config, journal, shape.heads, arguments.workers),
+        "accuracy": lambda: cells.measure_accuracy(config, journal, shape.heads, arguments.workers, arguments.device),
         "cost": lambda: cells.count_costs(config, journal, shape, arguments.workers),
         "crypten": lambda: cells.run_crypten(config, journal, shape, arguments.timeout),
         "private": lambda: cells.answer_privately(config, journal, shape.heads, arguments.timeout),
@@ -106,6 +108,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help=f"results without ending (default: {_shown(RESULTS)})")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: 2)")
+    parser.add_argument("--device", default="cpu", help="where accuracy is measured: cpu or cuda (default: cpu)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of the parties (default: 600)")
     arguments = parser.parse_args(given)
     if arguments.quick and arguments.config:

@@ -10,9 +10,10 @@ from crypten_llm.errors import UsageError
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.generation import Answer
 from crypten_llm.session.plan import Plan, parse_policy
-from experiments.measure.quality import SCORED, Evaluator, Scorer, draw, may_match, means
+from experiments.measure.quality import Evaluator, Scorer, draw, may_match, means, settled
 from experiments.measure.shared_prefill import Onlookers, prefill, prefill_all
 from experiments.model.evaluate import is_match
+from experiments.tasks import Example, find
 
 POLICIES = ["full", *(f"{name}({row.small.replace(',weights=WEIGHTS', '')})" for name, row in ROWS.items())]
 LENGTH = 160  # two pieces of the prompt, so that a policy can evict between them
@@ -98,7 +99,7 @@ def test_loss_of_a_text_is_that_of_decoding_it_token_by_token(llama, policy):
     text = draw("stories", llama.tokenizer, LENGTH, 1)[0]
     row = Scorer(llama).rows(text, [policy])[0]
     ids, seen = llama.encode(text.text), []
-    prompt, rest = ids[: -SCORED - 1], ids[-SCORED - 1 :]
+    prompt, rest = ids[: -text.scored - 1], ids[-text.scored - 1 :]
 
     def choose(logits):
         seen.append(logits.clone())
@@ -108,7 +109,7 @@ def test_loss_of_a_text_is_that_of_decoding_it_token_by_token(llama, policy):
     for _ in llama.party.request_generate(plan, Answer(prompt, choose)):
         pass
     predicted = torch.stack(seen)[1:].log_softmax(-1)
-    expected = -predicted[torch.arange(SCORED), torch.tensor(rest[1:])].mean().item()
+    expected = -predicted[torch.arange(text.scored), torch.tensor(rest[1:])].mean().item()
     assert row["score"] == pytest.approx(expected, abs=1e-6)
     assert row["tokens"] == len(prompt)
 
@@ -161,6 +162,47 @@ def test_rows_come_in_the_order_of_examples_and_policies(examples):
 )
 def test_what_may_still_match(text, possible):
     assert may_match(text, [" New York", "Bern "]) is possible
+
+
+def test_what_rules_and_what_settles():
+    """An answer ends where no match is possible any more, or where all that was asked for stands there."""
+    exact, every, any_of, f1 = (find(name) for name in ("passkey", "ruler/vt", "ruler/qa_1", "longbench/hotpotqa"))
+    example = Example("", "", ("ab", "cd"), 9)
+    for task, unsettled, done in ((exact, ("", "a", "ab"), "b"), (every, ("", "ab", "c d"), "x CD ab")):
+        assert not any(settled(task, example, text) for text in unsettled) and settled(task, example, done)
+    assert settled(any_of, example, "or cd") and not settled(any_of, example, "or c")
+    assert not settled(f1, example, "ab")
+
+
+def test_answers_end_with_the_last_that_was_asked_for(llama):
+    """Of RULER's tasks: the score is that of the whole answer."""
+    example = replace(draw("few_shot", llama.tokenizer, LENGTH, 1)[0], task="ruler/qa_1", max_new_tokens=6)
+    whole = Scorer(llama, to_the_end=True).rows(example, ["full"])[0]
+    first = llama.tokenizer.decode(whole["token_ids"][:1]).strip()
+    example = replace(example, answers=(first,))
+    row, whole = (Scorer(llama, end).rows(example, ["full"])[0] for end in (False, True))
+    assert row["score"] == whole["score"] == 1 and len(row["token_ids"]) == 1 < len(whole["token_ids"])
+
+
+def test_a_continuation_is_compared_with_the_full_cache(llama):
+    """Whether that is asked for or not; its answer is then the whole one, as it runs alone."""
+    policies = ["streaming_llm(start=1,recent=5)", "quest(page=4,budget=900,dense=0)"]
+    for name in ("continuation/exact", "continuation/rouge_l"):
+        example = draw(name, llama.tokenizer, LENGTH, 1)[0]
+        few, all_rows, full = Scorer(llama).rows(example, [*policies, "full"])
+        assert Scorer(llama).rows(example, policies) == [few, all_rows]
+        alone = llama.generate(example.prompt, max_new_tokens=example.max_new_tokens).token_ids
+        assert full["token_ids"] == alone
+        assert full["score"] == pytest.approx(1) == all_rows["score"] and few["score"] < 0.9
+
+
+def test_texts_are_scored_at_stretches_that_follow_each_other(llama):
+    first, second = draw("prose", llama.tokenizer, LENGTH, 2)
+    assert first.scored == second.scored == 64
+    end = llama.tokenizer.decode(first.ids(llama.tokenizer)[-20:])
+    before = llama.tokenizer.decode(second.ids(llama.tokenizer)[: -second.scored])
+    assert before.endswith(end)
+    assert Scorer(llama).rows(first, ["full"])[0]["tokens"] == len(first.ids(llama.tokenizer)) - 65
 
 
 def test_what_cannot_be_scored_is_refused(llama, examples):

@@ -30,9 +30,12 @@ CHANGED = {
         "policy_weights": "gates.safetensors",
         "session_tokens": 100,
         "day_tokens": 1000,
+        "device": "cuda",
     },
 }
-"""Another value than the default for each setting; "tape" is for engine wire alone."""
+"""Another value than the default for each setting."""
+ALONE = {"tape": "wire", "device": "plain"}
+"""Settings that one engine alone has."""
 
 
 def test_each_setting_is_covered_here():
@@ -50,16 +53,17 @@ def test_each_setting_is_covered_here():
 def test_an_option_sets_its_setting_alone(command, name):
     value = CHANGED[name]
     option = {"compute_parties": "--parties"}.get(name, f"--{name.replace('_', '-')}")
-    engine = ["--engine", "crypten"] if name in ("compute_parties", "precision_bits") else []
+    named = {"compute_parties": "crypten", "precision_bits": "crypten", "device": "plain"}.get(name, "")
+    engine = ["--engine", named] if named else []
     words = [option] if value is True else [option, str(value)]
     given = settings(cli._parser().parse_args([command, *engine, *words]))
-    expected = {**({"engine": "crypten"} if engine else {}), name: value, "progress": given["progress"]}
+    expected = {**({"engine": named} if named else {}), name: value, "progress": given["progress"]}
     assert split(given) == split(expected)
 
 
 def test_a_child_is_told_every_setting():
     for name, value in CHANGED.items():
-        base = {"engine": "crypten"} if name != "tape" else {}
+        base = {"engine": ALONE.get(name, "crypten")}
         protocol, launch = split(base | {name: value})
         told = Child(protocol, launch, "/models/ünï \udcff")
         assert Child.from_json(told.to_json()) == told
@@ -84,7 +88,7 @@ def started(monkeypatch):
 
 
 def test_local_parties_are_started_with_the_clients_settings(started):
-    protocol, launch = split({name: value for name, value in CHANGED.items() if name != "tape"})
+    protocol, launch = split({name: value for name, value in CHANGED.items() if name not in ALONE})
     LocalParties(protocol, launch, "/models/secret").listener.close()
     assert started.keys() == {0, 2, 3, 4}
     for rank, command in started.items():

@@ -46,5 +46,5 @@ def test_stories_are_text(tokenizer):
 
 
 def test_unknown_task():
-    with pytest.raises(UsageError, match="unknown task 'passkeys'; the nearest: passkey; .* shows all 45"):
+    with pytest.raises(UsageError, match="unknown task 'passkeys'; the nearest: passkey; .* shows all 49"):
         find("passkeys")

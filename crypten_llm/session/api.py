@@ -71,7 +71,7 @@ class PrivateLlama:
         self._claiming = threading.Lock()  # of several threads that ask at once, one finds the parties free
         if not protocol.is_private:
             torch.set_num_threads(launched.thread_count(1))
-            self.party = Party(PlainEngine(), mode=protocol.mode)
+            self.party = Party(PlainEngine.on(launched.device), mode=protocol.mode)
             return
         if launch.is_distributed() and (rank := launch.own_rank(protocol)) != CLIENT:
             raise UsageError(

@@ -9,6 +9,7 @@ A new setting is one field here: its option on the command line is made from it,
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -134,7 +135,8 @@ class ProtocolConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """timeout: seconds any wait may last. network: "lan", "wan" or "RTTms,Mbit" to emulate between local parties.
+    """device: torch's, on which engine ``plain`` computes; the others are for processors.
+    timeout: seconds any wait may last. network: "lan", "wan" or "RTTms,Mbit" to emulate between local parties.
     threads: of torch in each process; 0 divides this machine's cores among the local parties.
     host: address at which the others reach this process (found by itself when empty).
     tls: folder of keys and certificates that put the links under TLS (see ``tls``); plain TCP when empty.
@@ -145,6 +147,7 @@ class LaunchConfig:
     shielded: local parties do not hear Ctrl-C, which reaches every process of a terminal; they end with the client.
     """
 
+    device: str = _setting("cpu", "where engine plain computes: cpu or cuda (default: cpu)", metavar="DEVICE")
     timeout: float = _setting(
         DEFAULT_TIMEOUT, f"seconds any wait may last (default: {DEFAULT_TIMEOUT:.0f})", metavar="S"
     )
@@ -176,6 +179,8 @@ class LaunchConfig:
             value = getattr(self, name)
             if _not_integer(value) or value < 0:
                 raise UsageError(f"{name} is {value!r}; give 1 or more, or 0 for no limit")
+        if not isinstance(self.device, str) or not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device):
+            raise UsageError(f"device is {self.device!r}; it must be cpu, cuda, or one of several by cuda:N")
         if self.network:
             parse_network(self.network)
 
@@ -189,11 +194,20 @@ def cores() -> int:
 
 
 def split(settings: dict) -> tuple[ProtocolConfig, LaunchConfig]:
-    """The two kinds from one set of keyword arguments; raises UsageError for a name that neither has."""
+    """The two kinds from one set of keyword arguments.
+
+    Raises UsageError for a name that neither has, and for a device that the engine does not compute on.
+    """
     kinds = (ProtocolConfig, LaunchConfig)
     check_names("setting", settings, [field.name for kind in kinds for field in fields(kind)])
     protocol, launch = ({f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in kinds)
-    return ProtocolConfig(**protocol), LaunchConfig(**launch)
+    asked, launched = ProtocolConfig(**protocol), LaunchConfig(**launch)
+    if asked.is_private and launched.device != "cpu":
+        raise UsageError(
+            f"device is {launched.device!r}, and engine {asked.engine!r} computes on the processor; leave --device "
+            "out, or use --engine plain"
+        )
+    return asked, launched
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from experiments.measure.eviction_counts import ATTENTION, NUMBER, count, fills
 from experiments.measure.eviction_time import measured_step
 from experiments.measure.quality import Evaluator, draw, means
 from experiments.tasks import find
+from experiments.tools import real_model
 from experiments.tools.journal import Journal
 from experiments.tools.processes import processes
 
@@ -72,8 +73,11 @@ def watched(items, what: str, unit: str, total: int | None = None) -> tqdm:
     return tqdm(items, desc=what, total=total, unit=unit, disable=not sys.stderr.isatty(), smoothing=0.05)
 
 
-def measure_accuracy(config: Config, journal: Journal, heads: int, workers: int) -> None:
-    """Scores of every policy on every example, length by length; policies that miss the same blocks share prefills."""
+def measure_accuracy(config: Config, journal: Journal, heads: int, workers: int, device: str = "cpu") -> None:
+    """Scores of every policy on every example, length by length; policies that miss the same blocks share prefills.
+
+    device: where engine ``plain`` computes; a cell says so where it is not the processor.
+    """
     done = {
         (row["task"], row["length"], row["first"], text): len(cell["scores"])
         for row in journal.of("accuracy")
@@ -92,9 +96,10 @@ def measure_accuracy(config: Config, journal: Journal, heads: int, workers: int)
     total = sum(count * len(policies) for (_, policies), blocks in todo.items() for _, _, count in blocks)
     if not total:
         return
-    tokenizer = load_tokenizer(config.model, config.offline)
+    tokenizer = load_tokenizer(real_model.resolved(config.model), config.offline)
+    where = {} if device == "cpu" else {"device": device}
     with watched(None, "accuracy", "answer", total) as progress:
-        with Evaluator(config.model, workers, offline=config.offline) as evaluator:
+        with Evaluator(config.model, workers, config.offline, device) as evaluator:
             for (length, policies), blocks in todo.items():
                 rows = evaluator.rows(_examples(config, tokenizer, length, blocks), policies)
                 for task, first, size in blocks:
@@ -102,7 +107,7 @@ def measure_accuracy(config: Config, journal: Journal, heads: int, workers: int)
                     for row in islice(rows, size * len(found)):
                         found[row["policy"]].append(row)
                         progress.update()
-                    cell = {"kind": "accuracy", "task": task, "length": length, "first": first}
+                    cell = {"kind": "accuracy", "task": task, "length": length, "first": first, **where}
                     journal.append(cell | {"policies": {text: _scores(part) for text, part in found.items()}})
 
 
@@ -190,14 +195,15 @@ def answer_privately(config: Config, journal: Journal, heads: int, timeout: floa
     if not todo:
         return
     settings = {"offline": config.offline, "timeout": timeout}
-    tokenizer = load_tokenizer(config.model, config.offline)
+    model = real_model.resolved(config.model)
+    tokenizer = load_tokenizer(model, config.offline)
     drawn = {task: _drawn(config, tokenizer, task, part.length, part.samples) for task in part.tasks}
     expected = {}
-    with PrivateLlama.from_pretrained(config.model, engine="plain", **settings) as plain:
+    with PrivateLlama.from_pretrained(model, engine="plain", **settings) as plain:
         for task, index, text in todo:
-            ids = plain.encode(drawn[task][index].prompt)
+            ids = drawn[task][index].ids(tokenizer)
             expected[task, index, text] = ids, agreement.greedy(plain, ids, part.tokens, policy=text)
-    with PrivateLlama.from_pretrained(config.model, engine="wire", **settings) as wire:
+    with PrivateLlama.from_pretrained(model, engine="wire", **settings) as wire:
         for task, index, text in watched(todo, "private", "answer"):
             ids, answer = expected[task, index, text]
             compared = agreement.compare(answer, agreement.greedy(wire, ids, part.tokens, policy=text), False)

@@ -59,10 +59,11 @@ class Private:
 
 @dataclass(frozen=True)
 class Config:
-    """model, offline: as for ``PrivateLlama``. policies: names of policies and of ``variants.COMPARED``, or texts with
-    settings of their own, which have no budget. tasks: of ``experiments.tasks``. data: folder or hub id by source, for
-    tasks whose rows lie in files. lengths: prompt tokens. budgets: shares of the prompt. samples: prompts of each task
-    and length; long_samples: the same where the length is above 1,024. text_samples: the same for texts.
+    """model, offline: as for ``PrivateLlama``, and a model also by ``real_model.NAME``. policies: names of policies and
+    of ``variants.COMPARED``, or texts with settings of their own, which have no budget. tasks: of
+    ``experiments.tasks``. data: folder, hub id or text file by source, for tasks that read one. lengths: prompt tokens.
+    budgets: shares of the prompt. samples: prompts of each task and length; long_samples: the same where the length is
+    above 1,024. text_samples: the same for texts.
 
     Raises UsageError for names that there are not, and values that do not fit.
     """

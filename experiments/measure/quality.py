@@ -1,11 +1,12 @@
 """How good answers are under eviction policies, on engine ``plain``: one score per example and policy.
 
     python -m experiments.measure.quality --tasks passkey two_hop --length 512 --samples 20 --policies full mpcache h2o
+    python -m experiments.measure.quality --model SmolLM2-135M-Instruct --tasks ruler/niah_multikey_1 --length 1024
 
 Owns the decoding and its scores; what to compare is up to the caller (``compare_baselines``, a search over settings).
-All policies of an example share one prefill (``shared_prefill``), and a greedy answer that is judged by exact match
-ends at the first token that rules a match out, so scores come many times faster than from ``PrivateLlama.generate``;
-they are the same, and the tests hold them to that.
+All policies of an example share one prefill (``shared_prefill``), and a greedy answer ends at the token with which its
+score is known (``settled``), so scores come many times faster than from ``PrivateLlama.generate``; they are the same,
+and the tests hold them to that.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mean
 from typing import ClassVar
@@ -26,14 +27,13 @@ from crypten_llm.errors import UsageError
 from crypten_llm.models.checkpoint import load_tokenizer
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.plan import DEFAULT_CHUNK, Plan, parse_policy
-from eviction import Policy
+from eviction import FULL, Policy
 from experiments.measure.shared_prefill import prefill_all
-from experiments.tasks import Example, Text, find, score
+from experiments.tasks import Example, Task, Text, find, score
+from experiments.tools import real_model
 from experiments.tools.command import command
 from experiments.tools.processes import processes
 from experiments.tools.tables import print_table
-
-SCORED = 24  # last tokens of a text over which its loss is taken
 
 
 @dataclass
@@ -76,12 +76,12 @@ class Decoder:
         return {name: count / self.seen if self.seen else None for name, count in counts.items()}
 
 
-def answer(decoder: Decoder, stop_ids, max_new_tokens: int, hopeless=lambda token_ids: False) -> list[int]:
-    """Greedy token ids, a stop token among them; ends where ``hopeless`` says that the score is known."""
+def answer(decoder: Decoder, stop_ids, max_new_tokens: int, settled=lambda token_ids: False) -> list[int]:
+    """Greedy token ids, a stop token among them; ends where ``settled`` says that the score is known."""
     token_ids: list[int] = []
     while True:
         token_ids.append(int(decoder.logits.argmax()))
-        if token_ids[-1] in stop_ids or len(token_ids) == max_new_tokens or hopeless(token_ids):
+        if token_ids[-1] in stop_ids or len(token_ids) == max_new_tokens or settled(token_ids):
             return token_ids
         decoder.feed(token_ids[-1])
 
@@ -101,6 +101,13 @@ def may_match(text: str, answers: Sequence[str]) -> bool:
     return any(wanted.startswith(begun) or begun.rstrip() == wanted for wanted in map(str.strip, answers))
 
 
+def settled(task: Task, example: Example, text: str) -> bool:
+    """Whether a prediction that begins with ``text`` has its score already: no match, or all that is asked for."""
+    if task.metric == "exact_match":
+        return not may_match(text, example.answers)
+    return task.metric.startswith("string_match") and score(task, example, text) == 1
+
+
 class Scorer:
     """Scores of policies on one example after another, in this process, with ``llama`` on engine ``plain``."""
 
@@ -112,51 +119,57 @@ class Scorer:
     def rows(self, example: Example | Text, policies: Sequence[str]) -> list[dict]:
         """See ``Evaluator.rows``."""
         ids, rest = self._split(example)
-        model, found = self.llama.party.model, {}
-        counted = {policy: Counted(parse_policy(policy)) for policy in policies}
+        model, found, wanted = self.llama.party.model, {}, list(policies)
+        if rest is None and not example.answers:  # the full cache's answer comes first: it is the others' measure
+            wanted = list(dict.fromkeys([FULL.name, *policies]))
+        counted = {policy: Counted(parse_policy(policy)) for policy in wanted}
         for policy, cache, logits in prefill_all(model, counted, ids, DEFAULT_CHUNK):
             decoder = Decoder(model, cache, logits, counted[policy])
-            scored = self._answer(example, decoder) if rest is None else {"score": loss(decoder, rest)}
+            if rest is None:
+                token_ids = self._tokens(example, decoder)
+                text = self._text(token_ids)
+                if not example.answers:
+                    example = replace(example, answers=(text,))
+                scored = {"score": score(find(example.task), example, text), "token_ids": token_ids}
+            else:
+                scored = {"score": loss(decoder, rest)}
             row = {"task": example.task, "index": example.index, "tokens": len(ids), "policy": policy}
             found[policy] = row | scored | decoder.shares()
         return [found[policy] for policy in policies]
 
     def _split(self, example) -> tuple[list[int], list[int] | None]:
         """A prompt's token ids, and those of a text that are to be predicted, with the one before them."""
-        if isinstance(example, Example):
-            ids, rest, more = self.llama.encode(example.prompt), None, example.max_new_tokens
-        else:
-            ids = self.llama.encode(example.text)
-            ids, rest, more = ids[: -SCORED - 1], ids[-SCORED - 1 :], SCORED
+        ids, rest = example.ids(self.llama.tokenizer), None
+        more = example.max_new_tokens if isinstance(example, Example) else example.scored
+        if not isinstance(example, Example):
+            ids, rest = ids[: -more - 1], ids[-more - 1 :]
         if not ids:
-            raise UsageError(f"a text of {example.task} has {len(rest)} tokens; give a length above {SCORED + 1}")
+            raise UsageError(f"a text of {example.task} has {len(rest)} tokens; give a length above {more + 1}")
         Plan(len(ids), more).check(self.llama.config)
         return ids, rest
 
-    def _answer(self, example: Example, decoder: Decoder) -> dict:
-        llama, task = self.llama, find(example.task)
-        stop_ids = llama.config.eos_token_ids
+    def _tokens(self, example: Example, decoder: Decoder) -> list[int]:
+        """The answer, up to where its score is known; all of it where it is what others are compared with."""
+        early, task = {}, find(example.task)
+        if example.answers and not self.to_the_end:
+            early["settled"] = lambda token_ids: settled(task, example, self._text(token_ids))
+        return answer(decoder, self.llama.config.eos_token_ids, example.max_new_tokens, **early)
 
-        def text(token_ids):
-            kept = token_ids[:-1] if token_ids[-1] in stop_ids else token_ids
-            return llama.tokenizer.decode(kept, skip_special_tokens=True)
-
-        def hopeless(token_ids):
-            return not may_match(text(token_ids), example.answers)
-
-        early = {} if self.to_the_end or task.metric != "exact_match" else {"hopeless": hopeless}
-        token_ids = answer(decoder, stop_ids, example.max_new_tokens, **early)
-        return {"score": score(task, example, text(token_ids)), "token_ids": token_ids}
+    def _text(self, token_ids: list[int]) -> str:
+        """Without the stop token."""
+        kept = token_ids[:-1] if token_ids[-1] in self.llama.config.eos_token_ids else token_ids
+        return self.llama.tokenizer.decode(kept, skip_special_tokens=True)
 
 
 class Evaluator:
     """Scores of policies on many examples; a with block, which ends the processes.
 
-    model, offline: as for ``PrivateLlama``. workers: processes, of one thread each; with one, this process does it all.
+    model, offline, device: as for ``PrivateLlama``, and a model also by ``real_model.NAME``. workers: processes, of one
+    thread each; with one, this process does it all.
     """
 
-    def __init__(self, model: str = "shipped", workers: int = 2, offline: bool = False):
-        self.workers, self._arguments = workers, (model, offline)
+    def __init__(self, model: str = "shipped", workers: int = 2, offline: bool = False, device: str = "cpu"):
+        self.workers, self._arguments = workers, (real_model.resolved(model), offline, device)
         self._open = ExitStack()
 
     def __enter__(self):
@@ -175,7 +188,7 @@ class Evaluator:
         """Yields a row for each example and policy, in that order: its score and what it kept.
 
         score: of the task's metric; for a text its loss (see ``loss``), of which less is better. token_ids: the answer,
-        up to where it was clear that it does not match. kept, attended: see ``Decoder.shares``.
+        up to where its score was clear. kept, attended: see ``Decoder.shares``.
 
         Raises UsageError for a policy that there is not, or that cannot run on the model, and for a prompt that does
         not fit.
@@ -185,8 +198,8 @@ class Evaluator:
 
 
 @contextmanager
-def _scorer(model: str, offline: bool):
-    with PrivateLlama.from_pretrained(model, engine="plain", threads=1, offline=offline) as llama:
+def _scorer(model: str, offline: bool, device: str):
+    with PrivateLlama.from_pretrained(model, engine="plain", threads=1, offline=offline, device=device) as llama:
         yield Scorer(llama)
 
 
@@ -222,22 +235,24 @@ def draw(
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shipped")
+    parser.add_argument("--model", default="shipped", help=f"also {real_model.NAME} (default: shipped)")
     parser.add_argument("--tasks", nargs="+", default=["passkey", "two_hop"], metavar="TASK")
     parser.add_argument("--length", type=int, default=512, help="prompt tokens, at most (default: 512)")
     parser.add_argument("--samples", type=int, default=20, help="of each task (default: 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policies", nargs="+", default=["full", "mpcache"], metavar="POLICY")
+    parser.add_argument("--data", metavar="DATA", help="of the tasks: a folder, a hub id, or a text file")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     arguments = parser.parse_args()
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(real_model.resolved(arguments.model))
     drawn = [
         example
         for task in arguments.tasks
-        for example in draw(task, tokenizer, arguments.length, arguments.samples, arguments.seed)
+        for example in draw(task, tokenizer, arguments.length, arguments.samples, arguments.seed, arguments.data)
     ]
     scores: dict[tuple, list[dict]] = {}
-    with Evaluator(arguments.model, arguments.workers) as evaluator:
+    with Evaluator(arguments.model, arguments.workers, device=arguments.device) as evaluator:
         rows = evaluator.rows(drawn, arguments.policies)
         for row in tqdm(rows, total=len(drawn) * len(arguments.policies), unit="answer"):
             scores.setdefault((row["task"], row["policy"]), []).append(row)

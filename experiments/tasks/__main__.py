@@ -12,6 +12,7 @@ import sys
 from crypten_llm.errors import CryptenLLMError, UsageError, exit_code, last_words
 from crypten_llm.models.checkpoint import load_tokenizer
 from experiments.tasks import TASKS, Example, Text, TextTask, find
+from experiments.tools import real_model
 
 
 def table() -> str:
@@ -28,23 +29,24 @@ def shown(name: str, length: int, index: int, seed: int, model: str, data: str |
     for option, value, least in (("--length", length, 1), ("--index", index, 0)):
         if value < least:
             raise UsageError(f"{option} is {value}; it must be {least} or more")
-    task, tokenizer = find(name, data, offline), load_tokenizer(model, offline)
+    task, tokenizer = find(name, data, offline), load_tokenizer(real_model.resolved(model), offline)
     draw = task.texts if isinstance(task, TextTask) else task.examples
     found = draw(tokenizer, length, index + 1, seed)
     if len(found) <= index:
         raise UsageError(f"{name} has {len(found)} examples, so none with --index {index}; count from 0")
-    return _written(found[index], task.metric, tokenizer)
+    return _described(found[index], task.metric, tokenizer)
 
 
-def _written(example: Example | Text, metric: str, tokenizer) -> str:
+def _described(example: Example | Text, metric: str, tokenizer) -> str:
     text = example.text if isinstance(example, Text) else example.prompt
     lines = [
-        f"{example.task}, number {example.index}: {len(tokenizer(text)['input_ids']):,} tokens, {metric}",
+        f"{example.task}, number {example.index}: {len(example.ids(tokenizer)):,} tokens, {metric}",
         "",
         text,
     ]
     if isinstance(example, Example):
-        lines += ["", f"answers: {', '.join(map(repr, example.answers))}; up to {example.max_new_tokens} new tokens"]
+        answers = ", ".join(map(repr, example.answers)) or "what the full cache gives"
+        lines += ["", f"answers: {answers}; up to {example.max_new_tokens} new tokens"]
         if example.classes:
             lines.append(f"classes: {', '.join(example.classes)}")
     return "\n".join(lines)
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--index", type=int, default=0, metavar="I", help="which example, from 0 (default: 0)")
     add("--seed", type=int, default=0)
     add("--model", default="shipped", help="whose tokenizer: 'shipped', a folder, or a hub id (default: shipped)")
-    add("--data", metavar="FOLDER", help="the evaluation set: a folder, or a dataset's hub id")
+    add("--data", metavar="DATA", help="the evaluation set: a folder, a dataset's hub id, or a text file")
     add("--offline", action="store_true", help="never ask a hub")
     options = vars(parser.parse_args(argv))
     try:

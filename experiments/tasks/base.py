@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from crypten_llm.errors import UsageError
+from experiments.tasks.chat import token_ids
 from experiments.tasks.metrics import METRICS
 
 
@@ -18,7 +19,8 @@ class Example:
     """One prompt and what a good continuation may be.
 
     Greedy decoding goes on for `max_new_tokens` tokens or up to the end-of-sequence token. `classes` are all labels
-    of a classification task; `index` is the example's number in its task.
+    of a classification task; `index` is the example's number in its task. `rendered`: a chat template wrote the prompt,
+    special tokens and all. Without `answers` it is compared with what the full cache gives.
     """
 
     task: str
@@ -27,19 +29,29 @@ class Example:
     max_new_tokens: int
     classes: tuple[str, ...] = ()
     index: int = 0
+    rendered: bool = False
+
+    def ids(self, tokenizer) -> list[int]:
+        """The prompt's tokens, as the model gets them."""
+        return token_ids(tokenizer, self.prompt, self.rendered)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to be predicted token by token."""
+    """A text of which the last `scored` tokens are to be predicted one by one, each from all before it."""
 
     task: str
     text: str
     index: int = 0
+    scored: int = 24
+
+    def ids(self, tokenizer) -> list[int]:
+        """The text's tokens, as the model gets them."""
+        return token_ids(tokenizer, self.text, rendered=False)
 
 
 class Task(Protocol):
-    """A task that generates; `source` is "shipped", "longbench", "ruler" or "xsum", `metric` a key of `METRICS`."""
+    """A task that generates; `source` says whose it is ("ruler"), `metric` is a key of `METRICS`."""
 
     name: str
     source: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -67,6 +67,10 @@ class FileTask(ABC):
     def fitted(self, prompt: str, tokenizer, length: int) -> str:
         """The prompt in at most `length` tokens."""
         return truncated(prompt, tokenizer, length)
+
+    def reading(self, data: str | None, offline: bool) -> FileTask:
+        """The task that reads from there."""
+        return replace(self, data=data, offline=offline)
 
     @property
     def key(self) -> str:

@@ -1,6 +1,7 @@
-"""RULER (arXiv 2404.06654): 13 synthetic tasks, as its scripts write them for a tokenizer and a length.
+"""RULER (arXiv 2404.06654): 13 synthetic tasks, written here (`synthetic`) or as its scripts write them into files.
 
-A row is `input` and `outputs`, with `answer_prefix` apart in newer versions; a mirror may split the prompt into
+Both are for a tokenizer and a length. Without data, or with a text of one's own, prompts are written here. Of files, a
+row is `input` and `outputs`, with `answer_prefix` apart in newer versions; a mirror may split the prompt into
 `context`, `question` and `answer_prefix`, with `answer` and `task`. Prompts are never cut: what they ask for might be
 lost.
 """
@@ -14,7 +15,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from crypten_llm.errors import UsageError
+from crypten_llm.models.tokenizer import has_chat_template
+from experiments.tasks import synthetic
+from experiments.tasks.base import Example
 from experiments.tasks.data import FileTask
+from experiments.tasks.natural import is_text
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,17 @@ class Ruler(FileTask):
     """One task of RULER."""
 
     source: ClassVar[str] = "ruler"
+
+    def examples(self, tokenizer, length: int, count: int, seed: int = 0) -> list[Example]:
+        """From files the first `count`, whatever the seed; written here, those of the seed."""
+        if self.data is not None and not is_text(self.data):
+            return super().examples(tokenizer, length, count, seed)
+        rendered = has_chat_template(tokenizer)
+        written = synthetic.prompts(self.key, tokenizer, length, count, seed, self.data)
+        return [
+            Example(self.name, prompt, draft.answers, self.max_new_tokens, index=i, rendered=rendered)
+            for i, (draft, prompt) in enumerate(written)
+        ]
 
     def clean(self, prediction: str) -> str:
         return re.sub(r"[\x00-\x1f]", "\n", prediction).strip()

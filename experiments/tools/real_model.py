@@ -22,6 +22,11 @@ def find() -> Path | None:
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
+def resolved(model: str) -> str:
+    """The path of the model where ``model`` is its name; any other model as it is."""
+    return str(found()) if model == NAME else model
+
+
 def found() -> Path:
     """Its GGUF file. Raises UsageError, saying how to get it, where it is not installed."""
     path = find()
