@@ -155,7 +155,19 @@ def test_operations_are_declared(name):
         llama.engine = engine
         for block in llama.blocks:
             block.self_attn.engine = engine
-    everybody_has = {"add", "cat", "scores", "rotate", "rows", "softmax", "mix", "embed", "linear", "meter"}
+    everybody_has = {
+        "add",
+        "cat",
+        "scores",
+        "rotate",
+        "rows",
+        "softmax",
+        "mix",
+        "embed",
+        "linear",
+        "meter",
+        "side_by_side",
+    }
     assert asked - everybody_has - {"is_private", "softmax_base"} == set(policy.uses) - everybody_has
 
 
