@@ -8,7 +8,7 @@ import pytest
 import torch
 from eviction_runs import VOCAB, model, run, trained_data, weights
 from hf_models import tiny
-from policy_table import ROWS, TRAINED
+from policy_table import NETWORKS, ROWS, TRAINED
 from safetensors.torch import load, save
 
 import eviction
@@ -210,7 +210,7 @@ def test_reference_needs_plaintext():
         cache.follow(eviction.parse("mpcache(reference=true)"), 8)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_weights_must_fit(name):
     cache = model(4, 2, 4).new_cache()
     for text, words in [

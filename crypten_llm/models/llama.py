@@ -8,6 +8,7 @@ output a product takes, the family says.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -165,7 +166,7 @@ class Attention(EngineModule):
             query_before, key_before = query, key
             query, key = engine.rotate(query, *rotary.query), engine.rotate(key, *rotary.key)
         made = Made(query, key, value, query_before, key_before)
-        programs = [partial(self._attend, made.of(part), part) for part in cache.parts]
+        programs: list[Callable[[], Handle]] = [partial(self._attend, made.of(part), part) for part in cache.parts]
         with engine.meter.operation(f"{self.label} groups of heads", "groups") if cache.is_split else nullcontext():
             mixed = engine.side_by_side(programs) if len(programs) > 1 else [programs[0]()]
         with engine.meter.operation(f"{self.label} values", "values"):
