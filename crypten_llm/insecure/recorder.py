@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class LayerRecord:
-    """index: of the layer. which: kv heads of it that these are, () for all. keys [G, P, D]: every key that was made, by
-    position. kept: positions [G, N] after the prompt and after each step. attended: by step, positions [G, S]. mass: by step, the share of attention over all P keys that these draw,
-    the mean over heads. rows: positions [G, N] of the cache's rows now.
+    """index: of the layer. which: kv heads of it that these are, () for all. keys [G, P, D]: every key that was made,
+    by position. kept: positions [G, N] after the prompt and after each step. attended: by step, positions [G, S]. mass:
+    by step, the share of attention over all P keys that these draw, the mean over heads. rows: positions [G, N] of the
+    cache's rows now.
     """
 
     index: int = 0
