@@ -52,7 +52,17 @@ def test_policies_without_an_exact_budget_say_what_they_read(read_rows):
 
 
 def test_policies_that_drop_rows_keep_what_they_read_and_others_keep_all(read_rows):
-    for name in ("streaming_llm", "h2o", "tova", "snapkv", "pyramidkv", "locret", "attention_gate", "random"):
+    for name in (
+        "streaming_llm",
+        "head_split",
+        "h2o",
+        "tova",
+        "snapkv",
+        "pyramidkv",
+        "locret",
+        "attention_gate",
+        "random",
+    ):
         assert read_rows[name, 0.2]["kept"] == read_rows[name, 0.2]["attended"]
     for name in ("quest", "infllm", "longcache", "mikv", "dynamic only"):
         assert read_rows[name, 0.2]["kept"] == 1.0
