@@ -26,6 +26,8 @@ def calibrate(folder: Path, protocol: ProtocolConfig, text: str, as_json: bool, 
 
     Raises UsageError, after it, for a model that the engine would refuse.
     """
+    if heads_out and not Path(heads_out).absolute().parent.is_dir():
+        raise UsageError(f"--heads-out: there is no folder {Path(heads_out).parent}; make it first")
     config = LlamaConfig.from_folder(folder)
     weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
     admission = Admission(text, say=say)
