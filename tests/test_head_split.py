@@ -13,6 +13,7 @@ from crypten_llm import PrivateLlama
 from crypten_llm.commands import cost
 from crypten_llm.errors import UsageError
 from crypten_llm.models.config import LlamaConfig
+from crypten_llm.session.generation import go_on
 from crypten_llm.session.plan import Plan
 from eviction.policy import HeadGroup
 
@@ -117,7 +118,7 @@ POLICY = "head_split(far=0.34,start=2,recent=6,weights=heads-mine)"
 
 
 def test_private_tokens_equal_plain(given):
-    """Prompts of both sides of the window, alone and side by side, and a conversation's second turn."""
+    """Prompts of both sides of the window, alone and side by side."""
     folder, path = given
     prompts = [list(range(3, 3 + length)) for length in (5, 31, 18)]
     found = {}
@@ -133,6 +134,33 @@ def test_private_tokens_equal_plain(given):
             longest = max(one.cost.rounds() for one in alone)
             assert together[0].cost.rounds() == longest, "groups of heads within prompts side by side share all rounds"
     assert found["plain"] == found["wire"]
+
+
+def test_further_turns_are_masked_attention_too():
+    """No drift: after turns and answers of any length, with rows that have left the window long ago."""
+    name, far = weights("head_split", 4, 2, 4), 0.5
+    policy = eviction.policy("head_split", far=far, start=2, recent=5, weights=name)
+    llama, prompt = model(4, 2, 4), 12
+    is_far = policy.looks_far(4, 2).tolist()
+    turns = [(12, 3), (4, 1), (17, 2), (1, 6)]  # tokens of a prompt, and those that follow one by one
+    size = sum(map(sum, turns))
+    ids = torch.randint(0, VOCAB, (size,), generator=torch.Generator().manual_seed(prompt))
+    expected, found, cache = masked(prompt, size - prompt, is_far, 2, 5, 4, 2), [], llama.new_cache()
+    cache.follow(policy, prompt)
+
+    def feed(count: int) -> list[torch.Tensor]:
+        part = ids[cache.length : cache.length + count]
+        return list(llama(llama.engine.tokens(part, count, VOCAB), cache, last_only=False)) if count else []
+
+    with torch.inference_mode():
+        for tokens, steps in turns:
+            if cache.length:
+                go_on(cache, tokens)
+            found += feed(tokens // 2) + feed(tokens - tokens // 2)
+            cache.end_prompt()
+            found += [row for _ in range(steps) for row in feed(1)]
+    for one, other in zip(found[prompt - 1 :], expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def counted(policy: str, config: LlamaConfig, **plan) -> cost.Prediction:
