@@ -27,7 +27,7 @@ class HeadSplit(Policy):
 
     far: float = share(0.3)
     start: int = whole(16, 0)
-    recent: int = whole(256, 1)
+    recent: int = whole(128, 1)
     weights: str = trained.weights("SmolLM2-135M-Instruct")
 
     name: ClassVar[str] = "head_split"

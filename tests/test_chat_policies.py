@@ -20,7 +20,8 @@ TURNS = (20, 3), (17, 2), (9, 4)  # tokens of a prompt, then of its answer
 
 
 def conversation(model, policy, turns=TURNS):
-    """At the client, the logits [V] of every step, and at all the rows of layer 0, of its last group of heads, after each turn."""
+    """At the client, the logits [V] of every step, and at all the rows of layer 0 after each turn: of its last group,
+    where heads are split."""
     engine = model.engine
     cache, at, found, rows = model.new_cache(), 0, [], []
 
