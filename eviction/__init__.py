@@ -13,6 +13,7 @@ from typing import Any
 from eviction.attention_gate import AttentionGate
 from eviction.full import Full
 from eviction.h2o import H2O
+from eviction.head_split import HeadSplit
 from eviction.infllm import InfLLM
 from eviction.lazyeviction import LazyEviction
 from eviction.locret import Locret
@@ -31,7 +32,7 @@ from eviction.tova import TOVA
 from eviction.trained import register
 
 _ALL = (
-    *(Full, StreamingLLM, H2O, TOVA, SnapKV, PyramidKV, Quest, InfLLM, LongCache, MPCache, MPCacheSpread),
+    *(Full, StreamingLLM, HeadSplit, H2O, TOVA, SnapKV, PyramidKV, Quest, InfLLM, LongCache, MPCache, MPCacheSpread),
     *(LazyEviction, MiKV, Locret, AttentionGate, Random),
 )
 POLICIES = {policy.name: policy for policy in _ALL}

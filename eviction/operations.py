@@ -42,7 +42,8 @@ class Layer:
 
     keys, values: the cache's rows [G, N, D], rotated keys. positions: of each row, public int64 [N] while the cache is
     as it came; ``None`` once rows were chosen by a secret. notes: whatever the policy wants to remember. before: the
-    layer below, ``None`` for the first.
+    layer below, ``None`` for the first. which: under a policy that splits a layer's heads (``Policy.split``), which of
+    the model's kv heads these G are; the layer below is then unknown. () for all.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Layer:
     positions: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     before: "Layer | None" = None
+    which: tuple[int, ...] = ()
 
     @property
     def group(self) -> int:

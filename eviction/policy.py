@@ -14,6 +14,20 @@ from eviction.settings import PolicyError, written
 
 
 @dataclass(frozen=True)
+class HeadGroup:
+    """Some of a layer's kv heads, with rows of their own.
+
+    heads: their indices. policy: what becomes of their rows. window: how many tokens, its own among them, a token sees,
+    also while a prompt is read; ``None`` for all. sinks: tokens at the beginning that it sees beyond them.
+    """
+
+    heads: tuple[int, ...]
+    policy: "Policy"
+    window: int | None = None
+    sinks: int = 0
+
+
+@dataclass(frozen=True)
 class Policy:
     """Class facts: ``name``; ``paper`` and ``arxiv`` id; ``when`` it acts (prefill, step or both); ``shared_over``, who
     has one choice in common (all, layer, kv head); ``reveals``, what anybody learns beyond the public settings and
@@ -123,6 +137,13 @@ class Policy:
         Attention's queries have been multiplied by it already. ``None`` where the rows are the keys.
         """
         return None
+
+    def split(self, layer: Layer) -> tuple[HeadGroup, ...]:
+        """Groups that have each of the layer's kv heads once, none of them empty; () to leave the heads together.
+
+        Each group's own policy then has the hooks below, on a ``Layer`` of its heads alone. Groups share their rounds.
+        """
+        return ()
 
     # Hooks, for each layer, in the order in which they are called. After an answer a further turn of the conversation
     # may come, if the policy ``goes_on``: then ``go_on`` takes the place of ``begin``.

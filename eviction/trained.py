@@ -37,7 +37,7 @@ def register(name: str, data: bytes) -> str:
     from safetensors.torch import load
 
     name, digest = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:100], hashlib.sha256(data).hexdigest()[:16]
-    if not name or name == SHIPPED:
+    if not name or any(FOLDER.glob(f"*-{name}.safetensors")):
         raise PolicyError(f"weights cannot be called {name!r}; give the file another name")
     try:
         _known[digest] = {key: value.float() for key, value in load(data).items()}
@@ -47,19 +47,20 @@ def register(name: str, data: bytes) -> str:
     return f"{name}#{digest}"
 
 
-def weights() -> str:
-    """A setting: ``shipped``, or the name of weights that all parties were started with. The policy's text, which they
-    compare, holds a digest of them: NAME#DIGEST.
+def weights(*others: str) -> str:
+    """A setting: ``shipped`` or one of ``others``, which come with the project, or the name of weights that all parties
+    were started with. The policy's text, which they compare, holds a digest of these: NAME#DIGEST.
     """
 
     def read(value: Any) -> str:
-        if value == SHIPPED or _NAMED.fullmatch(value):
+        if value in (SHIPPED, *others) or _NAMED.fullmatch(value):
             return value
         if value not in _digests:
             raise ValueError
         return f"{value}#{_digests[value]}"
 
-    what = f"{SHIPPED}, or the name of weights that every party was started with (--policy-weights FILE)"
+    names = " or ".join((SHIPPED, *others))
+    what = f"{names}, or the name of weights that every party was started with (--policy-weights FILE)"
     return setting(SHIPPED, read, what, "text")
 
 
@@ -81,8 +82,8 @@ def load(name: str, policy: str) -> dict[str, torch.Tensor]:
 
     Raises PolicyError for those that are not known here.
     """
-    if name == SHIPPED:
-        return _shipped(policy)
+    if not _NAMED.fullmatch(name):
+        return _shipped(policy, name)
     digest = name.rpartition("#")[2]
     if digest not in _known:
         raise PolicyError(
@@ -92,10 +93,10 @@ def load(name: str, policy: str) -> dict[str, torch.Tensor]:
 
 
 @cache
-def _shipped(policy: str) -> dict[str, torch.Tensor]:
+def _shipped(policy: str, name: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return {key: value.float() for key, value in load_file(FOLDER / f"{policy}-{SHIPPED}.safetensors").items()}
+    return {key: value.float() for key, value in load_file(FOLDER / f"{policy}-{name}.safetensors").items()}
 
 
 def matrix(weights: dict, key: str, layer: Layer, rows: int, columns: int | None, policy: str) -> torch.Tensor:

@@ -91,6 +91,9 @@ def trained_data(policy: str, heads: int, kv_heads: int, layers: int) -> bytes:
     shapes = {"w1": (features, 5), "w2": (5, kv_heads)}
     if policy == "attention_gate":
         shapes = {**dict.fromkeys(("query", "key", "value"), (features, 3)), "gate": (3, kv_heads)}
+    if policy == "head_split":
+        ranks = torch.randperm(layers * kv_heads, generator=generator).reshape(layers, kv_heads)
+        return save({"ranks": ranks})
     made = {
         f"layers.{layer}.{name}": torch.randn(shape, generator=generator) / shape[0] ** 0.5
         for layer in range(layers)
@@ -122,7 +125,7 @@ def run(
         logits.append(out[0])
         for token in ids[prompt:]:
             logits.append(llama(llama.engine.tokens(token[None], 1, VOCAB), cache)[0])
-    return Run(prompt, heads, kv_heads, [recorder.layers.get(i, LayerRecord()) for i in range(layers)], logits)
+    return Run(prompt, heads, kv_heads, recorder.in_order, logits)
 
 
 def best(scores: dict, count: int) -> list:

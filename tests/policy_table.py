@@ -29,6 +29,11 @@ class Row:
 
 ROWS = {
     "streaming_llm": Row("start=1,recent=5", "recent=64", "start=0,recent=0.01"),
+    "head_split": Row(
+        "far=0.25,start=1,recent=5,weights=WEIGHTS",
+        "far=0.25,recent=64,weights=WEIGHTS",
+        "far=0.01,start=0,recent=1,weights=WEIGHTS",
+    ),
     "h2o": Row("heavy=4,recent=4", "heavy=40,recent=40", "heavy=0.01,recent=0.01"),
     "tova": Row("size=6", "size=64", "size=0.01"),
     "snapkv": Row("budget=10,window=4", "budget=64", "budget=0.01"),
@@ -59,4 +64,5 @@ ROWS = {
     "attention_gate": Row("budget=9,weights=WEIGHTS", "budget=64,weights=WEIGHTS", "budget=0.01,weights=WEIGHTS"),
     "random": Row("budget=9", "budget=64", "budget=0.01"),
 }
-TRAINED = ("locret", "attention_gate")
+NETWORKS = ("locret", "attention_gate")
+TRAINED = (*NETWORKS, "head_split")

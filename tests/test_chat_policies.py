@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hf_models import tiny
+from safetensors.torch import save
 from test_wire_engine import load
 from wire_parties import run
 
@@ -19,7 +20,8 @@ TURNS = (20, 3), (17, 2), (9, 4)  # tokens of a prompt, then of its answer
 
 
 def conversation(model, policy, turns=TURNS):
-    """At the client, the logits [V] of every step, and at all the rows of layer 0 after each turn."""
+    """At the client, the logits [V] of every step, and at all the rows of layer 0 after each turn: of its last group,
+    where heads are split."""
     engine = model.engine
     cache, at, found, rows = model.new_cache(), 0, [], []
 
@@ -40,7 +42,7 @@ def conversation(model, policy, turns=TURNS):
         for _ in range(answer):
             found.append(out)
             out = step(1)
-        rows.append(cache.layers[0].keys)
+        rows.append(cache.layers[0].parts[-1].keys)
     return found if found[0] is None else torch.cat(found), rows
 
 
@@ -55,9 +57,11 @@ def small(folder):
         yield llama.party.model
 
 
+RANKS = eviction.register("ranks-in-turns", save({"ranks": torch.tensor([[0, 2], [3, 1]])}))
 KEEPS_ALL = {
     "full": "full",
     "streaming_llm": "streaming_llm(recent=60)",
+    "head_split": f"head_split(far=0.5,recent=60,weights={RANKS})",
     "snapkv": "snapkv(budget=60,window=4)",
     "pyramidkv": "pyramidkv(budget=60,window=4)",
     "quest": "quest(page=4,budget=60,dense=0)",
@@ -66,6 +70,7 @@ KEEPS_ALL = {
 }
 DROPS = {
     "streaming_llm": "streaming_llm(start=2,recent=9)",
+    "head_split": f"head_split(far=0.5,start=2,recent=9,weights={RANKS})",
     "snapkv": "snapkv(budget=7,window=3)",
     "pyramidkv": "pyramidkv(budget=7,window=2,beta=2)",
     "quest": "quest(page=4,budget=12,dense=0)",
@@ -92,7 +97,7 @@ def test_rows_of_earlier_turns_stay_as_they_are(small, name):
     logits, rows = conversation(small, DROPS[name])
     assert (logits - conversation(small, "full")[0]).abs().max() > 1e-3, "it leaves something out"
     for before, after in zip(rows, rows[1:], strict=False):
-        if name == "streaming_llm":  # whose window moves on, over rows that nobody chose
+        if name in ("streaming_llm", "head_split"):  # whose window moves on, over rows that nobody chose
             assert torch.equal(after[:, :2], before[:, :2])
             assert after.shape[1] == 11
         else:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from eviction_runs import VOCAB, model, run, trained_data, weights
 from hf_models import tiny
-from policy_table import ROWS, TRAINED
+from policy_table import NETWORKS, ROWS, TRAINED
 from safetensors.torch import load, save
 
 import eviction
@@ -155,7 +155,19 @@ def test_operations_are_declared(name):
         llama.engine = engine
         for block in llama.blocks:
             block.self_attn.engine = engine
-    everybody_has = {"add", "cat", "scores", "rotate", "rows", "softmax", "mix", "embed", "linear", "meter"}
+    everybody_has = {
+        "add",
+        "cat",
+        "scores",
+        "rotate",
+        "rows",
+        "softmax",
+        "mix",
+        "embed",
+        "linear",
+        "meter",
+        "side_by_side",
+    }
     assert asked - everybody_has - {"is_private", "softmax_base"} == set(policy.uses) - everybody_has
 
 
@@ -198,7 +210,7 @@ def test_reference_needs_plaintext():
         cache.follow(eviction.parse("mpcache(reference=true)"), 8)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_weights_must_fit(name):
     cache = model(4, 2, 4).new_cache()
     for text, words in [

@@ -110,13 +110,42 @@ def test_what_was_under_way_before_goes_on():
     assert torch.equal(joined(*outcome.results[:2]), BASES[2] ** 2)
 
 
-def test_programs_side_by_side_are_not_nested():
+def test_programs_within_programs_share_all_rounds():
+    """What each returned, in order; the rounds are those of the longest way through, whoever began whom."""
+
     def job(runtime):
         rounds = Rounds(runtime)
-        rounds.side_by_side([lambda: rounds.side_by_side([lambda: None])])
 
-    with pytest.raises(AssertionError, match="not nested"):
-        run(job)
+        def within(*exponents):
+            before = powers(rounds, BASES[0], 2)
+            return before, rounds.side_by_side(power_programs(rounds, exponents)), powers(rounds, BASES[1], 1)
+
+        programs = [lambda: within(2, 4), lambda: powers(rounds, BASES[2], 5), lambda: within(1, 3, 2)]
+        (one, fours, after), fifth, (other, threes, later) = rounds.side_by_side(programs)
+        assert not rounds.is_shared
+        return one, *fours, after, fifth, other, *threes, later
+
+    outcome = run(job)
+    exponents = [(0, 2), (0, 2), (1, 4), (1, 1), (2, 5), (0, 2), (0, 1), (1, 3), (2, 2), (1, 1)]
+    for (base, exponent), one, other in zip(exponents, *outcome.results[:2], strict=True):
+        assert torch.equal(joined(one, other), BASES[base] ** exponent)
+    for party in PARTIES:
+        assert outcome.traffic[party].online.rounds == len(sent(outcome, party)) == 2 + 4 + 1
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_program_within_a_program_that_raises_ends_all(place):
+    def job(runtime):
+        rounds, meter = Rounds(runtime), runtime.transport.meter
+        programs = [lambda: between_rounds(rounds), lambda: powers(rounds, BASES[1], 9)]
+        nested = [lambda: rounds.side_by_side(programs), lambda: powers(rounds, BASES[2], 9)]
+        with meter.operation("all", kind="other"):
+            with pytest.raises(Stopped):
+                rounds.side_by_side(nested[::-1] if place else nested)
+            assert meter.where.endswith("all") and not rounds.is_shared and not rounds._running
+        return powers(rounds, BASES[0], 2)
+
+    assert torch.equal(joined(*run(job).results[:2]), BASES[0] ** 2)
 
 
 # Errors.

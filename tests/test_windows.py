@@ -15,9 +15,9 @@ from test_generation import GREEDY, IDS, MARGIN, Plain, plan
 from crypten_llm.commands import cost
 from crypten_llm.errors import UsageError
 from crypten_llm.insecure.one_process import run_roles
+from crypten_llm.models.cache import causal_mask
 from crypten_llm.models.checkpoint import expected_shapes
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.llama import causal_mask
 from crypten_llm.roles import CLIENT
 from crypten_llm.session import calibration
 from crypten_llm.session.plan import Plan

@@ -185,9 +185,10 @@ def _memory(model: Llama, cache: KVCache, alike: bool) -> dict[str, dict[str, in
     were skipped.
     """
     layers = cache.layers[:2] if alike else cache.layers
-    rows = sum(rows.shape.numel() for layer in layers for rows in (layer.keys, layer.values))
+    parts = [part for layer in layers for part in layer.parts]
+    rows = sum(rows.shape.numel() for part in parts for rows in (part.keys, part.values))
     rows = rows * len(cache.layers) // len(layers)
-    notes = [note for layer in layers for note in layer.layer.notes.values()]
+    notes = [note for part in parts for note in part.layer.notes.values()]
     rows += sum(note.shape.numel() for note in notes if isinstance(note, Rows))
     shares = sum(note.shape.numel() for note in notes if isinstance(note, Secret))
     weights = list(model.parameters())

@@ -29,22 +29,24 @@ def draw(trace: Trace) -> Any:
     """
     from matplotlib.figure import Figure  # without pyplot, so that a notebook's or a program's backend stays as it is
 
-    heads = trace.layers[0].kept[0].shape[0]
+    counts = [len(record.kept[0]) for record in trace.layers]
     length = max(record.keys.shape[1] for record in trace.layers)
-    image = np.zeros((heads * len(trace.layers), length))
-    for row, (record, head) in enumerate((record, head) for record in trace.layers for head in range(heads)):
+    image = np.zeros((sum(counts), length))
+    rows = ((record, head) for record, count in zip(trace.layers, counts, strict=True) for head in range(count))
+    for row, (record, head) in enumerate(rows):
         image[row, record.kept[0][head]] = 0.35
         for attended in record.attended:
             image[row, attended[head]] += 0.65 / len(record.attended)
     figure = Figure(figsize=(11, 1.5 + 0.16 * len(image)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[4, 1])
     left.imshow(image, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    left.set_yticks([heads * i + (heads - 1) / 2 for i in range(len(trace.layers))], range(len(trace.layers)))
-    for boundary in range(heads, len(image), heads):
+    ends = np.cumsum(counts)
+    left.set_yticks(ends - (np.array(counts) + 1) / 2, [record.label for record in trace.layers])
+    for boundary in ends[:-1]:
         left.axhline(boundary - 0.5, color="white", linewidth=1)
     left.axvline(trace.prompt_tokens - 0.5, color="tab:orange", linewidth=1)
     left.set_xlabel("position (orange: end of the prompt)")
-    left.set_ylabel(f"layer, {heads} kv heads each")
+    left.set_ylabel("layer, a line for each kv head")
     left.set_title(f"{trace.policy} on {trace.engine}: kept (light) and attended to (dark)")
     for index, record in enumerate(trace.layers):
         mass = record.mass or [float("nan")]

@@ -92,8 +92,7 @@ def trace(
         tokens, shown = _token_ids(generation.run(party, plan, answer)), RevealLog()
     else:
         recorder, tokens, shown = run_roles(lambda transport: _play(transport, folder, policy, plan, answer))[CLIENT]
-    layers = [recorder.layers[index] for index in sorted(recorder.layers)]
-    return Trace(str(policy), engine, len(prompt_ids), tokens, layers, shown.as_list())
+    return Trace(str(policy), engine, len(prompt_ids), tokens, recorder.in_order, shown.as_list())
 
 
 def _token_ids(events: Any) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,21 +16,37 @@ import torch
 if TYPE_CHECKING:
     from eviction import Policy
     from eviction.operations import Choice, Handle, Layer, Operations, Seen
+    from eviction.policy import HeadGroup
 
 
 @dataclass
 class LayerRecord:
-    """keys [G, P, D]: every key that was made, by position. kept: positions [G, N] after the prompt and after each
-    step. attended: by step, positions [G, S]. mass: by step, the share of attention over all P keys that these draw,
-    the mean over heads. rows: positions [G, N] of the cache's rows now.
+    """index: of the layer. which: kv heads of it that these are, () for all. keys [G, P, D]: every key that was made,
+    by position. kept: positions [G, N] after the prompt and after each step. attended: by step, positions [G, S]. mass:
+    by step, the share of attention over all P keys that these draw, the mean over heads. rows: positions [G, N] of the
+    cache's rows now.
     """
 
+    index: int = 0
+    which: tuple[int, ...] = ()
     keys: torch.Tensor | None = None
     kept: list[torch.Tensor] = field(default_factory=list)
     attended: list[torch.Tensor] = field(default_factory=list)
     mass: list[float] = field(default_factory=list)
     rows: torch.Tensor | None = None
     seen: list = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The layer, and the heads of it where they are not all."""
+        return f"{self.index}" + "".join(f"{' ,'[place > 0]}{head}" for place, head in enumerate(self.which))
+
+
+Key = tuple[int, tuple[int, ...]]
+
+
+def _key(layer: Layer) -> Key:
+    return layer.index, layer.which
 
 
 class Recorder:
@@ -46,20 +62,34 @@ class Recorder:
         self.policy = policy
         self.see = see
         self.keep_seen = keep_seen
-        self.layers: dict[int, LayerRecord] = {}
-        self._choices: dict[int, Choice | None] = {}
+        self.layers: dict[Key, LayerRecord] = {}
+        self._choices: dict[Key, Choice | None] = {}
         self._scale: torch.Tensor | None = None  # the policy's ``key_scale``, as last seen
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)
 
+    @property
+    def in_order(self) -> list[LayerRecord]:
+        """Records by layer, and of a layer whose heads are split by its groups."""
+        return [self.layers[key] for key in sorted(self.layers)]
+
+    def split(self, layer: Layer) -> tuple[HeadGroup, ...]:
+        return tuple(replace(group, policy=self._of(group.policy)) for group in self.policy.split(layer))
+
+    def _of(self, policy: Policy) -> Any:
+        """One that records a group's policy with the rest."""
+        other = Recorder(policy, self.see, self.keep_seen)
+        other.layers = self.layers
+        return other
+
     def begin(self, ops: Operations, layer: Layer) -> None:
-        self.layers[layer.index] = LayerRecord()
+        self.layers[_key(layer)] = LayerRecord(layer.index, layer.which)
         self.policy.begin(ops, layer)
 
     def choose(self, ops: Operations, layer: Layer, query: Handle, query_before: Handle) -> Choice | None:
         choice = self.policy.choose(ops, layer, query, query_before)
-        self._choices[layer.index] = choice
+        self._choices[_key(layer)] = choice
         return choice
 
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
@@ -79,17 +109,20 @@ class Recorder:
 
     def _join(self, layer: Layer, seen: Seen) -> None:
         """New rows have joined the cache and nothing has been dropped yet."""
-        record, key = self.layers[layer.index], self._as_made(layer, self.see(seen.key))
+        record, key = self.layers[_key(layer)], self._as_made(layer, self.see(seen.key))
         if self.keep_seen:
             record.seen.append(seen)
         if key is None:
             return
         record.keys = key if record.keys is None else torch.cat([record.keys, key], 1)
+        if layer.positions is not None:  # rows may have left a window since
+            record.rows = layer.positions.expand(len(key), -1)
+            return
         new = seen.positions.expand(len(key), -1)
         record.rows = new if record.rows is None else torch.cat([record.rows, new], 1)
 
     def _note_attention(self, ops: Operations, layer: Layer, seen: Seen) -> None:
-        choice, record = self._choices.pop(layer.index, None), self.layers[layer.index]
+        choice, record = self._choices.pop(_key(layer), None), self.layers[_key(layer)]
         picks = None if choice is None or choice.picks is None else self.see(choice.picks)
         query = self.see(seen.query)
         if query is None:
@@ -107,7 +140,7 @@ class Recorder:
 
     def _find_rows(self, layer: Layer, note: bool = False) -> None:
         """Which position each row of the cache came from: its nearest key, since coarse rows and shares are rounded."""
-        record, rows = self.layers[layer.index], self._as_made(layer, self.see(layer.keys))
+        record, rows = self.layers[_key(layer)], self._as_made(layer, self.see(layer.keys))
         if rows is None:
             return
         assert record.keys is not None, "what is in the cache was made"

@@ -22,15 +22,33 @@ if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine
     from crypten_llm.models.windows import Windows
     from eviction.operations import Choice, Handle, Operations
+    from eviction.policy import HeadGroup
 
     class Able(Engine, Operations):
         """An engine that has what the policy in use asks for."""
 
 
+def causal_mask(rows: int, length: int, window: int | None = None, sinks: int = 0) -> torch.Tensor:
+    """Public bool [rows, length]: the last ``rows`` of ``length`` cached rows, each seeing itself and those before.
+
+    window: how many of them, itself among them, it sees; ``None`` for all. sinks: rows at the beginning that are seen
+    beyond that.
+    """
+    before = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+    if window is None:
+        return before
+    near = before.triu(length - rows - window + 1)
+    near[:, :sinks] = before[:, :sinks]
+    return near
+
+
 class LayerCache:
     """One layer's rows: ``keys`` and ``values`` [kv_heads, N, head_dim]; ``policy`` says which of them stay.
 
-    window: how many tokens, its own among them, a token of this layer sees; ``None`` for all.
+    window: how many tokens, its own among them, a token of this layer sees; ``None`` for all. sinks: tokens at the
+    beginning that it sees beyond them.
+
+    Under a policy that splits a layer's heads it has no rows itself: ``parts`` have, one for each group of kv heads.
     """
 
     def __init__(
@@ -41,12 +59,14 @@ class LayerCache:
         layer: Layer | None = None,
         policy: Policy = FULL,
         window: int | None = None,
+        sinks: int = 0,
     ) -> None:
         self.engine = cast("Able", engine)  # ``check_policy`` makes sure of it
         self.layer = Layer(0, 1, 0, 0, 0, 0) if layer is None else layer
         self.layer.keys, self.layer.values = keys, values
         self.policy = policy
-        self.window = window
+        self.window, self.sinks = window, sinks
+        self.parts = [self]
         self.prefilled = False
         self._seen = 0
 
@@ -57,7 +77,9 @@ class LayerCache:
     def handed_to(self, policy: Policy, notes: dict, before: Layer | None = None) -> LayerCache:
         """A copy that another policy goes on with; notes: what it has noted of these rows."""
         layer = replace(self.layer, notes=dict(notes), before=before)
-        other = LayerCache(self.engine, self.keys, self.values, layer, policy, self.window)
+        other = LayerCache(self.engine, self.keys, self.values, layer, policy, self.window, self.sinks)
+        if self.is_split:
+            other.parts = [part.copy() for part in self.parts]
         other.prefilled, other._seen = self.prefilled, self._seen
         return other
 
@@ -76,13 +98,53 @@ class LayerCache:
     def label(self) -> str:
         return f"layer {self.layer.index}"
 
+    @property
+    def is_split(self) -> bool:
+        """Whether ``parts`` have the rows."""
+        return self.parts != [self]
+
+    def follow(self, policy: Policy, prompt_tokens: int) -> None:
+        """Sets the policy for a prompt of this length. Raises PolicyError where it does not fit the model, UsageError
+        where its groups of heads would begin with rows that are there."""
+        self.policy, self.layer.prompt_tokens = policy, prompt_tokens
+        groups = policy.split(self.layer)
+        if groups and len(self):
+            raise UsageError(f"policy {policy.name} begins with an empty cache, but this one has {len(self)} rows")
+        self.parts = [self._part(group) for group in groups] or [self]
+        for part in self.parts:
+            part.policy.begin(part.engine, part.layer)
+
+    def _part(self, group: HeadGroup) -> LayerCache:
+        """An empty cache of some of the kv heads."""
+        count = len(group.heads)
+        layer = replace(self.layer, heads=count * self.layer.group, kv_heads=count, which=group.heads, notes={})
+        layer.before = None
+        return LayerCache(self.engine, None, None, layer, group.policy, group.window, group.sinks)
+
+    def in_order(self, mixed: list[Handle]) -> Handle:
+        """What each part gives, [its heads, T, head_dim], as [heads, T, head_dim] in the model's order."""
+        if not self.is_split:
+            return mixed[0]
+        place = torch.arange(self.layer.heads).reshape(self.layer.kv_heads, -1)
+        order = torch.cat([place[list(part.layer.which)].flatten() for part in self.parts])
+        return (self.engine.cat(mixed, 0) if len(mixed) > 1 else mixed[0])[order.argsort()]
+
     def slide(self) -> None:
         """Drops the rows that no token to come sees; to be called before the next ones join."""
-        if self.window is None or len(self) < self.window:
+        for part in self.parts:
+            part._slide()
+
+    def _slide(self) -> None:
+        if self.window is None or len(self) < self.sinks + self.window:
             return
-        if self.policy.acts:  # which ``Plan.check`` has found at a client of this program
+        if self.policy.acts and not self.layer.which:  # which ``Plan.check`` has found at a client of this program
             raise UsageError(f"policy {self.policy.name} needs all rows, but the layer's window is {self.window}")
-        take(self.engine, self.layer, torch.arange(len(self) - self.window + 1, len(self)))
+        index = torch.arange(len(self))
+        take(self.engine, self.layer, torch.cat([index[: self.sinks], index[len(self) - self.window + 1 :]]))
+
+    def mask(self, rows: int) -> torch.Tensor | None:
+        """Which rows each of the last ``rows`` sees, see ``causal_mask``; ``None`` where a single one sees all."""
+        return causal_mask(rows, len(self), self.window, self.sinks) if rows > 1 else None
 
     def append(self, keys: Handle, values: Handle) -> None:
         """Adds rows [kv_heads, T, head_dim] at the end."""
@@ -154,11 +216,19 @@ class LayerCache:
         made = {"key": keys, "value": values, "key_before": keys, "query_before": every}
         self.show(1, query=query, scores=scores, weights=weights, **made)
 
+    def go_on(self, prompt_tokens: int, turn_tokens: int) -> None:
+        """Before a further turn of ``turn_tokens``, with which the conversation has ``prompt_tokens`` in all."""
+        for part in self.parts:
+            part.prefilled, part.layer.prompt_tokens = False, prompt_tokens
+            part.policy.go_on(part.engine, part.layer, turn_tokens)
+
     def end_prompt(self) -> None:
         """Has the policy evict what the prompt left."""
-        self.prefilled = True
-        if self.policy.acts:
-            self._evict(self.policy.evict)
+        self.slide()
+        for part in self.parts:
+            part.prefilled = True
+            if part.policy.acts:
+                part._evict(part.policy.evict)
 
 
 @dataclass
@@ -195,9 +265,8 @@ class KVCache:
         """
         for cache in self.layers:
             cache.engine.check_policy(policy)
-            cache.policy, cache.layer.prompt_tokens = policy, prompt_tokens
             try:
-                policy.begin(cache.engine, cache.layer)
+                cache.follow(policy, prompt_tokens)
             except PolicyError as error:
                 raise UsageError(str(error)) from None
 

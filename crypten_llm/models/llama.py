@@ -8,6 +8,9 @@ output a product takes, the family says.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -115,6 +118,24 @@ class RMSNorm(EngineModule):
         return self.engine.rms_norm(x, self.weight, self.eps, self.scale)
 
 
+class Made(NamedTuple):
+    """What a pass makes of its rows, [heads or kv_heads, T, head_dim], and before the rotary embedding."""
+
+    query: Handle
+    key: Handle
+    value: Handle
+    query_before: Handle
+    key_before: Handle
+
+    def of(self, part: LayerCache) -> Made:
+        """Of the heads whose rows ``part`` keeps."""
+        if not part.layer.which:
+            return self
+        own, group = torch.tensor(part.layer.which), part.layer.group
+        queries = (own[:, None] * group + torch.arange(group)).flatten()
+        return Made(*(x[queries if name.startswith("query") else own] for name, x in self._asdict().items()))
+
+
 class Attention(EngineModule):
     """Grouped-query attention. Query heads of one kv head share a matrix product: [kv_heads, group * T, head_dim]."""
 
@@ -134,8 +155,8 @@ class Attention(EngineModule):
                 norm = RMSNorm(engine, parameters.within(name), config.rms_norm_eps, norm_scales)
                 self.register_module(name, norm)
 
-    def forward(self, x: Handle, rotary: Rotary, cache: LayerCache, mask: torch.Tensor | None) -> Handle:
-        engine, rows, group = self.engine, x.shape[0], self.heads // self.kv_heads
+    def forward(self, x: Handle, rotary: Rotary, cache: LayerCache) -> Handle:
+        engine, rows = self.engine, x.shape[0]
         with engine.meter.operation(f"{self.label} query, key, value", "qkv"):
             query = self._split(self.q_proj(x), self.heads)
             key = self._split(self.k_proj(x), self.kv_heads)
@@ -145,10 +166,23 @@ class Attention(EngineModule):
                     query, key = self.q_norm(query), self.k_norm(key)
             query_before, key_before = query, key
             query, key = engine.rotate(query, *rotary.query), engine.rotate(key, *rotary.key)
+        made = Made(query, key, value, query_before, key_before)
+        programs: list[Callable[[], Handle]] = [partial(self._attend, made.of(part), part) for part in cache.parts]
+        with engine.meter.operation(f"{self.label} groups of heads", "groups") if cache.is_split else nullcontext():
+            mixed = engine.side_by_side(programs) if len(programs) > 1 else [programs[0]()]
+        with engine.meter.operation(f"{self.label} values", "values"):
+            attended = cache.in_order(mixed).permute(1, 0, 2)
+            return self.o_proj(attended.reshape(rows, self.heads * self.head_dim))
+
+    def _attend(self, made: Made, cache: LayerCache) -> Handle:
+        """The values [heads, T, head_dim] that the heads of this cache mix; their new rows join it."""
+        engine, (query, key, value, query_before, key_before) = self.engine, made
+        rows, group, kv_heads = query.shape[1], self.heads // self.kv_heads, key.shape[0]
+        with engine.meter.operation(f"{self.label} query, key, value", "qkv"):
             query, key, value = cache.enter(query, key, value)
             cache.append(engine.rows(key), engine.rows(value, values=True))
-            query = query.reshape(self.kv_heads, group * rows, self.head_dim)
-        choice = cache.choose(query, query_before)
+            query = query.reshape(kv_heads, group * rows, self.head_dim)
+        choice, mask = cache.choose(query, query_before), cache.mask(rows)
         with engine.meter.operation(f"{self.label} scores", "scores"):
             hidden = None if mask is None or cache.policy.reads_scores else mask.repeat(group, 1)
             scores = engine.scores(query, cache.keys, hidden)
@@ -158,12 +192,10 @@ class Attention(EngineModule):
         with engine.meter.operation(f"{self.label} values", "values"):
             if choice is not None:
                 weights = cache.engine.scatter_weights(choice, weights, len(cache))
-            mixed = engine.mix(weights, cache.values)
-            mixed = cache.leave(mixed).reshape(self.heads, rows, self.head_dim).permute(1, 0, 2)
-            out = self.o_proj(mixed.reshape(rows, self.heads * self.head_dim))
+            mixed = cache.leave(engine.mix(weights, cache.values))
         rotated = {"query": query, "key": key, "value": value, "scores": scores, "weights": weights}
         cache.show(rows, **rotated, query_before=query_before, key_before=key_before)
-        return out
+        return mixed.reshape(kv_heads * group, rows, self.head_dim)
 
     def _split(self, x: Handle, heads: int) -> Handle:
         return x.reshape(x.shape[0], heads, self.head_dim).permute(1, 0, 2)
@@ -192,10 +224,10 @@ class DecoderLayer(EngineModule):
         self.register_module("self_attn", attention)
         self.register_module("mlp", MLP(engine, parameters.within("mlp")))
 
-    def forward(self, x: Handle, rotary: Rotary, cache: LayerCache, mask: torch.Tensor | None) -> Handle:
+    def forward(self, x: Handle, rotary: Rotary, cache: LayerCache) -> Handle:
         with self.engine.meter.operation(f"{self.label} input norm", "norm"):
             normed = self.input_layernorm(x)
-        x = self.engine.residual(x, self.self_attn(normed, rotary, cache, mask))
+        x = self.engine.residual(x, self.self_attn(normed, rotary, cache))
         with self.engine.meter.operation(f"{self.label} post-attention norm", "norm"):
             normed = self.post_attention_layernorm(x)
         with self.engine.meter.operation(f"{self.label} mlp", "mlp"):
@@ -276,18 +308,14 @@ class Llama(EngineModule):
         rows = x.shape[0]
         positions = cache.extend(rows)
         rotary = self.rotary(positions, max(seq_len, cache.length))
-        masks: dict = {}  # layers may keep different counts of rows, and look back differently far
         for index, layer_cache in enumerate(cache.layers):
             layer_cache.slide()
-            seen = len(layer_cache) + rows, layer_cache.window
-            if rows > 1 and seen not in masks:
-                masks[seen] = causal_mask(rows, *seen)
-            x = self.through(index, x, rotary, layer_cache, masks.get(seen))
+            x = self.through(index, x, rotary, layer_cache)
         return x
 
-    def through(self, index: int, x: Handle, rotary: Rotary, cache: LayerCache, mask: torch.Tensor | None) -> Handle:
+    def through(self, index: int, x: Handle, rotary: Rotary, cache: LayerCache) -> Handle:
         """Hidden states [T, H] through the layer of that index."""
-        return self.blocks[index](x, rotary, cache, mask)
+        return self.blocks[index](x, rotary, cache)
 
     def rotary(self, positions: torch.Tensor, length: int) -> Rotary:
         """Public cosines and sines, each [T, head_dim], of ``positions`` [T] in a sequence of ``length`` tokens."""
@@ -303,15 +331,6 @@ class Llama(EngineModule):
             if self.config.tie_word_embeddings:
                 return self.engine.linear(x, self.embed_tokens)
             return self.lm_head(x)
-
-
-def causal_mask(rows: int, length: int, window: int | None = None) -> torch.Tensor:
-    """Public bool [rows, length]: the last ``rows`` of ``length`` cached rows, each seeing itself and those before.
-
-    window: how many of them, itself among them, it sees; ``None`` for all.
-    """
-    before = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
-    return before if window is None else before.triu(length - rows - window + 1)
 
 
 def prepare(name: str, value: torch.Tensor, config: LlamaConfig) -> torch.Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
@@ -40,13 +41,46 @@ class Running:
         self.result: Any = None
 
 
+class _Strand:
+    """A program side by side with others: the steps that it is in, and what it waits for."""
+
+    __slots__ = ("scopes", "waits")
+
+    def __init__(self, scopes: list[Scope]) -> None:
+        self.scopes = scopes
+        self.waits: Running | _Several | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.waits is None or self.waits.is_done
+
+
+class _Several:
+    """Programs that were begun together, and what those that have ended returned."""
+
+    def __init__(self, programs: list[Callable[[], Any]]) -> None:
+        self.plays = [partial(self._play, place, program) for place, program in enumerate(programs)]
+        self._results: dict[int, Any] = {}
+
+    def _play(self, place: int, program: Callable[[], Any]) -> None:
+        self._results[place] = program()
+
+    @property
+    def is_done(self) -> bool:
+        return len(self._results) == len(self.plays)
+
+    @property
+    def in_order(self) -> list[Any]:
+        return [self._results[place] for place in range(len(self.plays))]
+
+
 class Rounds:
     """One role's protocols under way, over its runtime."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self._running: list[Running] = []
-        self._strands: dict[greenlet, Running | None] = {}  # programs side by side, and what each waits for
+        self._strands: dict[greenlet, _Strand] = {}  # programs side by side
 
     @property
     def is_shared(self) -> bool:
@@ -68,10 +102,8 @@ class Rounds:
     def finish(self, running: Running) -> Any:
         """Runs rounds until this protocol is done; returns its result."""
         while not running.is_done:
-            strand = getcurrent()
-            if strand in self._strands:
-                self._strands[strand] = running
-                strand.parent.switch()
+            if getcurrent() in self._strands:
+                self._wait(running)
             else:
                 self._round()
         return running.result
@@ -88,37 +120,52 @@ class Rounds:
         """Runs programs that know nothing of each other, and shares their rounds: whenever all that have not ended wait
         for one, one message carries what all of them open. Returns what each returned.
 
-        They take turns in the order in which they are given, alike on every role. A program that raises ends all, and
+        They take turns in the order in which they are given, alike on every role. A program may run programs side by
+        side itself: while it waits for them, they share rounds with all others. A program that raises ends all, and
         what they had asked for is forgotten.
         """
-        assert not self._strands, "programs side by side are not nested"
-        before = list(self._running)
-        hub, results, outer = getcurrent(), {}, self._meter.exchange_scopes([self._meter.scope])
-        strands = [greenlet(program, hub) for program in programs]
-        scopes = {strand: [outer[-1]] for strand in strands}
-        self._strands = dict.fromkeys(strands)
+        here, several = getcurrent(), _Several(programs)
+        is_nested = here in self._strands
+        assert is_nested or not self._strands, "one hub runs all programs side by side"
+        for play in several.plays:
+            self._strands[greenlet(play, here.parent if is_nested else here)] = _Strand([self._meter.scope])
+        if is_nested:
+            self._wait(several)
+        else:
+            self._run_strands()
+        return several.in_order
+
+    def _wait(self, waited: Running | _Several) -> None:
+        """Leaves the turn to the other strands until what this one waits for is done."""
+        strand = getcurrent()
+        self._strands[strand].waits = waited
+        while not waited.is_done:
+            strand.parent.switch()
+
+    def _run_strands(self) -> None:
+        """Gives strands their turns, and runs a round whenever none can go on, until all have ended."""
+        before, meter = list(self._running), self._meter
+        outer = meter.exchange_scopes([meter.scope])
         try:
             while self._strands:
-                for strand, waits in list(self._strands.items()):
-                    if waits is not None and not waits.is_done:
-                        continue
-                    self._meter.exchange_scopes(scopes[strand])
-                    given = strand.switch()
-                    scopes[strand] = self._meter.exchange_scopes([outer[-1]])
+                ready = [strand for strand, state in self._strands.items() if state.is_ready]
+                for strand in ready:
+                    state = self._strands[strand]
+                    meter.exchange_scopes(state.scopes)
+                    strand.switch()
+                    state.scopes = meter.exchange_scopes([outer[-1]])
                     if strand.dead:
-                        results[strand] = given
                         del self._strands[strand]
-                if any(waits is not None and not waits.is_done for waits in self._strands.values()):
+                if not ready:
                     self._round()
         finally:
-            left, self._strands = list(self._strands), {}
-            for strand in left:  # after an error: each leaves the steps that it was in
-                self._meter.exchange_scopes(scopes[strand])
+            left, self._strands = self._strands, {}
+            for strand, state in left.items():  # after an error: each leaves the steps that it was in
+                meter.exchange_scopes(state.scopes)
                 strand.throw()
             if left:
                 self._running = [item for item in self._running if item in before]
-            self._meter.exchange_scopes(outer)
-        return [results[strand] for strand in strands]
+            meter.exchange_scopes(outer)
 
     def _round(self) -> None:
         """Opens all that is asked for, and takes every protocol one request further."""

@@ -98,6 +98,10 @@ class Admission:
 
             return calibration.measure(config, weights, text, show)
 
+    def prose(self) -> str:
+        """The text that was chosen, or ``PROSE``."""
+        return _read(self.text) if self.text else calibration.PROSE.read_text("utf-8")
+
     def _ids(self, folder: Path, config: LlamaConfig, parameters: int) -> Sequence[int]:
         """Of the text; none of ``PROSE`` where the model's folder has no tokenizer, or another model's."""
         if not self.text:

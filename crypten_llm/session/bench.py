@@ -147,7 +147,7 @@ class _Built:
         before = None
         for layer, cache in zip(self.layers, self.caches, strict=True):
             used = cache if grows else cache.copy(before)
-            x, before = layer(x, rotary, used, None), used.layer
+            x, before = layer(x, rotary, used), used.layer
         return x if self.model is None else self.model.logits(x)
 
 
@@ -179,13 +179,14 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     model = Llama(engine, config, handles) if shape.vocab else None
     layers = model.blocks if model is not None else _layers(engine, config, handles)
-    cached = (config.num_key_value_heads, shape.kv_len, config.head_dim)
     cache = KVCache.empty(engine, len(layers), heads, kv_heads, dim)
-    for i, layer in enumerate(cache.layers):
-        layer.layer.keys, layer.layer.values = rows(-1 - 2 * i, cached), rows(-2 - 2 * i, cached, values=True)
     cache.follow(parse_policy(shape.policy), shape.kv_len)
     for i, layer in enumerate(cache.layers):
-        if layer.policy.acts:
+        for part in layer.parts:
+            cached = (part.layer.kv_heads, shape.kv_len, config.head_dim)
+            part.layer.keys, part.layer.values = rows(-1 - 2 * i, cached), rows(-2 - 2 * i, cached, values=True)
+    for i, layer in enumerate(cache.layers):
+        if layer.policy.acts and not layer.is_split:
             query = (kv_heads, heads // kv_heads, dim)
             layer.show_last(attended(FIRST_QUERY + i, query, query_factor))
     cache.end_prompt()

@@ -190,10 +190,8 @@ def go_on(cache: KVCache, prompt_tokens: int) -> None:
     Raises UsageError when its policy cannot go on.
     """
     for layer_cache in cache.layers:
-        layer_cache.prefilled = False
-        layer_cache.layer.prompt_tokens = cache.length + prompt_tokens
         check_chat(layer_cache.policy)
-        layer_cache.policy.go_on(layer_cache.engine, layer_cache.layer, prompt_tokens)
+        layer_cache.go_on(cache.length + prompt_tokens, prompt_tokens)
 
 
 def run(

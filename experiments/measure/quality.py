@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean
 from typing import ClassVar
@@ -38,11 +39,10 @@ from experiments.tools.tables import print_table
 
 @dataclass
 class Counted:
-    """A policy, and how many rows its decode steps found in the cache and attended to, added up over layers."""
+    """A policy, and how many rows its decode steps found in the cache and attended to, added up over kv heads."""
 
     policy: Policy
-    kept: int = 0
-    attended: int = 0
+    total: Counter = field(default_factory=Counter)
     acts: ClassVar[bool] = True
 
     def __getattr__(self, name):
@@ -50,9 +50,12 @@ class Counted:
 
     def choose(self, ops, layer, query, query_before):
         choice = self.policy.choose(ops, layer, query, query_before)
-        self.kept += len(layer)
-        self.attended += len(layer) if choice is None else choice.count
+        self.total["kept"] += len(layer) * layer.kv_heads
+        self.total["attended"] += (len(layer) if choice is None else choice.count) * layer.kv_heads
         return choice
+
+    def split(self, layer):
+        return tuple(replace(group, policy=Counted(group.policy, self.total)) for group in self.policy.split(layer))
 
 
 class Decoder:
@@ -67,13 +70,13 @@ class Decoder:
         engine = self.model.engine
         one_hot = engine.tokens(torch.tensor([token]), 1, self.model.config.vocab_size)
         self.logits = self.model(one_hot, self.cache)[0]
-        self.seen += self.cache.length * len(self.cache.layers)
+        self.seen += self.cache.length * sum(cache.layer.kv_heads for cache in self.cache.layers)
 
     def shares(self) -> dict:
         """Rows in the cache and rows attended to, of those that the full cache has at the same steps; ``None`` where
         there was no step."""
-        counts = {"kept": self.counted.kept, "attended": self.counted.attended}
-        return {name: count / self.seen if self.seen else None for name, count in counts.items()}
+        names = ("kept", "attended")
+        return {name: self.counted.total[name] / self.seen if self.seen else None for name in names}
 
 
 def answer(decoder: Decoder, stop_ids, max_new_tokens: int, settled=lambda token_ids: False) -> list[int]:

@@ -52,6 +52,14 @@ class Onlookers:
         self.apart: list[str] = []
         self._layers: dict[str, list] = {text: [] for text in policies}
 
+    def split(self, layer):
+        """Heads stay together; a policy that splits them goes apart."""
+        for text, policy in list(self.policies.items()):
+            if policy.split(layer):
+                self.apart.append(text)
+                del self.policies[text]
+        return ()
+
     def begin(self, ops, layer):
         for text, policy in self.policies.items():
             own = replace(layer, notes={}, before=self._layers[text][-1] if layer.index else None)

@@ -45,7 +45,7 @@ def collect(party, tokenizer, samples) -> list[list[tuple[torch.Tensor, torch.Te
         cache.follow(recorder, len(ids))
         party.model.extend(party.engine.tokens(torch.tensor(ids), len(ids), config.vocab_size), cache)
         for index, layer in enumerate(cache.layers):
-            seen = recorder.layers[index].seen[0]
+            seen = recorder.in_order[index].seen[0]
             size, group = len(prompt), layer.layer.group
             query = seen.query.reshape(config.num_key_value_heads, group, len(ids), -1)[:, :, size - 1 :]
             scores = torch.einsum("gmad,gpd->gmap", query, seen.key[:, :size])

@@ -17,6 +17,8 @@ def options(parser: Parser) -> None:
     add("--precision-bits", type=int, default=DEFAULT_PRECISION_BITS, metavar="F", help=bits)
     what = "text like what clients ask, measured to its end (default: the beginning of some prose)"
     add("--calibration-text", default="", metavar="FILE", help=what)
+    what = "where to write which kv heads look far, for --policy head_split (--policy-weights FILE at every party)"
+    add("--heads-out", default="", metavar="FILE", help=what)
     parser.add_json()
     parser.add_offline_and_verbose()
 
@@ -33,4 +35,5 @@ def run(arguments: Any) -> None:
         protocol,
         arguments.calibration_text,
         arguments.json,
+        arguments.heads_out,
     )

@@ -57,8 +57,11 @@ def _ids(path: str) -> list[int]:
 def _summary(found: Any) -> str:
     """Rows kept and attended to, and the mass recovered, by layer."""
     lines = [f"{found.policy} on {found.engine}, {found.prompt_tokens} prompt tokens"]
-    lines.append("layer  kept  attended  mass recovered")
-    for index, record in enumerate(found.layers):
+    wide = max(5, *(len(record.label) for record in found.layers))
+    lines.append(f"{'layer':>{wide}}  kept  attended  mass recovered")
+    for record in found.layers:
         mass = sum(record.mass) / len(record.mass)
-        lines.append(f"{index:5}  {record.kept[0].shape[1]:4}  {record.attended[-1].shape[1]:8}  {mass:14.4f}")
+        lines.append(
+            f"{record.label:>{wide}}  {record.kept[0].shape[1]:4}  {record.attended[-1].shape[1]:8}  {mass:14.4f}"
+        )
     return "\n".join(lines)

@@ -70,6 +70,10 @@ class Normed:
         """H."""
         return self.wire.shape[-1]
 
+    def __getitem__(self, heads: torch.Tensor) -> Normed:
+        """Some of those along the first dimension."""
+        return Normed(self.wire.map(lambda t: t[heads]), self.gamma)
+
     def permute(self, *order: int) -> Normed:
         assert order[-1] == len(order) - 1, "the normed dimension stays the last"
         return Normed(self.wire.map(lambda t: t.permute(*order)), self.gamma)

@@ -1,0 +1,68 @@
+"""Policy ``head_split``: a few kv heads look far and keep every row, the others see the beginning and what is near."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from eviction import trained
+from eviction.full import Full
+from eviction.operations import Layer
+from eviction.policy import HeadGroup, Policy
+from eviction.settings import fitting, share, whole
+
+
+@dataclass(frozen=True)
+class HeadSplit(Policy):
+    """Heads that look far, and heads that do not: these see ``start`` first and ``recent`` last tokens, also while a
+    prompt is read. Scores outside are neither computed nor dealt, and rows that leave the window are dropped.
+
+    far: the share of all kv heads that look far, those of the lowest ranks. weights: where the ranks are: ``shipped``,
+    ``SmolLM2-135M-Instruct``, or the name of registered ones. A file holds ``ranks`` [layers, kv_heads], each of 0 to
+    layers * kv_heads - 1 once; ``crypten_llm calibrate --heads-out`` writes one.
+
+    Source: Xiao et al. 2024. Deviations: heads are ranked by the attention that they pay to a needle from the place
+    where it is asked for, where the paper trains gates; their number is a setting.
+    """
+
+    far: float = share(0.3)
+    start: int = whole(16, 0)
+    recent: int = whole(128, 1)
+    weights: str = trained.weights("SmolLM2-135M-Instruct")
+
+    name: ClassVar[str] = "head_split"
+    paper: ClassVar[str] = "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads"
+    arxiv: ClassVar[str] = "2410.10819"
+    when: ClassVar[str] = "prefill and step"
+    shared_over: ClassVar[str] = "kv head"
+    reveals: ClassVar[str] = "nothing; which heads look far is public"
+    cost: ClassVar[str] = "none: public indices"
+    goes_on: ClassVar[bool] = True
+    cuts_prompts: ClassVar[bool] = True
+    style: ClassVar[tuple[str, str, str]] = ("#0072B2", "d", "-")
+
+    @classmethod
+    def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
+        start, recent = fitting(cls.start, rows / 8), fitting(cls.recent, rows / 4)
+        near = start + recent
+        far = min(1.0, max(0.0, rows - near) / max(1, prompt_tokens - near) or 1e-6)
+        return {"far": far, "start": start, "recent": recent, **changed}
+
+    def split(self, layer: Layer) -> tuple[HeadGroup, ...]:
+        is_far = self.looks_far(layer.layers, layer.kv_heads)[layer.index]
+        far, near = (tuple(index.nonzero()[:, 0].tolist()) for index in (is_far, ~is_far))
+        groups = (HeadGroup(far, Full()), HeadGroup(near, Full(), self.recent, self.start))
+        return tuple(group for group in groups if group.heads)
+
+    def looks_far(self, layers: int, kv_heads: int) -> torch.Tensor:
+        """Public bool [layers, kv_heads]. Raises PolicyError for ranks that are not of such a model."""
+        found = trained.load(self.weights, self.name).get("ranks")
+        wanted = torch.arange(layers * kv_heads)
+        if found is None or found.shape != (layers, kv_heads) or not torch.equal(found.flatten().sort()[0], wanted):
+            is_there = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            raise self.refuse(
+                f"its weights are for another model: ranks are {is_there}, not each of 0 to "
+                f"{len(wanted) - 1} once in ({layers}, {kv_heads}); write them for this model (python -m crypten_llm "
+                "calibrate --heads-out FILE)"
+            )
+        return found < max(1, round(self.far * len(wanted)))
