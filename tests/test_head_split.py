@@ -1,6 +1,8 @@
 """Policy ``head_split``: what each head sees, on shares and in the clear, and that it costs no round."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from safetensors.torch import save
 import eviction
 from crypten_llm import PrivateLlama
 from crypten_llm.commands import cost
+from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
+from crypten_llm.models.cache import LayerCache
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.generation import go_on
 from crypten_llm.session.plan import Plan
@@ -202,3 +206,15 @@ def test_a_group_may_have_a_policy_of_its_own():
         llama(llama.engine.tokens(ids[:1], 1, VOCAB), cache)
     counts = [[len(part) for part in layer.parts] for layer in cache.layers]
     assert counts == [[11], [7], [11, 7], [11, 7]] and list(itertools.chain(*counts))
+
+
+def test_a_cache_that_is_done_with_gives_its_rows_back_at_once():
+    """No cycle keeps them until the collector comes by, which a long answer's steps would wait for."""
+    gc.disable()
+    try:
+        cache = LayerCache(PlainEngine())
+        gone = weakref.ref(cache)
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()

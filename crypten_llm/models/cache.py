@@ -66,7 +66,7 @@ class LayerCache:
         self.layer.keys, self.layer.values = keys, values
         self.policy = policy
         self.window, self.sinks = window, sinks
-        self.parts = [self]
+        self._groups: list[LayerCache] = []
         self.prefilled = False
         self._seen = 0
 
@@ -79,7 +79,7 @@ class LayerCache:
         layer = replace(self.layer, notes=dict(notes), before=before)
         other = LayerCache(self.engine, self.keys, self.values, layer, policy, self.window, self.sinks)
         if self.is_split:
-            other.parts = [part.copy() for part in self.parts]
+            other._groups = [part.copy() for part in self.parts]
         other.prefilled, other._seen = self.prefilled, self._seen
         return other
 
@@ -101,7 +101,12 @@ class LayerCache:
     @property
     def is_split(self) -> bool:
         """Whether ``parts`` have the rows."""
-        return self.parts != [self]
+        return bool(self._groups)
+
+    @property
+    def parts(self) -> list[LayerCache]:
+        """The caches that have the rows: of each group of heads, or this one."""
+        return self._groups or [self]  # not kept, or a cache would hold itself, and its memory until it is looked for
 
     def follow(self, policy: Policy, prompt_tokens: int) -> None:
         """Sets the policy for a prompt of this length. Raises PolicyError where it does not fit the model, UsageError
@@ -110,7 +115,7 @@ class LayerCache:
         groups = policy.split(self.layer)
         if groups and len(self):
             raise UsageError(f"policy {policy.name} begins with an empty cache, but this one has {len(self)} rows")
-        self.parts = [self._part(group) for group in groups] or [self]
+        self._groups = [self._part(group) for group in groups]
         for part in self.parts:
             part.policy.begin(part.engine, part.layer)
 

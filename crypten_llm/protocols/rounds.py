@@ -58,20 +58,20 @@ class _Strand:
 class _Several:
     """Programs that were begun together, and what those that have ended returned."""
 
-    def __init__(self, programs: list[Callable[[], Any]]) -> None:
-        self.plays = [partial(self._play, place, program) for place, program in enumerate(programs)]
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._results: dict[int, Any] = {}
 
-    def _play(self, place: int, program: Callable[[], Any]) -> None:
+    def play(self, place: int, program: Callable[[], Any]) -> None:
         self._results[place] = program()
 
     @property
     def is_done(self) -> bool:
-        return len(self._results) == len(self.plays)
+        return len(self._results) == self._count
 
     @property
     def in_order(self) -> list[Any]:
-        return [self._results[place] for place in range(len(self.plays))]
+        return [self._results[place] for place in range(self._count)]
 
 
 class Rounds:
@@ -124,10 +124,11 @@ class Rounds:
         side itself: while it waits for them, they share rounds with all others. A program that raises ends all, and
         what they had asked for is forgotten.
         """
-        here, several = getcurrent(), _Several(programs)
+        here, several = getcurrent(), _Several(len(programs))
         is_nested = here in self._strands
         assert is_nested or not self._strands, "one hub runs all programs side by side"
-        for play in several.plays:
+        for place, program in enumerate(programs):
+            play = partial(several.play, place, program)
             self._strands[greenlet(play, here.parent if is_nested else here)] = _Strand([self._meter.scope])
         if is_nested:
             self._wait(several)
