@@ -319,7 +319,7 @@ def test_a_tape_is_dealt_for_a_mode_and_a_temperature(models, tmp_path):
     settings = {"tape": str(tmp_path / "tape"), "timeout": 60, "threads": 1}
     with pytest.raises(UsageError, match="the tape's engine is"):
         PrivateLlama.from_pretrained(models[0], **settings)
-    drawn = {"input_ids": IDS, "max_new_tokens": 2, "do_sample": True, "temperature": 0.5}
+    drawn = {"input_ids": IDS, "max_new_tokens": 2, "do_sample": True, "temperature": 0.5, "eos_token_id": []}
     with PrivateLlama.from_pretrained(models[0], reveal="tokens", **settings) as llama:
         with pytest.raises(UsageError, match="temperature is 0.0, but the tape is for .*--reveal tokens --out DIR"):
             llama.generate(input_ids=IDS, max_new_tokens=2)

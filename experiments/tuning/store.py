@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import astuple
 from pathlib import Path
 
 from experiments.tasks import Example
@@ -19,7 +18,10 @@ SCORES, COST = "scores", "cost"
 
 def name_of(example: Example, length: int) -> str:
     """A prompt's name: its task and length for people, and a digest of all that its score depends on."""
-    digest = hashlib.sha256(json.dumps(astuple(example)[:-1]).encode()).hexdigest()[:16]
+    parts = [example.task, example.prompt, example.answers, example.max_new_tokens, example.classes]
+    if example.rendered:  # scores of others keep the names under which they are stored
+        parts.append("rendered")
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return f"{example.task}/{length}/{digest}"
 
 
