@@ -1,10 +1,14 @@
 """Small tapes, for tests: a program that deals a few values, recorded and opened."""
 
+import socket
+import threading
 from types import SimpleNamespace
 
 import torch
 
+from crypten_llm.errors import CryptenLLMError
 from crypten_llm.links.meter import Meter
+from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.manifest import NAMES, make_manifest
 from crypten_llm.protocols.dealer.recording import Recording, Sizes
@@ -49,3 +53,27 @@ def links_of(rank):
 
 def open_tape(path, party, is_local=True, signer=""):
     return Tape(path, party, links_of(party), is_local, signer)
+
+
+def compared(owners, clients, engine=ENGINE):
+    """What the two parties raise, the owner with the tape in one folder, the client with that in another."""
+    ends, errors = socket.socketpair(), []
+    links = [Transport(rank, NAMES, {1 - rank: ends[rank]}, timeout=5) for rank in (0, 1)]
+
+    def compare(party, where):
+        tape = Tape(where, party, links[party], is_local=True)
+        try:
+            tape.compare(engine)
+        except CryptenLLMError as error:
+            errors.append(error)
+        finally:
+            tape.close()
+
+    threads = [threading.Thread(target=compare, args=pair) for pair in ((0, owners), (1, clients))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for link in links:
+        link.close()
+    return errors

@@ -9,7 +9,6 @@ import pytest
 
 from crypten_llm.commands import cli, cost
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.links.network import Network
@@ -46,7 +45,7 @@ def dealer_by_phase(table: list[dict], phases=("prefill", "decode")) -> dict:
 def generate(transport, folder, plan: Plan):
     """A whole session of one request: at the client the counters of the load and of the request; bytes of weights."""
     mode = Mode.parse(plan.reveal)
-    config = WireConfig() if mode.kind == "logits" else WireConfig.choosing()
+    config = mode.wire()
     party = Party(WireEngine(transport, config), transport, compute_parties=2, mode=mode)
     if not party.is_client:
         party.serve(folder)

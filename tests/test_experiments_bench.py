@@ -7,6 +7,7 @@ import pytest
 from crypten_llm.errors import UsageError
 from experiments.baselines import config
 from experiments.baselines.cells import texts
+from experiments.baselines.policies import has_budget
 from experiments.tasks import TASKS, find
 from experiments.tools import real_model
 
@@ -19,7 +20,8 @@ def test_the_configuration_holds():
     assert {name for name, task in TASKS.items() if task.source in ("ruler", "prose")} == set(found.tasks)
     assert not found.data and not found.ablation.rows and not found.crypten.policies
     for length in found.lengths:
-        assert len(texts(found, length, 9)) == 1 + (len(found.policies) - 1) * len(found.budgets)
+        with_budget = sum(map(has_budget, found.policies))
+        assert len(texts(found, length, 9)) == len(found.policies) + with_budget * (len(found.budgets) - 1)
     assert all(find(task).source != "shipped" for task in found.private.tasks)
 
 

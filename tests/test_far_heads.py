@@ -1,4 +1,4 @@
-"""Ranking kv heads by how far they look: the owner's measurement, its file, and the figures made with it."""
+"""Ranking kv heads by how far they look: the owner's measurement and its file."""
 
 import pytest
 import torch
@@ -6,13 +6,11 @@ from eviction_runs import VOCAB, model, peaked_weights, run
 from safetensors.torch import load
 
 import eviction
-from crypten_llm import PrivateLlama
 from crypten_llm.commands.cli import main
 from crypten_llm.errors import UsageError
 from crypten_llm.models.checkpoint import SHIPPED, load_tokenizer
 from crypten_llm.session import far_heads
 from crypten_llm.session.calibration import PROSE
-from experiments.measure.far_heads import TASKS, draw, is_right, perplexity
 from experiments.tools import real_model
 
 
@@ -70,15 +68,3 @@ def test_ranks_that_come_with_the_project():
     assert eviction.policy("head_split").looks_far(6, 4).sum() == 7
     with pytest.raises(eviction.PolicyError, match="weights cannot be called"):
         eviction.register(real_model.NAME, b"")
-
-
-def test_measured_prompts_and_figures(encode):
-    prompts = {name: draw(encode, count, 300, 2) for name, count in TASKS.items()}
-    assert all(len(prompt.ids) == 300 for each in prompts.values() for prompt in each)
-    with PrivateLlama.from_pretrained("shipped", engine="plain", threads=1) as llama:
-        own, prompt = llama.party.model, prompts["single"][0]
-        full, split = eviction.policy("full"), eviction.policy("head_split", far=0.3, recent=512)
-        assert is_right(own, full, prompt) == is_right(own, split, prompt)  # nothing is left out
-        assert perplexity(own, full, prompt.ids) == pytest.approx(perplexity(own, split, prompt.ids), rel=1e-4)
-        near = eviction.policy("head_split", far=0.01, start=0, recent=4)
-        assert perplexity(own, near, prompt.ids) != pytest.approx(perplexity(own, full, prompt.ids), rel=1e-3)

@@ -23,7 +23,6 @@ LISTS = {  # which say what is compared, measured or trained
     "experiments/baselines/variants.py",
     "experiments/measure/eviction_agreement.py",
     "experiments/measure/eviction_cost.py",
-    "experiments/measure/far_heads.py",
     "experiments/measure/quality.py",
     "experiments/model/train_policies.py",
     "experiments/tools/decode_files.py",

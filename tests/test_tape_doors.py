@@ -4,14 +4,13 @@ import json
 import os
 import random
 import socket
-import threading
 
 import pytest
 from msgspec.structs import replace
-from tapes import open_tape, record
+from tapes import compared, open_tape, record
 
 from crypten_llm.commands.cli import main
-from crypten_llm.errors import CryptenLLMError, PartyError, UsageError
+from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.links.signatures import Signer, is_signed, public_key
 from crypten_llm.links.tls import make_key
 from crypten_llm.links.transport import Transport
@@ -230,32 +229,6 @@ def test_files_that_were_swapped_are_found(folder, tmp_path):
     resigned(tmp_path / "other" / "client" / "client.tape", signer, **same)
     found = compared(folder, tmp_path / "other")
     assert len(found) == 2 and all("the tape's signer is" in str(error) for error in found)
-
-
-def compared(owners, clients):
-    """What the two parties raise."""
-    ours, theirs = socket.socketpair()
-    links = [
-        Transport(0, ("owner", "client"), {1: ours}, timeout=5),
-        Transport(1, ("owner", "client"), {0: theirs}, timeout=5),
-    ]
-    errors = []
-
-    def compare(party, where):
-        try:
-            tape = Tape(where, party, links[party], is_local=True)
-            tape.compare({"activation": 14})
-        except CryptenLLMError as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=compare, args=pair) for pair in ((0, owners), (1, clients))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for link in links:
-        link.close()
-    return errors
 
 
 @pytest.mark.parametrize("said", [[], {}, {"id": 5}, "manifest", {"version": "x" * 9999}])

@@ -1,14 +1,9 @@
 """What a tape is for: two parties' tapes of one deal, and the runs that fit one."""
 
-import socket
-import threading
-
 import pytest
-from tapes import CONFIG, ENGINE, PLAN, open_tape, record
+from tapes import CONFIG, ENGINE, PLAN, compared, open_tape, record
 
 from crypten_llm.errors import UsageError
-from crypten_llm.links.transport import Transport
-from crypten_llm.protocols.dealer.tape import Tape
 from crypten_llm.roles import CLIENT, OWNER
 
 
@@ -33,30 +28,11 @@ def folder(tmp_path):
 )
 def test_tapes_of_two_deals(folder, tmp_path, other, engine, message):
     record(tmp_path / "other", **other)
-    ours, theirs = socket.socketpair()
-    links = [
-        Transport(0, ("owner", "client"), {1: ours}, timeout=5),
-        Transport(1, ("owner", "client"), {0: theirs}, timeout=5),
-    ]
-    errors = []
-
-    def compare(party, where):
-        try:
-            Tape(where, party, links[party], is_local=True).compare(engine)
-        except UsageError as error:
-            errors.append(str(error))
-
-    threads = [threading.Thread(target=compare, args=pair) for pair in ((0, folder), (1, tmp_path / "other"))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for link in links:
-        link.close()
+    errors = compared(folder, tmp_path / "other", engine)
     assert len(errors) == 2
     for error in errors:
         with pytest.raises(UsageError, match=message.replace("rank ., ", "rank . .*, ")):
-            raise UsageError(error)
+            raise error
     assert open_tape(folder, OWNER), "nothing was used"
 
 

@@ -14,7 +14,6 @@ import torch
 
 from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.engines.wire.handles import Rows
-from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import Network
 from crypten_llm.models.config import LlamaConfig
@@ -24,7 +23,7 @@ from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation
 from crypten_llm.session.api import check_policy
 from crypten_llm.session.messages import Announced
-from crypten_llm.session.mode import ALL, Mode
+from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan, parse_policy
 from crypten_llm.session.report import ONLINE, Cost
@@ -134,7 +133,7 @@ def predict(
     make_model = Llama if differ else functools.partial(_AlikeLayers, links)
     there: Any = links  # stands for a transport
     mode = Mode.parse(plan.reveal)
-    engine = CostEngine(links, WireConfig() if mode.kind == ALL else WireConfig.choosing())
+    engine = CostEngine(links, mode.wire())
     party = Party(engine, there, compute_parties=2, make_model=make_model, mode=mode)
     links.say(Announced(config.to_dict(), {}))
     party.load()

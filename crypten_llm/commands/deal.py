@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.signatures import Signer, fingerprint
@@ -30,7 +29,7 @@ from crypten_llm.roles import CLIENT, DEALER, OWNER
 from crypten_llm.session.api import check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.messages import Announced, Bench, Close, Generate, Load
-from crypten_llm.session.mode import ALL, Mode
+from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
 from crypten_llm.units import size
@@ -108,8 +107,8 @@ def deal(
         with torch.inference_mode():
             Party(WireEngine(links, engine, material, role(links, material)), links, 2, mode=mode).serve()
 
-    mode = Mode.parse(getattr(work, "reveal", ALL))
-    engine, sizes = WireConfig() if mode.kind == ALL else WireConfig.choosing(), Sizes()
+    mode = Mode.parse(work.reveal) if isinstance(work, Plan) else Mode()
+    engine, sizes = mode.wire(), Sizes()
     run(sizes, Counting)
     total = [sizes.total(party) for party in (OWNER, CLIENT)]
     say(f"tape for {requests} x {verb}: {size(total[OWNER])} for the owner, {size(total[CLIENT])} for the client")

@@ -147,6 +147,7 @@ class _Built:
         before = None
         for layer, cache in zip(self.layers, self.caches, strict=True):
             used = cache if grows else cache.copy(before)
+            used.slide()
             x, before = layer(x, rotary, used), used.layer
         return x if self.model is None else self.model.logits(x)
 

@@ -28,7 +28,6 @@ from crypten_llm.links.network import parse_network
 from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session.admission import WARNING, Admission
-from crypten_llm.session.mode import ALL
 from crypten_llm.session.party import Party
 from crypten_llm.session.quota import Quota
 from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
@@ -171,9 +170,8 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
     }
     if protocol.engine == "wire":
         from crypten_llm.engines.wire.engine import WireEngine
-        from crypten_llm.engines.wire.numbers import WireConfig
 
-        config = WireConfig() if protocol.mode.kind == ALL else WireConfig.choosing()
+        config = protocol.mode.wire()
         with unheard():
             tape = _tape(protocol, launch, transport)
         if tape:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from crypten_llm.errors import UsageError
 
 if TYPE_CHECKING:
+    from crypten_llm.engines.wire.numbers import WireConfig
     from crypten_llm.session.sampling import SamplingConfig
 
 HOTTEST = 16.0  # temperature at which noise still fits beside a logit
@@ -44,6 +45,12 @@ class Mode:
                 f"what is revealed is {shown}; it must be tokens, top-K with K from 1 to {MOST}, or logits (--reveal)"
             )
         return cls("top-k", int(found[1]))
+
+    def wire(self) -> WireConfig:
+        """The numbers of engine ``wire``: logits that are compared on shares need more bits behind the point."""
+        from crypten_llm.engines.wire.numbers import WireConfig  # not where a command line is read
+
+        return WireConfig() if self.kind == ALL else WireConfig.choosing()
 
     def __str__(self) -> str:
         return f"top-{self.count}" if self.count else self.kind

@@ -58,7 +58,7 @@ class ProtocolConfig:
     precision_bits: fractional bits of a share on engine ``crypten``. tape: this party's file of a tape that was dealt
     for engine ``wire``, or the folder that holds it; there is no dealer then. force: share a model that leaves the
     engine's ranges by the owner's measurement; every answer is marked. reveal: what the client learns of each step
-    (``reveal.Mode``). insecure_links: leave links between hosts without TLS all the same.
+    (``mode.Mode``). insecure_links: leave links between hosts without TLS all the same.
     """
 
     engine: str = _setting(DEFAULT_ENGINE, f"plain (no privacy), crypten or wire (default: {DEFAULT_ENGINE})")

@@ -99,11 +99,6 @@ class WireConfig:
         """Of the residual stream."""
         return self.hidden + self.hidden_bits + 2
 
-    @property
-    def embedding_width(self) -> int:
-        """Of an entry of the embedding."""
-        return self.hidden + self.embedding_bits + 2
-
     @cached_property
     def attended_width(self) -> int:
         """Of W_o's input: its product, at ``attended`` + ``other_weight`` bits, is dropped into the residual's."""
