@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install real demo demo-real test test-slow lint clean
+.PHONY: install real demo demo-real serve-demo test test-slow lint clean
 
 install: $(READY)
 
@@ -29,6 +29,9 @@ demo: $(READY)
 demo-real: $(READY)
 	$(REAL)
 	$(BIN)/python -m experiments.demo --real
+
+serve-demo: $(READY)
+	$(BIN)/python -m crypten_llm serve --local --open
 
 test: real
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 1

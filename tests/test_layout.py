@@ -23,7 +23,7 @@ FLOORS = (
     {"protocols"},
     {"engines"},
     {"session"},
-    {"insecure"},
+    {"insecure", "serving"},
     {"commands"},
     {"__main__"},
 )

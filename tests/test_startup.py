@@ -7,6 +7,7 @@ import sys
 import pytest
 
 NEEDLESS = {"transformers", "sympy", "torch._dynamo", "datasets", "matplotlib", "pandas", "huggingface_hub", "numba"}
+NEEDLESS |= {"starlette", "uvicorn", "prometheus_client"}  # of the command serve
 GENERATE = ["generate", "--offline", "--engine", "plain", "--max-new-tokens", "1", "--threads", "1"]
 
 

@@ -18,12 +18,14 @@ from crypten_llm.commands.verbs import (
     generate,
     keys,
     party,
+    serve,
     trace,
 )
 
 COMMANDS = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "bench": bench,
     "deal": deal,
     "cost": cost,

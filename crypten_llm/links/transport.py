@@ -174,6 +174,15 @@ class Transport:
         """From now on these hear every second that this process lives, until it closes the links."""
         self._pulse = Pulse([self._link(peer) for peer in peers], min(BEAT_SECONDS, self.timeout / 4))
 
+    def check_open(self) -> None:
+        """Raises PartyError where a peer has closed its link, in its own words if it left any; reads nothing else."""
+        poller = select.poll()
+        by_fd = {link.fd: link for link in self._links.values()}
+        for fd in by_fd:
+            poller.register(fd, getattr(select, "POLLRDHUP", 0))  # POLLHUP and POLLERR are always told
+        for fd, _ in poller.poll(0):
+            raise faults.gone(by_fd[fd], self.meter.where)
+
     def abort(self, message: str) -> None:
         """Tell every peer why this party stops, then close. Best effort, never raises for a link that is gone.
 

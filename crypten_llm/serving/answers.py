@@ -1,0 +1,134 @@
+"""Answers in the shapes of OpenAI's interface, whole and in pieces, with what they cost and revealed beside them.
+
+Owns the shapes. ``crypten_llm`` is a field of our own, which clients of that interface pass over.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from crypten_llm.serving.bodies import ChatBody, TextBody
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.generation import Step
+from crypten_llm.session.report import ledger
+from crypten_llm.session.request import Result
+from crypten_llm.session.sampling import Logprobs
+
+
+@dataclass
+class Writer:
+    """Writes the answer to one body. model: the name that it goes by."""
+
+    body: ChatBody | TextBody
+    llama: PrivateLlama
+    model: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_chat = isinstance(self.body, ChatBody)
+        self.id = ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(12)
+        self._offsets: dict[int, int] = {}  # characters of each choice so far
+        self._count = self.body.n or 1
+
+    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
+        """The answer that is not streamed."""
+        return {
+            **self._head("chat.completion" if self.is_chat else "text_completion"),
+            "choices": [self._choice(index, result) for index, result in enumerate(results)],
+            "usage": self.usage(results),
+            "crypten_llm": self.facts(results),
+        }
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """What comes before a choice's first piece; nothing of a text."""
+        return self._piece(index, {"role": "assistant", "content": ""}) if self.is_chat else None
+
+    def piece(self, step: Step) -> dict[str, Any] | None:
+        """What a token adds; None where that is nothing yet."""
+        if not step.text and step.logprobs is None:
+            return None
+        likely = None if step.logprobs is None else [step.logprobs]
+        return self._piece(step.prompt, {"content": step.text} if self.is_chat else step.text, likely)
+
+    def ending(self, results: Sequence[Result]) -> list[dict[str, Any]]:
+        """The last pieces: why each choice ended, with the last of them what all cost and revealed; then usage, where
+        that was asked for.
+        """
+        nothing: dict | str = {} if self.is_chat else ""
+        pieces = [self._piece(i, nothing, reason=result.finish_reason) for i, result in enumerate(results)]
+        pieces[-1]["crypten_llm"] = self.facts(results)
+        if self.body.stream_options and self.body.stream_options.include_usage:
+            pieces.append({**self._head(self._kind), "choices": [], "usage": self.usage(results)})
+        return pieces
+
+    def usage(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Tokens: of each prompt once, however many answers it has."""
+        prompt = sum(result.prompt_tokens + result.public_tokens for result in results[:: self._count])
+        completion = sum(len(result.token_ids) for result in results)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def facts(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Rounds and bytes as counted, seconds, and the ledger: what was revealed to whom, with the load's part."""
+        sent = [result.cost.bytes_sent() for result in results]
+        return {
+            "engine": results[0].engine,
+            "policy": results[0].policy,
+            "decoding": results[0].decoding,
+            "rounds": sum(result.cost.rounds() for result in results),
+            "bytes_sent": [sum(of_party) for of_party in zip(*sent, strict=True)],
+            "dealer_bytes": sum(result.cost.dealer_bytes() for result in results),
+            "seconds": {p: sum(result.cost.seconds(p) for result in results) for p in ("prefill", "decode")},
+            "revealed": ledger(self.llama.party.load_reveals.as_list(), [result.revealed for result in results]),
+            "outside": results[0].outside,
+        }
+
+    @property
+    def _kind(self) -> str:
+        return "chat.completion.chunk" if self.is_chat else "text_completion"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _piece(
+        self, index: int, what: dict | str, likely: list[Logprobs] | None = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "logprobs": self._likely(index, likely), "finish_reason": reason}
+        return {**self._head(self._kind), "choices": [{**choice, "delta" if self.is_chat else "text": what}]}
+
+    def _choice(self, index: int, result: Result) -> dict[str, Any]:
+        said: dict[str, Any] = {"text": result.text}
+        if self.is_chat:
+            said = {"message": {"role": "assistant", "content": result.text, "refusal": None}}
+        likely = self._likely(index, result.logprobs)
+        return {"index": index, **said, "logprobs": likely, "finish_reason": result.finish_reason}
+
+    def _likely(self, index: int, steps: list[Logprobs] | None) -> dict[str, Any] | None:
+        if steps is None:
+            return None
+        if self.is_chat:
+            content = []
+            for step in steps:
+                top = [self._token(token, value) for token, value in step.top]
+                content.append({**self._token(step.token_id, step.logprob), "top_logprobs": top})
+            return {"content": content, "refusal": None}
+        texts, offset = [self._text(step.token_id) for step in steps], self._offsets.get(index, 0)
+        offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
+        self._offsets[index] = offset + sum(map(len, texts))
+        return {
+            "tokens": texts,
+            "token_logprobs": [step.logprob for step in steps],
+            "top_logprobs": [{self._text(token): value for token, value in step.top} for step in steps],
+            "text_offset": offsets,
+        }
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token_id)
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+    def _text(self, token_id: int) -> str:
+        return self.llama.tokenizer.decode([token_id]) if self.llama.has_tokenizer else str(token_id)

@@ -1,0 +1,159 @@
+"""The bodies of requests as OpenAI's interface has them, each read once into a type that bounds it.
+
+Owns which fields there are: those that are followed, those that change nothing, and those that would and are not
+followed, which are refused unless they ask for nothing. A field that is none of these is refused too.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from crypten_llm import records
+from crypten_llm.records import Extract, Malformed, Record, Word
+from crypten_llm.serving.refusals import Refusal
+
+Choices = Annotated[int, Meta(ge=1, le=16)]
+Best = Annotated[int, Meta(ge=0, le=20)]
+# What asks for nothing, by the field; every other value would be left out in silence.
+NEUTRAL: dict[str, tuple] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    "web_search_options": (),
+    "suffix": ("",),
+    "echo": (False,),
+    "best_of": (1,),
+}
+
+
+class StreamOptions(Extract, frozen=True):
+    """include_usage: a last piece with the number of tokens."""
+
+    include_usage: bool = False
+
+
+class Body(Record, frozen=True, kw_only=True):
+    """What both kinds of request have. top_k, min_p, repetition_penalty, policy and hide_length are fields of
+    ``session.request.Request`` that OpenAI's interface has not.
+    """
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: Choices | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    policy: Annotated[str, Meta(max_length=1000)] | None = None
+    hide_length: bool | None = None
+    user: Word | None = None  # whose turn it is in the queue
+
+    # They change nothing of an answer.
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    # Refused unless NEUTRAL.
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+
+
+class Part(Extract, frozen=True):
+    type: str
+    text: str | None = None
+
+
+class Message(Extract, frozen=True):
+    """Of a conversation; answers come back with fields that say nothing, which are passed over."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+    tool_calls: list[Any] | None = None
+
+    @property
+    def text(self) -> str:
+        """Raises Refusal for what is no text."""
+        if self.tool_calls:
+            raise Refusal(400, "a message has tool_calls, which are not supported; leave them out")
+        if self.content is None:
+            raise Refusal(400, f"a message of the {self.role} has no content; give a text")
+        if isinstance(self.content, str):
+            return self.content
+        for part in self.content:
+            if part.type != "text" or part.text is None:
+                raise Refusal(400, f"a message has a part of type {part.type[:40]!r}; text is all that is supported")
+        return "".join(part.text or "" for part in self.content)
+
+
+class ChatBody(Body, frozen=True, kw_only=True):
+    """Of /v1/chat/completions. public_system: as in ``Request``."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Best | None = None
+    public_system: bool = False
+
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+class TextBody(Body, frozen=True, kw_only=True):
+    """Of /v1/completions. prompt: a text, token ids, or several of either. public_prefix: as in ``Request``."""
+
+    prompt: Any
+    logprobs: Best | None = None
+    public_prefix: str | list[int] | None = None
+
+    suffix: Any = None
+    echo: Any = None
+    best_of: Any = None
+
+
+def read(data: bytes, kind: type[ChatBody] | type[TextBody] | None = None) -> ChatBody | TextBody:
+    """The body of a request; kind: not given, that of a conversation where it has ``messages``.
+
+    Raises Refusal for another, and for a field that asks for what is not done here.
+    """
+    try:
+        if kind is None:
+            kind = ChatBody if "messages" in records.decode(data, dict[str, Any]) else TextBody
+        body: ChatBody | TextBody = records.decode(data, kind)
+    except Malformed as error:
+        raise Refusal(400, f"the body is {error}; see docs/serving.md for the fields") from None
+    for name, neutral in NEUTRAL.items():
+        value = getattr(body, name, None)
+        if value is not None and value not in neutral:
+            raise Refusal(400, f"{name} is not supported; leave it out", "unsupported_field")
+    return body

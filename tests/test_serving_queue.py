@@ -1,0 +1,204 @@
+"""The queue in front of the session: whose turn it is, how much waits, and what becomes of those who leave."""
+
+import json
+
+import pytest
+from endpoints import Paced, client, endpoint, listening, opened, send, service, until
+from hf_models import with_tokenizer
+
+from crypten_llm.errors import LeftRange, PartyError, UsageError
+from crypten_llm.serving.fair_queue import Caller, FairQueue, QueueFull
+from crypten_llm.serving.service import State
+
+TEXT = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return with_tokenizer(tmp_path_factory.mktemp("queued"))
+
+
+def body(tokens=8, **more):
+    return json.dumps({"prompt": "is", "max_tokens": tokens, **more})
+
+
+def read(sock):
+    """The answer, whole."""
+    data = b""
+    with sock:
+        while piece := sock.recv(1 << 16):
+            data += piece
+    return data.decode()
+
+
+def taken(queue):
+    return [queue.take(0) for _ in range(len(queue))]
+
+
+def test_keys_take_turns_and_users_within_a_key():
+    queue = FairQueue(10)
+    for number in range(4):
+        queue.put(Caller("a", "x"), f"ax{number}")
+    queue.put(Caller("a", "y"), "ay0")
+    queue.put(Caller("b"), "b0")
+    queue.put(Caller("b"), "b1")
+    assert taken(queue) == ["ax0", "b0", "ay0", "b1", "ax1", "ax2", "ax3"]
+
+
+def test_who_comes_later_waits_for_one_turn_and_not_for_all():
+    queue = FairQueue(10)
+    for number in range(3):
+        queue.put(Caller(user="x"), f"x{number}")
+    assert queue.take(0) == "x0"
+    queue.put(Caller(user="y"), "y0")
+    assert taken(queue) == ["x1", "y0", "x2"]
+
+
+def test_room_is_of_each_key():
+    queue = FairQueue(2)
+    queue.put(Caller("a"), 1)
+    queue.put(Caller("a", "other"), 2)
+    with pytest.raises(QueueFull):
+        queue.put(Caller("a"), 3)
+    queue.put(Caller("b"), 4)
+    assert queue.discard(2) and not queue.discard(2)
+    queue.put(Caller("a"), 5)
+    assert sorted(queue.close()) == [1, 4, 5] and queue.take(0) is None
+    with pytest.raises(QueueFull):
+        queue.put(Caller("c"), 6)
+
+
+def test_nothing_comes_in_time():
+    assert FairQueue(1).take(0.01) is None
+
+
+def test_requests_are_answered_one_at_a_time_and_more_than_there_is_room_for_are_refused(model):
+    paced = Paced(model)
+    with service(paced, room=2) as made, listening(made) as address:
+        asked = [send(address, TEXT, body(2)) for _ in range(1)]
+        until(lambda: paced.begun == 1)
+        asked += [send(address, TEXT, body(2)) for _ in range(2)]
+        until(lambda: len(made.queue) == 2)
+        refused = read(send(address, TEXT, body(2)))
+        assert refused.startswith("HTTP/1.1 429") and "\r\nretry-after: " in refused and "queue_full" in refused
+        assert paced.begun == 1
+        paced.permit(9)  # of three: progress and two tokens
+        assert all(read(each).startswith("HTTP/1.1 200") for each in asked)
+        assert paced.begun == 3 and made.metrics.registry.get_sample_value(
+            "crypten_llm_requests_total", {"outcome": "answered"}
+        )
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_a_running_request_ends_it_at_the_next_token(model, stream):
+    paced = Paced(model)
+    with service(paced) as made, listening(made) as address:
+        left = send(address, TEXT, body(50, stream=stream))
+        until(lambda: paced.begun == 1)
+        paced.permit(3)
+        until(lambda: paced.steps == 3)
+        running = made.running
+        left.close()
+        until(lambda: running.left)
+        paced.permit(1)  # the step that was under way
+        until(lambda: made.running is None)
+        assert paced.steps <= 4 and paced.llama.party.reveals.tokens <= 5
+        next_one = send(address, TEXT, body(1))
+        paced.permit(2)
+        assert read(next_one).startswith("HTTP/1.1 200")
+
+
+def test_who_leaves_the_queue_is_never_run(model):
+    paced = Paced(model)
+    with service(paced) as made, listening(made) as address:
+        first = send(address, TEXT, body(1))
+        until(lambda: paced.begun == 1)
+        gone = send(address, TEXT, body(1, stream=True))
+        until(lambda: len(made.queue) == 1)
+        gone.close()
+        until(lambda: len(made.queue) == 0)
+        paced.permit(4)
+        assert read(first).startswith("HTTP/1.1 200")
+        until(lambda: made.running is None)
+        assert paced.begun == 1
+
+
+def test_nothing_is_taken_before_the_model_is_shared_nor_after_it_could_not_be(model):
+    def fail():
+        raise UsageError("no such folder; give another")
+
+    ended = []
+    with service(fail, ended=lambda: ended.append(True)) as made:
+        http = client(made)
+        health = http.get("/health")
+        assert health.status_code == 503 and health.json()["state"] == "Failed"
+        answer = http.post(TEXT, content=body(), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 503 and "no such folder" in answer.json()["error"]["message"]
+        assert isinstance(made.error, UsageError) and ended
+
+
+def failing(model, error, ends):
+    """Opens sessions of which the first raises ``error`` at its first request; ends: whether it has ended then."""
+    openings = []
+
+    def open_session():
+        llama = opened(model)()
+        openings.append(llama)
+        if len(openings) == 1:
+
+            def run(*arguments):
+                if ends:
+                    type(llama).is_open = property(lambda self: self is not openings[0])
+                raise error
+                yield
+
+            llama.run = run
+        return llama
+
+    return open_session, openings
+
+
+@pytest.fixture
+def kept_property(monkeypatch):
+    from crypten_llm import PrivateLlama
+
+    monkeypatch.setattr(PrivateLlama, "is_open", PrivateLlama.is_open)
+
+
+@pytest.mark.parametrize(
+    "error, ends, status, state",
+    [
+        (UsageError("too large; ask for less"), False, 400, State.AVAILABLE),
+        (PartyError("rank 0 (owner) closed the connection"), True, 503, State.FAILED),
+        (LeftRange("attention scores left the range"), True, 422, State.AVAILABLE),
+    ],
+)
+def test_a_request_that_fails(model, kept_property, error, ends, status, state):
+    open_session, openings = failing(model, error, ends)
+    with service(open_session, reopens=True) as made:
+        http = client(made)
+        answer = http.post(TEXT, json={"prompt": "is", "max_tokens": 1})
+        assert answer.status_code == status and str(error) in answer.json()["error"]["message"]
+        until(lambda: made.state is state)
+        assert len(openings) == (2 if status == 422 else 1)
+        again = http.post(TEXT, json={"prompt": "is", "max_tokens": 1})
+        assert again.status_code == {422: 200, 400: 400, 503: 503}[status]
+
+
+def test_an_error_within_a_stream_is_its_last_piece(model):
+    open_session, _ = failing(model, UsageError("too large; ask for less"), False)
+    with service(open_session) as made:
+        answer = client(made).post(TEXT, json={"prompt": "is", "max_tokens": 1, "stream": True})
+        (event,) = [line for line in answer.text.split("\n\n") if line.startswith("data: ")]
+        assert json.loads(event.removeprefix("data: "))["error"]["message"] == "too large; ask for less"
+
+
+def test_what_waits_when_the_endpoint_is_stopped_hears_it(model):
+    paced = Paced(model)
+    with service(paced) as made, listening(made) as address:
+        asked = [send(address, TEXT, body(9)) for _ in range(2)]
+        until(lambda: paced.begun == 1 and len(made.queue) == 1)
+        made.stop()
+        paced.permit(3)
+        assert all(read(each).startswith("HTTP/1.1 503") for each in asked)
+    assert endpoint(made).service.state is State.AVAILABLE
