@@ -149,3 +149,14 @@ def test_what_a_protocol_may_not_say_is_found(source):
 )
 def test_a_role_that_is_told_apart_is_found(source):
     assert {function for function, _ in of_roles(source)} == {"f"}
+
+
+def test_packages_of_the_endpoint_are_used_in_its_room_alone():
+    """So that every other command starts without them."""
+    served = {"starlette", "uvicorn", "prometheus_client"}
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        if used := {name.split(".")[0] for name in imports(ast.parse(path.read_text("utf-8")))} & served:
+            found[name_of(path)] = used
+    assert found and {name.split("/")[0] for name in found} == {"serving"}
+    assert set().union(*found.values()) == served
