@@ -239,3 +239,17 @@ def test_abort_and_close_may_be_repeated(mesh):
     a.close()
     with pytest.raises(PartyError, match="rank 0 has no open link to rank 1"):
         a.send(1, torch.zeros(1))
+
+
+def test_a_peer_that_is_gone_is_seen_without_a_message(mesh):
+    """By who waits for nobody: what has come in meanwhile stays for the next message."""
+    mine, theirs, third = mesh(3)
+    theirs.send_json(0, {"a": 1})
+    theirs.beat([0])
+    for _ in range(2):
+        mine.check_open()
+    assert mine.recv_json(1) == {"a": 1}
+    third.abort("no memory")
+    assert error_of(mine.check_open) == "rank 2 (dealer) stopped: no memory"
+    theirs.close()
+    assert "rank 1 (client) closed the connection" in error_of(mine.check_open)
