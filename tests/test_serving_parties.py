@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import threading
 
 import httpx2
 import pytest
-from endpoints import program, until
+from endpoints import SERVE, program, until
+from programs import by_hand
 
 from crypten_llm import PrivateLlama
 
@@ -46,6 +48,10 @@ def test_a_private_answer_and_a_party_that_dies_in_the_next(served):
     reader = threading.Thread(target=read)
     reader.start()
     until(lambda: health(http)["running"] == 1)
+    later = http.post("/v1/price", json={**body, "stream": True}).json()  # counted anew beside a request that runs
+    more = http.post("/v1/price", json={**body, "max_tokens": 9, "stream": True}).json()
+    assert later["bytes_sent"] == price["bytes_sent"] and later["queue_seconds"] > 0
+    assert more["rounds"] > later["rounds"]
     waiting = []
     waiter = threading.Thread(target=lambda: waiting.append(http.post("/v1/completions", json=body)))
     waiter.start()
@@ -72,3 +78,18 @@ def test_a_party_that_dies_while_nothing_is_asked(served):
     os.kill(started.pid_of(2), signal.SIGKILL)
     until(lambda: health(http)["state"] == "Failed")
     assert "rank 2 (dealer) was ended by SIGKILL" in health(http)["reason"]
+
+
+def test_parties_that_others_have_started():
+    """Each by the same command; the client's is the endpoint, and its end is that of all."""
+    owner, client, dealer = by_hand(3, *SERVE)
+    with owner, client, dealer:
+        url = re.search(r"endpoint (\S+)/v1", client.read_until("endpoint "))[1]
+        client.read_until("requests are answered")
+        body = {"prompt": PROMPT, "max_tokens": 2, "stream": False}
+        answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert answer.json()["choices"][0]["text"].startswith(" Bristol")
+        client.process.send_signal(signal.SIGINT)
+        for party in (owner, client, dealer):
+            code, _, err = party.finish()
+            assert code == 0, err
