@@ -51,8 +51,8 @@ def links_of(rank):
     return SimpleNamespace(rank=rank, meter=Meter(), name=lambda peer: f"rank {peer} ({NAMES[peer]})")
 
 
-def open_tape(path, party, is_local=True, signer=""):
-    return Tape(path, party, links_of(party), is_local, signer)
+def open_tape(path, party, is_local=True, signers=()):
+    return Tape(path, party, links_of(party), is_local, signers)
 
 
 def compared(owners, clients, engine=ENGINE):

@@ -11,7 +11,7 @@ from tapes import compared, open_tape, record
 
 from crypten_llm.commands.cli import main
 from crypten_llm.errors import PartyError, UsageError
-from crypten_llm.links.signatures import Signer, is_signed, public_key
+from crypten_llm.links.signatures import Signer, is_signed, public_keys
 from crypten_llm.links.tls import make_key
 from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer.layout import BEGIN, MAX_HEADER, Header, begin, read_begin
@@ -206,13 +206,13 @@ def test_a_forgery_that_fits_in_itself_is_no_dealers(folder, tmp_path):
     make_key(tmp_path / "keys", "dealer")
     dealer = Signer.of_role(tmp_path / "keys", "dealer")
     record(tmp_path / "signed", signer=dealer)
-    trusted = public_key(tmp_path / "keys", "dealer")
-    assert dealer.public == trusted and open_tape(tmp_path / "signed", OWNER, signer=trusted)
+    trusted = public_keys(tmp_path / "keys", "dealer")
+    assert [dealer.public] == trusted and open_tape(tmp_path / "signed", OWNER, signers=trusted)
     with pytest.raises(UsageError, match=r"is not signed by the dealer's key, of [0-9a-f ]{39}, but by that of"):
-        open_tape(folder, OWNER, signer=trusted)
+        open_tape(folder, OWNER, signers=trusted)
     resigned(tmp_path / "signed" / "client" / "client.tape", Signer.fresh(), requests=9)
     with pytest.raises(UsageError, match="is not signed by the dealer's key"):
-        open_tape(tmp_path / "signed", CLIENT, signer=trusted)
+        open_tape(tmp_path / "signed", CLIENT, signers=trusted)
     found = compared(tmp_path / "signed", tmp_path / "signed")
     assert len(found) == 2 and all(str(error).startswith("the tape's requests is ") for error in found)
 
@@ -263,7 +263,7 @@ def test_keys_that_sign(tmp_path):
         Signer.of_role(tmp_path, "owner")
     (tmp_path / "owner.crt").write_text("nothing")
     with pytest.raises(UsageError, match="owner.crt is no certificate; have the owner send it again"):
-        public_key(tmp_path, "owner")
+        public_keys(tmp_path, "owner")
 
 
 def test_deal_signs_with_the_dealers_key(tmp_path, capsys):
@@ -275,5 +275,5 @@ def test_deal_signs_with_the_dealers_key(tmp_path, capsys):
     assert main(["deal", *out, str(tmp_path / "keys")]) == 0
     said = capsys.readouterr().err
     assert "signed by the dealer's key, " in said and f"carry {tmp_path}/tape/owner to the owner alone" in said
-    trusted = public_key(tmp_path / "keys", "dealer")
-    assert all(open_tape(tmp_path / "tape", party, signer=trusted) for party in (OWNER, CLIENT))
+    trusted = public_keys(tmp_path / "keys", "dealer")
+    assert all(open_tape(tmp_path / "tape", party, signers=trusted) for party in (OWNER, CLIENT))

@@ -54,11 +54,11 @@ class Signer:
         return self._key.sign(data, ec.ECDSA(SHA256()))
 
 
-def public_key(folder: str | Path, role: str) -> str:
-    """That of a role's certificate, as ``Signer.public``. Raises UsageError for what cannot be read."""
+def public_keys(folder: str | Path, role: str) -> list[str]:
+    """Those of a role's certificates, as ``Signer.public``. Raises UsageError for what cannot be read."""
     path = Path(folder) / f"{role}.crt"
     try:
-        return _as_text(x509.load_pem_x509_certificate(path.read_bytes()).public_key())
+        return [_as_text(each.public_key()) for each in x509.load_pem_x509_certificates(path.read_bytes())]
     except OSError as error:
         raise UsageError(f"--tls: cannot read {path} ({error.strerror}); {_made_by(role)}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -29,6 +29,7 @@ from cryptography.x509.oid import NameOID
 from crypten_llm.errors import UsageError
 
 DAYS = 365  # that a certificate holds
+MOST = 2  # certificates of a role: the one in use, and during a rotation the next
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,9 @@ def make_key(folder: str | Path, role: str) -> Made:
 
     Raises UsageError for a role that there is not, and for a folder that cannot be written or has such a file already.
     """
-    if not re.fullmatch(r"owner|client|dealer|compute \d+", role):
-        raise UsageError(f"there is no role {role!r}; give owner, client, dealer, or 'compute 2' and on")
-    folder, key = Path(folder), ec.generate_private_key(ec.SECP256R1())
-    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"crypten_llm {role}")]), datetime.now(UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=DAYS))
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    certificate = builder.sign(key, SHA256())
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path, public = _key_path(folder, role), _certificate_path(folder, role)
+    folder = Path(folder)
+    path, public = key_path(folder, name_of(role)), certificate_path(folder, role)
+    secret, certificate = make(role)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in (path, public):
@@ -71,7 +63,30 @@ def make_key(folder: str | Path, role: str) -> Made:
     except OSError as error:
         raise UsageError(f"cannot write {error.filename} ({error.strerror}); give another folder (--out)") from None
     digest = hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
-    return Made(path, public, " ".join(digest[i : i + 4] for i in range(0, len(digest), 4)))
+    return Made(path, public, grouped(digest))
+
+
+def make(role: str) -> tuple[bytes, x509.Certificate]:
+    """A new key, as PEM, and its certificate."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"crypten_llm {role}")]), datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=DAYS))
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return key.private_bytes(*form), builder.sign(key, SHA256())
+
+
+def name_of(role: str) -> str:
+    """Itself. Raises UsageError for a role that there is not."""
+    if not re.fullmatch(r"owner|client|dealer|compute \d+", role):
+        raise UsageError(f"there is no role {role!r}; give owner, client, dealer, or 'compute 2' and on")
+    return role
+
+
+def grouped(digest: str) -> str:
+    """Four digits at a time, for people to compare."""
+    return " ".join(digest[i : i + 4] for i in range(0, len(digest), 4))
 
 
 class Links:
@@ -111,12 +126,13 @@ class Links:
     def is_of(self, secured: socket.socket, peer: int) -> bool:
         """Whether the other side of a connection holds the key of ``peer``."""
         shown = secured.getpeercert(binary_form=True) if isinstance(secured, ssl.SSLSocket) else None
-        return shown == self._certificates[peer]
+        return shown in self._certificates[peer]
 
     def _tell_apart(self) -> None:
         """Whoever holds the key of two roles could pose as either."""
         keys: dict[bytes, str] = {}
-        for role, certificate in zip(self._roles, self._certificates, strict=True):
+        named = [(role, each) for role, held in zip(self._roles, self._certificates, strict=True) for each in held]
+        for role, certificate in named:
             public = x509.load_der_x509_certificate(certificate).public_key()
             form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
             other = keys.setdefault(public.public_bytes(*form), role)
@@ -134,12 +150,14 @@ class Links:
                 "make another key"
             )
 
-    def _read(self, role: str) -> bytes:
-        path = _certificate_path(self._folder, role)
+    def _read(self, role: str) -> list[bytes]:
+        """Its certificates, of which it may show any."""
+        path = certificate_path(self._folder, role)
         try:
-            certificate = ssl.PEM_cert_to_DER_cert(_regular(path).read_text("ascii"))
-            x509.load_der_x509_certificate(certificate)
-            return certificate
+            found = x509.load_pem_x509_certificates(_regular(path).read_bytes())
+            if len(found) > MOST:
+                raise ValueError
+            return [each.public_bytes(serialization.Encoding.DER) for each in found]
         except OSError as error:
             raise UsageError(
                 f"--tls: cannot read {path} ({error.strerror}); the {role} makes it with python -m crypten_llm keys "
@@ -153,14 +171,16 @@ class Links:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False  # a party is known by its key, wherever it runs
         context.verify_mode = ssl.CERT_REQUIRED
+        # Each is trusted as it is, and not looked for by its name, which a role's two certificates share.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         if purpose == ssl.PROTOCOL_TLS_SERVER:
             context.num_tickets = 0  # a party that only sends would close with them unread, which resets the link
-        for certificate in self._certificates:
+        for certificate in [each for held in self._certificates for each in held]:
             context.load_verify_locations(cadata=certificate)
-        path = _key_path(self._folder, role)
+        path = key_path(self._folder, role)
         try:
             self._check_private(_regular(path))
-            context.load_cert_chain(_certificate_path(self._folder, role), path)
+            context.load_cert_chain(certificate_path(self._folder, role), path)
         except OSError as error:  # ssl.SSLError among them
             reason = f"no key of {role}'s certificate" if isinstance(error, ssl.SSLError) else error.strerror
             raise UsageError(
@@ -176,9 +196,9 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _key_path(folder: Path, role: str) -> Path:
+def key_path(folder: Path, role: str) -> Path:
     return folder / f"{role.replace(' ', '_')}.key"
 
 
-def _certificate_path(folder: Path, role: str) -> Path:
+def certificate_path(folder: Path, role: str) -> Path:
     return folder / f"{role.replace(' ', '_')}.crt"

@@ -136,11 +136,11 @@ def _tape(protocol: ProtocolConfig, launch: LaunchConfig, transport: Transport) 
     """This party's file, if there is a tape; signed by the dealer's key, where certificates say which that is."""
     if not protocol.tape:
         return None
-    from crypten_llm.links.signatures import public_key
+    from crypten_llm.links.signatures import public_keys
     from crypten_llm.protocols.dealer.tape import Tape
 
-    signer = public_key(launch.tls, "dealer") if launch.tls else ""
-    return Tape(protocol.tape, transport.rank, transport, is_local(), signer)
+    signers = public_keys(launch.tls, "dealer") if launch.tls else []
+    return Tape(protocol.tape, transport.rank, transport, is_local(), signers)
 
 
 def _bridge() -> Any:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import time
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,10 +167,10 @@ class Tape:
     """At a party: material from its file."""
 
     def __init__(
-        self, path: str | Path, party: int, transport: Transport, is_local: bool = False, signer: str = ""
+        self, path: str | Path, party: int, transport: Transport, is_local: bool = False, signers: Sequence[str] = ()
     ) -> None:
-        """Opens and checks the file; nothing is used yet. is_local: see ``locate``. signer: the public key of whoever
-        must have dealt it, where that is known.
+        """Opens and checks the file; nothing is used yet. is_local: see ``locate``. signers: the public keys of whoever
+        must have dealt it, any of them, where they are known.
 
         Raises UsageError as ``locate`` does, for damage, and for a tape that another key has signed.
         """
@@ -189,9 +190,10 @@ class Tape:
             raise UsageError(f"{self.path} is in use by another process; every run needs its own tape") from None
         begun, header = _checked(self.path, self._fd, party)  # once more: nobody else burns it from now on
         self.manifest, self._length = header.manifest, len(begun.header)
-        if signer and self.manifest.signer != signer:
+        if signers and self.manifest.signer not in signers:
+            trusted = " or ".join(map(fingerprint_of_key, signers))
             raise UsageError(
-                f"tape {self.manifest.id} is not signed by the dealer's key, of {fingerprint_of_key(signer)}, but by "
+                f"tape {self.manifest.id} is not signed by the dealer's key, of {trusted}, but by "
                 f"that of {fingerprint_of_key(self.manifest.signer)}; have the dealer deal it with --tls DIR, or send "
                 "its dealer.crt again"
             )
