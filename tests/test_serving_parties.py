@@ -8,8 +8,9 @@ import threading
 
 import httpx2
 import pytest
-from endpoints import SERVE, program, until
+from endpoints import SERVE, client, opened, program, service, until
 from programs import by_hand
+from ranged_models import TRIGGER, triggered
 
 from crypten_llm import PrivateLlama
 
@@ -93,3 +94,16 @@ def test_parties_that_others_have_started():
         for party in (owner, client, dealer):
             code, _, err = party.finish()
             assert code == 0, err
+
+
+def test_a_prompt_that_leaves_the_range_ends_its_session_and_not_the_endpoint(tmp_path):
+    model = triggered(tmp_path, 72.0)
+    with service(opened(model, engine="wire"), reopens=True) as made:
+        http, first = client(made), made.llama
+        asked = {"max_tokens": 2, "hide_length": False}
+        refused = http.post("/v1/completions", json={"prompt": [11, TRIGGER, 12], **asked})
+        assert refused.status_code == 422 and refused.json()["error"]["code"] == "left_range"
+        until(lambda: health(http)["state"] == "Available" and made.llama is not first, 30)
+        assert not first.is_open
+        answer = http.post("/v1/completions", json={"prompt": [11, 12, 13], **asked})
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 2

@@ -8,6 +8,7 @@ from hf_models import with_tokenizer
 
 from crypten_llm.errors import LeftRange, PartyError, UsageError
 from crypten_llm.serving.fair_queue import Caller, FairQueue, QueueFull
+from crypten_llm.serving.refusals import Refusal
 from crypten_llm.serving.service import State
 
 TEXT = "/v1/completions"
@@ -66,6 +67,7 @@ def test_room_is_of_each_key():
     assert sorted(queue.close()) == [1, 4, 5] and queue.take(0) is None
     with pytest.raises(QueueFull):
         queue.put(Caller("c"), 6)
+    assert len(queue) == 0
 
 
 def test_nothing_comes_in_time():
@@ -202,3 +204,25 @@ def test_what_waits_when_the_endpoint_is_stopped_hears_it(model):
         paced.permit(3)
         assert all(read(each).startswith("HTTP/1.1 503") for each in asked)
     assert endpoint(made).service.state is State.AVAILABLE
+
+
+def test_what_comes_as_the_session_ends_is_not_left_to_wait(model):
+    """Between the look at the state and the queue, which is closed by then."""
+    with service(opened(model)) as made:
+        http, ready = client(made), made.ready
+        looks = iter([ready, ready])
+
+        def look():
+            found = next(looks, None)
+            if found is None:
+                raise Refusal(503, "the parties have ended")
+            return found()
+
+        made.ready = look
+        made.queue.close()
+        answer = http.post(TEXT, json={"prompt": "is", "max_tokens": 1})
+        assert answer.status_code == 503 and answer.json()["error"]["message"] == "the parties have ended"
+        made.ready = ready
+        made.stop()
+        answer = http.post(TEXT, json={"prompt": "is", "max_tokens": 1})
+        assert answer.json()["error"]["code"] == "stopping"

@@ -84,16 +84,11 @@ class FairQueue(Generic[Item]):
                         return True
         return False
 
-    def drain(self) -> list[Item]:
-        """Takes all out."""
-        with self._changed:
-            found = self._all()
-            self._waiting.clear()
-            return found
-
     def close(self) -> list[Item]:
         """No more comes in or out from now on; what waited."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        return self.drain()
+            found = self._all()
+            self._waiting.clear()
+            return found

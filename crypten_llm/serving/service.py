@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from enum import StrEnum
 from time import perf_counter
 from typing import Any
 
-from crypten_llm.errors import LeftRange, last_words
+from crypten_llm.errors import LeftRange, UsageError, last_words
+from crypten_llm.models.tokenizer import has_chat_template, render_chat
 from crypten_llm.serving import refusals
 from crypten_llm.serving.fair_queue import FairQueue, QueueFull
 from crypten_llm.serving.job import Broken, Ended, Job
@@ -95,6 +96,9 @@ class Service:
         try:
             self.queue.put(job.caller, job)
         except QueueFull:
+            self.ready()  # the queue of a session that ended just now is closed
+            if self._stopping:
+                raise refusals.stopping() from None
             self.metrics.refused("queue_full")
             seconds = self.metrics.seconds_of(len(self.queue))
             raise Refusal(
@@ -131,9 +135,10 @@ class Service:
 
     def _open(self) -> None:
         self.llama = llama = self._open_session()
-        if llama.has_tokenizer:  # both are read when first asked for, which is not to be at the first request
-            llama.encode("a")
-        llama.defaults  # noqa: B018
+        llama.defaults  # noqa: B018  (read when first asked for, which is not to be at the first request)
+        if llama.has_tokenizer and has_chat_template(llama.tokenizer):
+            with suppress(UsageError):  # of a template that refuses this conversation
+                render_chat(llama.tokenizer, [{"role": "user", "content": "a"}])
         self._set(State.AVAILABLE, "")
         self._opened(llama)
 
@@ -151,7 +156,7 @@ class Service:
 
     def _fail(self, error: BaseException) -> None:
         self._set(State.FAILED, last_words(error))
-        for job in self.queue.drain():
+        for job in self.queue.close():
             job.tell(Broken(refusals.of(error, is_open=False)))
             self.metrics.ended(job, "failed")
 
