@@ -129,7 +129,7 @@ def given(tmp_path_factory):
 
 
 def test_private_tokens_equal_plain(given):
-    """Prompts on both sides of the budget, alone and side by side, and no round more for a token than with all rows."""
+    """Prompts on both sides of the budget, alone and side by side."""
     folder, path = given
     prompts, policy = (
         [list(range(3, 3 + length)) for length in (6, 37, 25)],
@@ -145,6 +145,18 @@ def test_private_tokens_equal_plain(given):
         assert [one.token_ids for one in together] == [one.token_ids for one in alone]
         found[engine] = [one.token_ids for one in together]
     assert found["plain"] == found["wire"]
+
+
+@pytest.mark.slow
+def test_engine_crypten_gives_the_tokens_of_plain(given):
+    folder, path = given
+    asked = {"input_ids": list(range(3, 40)), "max_new_tokens": 3, "prefill_chunk": 16}
+    found = []
+    for engine in ("plain", "crypten"):
+        settings = {"engine": engine, "policy_weights": str(path), "timeout": 120, "threads": 1}
+        with PrivateLlama.from_pretrained(str(folder), **settings) as llama:
+            found.append(llama.generate(**asked, policy=f"far_blocks({SETTINGS},weights=heads-mine)").token_ids)
+    assert found[0] == found[1]
 
 
 def counted(policy: str, **plan) -> cost.Prediction:
