@@ -201,9 +201,8 @@ def test_rows_that_are_kept_serve_further_products(values, shared, size):
         kept = engine.keep(held, engine.picks(engine.top(secret(likeness), count), count), size)
         return [kept, *([] if values else [engine.scores(secret(normal(2, 1, 8)), kept)])]
 
-    best = [sorted(row.argsort(descending=True, stable=True)[:count].tolist()) for row in likeness]
-    index = [[block * size + i for block in row for i in range(size)] for row in best * (2 if shared else 1)]
-    expected = torch.stack([rows[head, own] for head, own in enumerate(index)])
+    blocks = likeness.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values.expand(2, -1)
+    expected = rows.reshape(2, -1, size, 8)[torch.arange(2)[:, None], blocks].reshape(2, -1, 8)
     found = shown(job) if not values else [shown(lambda e, s: job(e, s)[0])]
     close(found[0], expected, 2**-12)
     if not values:
