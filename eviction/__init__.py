@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from eviction.attention_gate import AttentionGate
+from eviction.far_blocks import FarBlocks
 from eviction.full import Full
 from eviction.h2o import H2O
 from eviction.head_split import HeadSplit
@@ -29,26 +30,32 @@ from eviction.settings import PolicyError, UnknownPolicy
 from eviction.snapkv import SnapKV
 from eviction.streaming_llm import StreamingLLM
 from eviction.tova import TOVA
-from eviction.trained import register
+from eviction.trained import register, registered
 
 _ALL = (
-    *(Full, StreamingLLM, HeadSplit, H2O, TOVA, SnapKV, PyramidKV, Quest, InfLLM, LongCache, MPCache, MPCacheSpread),
-    *(LazyEviction, MiKV, Locret, AttentionGate, Random),
+    *(Full, StreamingLLM, HeadSplit, FarBlocks, H2O, TOVA, SnapKV, PyramidKV, Quest, InfLLM, LongCache, MPCache),
+    *(MPCacheSpread, LazyEviction, MiKV, Locret, AttentionGate, Random),
 )
 POLICIES = {policy.name: policy for policy in _ALL}
 FULL = Full()  # what runs where no policy is asked for, and what all others are measured against
+RECOMMENDED = "recommended"  # another name of the policy that this project would take
 
-__all__ = ["FULL", "POLICIES", "Policy", "PolicyError", "UnknownPolicy", "parse", "policy", "register"]
+__all__ = ["FULL", "POLICIES", "RECOMMENDED", "Policy", "PolicyError", "UnknownPolicy", "parse", "policy", "register"]
 
 
 def policy(name: str, **settings: Any) -> Policy:
-    """A policy of the table; settings are Python values or text.
+    """A policy of the table; settings are Python values or text. ``recommended`` is ``far_blocks``, with the ranks of
+    heads that this process was given, if it was given one file of them.
 
     Raises UnknownPolicy for a name that is not in the table, PolicyError for a setting that there is not or that does
     not fit.
     """
+    if name == RECOMMENDED:
+        name, settings = FarBlocks.name, _given_ranks() | settings
     if name not in POLICIES:
-        raise UnknownPolicy(f"unknown policy {name!r}; {_near(name, POLICIES)}policies are {', '.join(POLICIES)}")
+        raise UnknownPolicy(
+            f"unknown policy {name!r}; {_near(name, POLICIES)}policies are {', '.join((RECOMMENDED, *POLICIES))}"
+        )
     kind = POLICIES[name]
     known = [setting.name for setting in fields(kind)]
     for setting in settings:
@@ -73,6 +80,14 @@ def parse(text: str, *assignments: str) -> Policy:
             raise PolicyError(f"policy {name}: {assignment!r} is no setting; write setting=value")
         settings[setting.strip()] = value.strip()
     return policy(name, **settings)
+
+
+def _given_ranks() -> dict[str, str]:
+    """The setting ``weights``, where this process knows one file of ranks beside those of the project."""
+    given = registered("ranks")
+    if len(given) > 1:
+        raise PolicyError(f"ranks of heads are known from {', '.join(given)}; name one (weights=NAME)")
+    return {"weights": given[0]} if given else {}
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -11,15 +11,19 @@ from eviction.operations import Layer
 from eviction.policy import HeadGroup, Policy
 from eviction.settings import fitting, share, whole
 
+WITH_RANKS = (trained.SHIPPED, "SmolLM2-135M-Instruct")  # models whose ranks come with the project
+FITTING = "fitting"
+
 
 @dataclass(frozen=True)
 class HeadSplit(Policy):
     """Heads that look far, and heads that do not: these see ``start`` first and ``recent`` last tokens, also while a
     prompt is read. Scores outside are neither computed nor dealt, and rows that leave the window are dropped.
 
-    far: the share of all kv heads that look far, those of the lowest ranks. weights: where the ranks are: ``shipped``,
-    ``SmolLM2-135M-Instruct``, or the name of registered ones. A file holds ``ranks`` [layers, kv_heads], each of 0 to
-    layers * kv_heads - 1 once; ``crypten_llm calibrate --heads-out`` writes one.
+    far: the share of all kv heads that look far, those of the lowest ranks. weights: where the ranks are: ``shipped``
+    or ``SmolLM2-135M-Instruct``, ``fitting`` for that of the two that has the model's layers and kv heads, or the name
+    of registered ones. A file holds ``ranks`` [layers, kv_heads], each of 0 to layers * kv_heads - 1 once;
+    ``crypten_llm calibrate --heads-out`` writes one.
 
     Source: Xiao et al. 2024. Deviations: heads are ranked by the attention that they pay to a needle from the place
     where it is asked for, where the paper trains gates; their number is a setting.
@@ -28,7 +32,7 @@ class HeadSplit(Policy):
     far: float = share(0.3)
     start: int = whole(16, 0)
     recent: int = whole(128, 1)
-    weights: str = trained.weights("SmolLM2-135M-Instruct")
+    weights: str = trained.weights(*WITH_RANKS[1:], FITTING, default=FITTING)
 
     name: ClassVar[str] = "head_split"
     paper: ClassVar[str] = "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads"
@@ -40,6 +44,7 @@ class HeadSplit(Policy):
     goes_on: ClassVar[bool] = True
     cuts_prompts: ClassVar[bool] = True
     style: ClassVar[tuple[str, str, str]] = ("#0072B2", "d", "-")
+    uses: ClassVar[tuple[str, ...]] = ("take",)
 
     @classmethod
     def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
@@ -55,14 +60,22 @@ class HeadSplit(Policy):
         return tuple(group for group in groups if group.heads)
 
     def looks_far(self, layers: int, kv_heads: int) -> torch.Tensor:
-        """Public bool [layers, kv_heads]. Raises PolicyError for ranks that are not of such a model."""
-        found = trained.load(self.weights, self.name).get("ranks")
-        wanted = torch.arange(layers * kv_heads)
-        if found is None or found.shape != (layers, kv_heads) or not torch.equal(found.flatten().sort()[0], wanted):
-            is_there = "missing" if found is None else f"of shape {tuple(found.shape)}"
-            raise self.refuse(
-                f"its weights are for another model: ranks are {is_there}, not each of 0 to "
-                f"{len(wanted) - 1} once in ({layers}, {kv_heads}); write them for this model (python -m crypten_llm "
-                "calibrate --heads-out FILE)"
-            )
-        return found < max(1, round(self.far * len(wanted)))
+        """Public bool [layers, kv_heads]. Raises PolicyError where no ranks are of such a model."""
+        names = WITH_RANKS if self.weights == FITTING else (self.weights,)
+        found = {name: trained.load(name, self.name, HeadSplit.name).get("ranks") for name in names}
+        for ranks in found.values():
+            if ranks is not None and _are_of(ranks, layers, kv_heads):
+                return ranks < max(1, round(self.far * layers * kv_heads))
+        there_are = " and ".join(
+            "missing" if ranks is None else f"of shape {tuple(ranks.shape)}" for ranks in found.values()
+        )
+        raise self.refuse(
+            f"its weights are for another model: ranks are {there_are}, not each of 0 to {layers * kv_heads - 1} once "
+            f"in ({layers}, {kv_heads}); write them for this model (python -m crypten_llm calibrate --heads-out FILE), "
+            "start every party with them (--policy-weights FILE) and name them (--set weights=NAME)"
+        )
+
+
+def _are_of(ranks: torch.Tensor, layers: int, kv_heads: int) -> bool:
+    every = torch.arange(layers * kv_heads)
+    return ranks.shape == (layers, kv_heads) and torch.equal(ranks.flatten().sort()[0], every)

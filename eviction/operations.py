@@ -154,8 +154,8 @@ class Operations(Protocol):
     def take(self, rows: Handle, index: torch.Tensor) -> Handle:
         """Rows at public indices int64 [K], the same for all kv heads; local."""
 
-    def keep(self, rows: Handle, picks: Handle) -> Handle:
-        """Rows [G, N, D] by one-hot [G or 1, K, N] to rows [G, K, D]."""
+    def keep(self, rows: Handle, picks: Handle, size: int = 1) -> Handle:
+        """Rows [G, C * size, D], which are blocks of ``size``, by one-hot [G or 1, K, C] to rows [G, K * size, D]."""
 
     def drop(self, rows: Handle, hot: Handle) -> Handle:
         """Rows [G, N, D] without the one that hot [G or 1, N] marks, the others in order: [G, N - 1, D]."""

@@ -34,6 +34,20 @@ def note_more(ops: Operations, layer: Layer, note: str, more: Handle, dim: int) 
     layer.notes[note] = more if before is None else ops.cat([before, more], dim)
 
 
+def pooled(ops: Operations, x: Handle, reach: int, limit: float) -> Handle:
+    """Each of [G, N] with the ``reach`` ones on either side, beyond the ends zero: in the order of the averages,
+    without their division. limit: of all of a row together, of which each is in a sum but once."""
+    rows = x.shape[-1]
+    if reach == 0:
+        return x
+    zeros = ops.public(torch.zeros(x.shape[0], reach))
+    padded = ops.cat([zeros, x, zeros], -1)
+    total = padded[..., :rows]
+    for start in range(1, 2 * reach + 1):
+        total = ops.add(total, padded[..., start : start + rows])
+    return ops.within(total, limit)
+
+
 def over_heads(ops: Operations, x: Handle) -> Handle:
     """The mean over kv heads: [G, N] to [1, N]."""
     heads, rows = x.shape
@@ -41,11 +55,19 @@ def over_heads(ops: Operations, x: Handle) -> Handle:
 
 
 def retain(
-    ops: Operations, layer: Layer, scores: Handle, first: int, count: int, last: int, notes: tuple[str, ...] = ()
+    ops: Operations,
+    layer: Layer,
+    scores: Handle,
+    first: int,
+    count: int,
+    last: int,
+    notes: tuple[str, ...] = (),
+    size: int = 1,
 ) -> None:
-    """Keeps the ``first`` and ``last`` rows and the ``count`` best of those between, whose scores are [G or 1, n].
+    """Keeps the ``first`` and ``last`` rows and the ``count`` best blocks, of ``size`` rows each, of those between,
+    whose scores are [G or 1, n].
 
-    notes: names of notes [G, N] that are kept alike.
+    notes: names of notes [G, N] that are kept alike, for blocks of one row.
     """
     rows, picks = len(layer), None
     edges = [slice(0, first), slice(first, rows - last), slice(rows - last, rows)]
@@ -65,7 +87,7 @@ def retain(
         def taken(edge: slice, stored: Handle = stored) -> Handle:
             return ops.take(stored, index[edge])
 
-        parts = kept(taken, lambda part: ops.keep(part, picks))
+        parts = kept(taken, lambda part: ops.keep(part, picks, size))
         setattr(layer, name, _join(ops, parts, 1))
     for name in notes:
         note = layer.notes[name]

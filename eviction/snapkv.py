@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from eviction.operations import Handle, Layer, Operations, Seen
+from eviction.operations import Layer, Operations, Seen
 from eviction.policy import Policy
-from eviction.rows import add_mass, retain, spread
+from eviction.rows import add_mass, pooled, retain, spread
 from eviction.settings import budget, fitting, tokens, whole
 
 
@@ -71,16 +69,4 @@ class SnapKV(Policy):
             return
         window = min(self.window, kept)
         older = mass[..., held : len(layer) - window]
-        retain(ops, layer, self._pooled(ops, older), held, kept - window, window)
-
-    def _pooled(self, ops: Operations, x: Handle) -> Handle:
-        """Sums over the kernel, beyond the ends zero: in the order of the averages, without their division."""
-        rows, half = x.shape[-1], self.kernel // 2
-        if half == 0:
-            return x
-        zeros = ops.public(torch.zeros(x.shape[0], half))
-        padded = ops.cat([zeros, x, zeros], -1)
-        total = padded[..., :rows]
-        for start in range(1, self.kernel):
-            total = ops.add(total, padded[..., start : start + rows])
-        return ops.within(total, self.window)  # other rows' attention is in a sum but once
+        retain(ops, layer, pooled(ops, older, self.kernel // 2, self.window), held, kept - window, window)

@@ -47,7 +47,12 @@ def register(name: str, data: bytes) -> str:
     return f"{name}#{digest}"
 
 
-def weights(*others: str) -> str:
+def registered(key: str) -> list[str]:
+    """NAME#DIGEST of those weights registered here that have one of that name."""
+    return [f"{name}#{digest}" for name, digest in _digests.items() if key in _known[digest]]
+
+
+def weights(*others: str, default: str = SHIPPED) -> str:
     """A setting: ``shipped`` or one of ``others``, which come with the project, or the name of weights that all parties
     were started with. The policy's text, which they compare, holds a digest of these: NAME#DIGEST.
     """
@@ -61,7 +66,7 @@ def weights(*others: str) -> str:
 
     names = " or ".join((SHIPPED, *others))
     what = f"{names}, or the name of weights that every party was started with (--policy-weights FILE)"
-    return setting(SHIPPED, read, what, "text")
+    return setting(default, read, what, "text")
 
 
 def features(ops: Operations, layer: Layer, seen: Seen) -> Handle:
@@ -77,13 +82,14 @@ def width(layer: Layer) -> int:
     return (layer.heads + 2 * layer.kv_heads) * layer.head_dim
 
 
-def load(name: str, policy: str) -> dict[str, torch.Tensor]:
+def load(name: str, policy: str, made_for: str = "") -> dict[str, torch.Tensor]:
     """Weights by name, float32: those that come with the project for ``policy``, or registered ones, NAME#DIGEST.
 
-    Raises PolicyError for those that are not known here.
+    made_for: the policy whose weights it takes, where that is another. Raises PolicyError for those that are not known
+    here.
     """
     if not _NAMED.fullmatch(name):
-        return _shipped(policy, name)
+        return _shipped(made_for or policy, name)
     digest = name.rpartition("#")[2]
     if digest not in _known:
         raise PolicyError(

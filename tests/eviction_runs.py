@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from policy_table import RANKED
 from safetensors.torch import save
 
 import eviction
@@ -91,7 +92,7 @@ def trained_data(policy: str, heads: int, kv_heads: int, layers: int) -> bytes:
     shapes = {"w1": (features, 5), "w2": (5, kv_heads)}
     if policy == "attention_gate":
         shapes = {**dict.fromkeys(("query", "key", "value"), (features, 3)), "gate": (3, kv_heads)}
-    if policy == "head_split":
+    if policy in RANKED:
         ranks = torch.randperm(layers * kv_heads, generator=generator).reshape(layers, kv_heads)
         return save({"ranks": ranks})
     made = {
@@ -126,6 +127,33 @@ def run(
         for token in ids[prompt:]:
             logits.append(llama(llama.engine.tokens(token[None], 1, VOCAB), cache)[0])
     return Run(prompt, heads, kv_heads, recorder.in_order, logits)
+
+
+@torch.inference_mode()
+def recomputed(llama: Llama, ids: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor:
+    """Logits [T, V] of one pass over all tokens that keeps every row and hides, in each layer, from each kv head's
+    queries what ``seen`` [kv_heads, T, T] does not allow."""
+    engine, size = llama.engine, len(ids)
+    heads, kv_heads = llama.config.num_attention_heads, llama.config.num_key_value_heads
+    x = engine.embed(engine.tokens(ids, size, VOCAB), llama.embed_tokens)
+    rotary = llama.rotary(torch.arange(size), size)
+    for block, allowed in zip(llama.blocks, seen, strict=True):
+        attention, normed = block.self_attn, block.input_layernorm(x)
+        query = attention._split(attention.q_proj(normed), heads)
+        key, value = (attention._split(p(normed), kv_heads) for p in (attention.k_proj, attention.v_proj))
+        query, key = engine.rotate(query, *rotary.query), engine.rotate(key, *rotary.key)
+        key, value, allowed = (part.repeat_interleave(heads // kv_heads, 0) for part in (key, value, allowed))
+        mixed = (query @ key.mT).masked_fill(~allowed, -torch.inf).softmax(-1) @ value
+        x = x + attention.o_proj(mixed.permute(1, 0, 2).reshape(size, -1))
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    return llama.logits(x)
+
+
+def near_and_far(size: int, start: int, recent: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bool [size, size]: what heads see that do not look far, and those that do."""
+    row, column = torch.arange(size)[:, None], torch.arange(size)
+    causal = column <= row
+    return causal & ((column < start) | (column > row - recent)), causal
 
 
 def best(scores: dict, count: int) -> list:

@@ -35,10 +35,16 @@ def attend(ops, likeness, scores, values, size, first, rows, count):
 
 
 def evicted(ops, rows, likeness, count, index):
-    """Rows kept by a secret choice, some taken at public places, joined, and all but the worst of the first."""
+    """Rows kept by a secret choice, some taken at public places, joined, all but the worst of the first, and blocks of
+    two rows kept."""
     keep = ops.keep(rows, ops.picks(ops.top(likeness, count), count))
-    worst = ops.top(ops.scale(likeness, -1), 1)
-    return [ops.cat([ops.take(rows, torch.tensor(index)), keep], 1), ops.drop(rows, worst)]
+    worst, half = ops.top(ops.scale(likeness, -1), 1), rows.shape[1] // 2
+    blocks = ops.picks(ops.top(likeness[..., :half], (count + 1) // 2), (count + 1) // 2)
+    return [
+        ops.cat([ops.take(rows, torch.tensor(index)), keep], 1),
+        ops.drop(rows, worst),
+        ops.keep(rows, blocks, 2),
+    ]
 
 
 def composed(ops, x, first, second):

@@ -62,6 +62,7 @@ KEEPS_ALL = {
     "full": "full",
     "streaming_llm": "streaming_llm(recent=60)",
     "head_split": f"head_split(far=0.5,recent=60,weights={RANKS})",
+    "far_blocks": f"far_blocks(far=0.5,recent=60,budget=60,weights={RANKS})",
     "snapkv": "snapkv(budget=60,window=4)",
     "pyramidkv": "pyramidkv(budget=60,window=4)",
     "quest": "quest(page=4,budget=60,dense=0)",
@@ -71,6 +72,7 @@ KEEPS_ALL = {
 DROPS = {
     "streaming_llm": "streaming_llm(start=2,recent=9)",
     "head_split": f"head_split(far=0.5,start=2,recent=9,weights={RANKS})",
+    "far_blocks": f"far_blocks(far=0.5,start=2,recent=9,budget=9,block=2,last=3,weights={RANKS})",
     "snapkv": "snapkv(budget=7,window=3)",
     "pyramidkv": "pyramidkv(budget=7,window=2,beta=2)",
     "quest": "quest(page=4,budget=12,dense=0)",
@@ -97,7 +99,7 @@ def test_rows_of_earlier_turns_stay_as_they_are(small, name):
     logits, rows = conversation(small, DROPS[name])
     assert (logits - conversation(small, "full")[0]).abs().max() > 1e-3, "it leaves something out"
     for before, after in zip(rows, rows[1:], strict=False):
-        if name in ("streaming_llm", "head_split"):  # whose window moves on, over rows that nobody chose
+        if name in ("streaming_llm", "head_split", "far_blocks"):  # whose window moves on, over rows that nobody chose
             assert torch.equal(after[:, :2], before[:, :2])
             assert after.shape[1] == 11
         else:

@@ -140,8 +140,8 @@ def test_operations_are_declared(name):
     policy = eviction.parse(f"{name}({text})")
     cache = llama.new_cache()
     cache.follow(policy, 41)
-    for layer in cache.layers:
-        layer.engine = Noting(llama.engine, asked)
+    for part in (part for layer in cache.layers for part in layer.parts):
+        part.engine = Noting(llama.engine, asked)
     llama.engine, engine = Noting(llama.engine, asked), llama.engine
     for block in llama.blocks:
         block.self_attn.engine = llama.engine

@@ -57,6 +57,7 @@ def test_policies_that_drop_rows_keep_what_they_read_and_others_keep_all(read_ro
     for name in (
         "streaming_llm",
         "head_split",
+        "far_blocks",
         "h2o",
         "tova",
         "snapkv",

@@ -79,8 +79,8 @@ def test_only_a_policy_that_drops_rows_of_the_prompt_on_the_way_has_its_own_pref
     onlookers = Onlookers({policy: parse_policy(policy) for policy in POLICIES})
     with torch.inference_mode():
         prefill(llama.party.model, onlookers, ids, 128)
-    assert [parse_policy(policy).name for policy in onlookers.apart] == ["head_split", "locret"]
-    assert len(onlookers.policies) == len(POLICIES) - 2
+    assert [parse_policy(policy).name for policy in onlookers.apart] == ["head_split", "far_blocks", "locret"]
+    assert len(onlookers.policies) == len(POLICIES) - 3
 
 
 def test_going_on_with_one_cache_leaves_the_others(llama, examples):

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from eviction_runs import STEPS, VOCAB, model, run, weights
+from eviction_runs import STEPS, VOCAB, model, near_and_far, recomputed, run, weights
 from hf_models import tiny
 from safetensors.torch import save
 
@@ -31,29 +31,11 @@ def ranked(ranks) -> str:
 
 
 def masked(prompt: int, steps: int, far, start: int, recent: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
-    """Logits after the prompt and after each step of one pass over all tokens that keeps every row and hides, from each
-    head, what the policy says that it does not see."""
-    llama, group = model(heads, kv_heads, len(far)), heads // kv_heads
+    """Logits after the prompt and after each step, of one pass that hides what the policy says is not seen."""
     ids = torch.randint(0, VOCAB, (prompt + steps,), generator=torch.Generator().manual_seed(prompt))
-    size = len(ids)
-    row, column = torch.arange(size)[:, None], torch.arange(size)
-    causal = column <= row
-    near = causal & ((column < start) | (column > row - recent))
-    with torch.inference_mode():
-        engine = llama.engine
-        x = engine.embed(engine.tokens(ids, size, VOCAB), llama.embed_tokens)
-        rotary = llama.rotary(torch.arange(size), size)
-        for block, is_far in zip(llama.blocks, far, strict=True):
-            attention, normed = block.self_attn, block.input_layernorm(x)
-            query = attention._split(attention.q_proj(normed), heads)
-            key, value = (attention._split(p(normed), kv_heads) for p in (attention.k_proj, attention.v_proj))
-            query, key = engine.rotate(query, *rotary.query), engine.rotate(key, *rotary.key)
-            seen = torch.stack([causal if is_far[head // group] else near for head in range(heads)])
-            scores = query @ key.repeat_interleave(group, 0).mT
-            mixed = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value.repeat_interleave(group, 0)
-            x = x + attention.o_proj(mixed.permute(1, 0, 2).reshape(size, -1))
-            x = x + block.mlp(block.post_attention_layernorm(x))
-        return list(llama.logits(x)[prompt - 1 :])
+    seen = near_and_far(len(ids), start, recent)
+    by_layer = [torch.stack([seen[is_far] for is_far in layer]) for layer in far]
+    return list(recomputed(model(heads, kv_heads, len(far)), ids, by_layer)[prompt - 1 :])
 
 
 def check(text: str, far, prompt: int, start: int, recent: int, **sizes) -> None:

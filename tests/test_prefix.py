@@ -113,7 +113,7 @@ def policy(name: str, settings: str) -> str:
 
 NONE = ("streaming_llm", "random", "quest", "mpcache_spread")  # of the prompt's attention
 LAST = ("tova", "lazyeviction", "snapkv", "pyramidkv", "mpcache")
-ALL = ("h2o", "infllm", "longcache", "mikv", "locret", "attention_gate", "head_split")
+ALL = ("h2o", "infllm", "longcache", "mikv", "locret", "attention_gate", "head_split", "far_blocks")
 
 
 def test_every_policy_says_what_it_watches():

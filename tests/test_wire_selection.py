@@ -191,19 +191,22 @@ def test_the_mass_of_many_queries():
 
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_rows_that_are_kept_serve_further_products(values, shared):
-    rows, likeness = normal(2, 20, 8), grid(1 if shared else 2, 20)
+@pytest.mark.parametrize("size", [1, 5])
+def test_rows_that_are_kept_serve_further_products(values, shared, size):
+    """Rows, and blocks of five."""
+    rows, likeness, count = normal(2, 20, 8), grid(1 if shared else 2, 20 // size), 7 // size + 1
 
     def job(engine, secret):
         held = engine.rows(secret(rows), values=values)
-        picks = engine.picks(engine.top(secret(likeness), 7), 7)
-        return [kept := engine.keep(held, picks), *([] if values else [engine.scores(secret(normal(2, 1, 8)), kept)])]
+        kept = engine.keep(held, engine.picks(engine.top(secret(likeness), count), count), size)
+        return [kept, *([] if values else [engine.scores(secret(normal(2, 1, 8)), kept)])]
 
-    picks = PLAIN.picks(PLAIN.top(likeness, 7), 7)
+    blocks = likeness.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values.expand(2, -1)
+    expected = rows.reshape(2, -1, size, 8)[torch.arange(2)[:, None], blocks].reshape(2, -1, 8)
     found = shown(job) if not values else [shown(lambda e, s: job(e, s)[0])]
-    close(found[0], PLAIN.keep(rows, picks), 2**-12)
+    close(found[0], expected, 2**-12)
     if not values:
-        close(found[1], normal(2, 1, 8) @ PLAIN.keep(rows, picks).transpose(1, 2), 40 * 2**-12)
+        close(found[1], normal(2, 1, 8) @ expected.transpose(1, 2), 40 * 2**-12)
 
 
 @pytest.mark.parametrize("n", [2, 9])

@@ -168,7 +168,7 @@ def _ids(option: str, given: str) -> list[int]:
 
 
 def add_policy(parser: Parser) -> None:
-    what = "KV-cache eviction policy (default: full); python -m eviction list shows all"
+    what = "KV-cache eviction policy (default: full), such as recommended; python -m eviction list shows all"
     parser.add_argument("--policy", default="full", help=what)
     parser.add_policy_settings()
 

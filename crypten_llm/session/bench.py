@@ -187,9 +187,10 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
             cached = (part.layer.kv_heads, shape.kv_len, config.head_dim)
             part.layer.keys, part.layer.values = rows(-1 - 2 * i, cached), rows(-2 - 2 * i, cached, values=True)
     for i, layer in enumerate(cache.layers):
-        if layer.policy.acts and not layer.is_split:
-            query = (kv_heads, heads // kv_heads, dim)
-            layer.show_last(attended(FIRST_QUERY + i, query, query_factor))
+        for part in layer.parts:
+            if part.policy.acts:
+                query = (part.layer.kv_heads, heads // kv_heads, dim)
+                part.show_last(attended(FIRST_QUERY + i, query, query_factor))
     cache.end_prompt()
     return _Built(engine, config, layers, cache.layers, model)
 

@@ -144,9 +144,11 @@ class CryptenSelection:
         """Local."""
         return rows[:, index]
 
-    def keep(self, rows: Handle, picks: Handle) -> Handle:
-        """Error: none. Cost: 1 round: one product of picks [G or 1, K, N] and rows [G, N, D]."""
-        return picks.matmul(rows)
+    def keep(self, rows: Handle, picks: Handle, size: int = 1) -> Handle:
+        """Error: none. Cost: 1 round: one product of picks [G or 1, K, C] and blocks [G, C, size * D]."""
+        heads, count, dim = rows.shape
+        kept = picks.matmul(rows.reshape(heads, count // size, size * dim))
+        return kept.reshape(heads, picks.shape[-2] * size, dim)
 
     def drop(self, rows: Handle, hot: Handle) -> Handle:
         """Each row moves up by one from the dropped one on. Error: none.

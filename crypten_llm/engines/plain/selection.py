@@ -57,8 +57,10 @@ class PlainSelection:
     def take(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return rows[:, index.to(self.device)]
 
-    def keep(self, rows: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
-        return picks.to(rows.dtype) @ rows
+    def keep(self, rows: torch.Tensor, picks: torch.Tensor, size: int = 1) -> torch.Tensor:
+        heads, count, dim = rows.shape
+        blocks = rows.reshape(heads, count // size, size * dim)
+        return (picks.to(rows.dtype) @ blocks).reshape(heads, -1, dim)
 
     def drop(self, rows: torch.Tensor, hot: torch.Tensor) -> torch.Tensor:
         heads, count, dim = rows.shape

@@ -60,23 +60,24 @@ def take(engine: WireEngine, rows: Rows, index: torch.Tensor) -> Protocol[Rows]:
     return Rows.opened(rearranged(rows.operand, lambda t: t[:, index]), rows.values)
 
 
-@operation(bound=lambda engine, out, rows, picks: engine.twin.keep(rows.error, picks.value))
-def keep(engine: WireEngine, rows: Rows, picks: Secret) -> Protocol[Rows]:
+@operation(bound=lambda engine, out, rows, picks, size=1: engine.twin.keep(rows.error, picks.value, size))
+def keep(engine: WireEngine, rows: Rows, picks: Secret, size: int = 1) -> Protocol[Rows]:
     """Error: none.
 
-    Cost: 1 round with 7 bytes each way for each of the [G or 1, K, N] picks, once; dealer the bits of a ring for each
-    of the [G, K, D] results, which are opened with the next message as new rows are.
+    Cost: 1 round with 7 bytes each way for each of the [G or 1, K, C] picks, once; dealer the bits of a ring for each
+    of the [G, K * size, D] results, which are opened with the next message as new rows are.
     """
     yield from settled(rows)
-    operand = rows.operand
-    heads, count, dim = operand.shape
+    heads, length, dim = rows.operand.shape
+    count, block = length // size, size * dim
+    operand = rearranged(rows.operand, lambda t: t.reshape(heads, count, block))
     wire = yield from hot_wire(engine, picks, max(operand.width, engine.config.mixed_width))  # keys and values share it
     if wire.shape[0] != heads:
-        operand = rearranged(operand, lambda t: t.transpose(0, 1).reshape(1, count, heads * dim))
+        operand = rearranged(operand, lambda t: t.transpose(0, 1).reshape(1, count, heads * block))
     kept = products.matmul(engine.runtime, wire, operand, transposed=False, bits=operand.bits)
     if wire.shape[0] != heads:
-        kept = kept.reshape(-1, heads, dim).permute(1, 0, 2)
-    return (yield from new_rows(engine, kept, rows.values))
+        kept = kept.reshape(-1, heads, block).permute(1, 0, 2)
+    return (yield from new_rows(engine, kept.reshape(heads, -1, dim), rows.values))
 
 
 @operation(bound=lambda engine, out, rows, hot: engine.twin.drop(rows.error, hot.value))
