@@ -11,10 +11,12 @@ from dataclasses import fields
 from typing import Any
 
 from eviction.attention_gate import AttentionGate
+from eviction.expected_attention import ExpectedAttention
 from eviction.full import Full
 from eviction.h2o import H2O
 from eviction.head_split import HeadSplit
 from eviction.infllm import InfLLM
+from eviction.kvzap_linear import KVzapLinear
 from eviction.lazyeviction import LazyEviction
 from eviction.locret import Locret
 from eviction.longcache import LongCache
@@ -23,6 +25,7 @@ from eviction.mpcache import MPCache
 from eviction.mpcache_spread import MPCacheSpread
 from eviction.policy import Policy
 from eviction.pyramidkv import PyramidKV
+from eviction.qfilters import QFilters
 from eviction.quest import Quest
 from eviction.random import Random
 from eviction.settings import PolicyError, UnknownPolicy
@@ -33,6 +36,7 @@ from eviction.trained import register
 
 _ALL = (
     *(Full, StreamingLLM, HeadSplit, H2O, TOVA, SnapKV, PyramidKV, Quest, InfLLM, LongCache, MPCache, MPCacheSpread),
+    *(ExpectedAttention, QFilters, KVzapLinear),
     *(LazyEviction, MiKV, Locret, AttentionGate, Random),
 )
 POLICIES = {policy.name: policy for policy in _ALL}

@@ -62,7 +62,21 @@ ROWS = {
         "budget=9,recent=2,weights=WEIGHTS", "budget=64,weights=WEIGHTS", "budget=0.01,recent=0,weights=WEIGHTS"
     ),
     "attention_gate": Row("budget=9,weights=WEIGHTS", "budget=64,weights=WEIGHTS", "budget=0.01,weights=WEIGHTS"),
+    "expected_attention": Row(
+        "budget=9,start=1,recent=3,future=3", "budget=64", "budget=0.01,start=0,recent=0,future=4"
+    ),
+    "qfilters": Row(
+        "budget=10,start=2,recent=3,weights=WEIGHTS",
+        "budget=64,weights=WEIGHTS",
+        "budget=0.01,start=0,recent=0,weights=WEIGHTS",
+    ),
+    "kvzap_linear": Row(
+        "budget=10,start=2,recent=3,weights=WEIGHTS",
+        "budget=64,weights=WEIGHTS",
+        "budget=0.01,start=0,recent=0,weights=WEIGHTS",
+    ),
     "random": Row("budget=9", "budget=64", "budget=0.01"),
 }
-NETWORKS = ("locret", "attention_gate")
-TRAINED = (*NETWORKS, "head_split")
+NETWORKS = ("locret", "attention_gate", "kvzap_linear")
+DIRECTIONS = ("qfilters",)
+TRAINED = (*NETWORKS, *DIRECTIONS, "head_split")
