@@ -33,10 +33,11 @@ from eviction.snapkv import SnapKV
 from eviction.streaming_llm import StreamingLLM
 from eviction.tova import TOVA
 from eviction.trained import register
+from eviction.triattention import TriAttention
 
 _ALL = (
     *(Full, StreamingLLM, HeadSplit, H2O, TOVA, SnapKV, PyramidKV, Quest, InfLLM, LongCache, MPCache, MPCacheSpread),
-    *(ExpectedAttention, QFilters, KVzapLinear),
+    *(ExpectedAttention, QFilters, TriAttention, KVzapLinear),
     *(LazyEviction, MiKV, Locret, AttentionGate, Random),
 )
 POLICIES = {policy.name: policy for policy in _ALL}

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from eviction.look_once import LookOnce
+from eviction.look_once import LookOnce, turn
 from eviction.operations import Handle, Layer, Operations, Seen
 from eviction.rows import spread
 from eviction.settings import whole
@@ -29,7 +29,7 @@ class ExpectedAttention(LookOnce):
     )
     arxiv: ClassVar[str] = "2510.00636"
     cost: ClassVar[str] = "none after the prefill"
-    style: ClassVar[tuple[str, str, str]] = ("#56B4E9", ">", "-")
+    style: ClassVar[tuple[str, str, str]] = ("#009E73", ">", ":")
     uses: ClassVar[tuple[str, ...]] = (
         "total",
         "transform",
@@ -54,20 +54,11 @@ class ExpectedAttention(LookOnce):
 
     def scores(self, ops: Operations, layer: Layer, index: torch.Tensor) -> Handle:
         total, count = layer.notes["queries"]
-        query = ops.transform(total, self._turn(layer) / count)  # [G, group, head_dim]
+        places = torch.arange(layer.prompt_tokens, layer.prompt_tokens + self.future)
+        query = ops.transform(total, turn(layer, places) / count)  # [G, group, head_dim]
         weights = ops.softmax(ops.scores(query, ops.take(layer.keys, index)))
         ops.mix(weights, ops.take(layer.values, index))  # which leaves the weights as ``mass`` reads them
         return ops.within(ops.mass(weights, spread(layer, torch.ones(1))), 1.0)
 
     def forget(self, layer: Layer) -> None:
         layer.notes.pop("queries", None)
-
-    def _turn(self, layer: Layer) -> torch.Tensor:
-        """The mean of the rotations of the places to come, [head_dim, head_dim], for queries from the left."""
-        places = torch.arange(layer.prompt_tokens, layer.prompt_tokens + self.future)
-        cos, sin = (table.mean(0) for table in layer.rotary(places))
-        half = layer.head_dim // 2
-        swap = torch.zeros(layer.head_dim, layer.head_dim)  # x @ swap = (-right half, left half)
-        swap[half:, :half] = -torch.eye(half)
-        swap[:half, half:] = torch.eye(half)
-        return torch.diag(cos) + swap * sin

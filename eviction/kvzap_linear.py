@@ -36,7 +36,7 @@ class KVzapLinear(LookOnce):
     arxiv: ClassVar[str] = "2601.07891"
     reveals: ClassVar[str] = "nothing; the maps are public"
     cost: ClassVar[str] = "none after the prefill"
-    style: ClassVar[tuple[str, str, str]] = ("#56B4E9", "^", "-")
+    style: ClassVar[tuple[str, str, str]] = ("#CC79A7", "^", ":")
     uses: ClassVar[tuple[str, ...]] = ("transform", "within", *LookOnce.keeps)
 
     def begin(self, ops: Operations, layer: Layer) -> None:

@@ -72,6 +72,17 @@ def along(ops: Operations, layer: Layer, index: torch.Tensor, directions: torch.
     return ops.scores(ops.public(directions[:, None]), ops.take(layer.keys, index))[:, 0]
 
 
+def turn(layer: Layer, places: torch.Tensor) -> torch.Tensor:
+    """The mean of the rotations by which attention turns queries at places int64 [P]: public, [head_dim, head_dim], for
+    queries from the left."""
+    cos, sin = (table.mean(0) for table in layer.rotary(places))
+    half = layer.head_dim // 2
+    swap = torch.zeros(layer.head_dim, layer.head_dim)  # x @ swap = (-right half, left half)
+    swap[half:, :half] = -torch.eye(half)
+    swap[:half, half:] = torch.eye(half)
+    return torch.diag(cos) + swap * sin
+
+
 def for_heads(policy: Policy, weights: str, name: str, layer: Layer, option: str) -> torch.Tensor:
     """What a file's ``name`` [layers, kv_heads, n] has for the kv heads of this layer: [G, n].
 

@@ -30,7 +30,7 @@ class QFilters(LookOnce):
     arxiv: ClassVar[str] = "2503.02812"
     reveals: ClassVar[str] = "nothing; the filters are public"
     cost: ClassVar[str] = "none after the prefill"
-    style: ClassVar[tuple[str, str, str]] = ("#56B4E9", "<", "-")
+    style: ClassVar[tuple[str, str, str]] = ("#009E73", "<", ":")
     uses: ClassVar[tuple[str, ...]] = ("public", "scores", *LookOnce.keeps)
 
     def begin(self, ops: Operations, layer: Layer) -> None:

@@ -21,7 +21,7 @@ from crypten_llm.models.llama import Llama
 VOCAB = 64
 HEADS = [(4, 2), (4, 1), (2, 2)]  # GQA, MQA, MHA
 STEPS = 6
-DIRECTIONS = {"qfilters": "filters"}  # by policy, what its file has for each kv head
+DIRECTIONS = {"qfilters": "filters", "triattention": "centers"}  # by policy, what its file has for each kv head
 
 
 @dataclass

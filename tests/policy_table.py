@@ -70,6 +70,11 @@ ROWS = {
         "budget=64,weights=WEIGHTS",
         "budget=0.01,start=0,recent=0,weights=WEIGHTS",
     ),
+    "triattention": Row(
+        "budget=10,start=2,recent=3,weights=WEIGHTS",
+        "budget=64,weights=WEIGHTS",
+        "budget=0.01,start=0,recent=0,farthest=1,weights=WEIGHTS",
+    ),
     "kvzap_linear": Row(
         "budget=10,start=2,recent=3,weights=WEIGHTS",
         "budget=64,weights=WEIGHTS",
@@ -78,5 +83,5 @@ ROWS = {
     "random": Row("budget=9", "budget=64", "budget=0.01"),
 }
 NETWORKS = ("locret", "attention_gate", "kvzap_linear")
-DIRECTIONS = ("qfilters",)
+DIRECTIONS = ("qfilters", "triattention")
 TRAINED = (*NETWORKS, *DIRECTIONS, "head_split")

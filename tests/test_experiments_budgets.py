@@ -63,6 +63,7 @@ def test_policies_that_drop_rows_keep_what_they_read_and_others_keep_all(read_ro
         "pyramidkv",
         "expected_attention",
         "qfilters",
+        "triattention",
         "kvzap_linear",
         "locret",
         "attention_gate",

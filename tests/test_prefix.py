@@ -111,7 +111,7 @@ def policy(name: str, settings: str) -> str:
     return f"{name}({settings.replace('WEIGHTS', weights(name, 4, 2, 4) if 'WEIGHTS' in settings else '')})"
 
 
-NONE = ("streaming_llm", "random", "quest", "mpcache_spread", "qfilters")  # of the prompt's attention
+NONE = ("streaming_llm", "random", "quest", "mpcache_spread", "qfilters", "triattention")  # of the prompt's attention
 LAST = ("tova", "lazyeviction", "snapkv", "pyramidkv", "mpcache")
 ALL = (
     "h2o",

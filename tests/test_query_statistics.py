@@ -19,7 +19,7 @@ def test_filters_are_the_first_singular_vectors(heads, kv_heads):
     prompts = [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in sizes]
     done = []
     found = query_statistics.measure(config, weights, prompts, done.append)
-    filters = query_statistics.filters(found)
+    filters, centers = query_statistics.filters(found), query_statistics.centers(found)
     seen = [run("full", n, 0, heads=heads, kv_heads=kv_heads, layers=2) for n in sizes]
     assert done == [1, 2] and filters.shape == (2, kv_heads, 32 // heads)
     for layer in range(2):
@@ -33,6 +33,9 @@ def test_filters_are_the_first_singular_vectors(heads, kv_heads):
             expected = mean * LARGEST / mean.norm() / keys[own[0]].norm(dim=1).max()
             torch.testing.assert_close(filters[layer, head].float(), expected, atol=1e-3, rtol=1e-4)
             assert (keys[own[0]] @ filters[layer, head].float()).abs().max() <= LARGEST
+            mean = torch.cat([one.queries(layer, before=True)[list(own)] for one in seen], 1).mean((0, 1))
+            expected = mean * LARGEST / mean.norm() / keys[own[0]].norm(dim=1).max()
+            torch.testing.assert_close(centers[layer, head].float(), expected, atol=1e-3, rtol=1e-4)
 
 
 def test_labels_are_what_the_repetition_looks_at():
@@ -79,13 +82,14 @@ def test_the_command_writes_what_the_policies_read(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(far_heads, "LONGEST", 180)
     monkeypatch.setattr(retention, "LONGEST", 180)
     monkeypatch.setattr(retention, "TEXTS", 4)
-    paths = {name: tmp_path / name for name in ("filters", "scores")}
+    paths = {name: tmp_path / name for name in ("filters", "centers", "scores")}
     assert main(["calibrate", *(word for name, path in paths.items() for word in (f"--{name}-out", str(path)))]) == 0
     said = capsys.readouterr().err
-    assert "24 filters of 32 numbers: " in said and "of what a repetition looks at: " in said
+    assert "24 filters of 32 numbers: " in said and "24 centers of 32 numbers: " in said
+    assert "of what a repetition looks at: " in said
     assert load(paths["filters"].read_bytes())["filters"].shape == (6, 4, 32)
     llama = model(4, 2, 2)
-    for policy, name in {"qfilters": "filters", "kvzap_linear": "scores"}.items():
+    for policy, name in {"qfilters": "filters", "triattention": "centers", "kvzap_linear": "scores"}.items():
         weights = eviction.register(f"{name}-of-shipped", paths[name].read_bytes())
         with pytest.raises(eviction.PolicyError, match=f"another model: .*calibrate --{name}-out FILE"):
             for cache in llama.new_cache().layers:

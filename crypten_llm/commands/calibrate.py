@@ -30,6 +30,7 @@ class Outputs:
 
     heads: str = ""
     filters: str = ""
+    centers: str = ""
     scores: str = ""
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -75,11 +76,14 @@ def for_policies(outputs: Outputs, folder: Path, config: LlamaConfig, weights: d
         first = far_heads.ranks(scores).flatten().argsort()[:5].tolist()
         best = ", ".join(f"layer {i // scores.shape[1]} head {i % scores.shape[1]}" for i in first)
         say(f"the {scores.numel()} kv heads by how far they look, from {best} on: {outputs.heads}")
-    if outputs.filters:
+    if outputs.filters or outputs.centers:
         with _bar("looking at queries", len(read)) as beat:
             found = query_statistics.measure(config, weights, [prompt.ids for prompt in read], beat)
-        _write("--filters-out", outputs.filters, query_statistics.filters_file(found))
-        say(f"{found.longest.numel()} filters of {config.head_dim} numbers: {outputs.filters}")
+        made = {"filters": query_statistics.filters(found), "centers": query_statistics.centers(found)}
+        for name, vectors in made.items():
+            if path := getattr(outputs, name):
+                _write(f"--{name}-out", path, query_statistics.file(name, vectors))
+                say(f"{found.longest.numel()} {name} of {config.head_dim} numbers: {path}")
     if outputs.scores:
         again = encode(retention.AGAIN)
         length = min(retention.LONGEST, (config.context - len(again)) // 2)

@@ -34,7 +34,8 @@ class _Watching(Policy):
 
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         query = seen.query.reshape(layer.heads, len(seen.positions), layer.head_dim).double()
-        found = {"sum": query.sum(1), "moments": query.mT @ query}
+        before = seen.query_before.reshape(query.shape).double().sum(1)
+        found = {"sum": query.sum(1), "before": before, "moments": query.mT @ query}
         for name, value in found.items():
             layer.notes[name] = layer.notes.get(name, 0) + value
         longest = seen.key.norm(dim=-1).amax(1)
@@ -43,10 +44,12 @@ class _Watching(Policy):
 
 @dataclass(frozen=True)
 class Statistics:
-    """sums: of rotated queries [layers, heads, head_dim]. moments: sums of their outer products [layers, heads,
-    head_dim, head_dim]. longest: norms of the longest keys [layers, kv_heads]."""
+    """sums, before: of queries [layers, heads, head_dim], rotated, and before the rotary embedding. moments: sums of
+    the rotated ones' outer products [layers, heads, head_dim, head_dim]. longest: norms of the longest keys [layers,
+    kv_heads]."""
 
     sums: torch.Tensor
+    before: torch.Tensor
     moments: torch.Tensor
     longest: torch.Tensor
 
@@ -67,12 +70,13 @@ def measure(
             rows = torch.tensor(ids[start : start + CHUNK])
             model.extend(model.engine.tokens(rows, len(rows), config.vocab_size), cache, len(ids))
         notes = [layer.layer.notes for layer in cache.layers]
-        sums, moments, longest = (torch.stack([one[name] for one in notes]) for name in ("sum", "moments", "longest"))
+        sums, before, moments = (torch.stack([one[name] for one in notes]) for name in ("sum", "before", "moments"))
+        longest = torch.stack([one["longest"] for one in notes])
         if found is None:
-            found = Statistics(sums, moments, longest)
+            found = Statistics(sums, before, moments, longest)
         else:
             longest = torch.maximum(found.longest, longest)
-            found = Statistics(found.sums + sums, found.moments + moments, longest)
+            found = Statistics(found.sums + sums, found.before + before, found.moments + moments, longest)
         beat(done + 1)
     assert found is not None, "prompts are given"
     return found
@@ -83,11 +87,22 @@ def filters(found: Statistics) -> torch.Tensor:
     mean; of these the mean over a kv head's group (Godey et al. 2025, arXiv 2503.02812, section 3)."""
     first = torch.linalg.eigh(found.moments)[1][..., -1]
     first = first * torch.where((first * found.sums).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    return _of_groups(found, first)
+
+
+def centers(found: Statistics) -> torch.Tensor:
+    """[layers, kv_heads, head_dim]: the mean of a kv head's queries before the rotary embedding (Mao et al. 2026, arXiv
+    2604.04921, section 4)."""
+    return _of_groups(found, found.before)
+
+
+def _of_groups(found: Statistics, vectors: torch.Tensor) -> torch.Tensor:
+    """The mean over a kv head's group, in the length in which it is written."""
     layers, kv_heads = found.longest.shape
-    grouped = first.reshape(layers, kv_heads, -1, first.shape[-1]).mean(2)
+    grouped = vectors.reshape(layers, kv_heads, -1, vectors.shape[-1]).mean(2)
     return grouped / grouped.norm(dim=-1, keepdim=True) * LARGEST / found.longest[..., None]
 
 
-def filters_file(found: Statistics) -> bytes:
-    """What ``--policy-weights`` takes, for the policy ``qfilters``."""
-    return save({"filters": filters(found).half().contiguous()})
+def file(name: str, vectors: torch.Tensor) -> bytes:
+    """What ``--policy-weights`` takes: ``filters`` for the policy ``qfilters``, ``centers`` for ``triattention``."""
+    return save({name: vectors.half().contiguous()})

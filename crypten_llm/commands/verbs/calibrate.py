@@ -11,6 +11,7 @@ HELP = "measure a model of your own, in the clear and alone, beside the ranges i
 OUTPUTS = {  # files for policies
     "heads": "which kv heads look far, for --policy head_split",
     "filters": "the main direction of each kv head's queries, for --policy qfilters",
+    "centers": "the mean of each kv head's queries, for --policy triattention",
     "scores": "linear scores that say which tokens will be looked at, for --policy kvzap_linear",
 }
 
