@@ -7,8 +7,12 @@ from safetensors.torch import load
 
 import eviction
 from crypten_llm.commands.cli import main
+from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.session import far_heads, query_statistics, retention
 from crypten_llm.session.query_statistics import LARGEST
+from eviction.operations import Layer
+from eviction.trained import FOLDER
+from experiments.tools import real_model
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2)])
@@ -76,6 +80,18 @@ def test_a_fit_finds_a_linear_rule_and_not_noise():
     scaled = retention._scaled(both.fit(1e-5), both)
     torch.testing.assert_close((x @ scaled).std(0), torch.full((2,), retention.LARGEST / 6), atol=0.02, rtol=0)
     torch.testing.assert_close(scaled[:, 0] / scaled[:, 0].norm(), rule[:, 0] / rule[:, 0].norm(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qfilters", "triattention", "kvzap_linear"])
+def test_files_that_come_with_the_project_fit_their_models(name):
+    for weights, sizes in {real_model.NAME: (30, 9, 9, 3, 64), "shipped": (6, 9, 8, 4, 32)}.items():
+        layers, *rest = sizes
+        for index in range(layers):
+            eviction.policy(name, weights=weights).begin(PlainEngine(), Layer(index, layers, *rest))
+        path = FOLDER / f"{name}-{weights}.safetensors"
+        assert path.stat().st_size < 200_000 and all(
+            value.isfinite().all() for value in load(path.read_bytes()).values()
+        )
 
 
 def test_the_command_writes_what_the_policies_read(tmp_path, capsys, monkeypatch):
