@@ -11,11 +11,13 @@ from dataclasses import fields
 from typing import Any
 
 from eviction.attention_gate import AttentionGate
+from eviction.expected_attention import ExpectedAttention
 from eviction.far_blocks import FarBlocks
 from eviction.full import Full
 from eviction.h2o import H2O
 from eviction.head_split import HeadSplit
 from eviction.infllm import InfLLM
+from eviction.kvzap_linear import KVzapLinear
 from eviction.lazyeviction import LazyEviction
 from eviction.locret import Locret
 from eviction.longcache import LongCache
@@ -24,6 +26,7 @@ from eviction.mpcache import MPCache
 from eviction.mpcache_spread import MPCacheSpread
 from eviction.policy import Policy
 from eviction.pyramidkv import PyramidKV
+from eviction.qfilters import QFilters
 from eviction.quest import Quest
 from eviction.random import Random
 from eviction.settings import PolicyError, UnknownPolicy
@@ -31,10 +34,12 @@ from eviction.snapkv import SnapKV
 from eviction.streaming_llm import StreamingLLM
 from eviction.tova import TOVA
 from eviction.trained import register, registered
+from eviction.triattention import TriAttention
 
 _ALL = (
     *(Full, StreamingLLM, HeadSplit, FarBlocks, H2O, TOVA, SnapKV, PyramidKV, Quest, InfLLM, LongCache, MPCache),
-    *(MPCacheSpread, LazyEviction, MiKV, Locret, AttentionGate, Random),
+    *(MPCacheSpread, ExpectedAttention, QFilters, TriAttention, KVzapLinear),
+    *(LazyEviction, MiKV, Locret, AttentionGate, Random),
 )
 POLICIES = {policy.name: policy for policy in _ALL}
 FULL = Full()  # what runs where no policy is asked for, and what all others are measured against

@@ -9,6 +9,7 @@ Shapes: G kv heads, M query rows of one kv head (heads of its group times tokens
 A tensor that all kv heads share has G = 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +37,11 @@ class Choice:
         return len(self.rows) + (0 if self.picks is None else self.picks.shape[-2] * self.size)
 
 
+def no_rotary(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a layer that is without a model."""
+    raise NotImplementedError("this layer was made without its rotary embedding")
+
+
 @dataclass
 class Layer:
     """What a policy knows of one layer: public sizes, the cache's rows as handles, and its own notes.
@@ -43,7 +49,8 @@ class Layer:
     keys, values: the cache's rows [G, N, D], rotated keys. positions: of each row, public int64 [N] while the cache is
     as it came; ``None`` once rows were chosen by a secret. notes: whatever the policy wants to remember. before: the
     layer below, ``None`` for the first. which: under a policy that splits a layer's heads (``Policy.split``), which of
-    the model's kv heads these G are; the layer below is then unknown. () for all.
+    the model's kv heads these G are; the layer below is then unknown. () for all. rotary: of public places int64 [P]
+    the cosines and sines [P, head_dim] by which attention turns queries there, the right half like the left.
     """
 
     index: int
@@ -58,6 +65,7 @@ class Layer:
     notes: dict[str, Any] = field(default_factory=dict)
     before: "Layer | None" = None
     which: tuple[int, ...] = ()
+    rotary: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = no_rotary
 
     @property
     def group(self) -> int:

@@ -23,12 +23,13 @@ FOLDER = Path(__file__).parent / "weights"
 SHIPPED = "shipped"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _NAMED = re.compile(rf"{_NAME.pattern}#[0-9a-f]{{16}}")
+TRAINER = "experiments.model.train_policies"
 _digests: dict[str, str] = {}  # of what was registered, by the name that it has here
 _known: dict[str, dict[str, torch.Tensor]] = {}  # by digest, weights by name
 
 
 def register(name: str, data: bytes) -> str:
-    """Makes weights known to this process; data: a file of ``experiments.model.train_policies``.
+    """Makes weights known to this process; data: a file of ``TRAINER``, or of ``crypten_llm calibrate``.
 
     Returns NAME#DIGEST, which stands for them in a policy's text; NAME alone does so in this process. Raises
     PolicyError for what cannot be read.
@@ -105,13 +106,15 @@ def _shipped(policy: str, name: str) -> dict[str, torch.Tensor]:
     return {key: value.float() for key, value in load_file(FOLDER / f"{policy}-{name}.safetensors").items()}
 
 
-def matrix(weights: dict, key: str, layer: Layer, rows: int, columns: int | None, policy: str) -> torch.Tensor:
-    """A layer's matrix; raises PolicyError when it is for another model."""
+def matrix(
+    weights: dict, key: str, layer: Layer, rows: int, columns: int | None, policy: str, by: str = TRAINER
+) -> torch.Tensor:
+    """A layer's matrix; raises PolicyError when it is for another model. by: the command that makes such files."""
     found = weights.get(f"layers.{layer.index}.{key}")
     if found is None or found.shape[0] != rows or (columns is not None and found.shape[1] != columns):
         shape = "missing" if found is None else f"{tuple(found.shape)}"
         raise PolicyError(
             f"policy {policy}: its weights are for another model: layers.{layer.index}.{key} is {shape}, not "
-            f"({rows}, {columns or 'any'}); train it on this model (python -m experiments.model.train_policies)"
+            f"({rows}, {columns or 'any'}); train it on this model (python -m {by})"
         )
     return found

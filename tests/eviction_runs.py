@@ -22,6 +22,7 @@ from crypten_llm.models.llama import Llama
 VOCAB = 64
 HEADS = [(4, 2), (4, 1), (2, 2)]  # GQA, MQA, MHA
 STEPS = 6
+DIRECTIONS = {"qfilters": "filters", "triattention": "centers"}  # by policy, what its file has for each kv head
 
 
 @dataclass
@@ -92,9 +93,13 @@ def trained_data(policy: str, heads: int, kv_heads: int, layers: int) -> bytes:
     shapes = {"w1": (features, 5), "w2": (5, kv_heads)}
     if policy == "attention_gate":
         shapes = {**dict.fromkeys(("query", "key", "value"), (features, 3)), "gate": (3, kv_heads)}
+    if policy == "kvzap_linear":
+        shapes = {"scores": (features, kv_heads)}
     if policy in RANKED:
         ranks = torch.randperm(layers * kv_heads, generator=generator).reshape(layers, kv_heads)
         return save({"ranks": ranks})
+    if policy in DIRECTIONS:
+        return save({DIRECTIONS[policy]: torch.randn(layers, kv_heads, 32 // heads, generator=generator)})
     made = {
         f"layers.{layer}.{name}": torch.randn(shape, generator=generator) / shape[0] ** 0.5
         for layer in range(layers)

@@ -67,8 +67,27 @@ ROWS = {
         "budget=9,recent=2,weights=WEIGHTS", "budget=64,weights=WEIGHTS", "budget=0.01,recent=0,weights=WEIGHTS"
     ),
     "attention_gate": Row("budget=9,weights=WEIGHTS", "budget=64,weights=WEIGHTS", "budget=0.01,weights=WEIGHTS"),
+    "expected_attention": Row(
+        "budget=9,start=1,recent=3,future=3", "budget=64", "budget=0.01,start=0,recent=0,future=4"
+    ),
+    "qfilters": Row(
+        "budget=10,start=2,recent=3,weights=WEIGHTS",
+        "budget=64,weights=WEIGHTS",
+        "budget=0.01,start=0,recent=0,weights=WEIGHTS",
+    ),
+    "triattention": Row(
+        "budget=10,start=2,recent=3,weights=WEIGHTS",
+        "budget=64,weights=WEIGHTS",
+        "budget=0.01,start=0,recent=0,farthest=1,weights=WEIGHTS",
+    ),
+    "kvzap_linear": Row(
+        "budget=10,start=2,recent=3,weights=WEIGHTS",
+        "budget=64,weights=WEIGHTS",
+        "budget=0.01,start=0,recent=0,weights=WEIGHTS",
+    ),
     "random": Row("budget=9", "budget=64", "budget=0.01"),
 }
-NETWORKS = ("locret", "attention_gate")
+NETWORKS = ("locret", "attention_gate", "kvzap_linear")
+DIRECTIONS = ("qfilters", "triattention")
 RANKED = ("head_split", "far_blocks")
-TRAINED = (*NETWORKS, *RANKED)
+TRAINED = (*NETWORKS, *DIRECTIONS, *RANKED)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from eviction_runs import trained_data
 from hf_models import tiny
 from safetensors.torch import save
 from test_wire_engine import load
@@ -57,6 +58,11 @@ def small(folder):
         yield llama.party.model
 
 
+FILTERS = eviction.register(
+    "filters-in-turns", save({"filters": torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(1))})
+)
+CENTERS = eviction.register("centers-in-turns", trained_data("triattention", 4, 2, 2))
+MAPS = eviction.register("maps-in-turns", trained_data("kvzap_linear", 4, 2, 2))
 RANKS = eviction.register("ranks-in-turns", save({"ranks": torch.tensor([[0, 2], [3, 1]])}))
 KEEPS_ALL = {
     "full": "full",
@@ -65,6 +71,10 @@ KEEPS_ALL = {
     "far_blocks": f"far_blocks(far=0.5,recent=60,budget=60,weights={RANKS})",
     "snapkv": "snapkv(budget=60,window=4)",
     "pyramidkv": "pyramidkv(budget=60,window=4)",
+    "expected_attention": "expected_attention(budget=60)",
+    "qfilters": f"qfilters(budget=60,weights={FILTERS})",
+    "triattention": f"triattention(budget=60,weights={CENTERS})",
+    "kvzap_linear": f"kvzap_linear(budget=60,weights={MAPS})",
     "quest": "quest(page=4,budget=60,dense=0)",
     "infllm": "infllm(block=4,blocks=12,representatives=2,initial=2,local=8)",
     "longcache": "longcache(top=4,span=2,sinks=2,local=20)",
@@ -75,6 +85,10 @@ DROPS = {
     "far_blocks": f"far_blocks(far=0.5,start=2,recent=9,budget=9,block=2,last=3,weights={RANKS})",
     "snapkv": "snapkv(budget=7,window=3)",
     "pyramidkv": "pyramidkv(budget=7,window=2,beta=2)",
+    "expected_attention": "expected_attention(budget=7,start=1,recent=2)",
+    "qfilters": f"qfilters(budget=7,start=1,recent=2,weights={FILTERS})",
+    "triattention": f"triattention(budget=7,start=1,recent=2,weights={CENTERS})",
+    "kvzap_linear": f"kvzap_linear(budget=7,start=1,recent=2,weights={MAPS})",
     "quest": "quest(page=4,budget=12,dense=0)",
     "infllm": "infllm(block=2,blocks=2,representatives=1,initial=2,local=4)",
     "longcache": "longcache(top=1,span=2,sinks=2,local=4)",
@@ -108,7 +122,9 @@ def test_rows_of_earlier_turns_stay_as_they_are(small, name):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["snapkv", "pyramidkv"])
+@pytest.mark.parametrize(
+    "name", ["snapkv", "pyramidkv", "expected_attention", "qfilters", "triattention", "kvzap_linear"]
+)
 def test_each_turn_is_compressed_to_its_budget(small, name):
     _, rows = conversation(small, DROPS[name])
     counts = [0, *(row.shape[1] for row in rows)]

@@ -5,14 +5,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from eviction_runs import HEADS, STEPS, attended, best, heads_of, kept, run, trained_data
+from eviction_runs import HEADS, STEPS, attended, best, heads_of, kept, model, run, trained_data
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 import eviction
 from crypten_llm.engines.plain.engine import PlainEngine
 from eviction.longcache import APART, _apart
+from eviction.look_once import for_heads
 from eviction.operations import Layer
 from eviction.quest import page_bound
 
@@ -250,6 +251,56 @@ def test_mikv_rounds_what_h2o_would_drop(heads, kv_heads):
     assert errors[0] > errors[1] > errors[2] > 0
 
 
+def looked_once(scores, start, count, recent, prompt=41):
+    """By position, the rows that stay of a prompt when these are the scores."""
+    middle = best({n: scores[n].item() for n in range(start, prompt - recent)}, count - start - recent)
+    return [*range(start), *middle, *range(prompt - recent, prompt)]
+
+
+@pytest.mark.parametrize("heads, kv_heads", HEADS)
+def test_qfilters(heads, kv_heads):
+    found = run("qfilters(budget=12,start=2,recent=3,weights=WEIGHTS)", 41, STEPS, heads, kv_heads)
+    filters = load(trained_data("qfilters", heads, kv_heads, 4))["filters"]
+    for layer, head in itertools.product(range(4), range(kv_heads)):
+        scores = found.keys(layer)[heads_of(found, head)[0], :41] @ filters[layer, head]
+        rows = looked_once(scores, 2, 12, 3)
+        for step in range(STEPS + 1):
+            assert kept(found, layer)[step][head] == rows + list(range(41, 41 + step))
+
+
+def test_filters_are_those_of_the_heads():
+    """Also where a layer's heads are split; and those of another model are refused."""
+    filters = torch.arange(24.0).reshape(2, 3, 4)
+    policy = eviction.policy("qfilters", weights=eviction.register("of-three-heads", save({"filters": filters})))
+
+    def found(kv_heads, which=(), layers=2, dim=4):
+        layer = Layer(1, layers, 9, 2 * kv_heads, kv_heads, dim, which=which)
+        return for_heads(policy, policy.weights, "filters", layer, "--filters-out")
+
+    assert torch.equal(found(3), filters[1]) and torch.equal(found(2, (0, 2)), filters[1, [0, 2]])
+    for sizes in ((2,), (4,), (1, (3,)), (3, (), 3), (3, (), 2, 8), (1, (2,), 3)):
+        with pytest.raises(eviction.PolicyError, match=r"another model: filters is \(2, 3, 4\), not \("):
+            found(*sizes)
+
+
+@pytest.mark.parametrize("heads, kv_heads", HEADS)
+def test_expected_attention(heads, kv_heads):
+    """The mean query in each of the 5 places to come, one after the other, and the mean of the scores there."""
+    found = run("expected_attention(budget=12,start=2,recent=3,future=5)", 41, STEPS, heads, kv_heads)
+    llama = model(heads, kv_heads, 4)
+    for layer, head in itertools.product(range(4), range(kv_heads)):
+        drawn = torch.zeros(36)
+        for one in heads_of(found, head):
+            query = found.queries(layer, before=True)[one, 2:41].mean(0)
+            places = [llama.rotary(torch.tensor([place]), 41).query for place in range(41, 46)]
+            turned = [llama.engine.rotate(query[None, None], *tables)[0, 0] for tables in places]
+            scores = torch.stack([found.keys(layer)[one, 2:38] @ place for place in turned]).mean(0)
+            drawn += scores.softmax(0)
+        rows = looked_once(torch.cat([torch.zeros(2), drawn, torch.zeros(3)]), 2, 12, 3)
+        for step in range(STEPS + 1):
+            assert kept(found, layer)[step][head] == rows + list(range(41, 41 + step))
+
+
 def trained(name, found, layer):
     """Features [P, F] of each token, and a layer's matrices."""
     seen = found.layers[layer].seen
@@ -260,6 +311,32 @@ def trained(name, found, layer):
     features = torch.cat([found.queries(layer, before=True).transpose(0, 1).flatten(1), keys, values], 1)
     file = load(trained_data(name, found.heads, found.kv_heads, 4))
     return features, {key.split(".")[2]: value for key, value in file.items() if key.startswith(f"layers.{layer}.")}
+
+
+@pytest.mark.parametrize("heads, kv_heads", HEADS)
+def test_triattention(heads, kv_heads):
+    """The center in each of the places 1, 2, 4 and 8 behind the prompt's last token."""
+    found = run("triattention(budget=12,start=2,recent=3,farthest=8,weights=WEIGHTS)", 41, STEPS, heads, kv_heads)
+    centers, llama = load(trained_data("triattention", heads, kv_heads, 4))["centers"], model(heads, kv_heads, 4)
+    for layer, head in itertools.product(range(4), range(kv_heads)):
+        scores = torch.zeros(41)
+        for place in (41, 42, 44, 48):
+            tables = llama.rotary(torch.tensor([place]), 41).query
+            turned = llama.engine.rotate(centers[layer, head][None, None], *tables)[0, 0]
+            scores += found.keys(layer)[heads_of(found, head)[0], :41] @ turned / 4
+        rows = looked_once(scores, 2, 12, 3)
+        for step in range(STEPS + 1):
+            assert kept(found, layer)[step][head] == rows + list(range(41, 41 + step))
+
+
+@pytest.mark.parametrize("heads, kv_heads", HEADS)
+def test_kvzap_linear(heads, kv_heads):
+    found = run("kvzap_linear(budget=12,start=2,recent=3,weights=WEIGHTS)", 41, STEPS, heads, kv_heads)
+    for layer, head in itertools.product(range(4), range(kv_heads)):
+        features, maps = trained("kvzap_linear", found, layer)
+        rows = looked_once((features[:41] @ maps["scores"])[:, head], 2, 12, 3)
+        for step in range(STEPS + 1):
+            assert kept(found, layer)[step][head] == rows + list(range(41, 41 + step))
 
 
 @pytest.mark.parametrize("heads, kv_heads", HEADS)

@@ -111,9 +111,12 @@ def policy(name: str, settings: str) -> str:
     return f"{name}({settings.replace('WEIGHTS', weights(name, 4, 2, 4) if 'WEIGHTS' in settings else '')})"
 
 
-NONE = ("streaming_llm", "random", "quest", "mpcache_spread")  # of the prompt's attention
+NONE = ("streaming_llm", "random", "quest", "mpcache_spread", "qfilters", "triattention")  # of the prompt's attention
 LAST = ("tova", "lazyeviction", "snapkv", "pyramidkv", "mpcache")
-ALL = ("h2o", "infllm", "longcache", "mikv", "locret", "attention_gate", "head_split", "far_blocks")
+ALL = (
+    *("h2o", "infllm", "longcache", "mikv", "locret", "attention_gate", "head_split", "far_blocks"),
+    *("expected_attention", "kvzap_linear"),
+)
 
 
 def test_every_policy_says_what_it_watches():

@@ -15,7 +15,7 @@ import torch
 
 from crypten_llm.errors import UsageError
 from eviction import FULL, Policy, PolicyError
-from eviction.operations import Layer, Seen
+from eviction.operations import Layer, Seen, no_rotary
 from eviction.rows import take
 
 if TYPE_CHECKING:
@@ -252,11 +252,12 @@ class KVCache:
         kv_heads: int = 0,
         head_dim: int = 0,
         windows: Windows = (),
+        rotary: Callable = no_rotary,
     ) -> KVCache:
         """A cache that keeps everything that its layers' windows, if there are any, do not leave behind; a policy needs
-        the sizes."""
+        the sizes, and may need ``rotary`` (``Layer``)."""
         caches = [
-            LayerCache(engine, layer=Layer(i, layers, 0, heads, kv_heads, head_dim), window=window)
+            LayerCache(engine, layer=Layer(i, layers, 0, heads, kv_heads, head_dim, rotary=rotary), window=window)
             for i, window in enumerate(windows or (None,) * layers)
         ]
         for below, cache in zip(caches, caches[1:], strict=False):

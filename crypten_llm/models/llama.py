@@ -287,7 +287,8 @@ class Llama(EngineModule):
     def new_cache(self) -> KVCache:
         config = self.config
         sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        return KVCache.empty(self.engine, config.num_hidden_layers, *sizes, windows=config.windows)
+        layers, turn = config.num_hidden_layers, self._query_tables
+        return KVCache.empty(self.engine, layers, *sizes, windows=config.windows, rotary=turn)
 
     def forward(self, one_hot: Handle, cache: KVCache, last_only: bool = True, seq_len: int = 0) -> Handle:
         """Logits [T, V], or [1, V] of the last row, for one-hot rows [T, V]; their keys and values join the cache.
@@ -323,6 +324,10 @@ class Llama(EngineModule):
         if length > self.frequencies_hold:
             frequencies = rope_frequencies(self.config, length)
         return rotary_for(self.engine, rotary_tables(frequencies, positions))
+
+    def _query_tables(self, positions: torch.Tensor) -> Tables:
+        """How queries are turned at ``positions`` [T] behind a sequence that ends before the first of them."""
+        return self.rotary(positions, int(positions[0])).query
 
     def logits(self, x: Handle) -> Handle:
         with self.engine.meter.operation("final norm", "norm"):

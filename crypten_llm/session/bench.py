@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +25,16 @@ from crypten_llm.models.cache import KVCache
 from crypten_llm.models.checkpoint import expected_shapes
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.family import EMBEDDING
-from crypten_llm.models.llama import DecoderLayer, Llama, Parameters, prepare, rotary_for, rotary_tables, score_factors
+from crypten_llm.models.llama import (
+    DecoderLayer,
+    Llama,
+    Parameters,
+    Rotary,
+    prepare,
+    rotary_for,
+    rotary_tables,
+    score_factors,
+)
 from crypten_llm.models.rope import rope_frequencies
 from crypten_llm.records import Count, Tokens
 from crypten_llm.roles import OWNER
@@ -143,8 +153,7 @@ class _Built:
                 one_hot = self.engine.tokens(given, 1, self.config.vocab_size)
                 x = self.engine.embed(one_hot, self.model.embed_tokens)
         newest = torch.tensor([self.config.max_position_embeddings - 1])
-        rotary = rotary_for(self.engine, rotary_tables(rope_frequencies(self.config), newest))
-        before = None
+        rotary, before = _rotary(self.engine, self.config, newest), None
         for layer, cache in zip(self.layers, self.caches, strict=True):
             used = cache if grows else cache.copy(before)
             used.slide()
@@ -180,7 +189,8 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     model = Llama(engine, config, handles) if shape.vocab else None
     layers = model.blocks if model is not None else _layers(engine, config, handles)
-    cache = KVCache.empty(engine, len(layers), heads, kv_heads, dim)
+    tables = partial(_rotary, engine, config)
+    cache = KVCache.empty(engine, len(layers), heads, kv_heads, dim, rotary=lambda places: tables(places).query)
     cache.follow(parse_policy(shape.policy), shape.kv_len)
     for i, layer in enumerate(cache.layers):
         for part in layer.parts:
@@ -193,6 +203,10 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
                 part.show_last(attended(FIRST_QUERY + i, query, query_factor))
     cache.end_prompt()
     return _Built(engine, config, layers, cache.layers, model)
+
+
+def _rotary(engine: Engine, config: LlamaConfig, places: torch.Tensor) -> Rotary:
+    return rotary_for(engine, rotary_tables(rope_frequencies(config), places))
 
 
 def _layers(engine: Engine, config: LlamaConfig, handles: dict[str, Handle]) -> list[DecoderLayer]:

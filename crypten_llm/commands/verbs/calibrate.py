@@ -8,6 +8,13 @@ from crypten_llm.session.settings import DEFAULT_ENGINE, DEFAULT_PRECISION_BITS,
 
 HELP = "measure a model of your own, in the clear and alone, beside the ranges in which an engine is right"
 
+OUTPUTS = {  # files for policies
+    "heads": "which kv heads look far, for --policy head_split",
+    "filters": "the main direction of each kv head's queries, for --policy qfilters",
+    "centers": "the mean of each kv head's queries, for --policy triattention",
+    "scores": "linear scores that say which tokens will be looked at, for --policy kvzap_linear",
+}
+
 
 def options(parser: Parser) -> None:
     parser.add_model()
@@ -17,8 +24,9 @@ def options(parser: Parser) -> None:
     add("--precision-bits", type=int, default=DEFAULT_PRECISION_BITS, metavar="F", help=bits)
     what = "text like what clients ask, measured to its end (default: the beginning of some prose)"
     add("--calibration-text", default="", metavar="FILE", help=what)
-    what = "where to write which kv heads look far, for --policy head_split (--policy-weights FILE at every party)"
-    add("--heads-out", default="", metavar="FILE", help=what)
+    for name, what in OUTPUTS.items():
+        what = f"where to write {what} (--policy-weights FILE at every party)"
+        add(f"--{name}-out", default="", metavar="FILE", help=what)
     parser.add_json()
     parser.add_offline_and_verbose()
 
@@ -27,7 +35,7 @@ def run(arguments: Any) -> None:
     protocol = ProtocolConfig(engine=arguments.engine, precision_bits=arguments.precision_bits)
     if not protocol.is_private:
         raise UsageError("engine 'plain' has no range that a model could leave; choose --engine wire or crypten")
-    from crypten_llm.commands.calibrate import calibrate
+    from crypten_llm.commands.calibrate import Outputs, calibrate
     from crypten_llm.models import checkpoint
 
     calibrate(
@@ -35,5 +43,5 @@ def run(arguments: Any) -> None:
         protocol,
         arguments.calibration_text,
         arguments.json,
-        arguments.heads_out,
+        Outputs(**{name: getattr(arguments, f"{name}_out") for name in OUTPUTS}),
     )

@@ -14,7 +14,7 @@ class PlainSelection:
     device: torch.device
 
     def public(self, value: torch.Tensor) -> torch.Tensor:
-        return value.float().to(self.device)
+        return value.to(self.device)
 
     def scale(self, x: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
         return x * (factor.to(self.device) if isinstance(factor, torch.Tensor) else factor)
