@@ -45,7 +45,7 @@ class Stream:
             raise ValueError(f"a stream's key has {KEY_BYTES} bytes, not {len(key)}")
         self.device = torch.device(device)
         self._bytes = ring.on(device).KeyStream(key)
-        self._kept = torch.empty(0, dtype=torch.int64)  # words of key stream for small draws
+        self._kept = torch.empty(0, dtype=torch.int64, device=self.device)  # words of key stream for small draws
         self._used = 0  # of those
         self._owned = Owned()
         self.position = 0

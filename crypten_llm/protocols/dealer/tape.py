@@ -300,8 +300,8 @@ class Tape:
         return self._ahead[start : start + count]
 
     def _read_ahead(self, least: int) -> None:
-        """The next bytes of the section, in new memory: what was read before belongs to those who read it. In the file
-        they become zeros, which the disk has at the latest when the tape is closed.
+        """The next bytes of the section, in new memory of this party's device: what was read before belongs to those
+        who read it. In the file they become zeros, which the disk has at the latest when the tape is closed.
         """
         left = self._ahead[self._used :]
         count, place = max(least, min(AHEAD, self._stop - self._position)) - left.numel(), self._position + left.numel()
@@ -312,7 +312,7 @@ class Tape:
             raise _damaged(self.path)
         for start in range(0, fresh.numel(), _PIECE):
             os.pwrite(self._fd, memoryview(_ZEROS)[: fresh.numel() - start], place + start)
-        read = self._cipher.apply(fresh)
+        read = self._transport.staging.to_device(self._cipher.apply(fresh))
         self._ahead = torch.cat([left, read]) if left.numel() else read
 
     def end(self) -> None:
