@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_twins import EDGES, both, layouts, poison, same, table_words, words
+from kernel_twins import EDGES, both, layouts, same, table_words, words
 
 from crypten_llm.kernels import cpu, cuda, reference, ring
 from crypten_llm.kernels.integers import as_words, signed
