@@ -50,7 +50,7 @@ def run(timeout: float) -> bool:
         "packages": _packages,
         "CrypTen import": _crypten,
         "cores and memory": _machine,
-        "AES key stream": _randomness,
+        "key stream": _randomness,
         "shipped model": _shipped,
         "engine crypten": lambda: _inference("crypten", timeout),
         "engine wire": lambda: _inference("wire", timeout),
@@ -87,7 +87,7 @@ def _crypten() -> Any:
     from crypten_llm.compat import import_crypten
 
     crypten = import_crypten()
-    return f"{crypten.__version__}, provider {crypten.cfg.mpc.provider}, randomness replaced by AES-256-CTR"
+    return f"{crypten.__version__}, provider {crypten.cfg.mpc.provider}, randomness replaced by ChaCha20"
 
 
 def _machine() -> Any:
