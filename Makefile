@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install real demo demo-real test test-slow lint clean
+.PHONY: install real demo demo-real test test-slow test-cuda lint clean
 
 install: $(READY)
 
@@ -35,6 +35,10 @@ test: real
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with a GPU; elsewhere these tests are skipped, and say so.
+test-cuda: $(READY)
+	$(BIN)/python -m pytest tests/test_cuda.py
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -1,7 +1,7 @@
 """Kernels for device cuda (signatures and meanings: ``kernels.ring``).
 
-Owns which implementation does what. Those in torch's own operations run on tensors of any device, and are held against
-their twins on processors.
+Owns which implementation does what. All are in torch's own operations, run on tensors of any device, and are held
+against their twins on processors; on a GPU some of them give way (``launched``).
 """
 
 import torch
@@ -24,6 +24,8 @@ DEVICE = "cuda"  # where key streams are made: the process's current one (torch.
 class KeyStream:
     """ChaCha20 under ``key``, 32 bytes, made on the current CUDA device. Its position only moves forward."""
 
+    _blocks = staticmethod(cuda_streams.stream)
+
     def __init__(self, key: bytes) -> None:
         self._key = torch.frombuffer(bytearray(key), dtype=torch.int32).to(DEVICE)
         self._position = 0
@@ -32,7 +34,7 @@ class KeyStream:
         first, skipped = divmod(self._position, cuda_streams.BYTES)
         self._position += count
         blocks = -(-(skipped + count) // cuda_streams.BYTES)
-        made = cuda_streams.stream(self._key, first, blocks)[skipped : skipped + count]
+        made = self._blocks(self._key, first, blocks)[skipped : skipped + count]
         return made if over is None else made ^ over
 
 
