@@ -56,6 +56,29 @@ def test_what_lies_on_the_disk_is_encrypted_and_then_zero(folder):
         assert after[stop:] == before[stop:], "what was not used is encrypted still, under a key that is gone"
 
 
+def test_a_section_that_has_ended_is_zeros(folder):
+    """What overwrites it works beside the reader, and has done so when the section ends."""
+    mine = open_tape(folder, CLIENT)
+    start, stop = mine._sections["one"]
+    mine.begin("one")
+    mine.read(stop - start)
+    mine.end()
+    assert not any(mine.path.read_bytes()[start:stop])
+
+
+def test_a_disk_that_cannot_be_overwritten_ends_the_run(folder, monkeypatch):
+    mine = open_tape(folder, CLIENT)
+    mine.begin("one")
+
+    def full(fd, data, place):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    mine.read(8)
+    with pytest.raises(UsageError, match="cannot overwrite what was read .* No space left"):
+        mine.end()
+
+
 def test_pieces_that_cross_what_is_read_ahead_are_decrypted_in_order(tmp_path):
     """Many sizes, none a multiple of another's; the file holds none of them."""
     sizes = [1, 8, 300_001, 17, 262_144, 5]

@@ -150,12 +150,12 @@ def predict(
 
 
 @torch.inference_mode()
-def count_bench(shape: bench.Shape) -> Cost:
+def count_bench(shape: bench.Shape, machine: Machine = Machine()) -> Cost:
     """What ``bench`` of this shape counts, in all its steps."""
     links = Links()
     there: Any = links  # stands for a transport
     bench.run(Party(CostEngine(links), there, compute_parties=2), shape)
-    entries = _entries(links, Machine(), None)
+    entries = _entries(links, machine, None)
     return Cost(entries, len(entries))
 
 

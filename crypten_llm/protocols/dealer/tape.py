@@ -13,6 +13,7 @@ import hashlib
 import os
 import time
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +180,9 @@ class Tape:
             raise UsageError(
                 f"cannot burn the tape {self.path}: {error.strerror}; it must be writable, as it is used once"
             ) from None
-        self.close = weakref.finalize(self, _leave, self._fd)
+        self._eraser = ThreadPoolExecutor(1, thread_name_prefix="eraser")  # beside the work
+        self._erased: Future[None] | None = None  # the last that was asked of it
+        self.close = weakref.finalize(self, _leave, self._fd, self._eraser)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -310,13 +313,25 @@ class Tape:
         fresh = self._piece[:count]
         if os.preadv(self._fd, [bytes_of(fresh)], place) != fresh.numel():
             raise _damaged(self.path)
-        for start in range(0, fresh.numel(), _PIECE):
-            os.pwrite(self._fd, memoryview(_ZEROS)[: fresh.numel() - start], place + start)
+        self._wait_for_eraser()
+        self._erased = self._eraser.submit(_erase, self._fd, place, fresh.numel())
         read = self._cipher.apply(fresh)
         self._ahead = torch.cat([left, read]) if left.numel() else read
 
+    def _wait_for_eraser(self) -> None:
+        if self._erased is None:
+            return
+        try:
+            self._erased.result()
+        except OSError as error:
+            raise UsageError(
+                f"cannot overwrite what was read of the tape {self.path}: {error.strerror}; its key is gone, so that "
+                "nobody can read the rest: deal another tape to another disk"
+            ) from None
+
     def end(self) -> None:
-        """Raises OneTimeError where the section has more."""
+        """All that was read of the section is zeros in the file now. Raises OneTimeError where the section has more."""
+        self._wait_for_eraser()
         if self._position != self._stop:
             raise OneTimeError("the program needed less than this section of the tape holds")
 
@@ -330,8 +345,14 @@ class Tape:
         self._burned = True
 
 
-def _leave(fd: int) -> None:
+def _erase(fd: int, place: int, count: int) -> None:
+    for start in range(0, count, _PIECE):
+        os.pwrite(fd, memoryview(_ZEROS)[: count - start], place + start)
+
+
+def _leave(fd: int, eraser: ThreadPoolExecutor) -> None:
     """Returns when the disk has the zeros of all that was read."""
+    eraser.shutdown()
     try:
         os.fdatasync(fd)
     finally:
