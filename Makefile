@@ -36,9 +36,8 @@ test: real
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# On a machine with a GPU; elsewhere these tests are skipped, and say so.
 test-cuda: $(READY)
-	$(BIN)/python -m pytest tests/test_cuda.py
+	$(BIN)/python -m pytest -m cuda
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

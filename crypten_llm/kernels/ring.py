@@ -385,14 +385,14 @@ def key_sizes(comparison: Comparison, count: int) -> list[tuple[tuple[int, ...],
 
 
 def on(device: torch.device | str) -> Kernels:
-    """The kernels of a device. Those of a GPU in torch's own operations, where there is none to launch others on."""
+    """The kernels of a device."""
     kind = torch.device(device).type
     if kind == "cpu":
-        from crypten_llm.kernels import cpu as found
-    elif kind == "cuda" and torch.cuda.is_available():
-        from crypten_llm.kernels import launched as found  # type: ignore[no-redef]
-    elif kind == "cuda":
-        from crypten_llm.kernels import cuda as found  # type: ignore[no-redef]
-    else:
-        raise ValueError(f"there are no kernels for device {kind!r}; use 'cpu' or 'cuda'")
-    return found
+        from crypten_llm.kernels import cpu
+
+        return cpu
+    if kind == "cuda":
+        from crypten_llm.kernels import cuda
+
+        return cuda
+    raise ValueError(f"there are no kernels for device {kind!r}; use 'cpu' or 'cuda'")
