@@ -12,25 +12,11 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.kernels.cuda_limbs import LOW, cut, listed, minus, pack_rows, plus, unpack_rows, word
-from crypten_llm.kernels.cuda_streams import SHORT_KEY, blocks, constants, halves
+from crypten_llm.kernels.cuda_streams import words_of
 from crypten_llm.kernels.ring import Comparison, Group
 
 SEEDS = 4  # words of both children's seeds
-BLOCK = 8  # words of 64 bits
 BITS = 30  # sums of numbers modulo q are below 2^30 on the way, and above -2^30
-
-
-def words_of(seeds: Tensor, many: int) -> Tensor:
-    """At least the first ``many`` words that seeds [..., 2] make: [W, ...]."""
-    flat = seeds.reshape(-1, 2)
-    count, device = flat.shape[0], flat.device
-    key = torch.stack([half for limb in flat.unbind(-1) for half in halves(limb)])
-    found = []
-    for counter in range(-(-many // BLOCK)):
-        state = [constants(SHORT_KEY, count, device), key, key, constants([counter, 0, 0, 0], count, device)]
-        made = blocks(torch.cat(state)).long()
-        found.append((made[::2] & LOW) | (made[1::2] << 32))
-    return torch.cat(found).view(-1, *seeds.shape[:-1])
 
 
 # Numbers of a group.
