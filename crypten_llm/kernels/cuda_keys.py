@@ -128,7 +128,7 @@ def compare_keys(comparison: Comparison, mask: Tensor, payload: Tensor, seed0: T
     ):
         if rows:
             numbers = torch.stack(rows, 1)
-            parts.append(pack_rows(numbers.reshape(shape[0], -1, numbers.shape[-1]), bits))
+            parts.append(pack_rows(numbers.flatten(1, -2), bits))
         else:
             parts.append(torch.empty(shape, dtype=dtype, device=mask.device))
     return parts
