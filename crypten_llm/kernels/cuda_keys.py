@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
+from crypten_llm.kernels.cuda_choice import hot
 from crypten_llm.kernels.cuda_limbs import LOW, cut, listed, minus, pack_rows, plus, unpack_rows, word
 from crypten_llm.kernels.cuda_streams import words_of
 from crypten_llm.kernels.ring import Comparison, Group
@@ -163,9 +164,31 @@ def compare(
     )
     flags = unpack_rows(packed_flags, 2, levels).view(count, levels, 1)
     points = minus([x[:, None] for x in listed(opened, ring.limbs(width))], list(thresholds))
+    total = walked(seed, points, ends, [cw_seeds, values, leaves, flags], party, width, group)
+    if party:
+        total = _less(torch.zeros_like(total), total)
+    top = _bit(points, width - 1)[..., None, None] != 0
+    total = torch.where(top, _less(payload[:, None].expand_as(total), total), total)
+    return reduced(total, group)[:, places]
+
+
+@hot("triton_keys")
+def walked(
+    seed: Tensor,
+    points: list[Tensor],
+    ends: tuple[int, ...],
+    of_keys: list[Tensor],
+    party: int,
+    width: int,
+    group: Group,
+) -> Tensor:
+    """A party's sums [N, K, count, limbs], before their sign, of what nodes give on the way to points [N, K], limb by
+    limb, each to the level at which it ends, the last first. of_keys: what ``key_sizes`` says, not packed.
+    """
+    (cw_seeds, values, leaves, flags), (count, many) = of_keys, points[0].shape
     s = torch.stack([seed[:, 0] & ~1, seed[:, 1]], -1)[:, None].expand(count, many, 2)
-    t = torch.full((count, many), int(party), dtype=torch.int64, device=opened.device)
-    sums = torch.zeros((count, many, group.count, group.limbs), dtype=torch.int64, device=opened.device)
+    t = torch.full((count, many), int(party), dtype=torch.int64, device=seed.device)
+    sums = torch.zeros((count, many, group.count, group.limbs), dtype=torch.int64, device=seed.device)
     slot, found = 0, list[Tensor]()
     for level in range(ends[0] + 1):
         words = words_of(s, SEEDS + 3 * group.count * group.limbs)
@@ -182,9 +205,4 @@ def compare(
         side = torch.where(bit[..., None, None] != 0, right[:, :going], left[:, :going])
         sums = _plus(sums, _plus(side, _where(t, values[:, level])))
         s, t = _child(words, bit, cw_seeds[:, level, None], flags[:, level], t)
-    total = torch.cat(found, 1)
-    if party:
-        total = _less(torch.zeros_like(total), total)
-    top = _bit(points, width - 1)[..., None, None] != 0
-    total = torch.where(top, _less(payload[:, None].expand_as(total), total), total)
-    return reduced(total, group)[:, places]
+    return torch.cat(found, 1)
