@@ -6,11 +6,6 @@ processor, is in torch's own operations, which run on any device: so they are he
 there is no GPU.
 """
 
-from collections.abc import Callable
-from functools import wraps
-from importlib import import_module
-from typing import Any, TypeVar, cast
-
 import torch
 from torch import Tensor
 
@@ -28,33 +23,6 @@ from crypten_llm.kernels import (
 DEVICE = "cuda"  # where key streams are made: the process's current one (torch.cuda.set_device)
 
 
-Kernel = TypeVar("Kernel", bound=Callable)
-
-
-def _triton(name: str) -> Any:
-    """A module of Triton's programs, which is imported when a tensor on a GPU comes for the first time."""
-    try:
-        return import_module(f"crypten_llm.kernels.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise RuntimeError("device cuda needs Triton, which torch for CUDA brings: pip install triton") from error
-
-
-def _hot(module: str, in_torch: Kernel, place: int = 0) -> Kernel:
-    """The program of the same name in a module where the argument at ``place`` is on a GPU, else torch's operations."""
-
-    @wraps(in_torch)
-    def kernel(*given: Any) -> Any:
-        chosen = getattr(_triton(module), in_torch.__name__) if given[place].is_cuda else in_torch
-        return chosen(*given)
-
-    return cast(Kernel, kernel)
-
-
-_stream = _hot("triton_chacha", cuda_streams.stream)
-
-
 class KeyStream:
     """ChaCha20 under ``key``, 32 bytes, made on the current CUDA device. Its position only moves forward."""
 
@@ -66,18 +34,18 @@ class KeyStream:
         first, skipped = divmod(self._position, cuda_streams.BYTES)
         self._position += count
         blocks = -(-(skipped + count) // cuda_streams.BYTES)
-        made = _stream(self._key, first, blocks)[skipped : skipped + count]
+        made = cuda_streams.stream(self._key, first, blocks)[skipped : skipped + count]
         return made if over is None else made ^ over
 
 
-matmul_nt = _hot("triton_products", cuda_products.matmul_nt)
-matmul_nn = _hot("triton_products", cuda_products.matmul_nn)
-pack, unpack = _hot("triton_words", cuda_limbs.pack), _hot("triton_words", cuda_limbs.unpack)
-hide, show = _hot("triton_words", cuda_limbs.hide), _hot("triton_words", cuda_limbs.show)
-unwrap = _hot("triton_words", cuda_limbs.unwrap)
-waves, combine = _hot("triton_waves", cuda_waves.waves), _hot("triton_waves", cuda_waves.combine)
-coefficients = _hot("triton_waves", cuda_waves.coefficients)
-cosines, add_cosines = _hot("triton_waves", cuda_waves.cosines), _hot("triton_waves", cuda_waves.add_cosines)
+matmul_nt = cuda_products.matmul_nt
+matmul_nn = cuda_products.matmul_nn
+pack, unpack = cuda_limbs.pack, cuda_limbs.unpack
+hide, show = cuda_limbs.hide, cuda_limbs.show
+unwrap = cuda_limbs.unwrap
+waves, combine = cuda_waves.waves, cuda_waves.combine
+coefficients = cuda_waves.coefficients
+cosines, add_cosines = cuda_waves.cosines, cuda_waves.add_cosines
 hide_wide, show_wide = cuda_limbs.hide_wide, cuda_limbs.show_wide
 reduce_wide, widen = cuda_limbs.reduce_wide, cuda_limbs.widen
 add_wide, subtract_wide = cuda_limbs.add_wide, cuda_limbs.subtract_wide
@@ -95,5 +63,4 @@ multiply_field = cuda_tables.multiply_field
 turn_table, read_table = cuda_tables.turn_table, cuda_tables.read_table
 turn_signs, read_signs = cuda_tables.turn_signs, cuda_tables.read_signs
 turn_bits, read_bits = cuda_tables.turn_bits, cuda_tables.read_bits
-compare_keys = _hot("triton_keys", cuda_keys.compare_keys, 1)
-compare = _hot("triton_keys", cuda_keys.compare, 1)
+compare_keys, compare = cuda_keys.compare_keys, cuda_keys.compare

@@ -11,26 +11,13 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
+from crypten_llm.kernels.cuda_choice import hot
 from crypten_llm.kernels.cuda_limbs import LOW, cut, listed, minus, pack_rows, plus, unpack_rows, word
-from crypten_llm.kernels.cuda_streams import SHORT_KEY, blocks, constants, halves
+from crypten_llm.kernels.cuda_streams import words_of
 from crypten_llm.kernels.ring import Comparison, Group
 
 SEEDS = 4  # words of both children's seeds
-BLOCK = 8  # words of 64 bits
 BITS = 30  # sums of numbers modulo q are below 2^30 on the way, and above -2^30
-
-
-def words_of(seeds: Tensor, many: int) -> Tensor:
-    """At least the first ``many`` words that seeds [..., 2] make: [W, ...]."""
-    flat = seeds.reshape(-1, 2)
-    count, device = flat.shape[0], flat.device
-    key = torch.stack([half for limb in flat.unbind(-1) for half in halves(limb)])
-    found = []
-    for counter in range(-(-many // BLOCK)):
-        state = [constants(SHORT_KEY, count, device), key, key, constants([counter, 0, 0, 0], count, device)]
-        made = blocks(torch.cat(state)).long()
-        found.append((made[::2] & LOW) | (made[1::2] << 32))
-    return torch.cat(found).view(-1, *seeds.shape[:-1])
 
 
 # Numbers of a group.
@@ -104,6 +91,7 @@ def _bit(limbs: list[Tensor], place: int) -> Tensor:
     return (limbs[place >> 6] >> (place & 63)) & 1
 
 
+@hot("triton_keys", 1)
 def compare_keys(comparison: Comparison, mask: Tensor, payload: Tensor, seed0: Tensor, seed1: Tensor) -> list[Tensor]:
     group, width, levels = comparison.group, comparison.width, comparison.levels
     masks, stops = list(mask.unbind(-1)), {width - 1 - stop for stop in comparison.leaves}
@@ -142,7 +130,7 @@ def compare_keys(comparison: Comparison, mask: Tensor, payload: Tensor, seed0: T
     ):
         if rows:
             numbers = torch.stack(rows, 1)
-            parts.append(pack_rows(numbers.reshape(shape[0], -1, numbers.shape[-1]), bits))
+            parts.append(pack_rows(numbers.flatten(1, -2), bits))
         else:
             parts.append(torch.empty(shape, dtype=dtype, device=mask.device))
     return parts
@@ -162,6 +150,7 @@ def _thresholds(comparison: Comparison, device: torch.device) -> tuple[Tensor, t
     )
 
 
+@hot("triton_keys", 1)
 def compare(
     comparison: Comparison, seed: Tensor, common: list[Tensor], party: int, opened: Tensor, payload: Tensor
 ) -> Tensor:

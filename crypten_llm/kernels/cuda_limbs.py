@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
+from crypten_llm.kernels.cuda_choice import hot
 
 HALF, LOW = 32, 2**32 - 1
 Limbs = list[Tensor]
@@ -142,6 +143,7 @@ def _digits(limbs: Limbs) -> Tensor:
 # What travels. The lowest bit comes first; rows of numbers, each in bytes of its own.
 
 
+@hot("triton_words")
 def pack_rows(numbers: Tensor, bits: int) -> Tensor:
     """Numbers, limbs [R, M, L], as bytes [R, ceil(M bits / 8)]: each word takes what it has of the number that is there
     when it begins, and then of those that begin in it.
@@ -162,6 +164,7 @@ def pack_rows(numbers: Tensor, bits: int) -> Tensor:
     return out.view(torch.uint8)[:, :size].contiguous()
 
 
+@hot("triton_words")
 def unpack_rows(data: Tensor, bits: int, many: int) -> Tensor:
     """The inverse: bytes [R, ...] to limbs [R, M, L]."""
     rows, count = data.shape[0], ring.limbs(bits)
@@ -176,6 +179,7 @@ def unpack_rows(data: Tensor, bits: int, many: int) -> Tensor:
     return out
 
 
+@hot("triton_words")
 def pack(words: Tensor, bits: int) -> Tensor:
     flat = words.reshape(1, -1, words.shape[-1]) if bits > 64 else words.reshape(1, -1, 1)
     if bits % 8 == 0 and flat.shape[-1] * 64 >= bits:
@@ -183,6 +187,7 @@ def pack(words: Tensor, bits: int) -> Tensor:
     return pack_rows(flat, bits).view(-1)
 
 
+@hot("triton_words")
 def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     count, whole = ring.limbs(bits), tuple(shape) + ((ring.limbs(bits),) if bits > 64 else ())
     if bits % 64 == 0 and data.storage_offset() % 8 == 0:
@@ -197,15 +202,18 @@ def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
 CONTIGUOUS = torch.contiguous_format
 
 
+@hot("triton_words")
 def hide(share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:
     value = ring.low_bits(share.reshape(-1) + mask.reshape(-1) + word(offset), bits)
     return value, pack(value, bits)
 
 
+@hot("triton_words")
 def show(value: Tensor, packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     return ring.low_bits(value + unpack(packed, bits, (value.numel(),)), bits).view(tuple(shape))
 
 
+@hot("triton_words")
 def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return opened - (1 << (bits - 2)), (1 - ring.top_bit(opened, bits)) << bits
 

@@ -7,14 +7,18 @@ that a sum of their products is a whole number that a double holds, whatever the
 import torch
 from torch import Tensor
 
+from crypten_llm.kernels.cuda_choice import hot
+
 _EXACT = 53  # bits of a double's whole numbers
 _DEPTH = 1 << 13  # terms of a sum at a time
 
 
+@hot("triton_products")
 def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
     return matmul_nn(x, w.transpose(-2, -1))
 
 
+@hot("triton_products")
 def matmul_nn(x: Tensor, w: Tensor) -> Tensor:
     assert x.shape[:-2] == w.shape[:-2], f"batches {tuple(x.shape)} and {tuple(w.shape)} differ"
     depth = x.shape[-1]

@@ -7,8 +7,11 @@ of the state are one tensor, so that four quarter rounds are one.
 import torch
 from torch import Tensor
 
+from crypten_llm.kernels.cuda_choice import hot
+
 WORDS = 16  # of 32 bits in a block
 BYTES = 4 * WORDS
+LONG = WORDS // 2  # of 64 bits
 LONG_KEY, SHORT_KEY = (  # the constants of keys of 256 and of 128 bits, as Bernstein gives them
     [int.from_bytes(text[i : i + 4], "little") for i in range(0, 16, 4)]
     for text in (b"expand 32-byte k", b"expand 16-byte k")
@@ -55,6 +58,7 @@ def constants(values: list[int], count: int, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)[:, None].expand(-1, count)
 
 
+@hot("triton_chacha")
 def stream(key: Tensor, first: int, count: int) -> Tensor:
     """Bytes of ``count`` blocks from block ``first`` on: uint8. key: int32 [8].
 
@@ -70,3 +74,17 @@ def stream(key: Tensor, first: int, count: int) -> Tensor:
         ]
     )
     return blocks(state).T.contiguous().view(torch.uint8).view(-1)
+
+
+@hot("triton_chacha")
+def words_of(seeds: Tensor, many: int) -> Tensor:
+    """At least the first ``many`` words that seeds [..., 2] make: [W, ...]."""
+    flat = seeds.reshape(-1, 2)
+    count, device = flat.shape[0], flat.device
+    key = torch.stack([half for limb in flat.unbind(-1) for half in halves(limb)])
+    found = []
+    for counter in range(-(-many // LONG)):
+        state = [constants(SHORT_KEY, count, device), key, key, constants([counter, 0, 0, 0], count, device)]
+        made = blocks(torch.cat(state)).long()
+        found.append((made[::2] & 0xFFFFFFFF) | (made[1::2] << 32))
+    return torch.cat(found).view(len(found) * LONG, *seeds.shape[:-1])

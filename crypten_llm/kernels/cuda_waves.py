@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from crypten_llm.kernels.cuda_choice import hot
 from crypten_llm.kernels.cuda_limbs import word
 
 UNIT = 2 * math.pi / 2.0**64
@@ -69,6 +70,7 @@ def _whole(mask: Tensor, constant: int) -> Tensor:
     return torch.full((mask.numel(),), word(constant), dtype=torch.int64, device=mask.device)
 
 
+@hot("triton_waves")
 def waves(mask: Tensor, shift: int, scale: float, modes: int) -> Tensor:
     out = torch.empty((2 * modes, mask.numel()), dtype=torch.int64, device=mask.device)
     for j, (c, s) in enumerate(_multiples(mask, shift, modes)):
@@ -76,6 +78,7 @@ def waves(mask: Tensor, shift: int, scale: float, modes: int) -> Tensor:
     return out
 
 
+@hot("triton_waves")
 def combine(
     opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor, shares: Tensor, constant: int
 ) -> Tensor:
@@ -85,6 +88,7 @@ def combine(
     return total
 
 
+@hot("triton_waves")
 def coefficients(opened: Tensor, shift: int, scale: float, cosine: Tensor, sine: Tensor) -> Tensor:
     modes = len(cosine)
     out = torch.empty((2 * modes, opened.numel()), dtype=torch.int64, device=opened.device)
@@ -109,10 +113,12 @@ def _turned(m: Tensor, shift: int, frequencies: Tensor, scales: Tensor) -> tuple
     return _rounded(factors * c), _rounded(factors * s)
 
 
+@hot("triton_waves")
 def cosines(mask: Tensor, shift: int, frequencies: Tensor, scales: Tensor) -> Tensor:
     return torch.stack(_turned(mask, shift, frequencies, scales), 1)
 
 
+@hot("triton_waves")
 def add_cosines(
     opened: Tensor, shift: int, frequencies: Tensor, coefficients: Tensor, ups: Tensor, shares: Tensor, constant: int
 ) -> Tensor:

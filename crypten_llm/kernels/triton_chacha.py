@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crypten_llm.kernels.cuda_streams import BYTES
+from crypten_llm.kernels.cuda_streams import BYTES, LONG
 
 _BLOCKS = 128  # of a program
 
@@ -76,6 +76,32 @@ def _stream(key, out, first, blocks, B: tl.constexpr):
     words = tl.reshape(tl.join(even, odd), (B, 16))
     to = out + place[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(to, words, (place < blocks)[:, None])
+
+
+@triton.jit(do_not_specialize=["many", "counter"])
+def _words(seeds, out, many, counter, B: tl.constexpr):
+    """Eight words of 64 bits for each seed, of which all words are a row of ``out``; a seed is a key, twice."""
+    at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    ok = at < many
+    low, high = tl.load(seeds + 2 * at, ok, 0), tl.load(seeds + 2 * at + 1, ok, 0)
+    k0, k1 = low.to(tl.uint32), (low >> 32).to(tl.uint32)
+    k2, k3 = high.to(tl.uint32), (high >> 32).to(tl.uint32)
+    second, third = tl.full((), ND_1, tl.uint32), tl.full((), SIX_BY, tl.uint32)
+    x = block(second, third, k0, k1, k2, k3, k0, k1, k2, k3, k0 * 0 + counter.to(tl.uint32), k0 * 0)
+    for j in tl.static_range(8):
+        word = x[2 * j].to(tl.int64) | (x[2 * j + 1].to(tl.int64) << 32)
+        tl.store(out + j * many.to(tl.int64) + at, word, ok)
+
+
+def words_of(seeds: Tensor, many: int) -> Tensor:
+    """At least the first ``many`` words that seeds [..., 2] make: [W, ...]."""
+    flat = seeds.reshape(-1, 2).contiguous()
+    count, blocks = flat.shape[0], -(-many // LONG)
+    out = torch.empty((blocks, LONG, count), dtype=torch.int64, device=flat.device)
+    if count:
+        for counter in range(blocks):
+            _words[(triton.cdiv(count, 32),)](flat, out[counter], count, counter, 32, num_warps=1)
+    return out.view(blocks * LONG, *seeds.shape[:-1])
 
 
 def stream(key: Tensor, first: int, count: int) -> Tensor:
