@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install real demo demo-real serve-demo test test-slow lint clean
+.PHONY: install real demo demo-real serve-demo test test-slow test-cuda lint clean
 
 install: $(READY)
 
@@ -38,6 +38,9 @@ test: real
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-cuda: $(READY)
+	$(BIN)/python -m pytest -m cuda
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -2,7 +2,8 @@
 
 Owns the comparison of devices. ``both`` calls a kernel and its twin in ``reference``. Every time it also shows that
 what the kernel was given is left as it was, that the result has memory of its own, and that nothing of what was in that
-memory before is left in it. A device of one's own goes through the same tests: give ``both`` its module.
+memory before is left in it. Kernels of device cuda are called with tensors of the processor, for which they have
+torch's own operations. A device of one's own goes through the same tests: give ``both`` its module.
 """
 
 import copy
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from crypten_llm.kernels import cpu, reference, ring
+from crypten_llm.kernels import cpu, cuda, reference, ring
 from crypten_llm.kernels.integers import wide
 
 EDGES = [0, 1, -1, 2**63 - 1, -(2**63), 2**62, 0x0123456789ABCDEF]
@@ -146,15 +147,16 @@ def called(kernels, name, arguments):
     return result
 
 
-def both(name, *arguments, kernels=cpu):
+def both(name, *arguments, kernels=(cpu, cuda)):
     """The result of ``reference``, which ``kernels`` give too, whatever was in their memory before."""
     expected = called(reference, name, arguments)
-    found = [called(kernels, name, arguments)]  # compiled before memory is poisoned
-    for byte in (0x5A, 0xFF):
-        with pytest.MonkeyPatch.context() as patched:
-            poison(patched, byte)
-            found.append(called(kernels, name, arguments))
-    for result in found:
-        pairs = zip(tensors(result), tensors(expected), strict=True)
-        assert all(same(*pair) for pair in pairs), f"{name} differs from its twin"
+    for module in kernels:
+        found = [called(module, name, arguments)] if module is cpu else []  # compiled before memory is poisoned
+        for byte in (0x5A, 0xFF) if module is not cuda else (0x5A,):
+            with pytest.MonkeyPatch.context() as patched:
+                poison(patched, byte)
+                found.append(called(module, name, arguments))
+        for result in found:
+            pairs = zip(tensors(result), tensors(expected), strict=True)
+            assert all(same(*pair) for pair in pairs), f"{name} differs from its twin"
     return expected

@@ -8,6 +8,7 @@ import torch
 
 from crypten_llm.errors import CryptenLLMError
 from crypten_llm.links.meter import Meter
+from crypten_llm.links.staging import Staging
 from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.manifest import NAMES, make_manifest
@@ -48,7 +49,9 @@ def record(out, plan=PLAN, requests=2, progress=lambda count: None, program=prog
 
 
 def links_of(rank):
-    return SimpleNamespace(rank=rank, meter=Meter(), name=lambda peer: f"rank {peer} ({NAMES[peer]})")
+    return SimpleNamespace(
+        rank=rank, meter=Meter(), staging=Staging(), name=lambda peer: f"rank {peer} ({NAMES[peer]})"
+    )
 
 
 def open_tape(path, party, is_local=True, signers=()):

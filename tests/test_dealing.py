@@ -6,6 +6,7 @@ And what is dealt: shares of any width that add up, in as many bytes as their bi
 import math
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from wire_parties import key, run
 from crypten_llm.errors import OneTimeError, PartyError
 from crypten_llm.kernels.ring import TABLE_WORDS, low_bits
 from crypten_llm.links.meter import Meter
+from crypten_llm.links.staging import Staging
 from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer import material, randomness
 from crypten_llm.protocols.dealer.counting import Counting
@@ -116,7 +118,7 @@ def test_a_dealer_alone_makes_what_a_live_one_sends(tmp_path):
     live = run(mixed, 2, seed=3, section="test")
     sizes = Sizes()
     manifest = make_manifest({}, {}, "generate", {}, 1)
-    links = type("Links", (), {"rank": DEALER, "meter": Meter(), "passed": lambda self, pieces: None})()
+    links = SimpleNamespace(rank=DEALER, meter=Meter(), staging=Staging(), passed=lambda pieces: None)
 
     def dealt_by(runtime):
         runtime.begin("test")
@@ -166,6 +168,8 @@ def test_ends_wait_until_all_has_left():
     """After a section its links are free for other messages."""
 
     class Slow:
+        staging = Staging()
+
         def __init__(self):
             self.sent = 0
 

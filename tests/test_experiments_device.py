@@ -6,8 +6,11 @@ from policy_table import ROWS
 from second_device import DEVICE, SecondDevice, is_there
 
 from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.engines.wire import places
 from crypten_llm.errors import UsageError
+from crypten_llm.kernels import ring
 from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.settings import split
 from experiments import compare_baselines
 from experiments.baselines import cells
 from experiments.baselines.config import Ablation, Config
@@ -71,10 +74,10 @@ def test_a_device_that_there_is_not(device):
         PrivateLlama.from_pretrained("shipped", engine="plain", device=device)
 
 
-def test_a_private_engine_has_none():
+def test_engine_crypten_has_none():
     for call in (PrivateLlama.from_pretrained, PrivateLlama.serve):
-        with pytest.raises(UsageError, match="device is 'cuda', and engine 'wire' computes on the processor"):
-            call("shipped", device="cuda")
+        with pytest.raises(UsageError, match="device is 'cuda', and engine 'crypten' computes on the processor"):
+            call("shipped", engine="crypten", device="cuda")
 
 
 def test_a_machine_without_it_says_so(monkeypatch):
@@ -82,8 +85,27 @@ def test_a_machine_without_it_says_so(monkeypatch):
         raise AssertionError("Torch not compiled with CUDA enabled")
 
     monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(UsageError, match="torch cannot compute on device 'cuda' .Torch not compiled with CUDA enabled"):
-        PrivateLlama.from_pretrained("shipped", engine="plain", device="cuda")
+    for engine in ("plain", "wire"):
+        with pytest.raises(UsageError, match="torch cannot compute on device 'cuda' .Torch not compiled with CUDA "):
+            PrivateLlama.from_pretrained("shipped", engine=engine, device="cuda")
+
+
+def test_engine_wire_says_that_it_has_no_kernels(monkeypatch):
+    def on(device):
+        raise ImportError("No module named 'triton'; install it")
+
+    monkeypatch.setattr(places.devices, "usable", torch.device)
+    monkeypatch.setattr(ring, "on", on)
+    with pytest.raises(UsageError, match="engine 'wire' cannot compute on device 'cuda': No module named 'triton'"):
+        PrivateLlama.from_pretrained("shipped", device="cuda")
+
+
+@pytest.mark.parametrize(
+    "engine, device, tape", [("plain", "cpu,cpu", ""), ("wire", "cuda,cpu", ""), ("wire", "cpu,cpu,cuda", "tapes")]
+)
+def test_one_device_or_one_each(engine, device, tape):
+    with pytest.raises(UsageError, match=f"device is '{device}', and this run has . processes; name one device, or"):
+        split({"engine": engine, "device": device, "tape": tape})
 
 
 def test_the_grid_hands_it_down_and_notes_it(tmp_path, monkeypatch):

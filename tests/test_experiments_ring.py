@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from experiments.measure import ring_kernels
+from experiments.measure import cuda_kernels, ring_kernels
 
 
 def test_a_short_run(monkeypatch, capsys, tmp_path):
@@ -32,3 +32,11 @@ def test_a_wrong_product_is_not_timed(monkeypatch):
     monkeypatch.setitem(ring_kernels.PRODUCTS, "nn", (lambda x, w: torch.zeros_like(x), False))
     with pytest.raises(AssertionError, match="nn of 1 x 4 by 4 x 4 differs from torch's"):
         ring_kernels.measure("nn", 1, 4, False, 1e9, 1, 1e-4)
+
+
+def test_kernels_of_a_gpu_are_measured_where_there_is_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["cuda_kernels"])
+    with pytest.raises(SystemExit, match="2"):
+        cuda_kernels.main()
+    assert "torch sees no GPU here; run this on a machine that has one" in capsys.readouterr().err

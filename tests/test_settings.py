@@ -102,6 +102,12 @@ def test_local_parties_are_started_with_the_clients_settings(started):
         assert ("secret" in command[-1]) == (rank == 0)
 
 
+def test_each_local_party_is_told_its_own_device(started):
+    LocalParties(*split({"device": "cuda:1,cpu,cuda"})).listener.close()
+    told = {rank: Child.from_json(command[-1]).launch.device for rank, command in started.items()}
+    assert told == {0: "cuda:1", 2: "cuda"}
+
+
 def test_no_command_imports_torch_before_its_arguments_are_read():
     code = "import sys; from crypten_llm.commands import cli; cli._parser(); print(sorted({'torch', 'numpy', 'tqdm'} & "
     found = subprocess.run([sys.executable, "-c", code + "sys.modules.keys()))"], capture_output=True, text=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -78,12 +79,13 @@ def deal(
     say: Callable[[str], object] = print,
     progress: bool = False,
     tls: str = "",
+    device: str | torch.device = "cpu",
 ) -> Manifest:
     """Writes the tape for ``requests`` times ``work`` to the new folder ``out``, a folder in it for each party; returns
     its manifest.
 
     config: of the model, for a ``Plan``. say: called with each line about the run. tls: the dealer's folder of keys,
-    with whose own it signs; else a key for this tape alone does.
+    with whose own it signs; else a key for this tape alone does. device: on which it is dealt.
 
     Raises UsageError for a request that no model can run, a key that cannot be read, and when ``out`` cannot be
     written.
@@ -116,7 +118,7 @@ def deal(
     manifest = make_manifest(asdict(engine), model.to_dict(), verb, work.facts(), requests)
     bar = tqdm(desc="dealing", total=sum(total), unit="B", unit_scale=True, disable=not progress, leave=False)
     with bar, Recording(Path(out), manifest, sizes, bar.update, signer) as recording:
-        run(recording, roles.make)
+        run(recording, partial(roles.make, device=device))
     seconds = perf_counter() - started
     say(f"{out}: tape {manifest.id} in {seconds:.1f} s ({size(sum(total) / seconds)}/s)")
     whose = "the dealer's key" if tls else "a key of this tape alone"

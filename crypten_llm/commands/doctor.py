@@ -1,8 +1,9 @@
 """``doctor``: is this machine ready, and if not, what to do.
 
 Owns the checks that answer a first-time user's questions before a long run fails: versions, CrypTen, randomness,
-memory, loopback links, and on each private engine an inference of a random model two layers deep, compared with
-plaintext. The first run of it compiles the kernels of engine ``wire``, so that no later one waits for that.
+memory, devices and their kernels, loopback links, and on each private engine an inference of a random model two layers
+deep, compared with plaintext. The first run of it compiles the kernels of engine ``wire``, so that no later one waits
+for that.
 """
 
 import json
@@ -50,11 +51,14 @@ def run(timeout: float) -> bool:
         "packages": _packages,
         "CrypTen import": _crypten,
         "cores and memory": _machine,
-        "AES key stream": _randomness,
+        "devices": _devices,
+        "key stream": _randomness,
         "shipped model": _shipped,
         "engine crypten": lambda: _inference("crypten", timeout),
         "engine wire": lambda: _inference("wire", timeout),
     }
+    if _cards():
+        checks["engine wire, cuda"] = lambda: _inference("wire", timeout, "cuda")
     passed = True
     for name, check in checks.items():
         started = time.perf_counter()
@@ -87,7 +91,7 @@ def _crypten() -> Any:
     from crypten_llm.compat import import_crypten
 
     crypten = import_crypten()
-    return f"{crypten.__version__}, provider {crypten.cfg.mpc.provider}, randomness replaced by AES-256-CTR"
+    return f"{crypten.__version__}, provider {crypten.cfg.mpc.provider}, randomness replaced by ChaCha20"
 
 
 def _machine() -> Any:
@@ -98,6 +102,36 @@ def _machine() -> Any:
         raise Failed(f"{total / 2**30:.1f} GiB of memory; three parties on one machine need 4 GiB")
     threads = LaunchConfig().thread_count(ProtocolConfig().world)
     return f"{cores()} cores, {total / 2**30:.0f} GiB; three local parties use {threads} thread(s) each"
+
+
+def _cards() -> dict[str, str]:
+    from crypten_llm import devices
+
+    return devices.found()
+
+
+def _devices() -> Any:
+    return "; ".join(["cpu", *(f"{name}: {card}, {_kernels(name)}" for name, card in _cards().items())])
+
+
+def _kernels(name: str) -> str:
+    """Whether engine ``wire``'s kernels of a device load, and give what the processor's give."""
+    import torch
+
+    from crypten_llm.engines.wire import places
+    from crypten_llm.errors import UsageError
+    from crypten_llm.kernels import ring
+
+    try:
+        device = places.usable(name)
+    except UsageError as error:
+        return str(error)
+    words = torch.arange(-600, 600).view(30, 40) * 0x0123456789ABCDEF
+    streams = [ring.on(place).KeyStream(bytes(32)).fill(4096).cpu() for place in ("cpu", device)]
+    products = [ring.on(place).matmul_nt(words.to(place), words.to(place)).cpu() for place in ("cpu", device)]
+    if not (torch.equal(*streams) and torch.equal(*products)):
+        raise Failed(f"the kernels of {name} give other words than the processor's; leave --device out, and report it")
+    return "whose kernels give what the processor's do"
 
 
 def _randomness() -> Any:
@@ -134,7 +168,7 @@ def write_tiny(folder: Path) -> Path:
     return folder
 
 
-def _inference(engine: str, timeout: float) -> Any:
+def _inference(engine: str, timeout: float, device: str = "cpu") -> Any:
     from crypten_llm.session.api import PrivateLlama
 
     with tempfile.TemporaryDirectory() as name:
@@ -142,7 +176,7 @@ def _inference(engine: str, timeout: float) -> Any:
         request: dict[str, Any] = {"input_ids": list(range(12)), "max_new_tokens": 3}
         with PrivateLlama.from_pretrained(folder, engine="plain") as llama:
             expected = llama.generate(**request).token_ids
-        with PrivateLlama.from_pretrained(folder, engine=engine, timeout=timeout) as llama:
+        with PrivateLlama.from_pretrained(folder, engine=engine, timeout=timeout, device=device) as llama:
             result = llama.generate(**request)
     if result.token_ids != expected:
         raise Failed(

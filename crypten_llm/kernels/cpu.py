@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
 from crypten_llm.kernels import dcf, exponents, field, lifted, limbs, ones, places, tables, trigonometry
@@ -111,24 +111,35 @@ def _batched(
 
 _CHUNK = 1 << 20  # bytes of one call into OpenSSL
 _ZEROS = bytes(_CHUNK)
+_BLOCK = 64  # bytes
+_TURN = _BLOCK << 32  # bytes after which the counter of one call's cipher ends: the next has the next upper word
 
 
 class KeyStream:
-    """AES-256 in counter mode under ``key``, 32 bytes. Its counter only moves forward."""
+    """ChaCha20 under ``key``, 32 bytes, from OpenSSL. Its position only moves forward."""
 
     def __init__(self, key: bytes) -> None:
-        self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._key, self._position = key, 0
+        self._start()
+
+    def _start(self) -> None:
+        """The cipher for what comes at a whole block; of 2^64 blocks there is no next."""
+        counter = (self._position // _BLOCK).to_bytes(8, "little")
+        self._encryptor = Cipher(algorithms.ChaCha20(self._key, counter + bytes(8)), None).encryptor()
 
     def fill(self, count: int, over: Tensor | None = None) -> Tensor:
         """The next ``count`` bytes, xor as many of ``over``, in memory of their own: uint8."""
         data = None if over is None else over.numpy().data
-        buffer = np.empty(count + 15, dtype=np.uint8)  # update_into wants room for one block more
-        view = buffer.data
-        for start in range(0, count, _CHUNK):
-            size = min(_CHUNK, count - start)
-            source = memoryview(_ZEROS)[:size] if data is None else data[start : start + size]
-            self._encryptor.update_into(source, view[start : start + size + 15])
-        return torch.from_numpy(buffer[:count])
+        buffer = np.empty(count, dtype=np.uint8)
+        view, done = buffer.data, 0
+        while done < count:
+            size = min(_CHUNK, count - done, _TURN - self._position % _TURN)
+            source = memoryview(_ZEROS)[:size] if data is None else data[done : done + size]
+            self._encryptor.update_into(source, view[done : done + size])
+            done, self._position = done + size, self._position + size
+            if self._position % _TURN == 0:
+                self._start()
+        return torch.from_numpy(buffer)
 
 
 # What travels. Packed words lie one behind the other, the lowest bit first.

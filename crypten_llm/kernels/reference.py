@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
 from crypten_llm.kernels import (
@@ -28,13 +28,13 @@ from crypten_llm.kernels.ring import DIGITS, SIGNS
 
 
 class KeyStream:
-    """AES-256 in counter mode, enciphered from the first byte each time."""
+    """ChaCha20 with a counter of 64 bits, enciphered from the first byte each time."""
 
     def __init__(self, key: bytes) -> None:
         self._key, self._used = key, 0
 
     def fill(self, count: int, over: Tensor | None = None) -> Tensor:
-        cipher = Cipher(algorithms.AES(self._key), modes.CTR(bytes(16))).encryptor()
+        cipher = Cipher(algorithms.ChaCha20(self._key, bytes(16)), None).encryptor()
         stream = cipher.update(bytes(self._used + count))[self._used :]
         self._used += count
         found = torch.tensor(list(stream), dtype=torch.uint8)

@@ -89,7 +89,7 @@ class Kernels(Protocol):
     """A module of kernels; see ``on``."""
 
     def KeyStream(self, key: bytes) -> Bytes:
-        """AES-256 in counter mode from counter 0, under a key of 32 bytes."""
+        """ChaCha20 (RFC 8439) under a key of 32 bytes, with nonce 0 and Bernstein's counter of 64 bits, from 0."""
 
     # Matrix products modulo 2^64.
 
@@ -322,13 +322,7 @@ class Kernels(Protocol):
         """
 
     def compare(
-        self,
-        comparison: Comparison,
-        seed: Tensor,
-        common: list[Tensor],
-        party: int,
-        opened: Tensor,
-        payload: Tensor,
+        self, comparison: Comparison, seed: Tensor, common: list[Tensor], party: int, opened: Tensor, payload: Tensor
     ) -> Tensor:
         """This party's shares in the group of payload * 1{Z - thresholds[k] is negative}: [N, K, count, limbs].
 
@@ -393,8 +387,12 @@ def key_sizes(comparison: Comparison, count: int) -> list[tuple[tuple[int, ...],
 def on(device: torch.device | str) -> Kernels:
     """The kernels of a device."""
     kind = torch.device(device).type
-    if kind != "cpu":
-        raise ValueError(f"there are no kernels for device {kind!r}; use 'cpu'")
-    from crypten_llm.kernels import cpu
+    if kind == "cpu":
+        from crypten_llm.kernels import cpu
 
-    return cpu
+        return cpu
+    if kind == "cuda":
+        from crypten_llm.kernels import cuda
+
+        return cuda
+    raise ValueError(f"there are no kernels for device {kind!r}; use 'cpu' or 'cuda'")

@@ -9,13 +9,14 @@ import torch
 
 from crypten_llm.errors import PartyError
 from crypten_llm.links.faults import SAME_PROGRAM
+from crypten_llm.links.staging import Staging
 
 
 class StreamReader:
-    """next_piece: receives the next message. name: of the party that sends."""
+    """next_piece: receives the next message. name: of the party that sends. staging: to where what is read goes."""
 
-    def __init__(self, next_piece: Callable[[], memoryview], name: str) -> None:
-        self._next_piece, self._name = next_piece, name
+    def __init__(self, next_piece: Callable[[], memoryview], name: str, staging: Staging) -> None:
+        self._next_piece, self._name, self._staging = next_piece, name, staging
         self._left = memoryview(b"")  # of the last message
 
     def begin(self, label: str) -> None:
@@ -23,7 +24,7 @@ class StreamReader:
 
     def read(self, count: int) -> torch.Tensor:
         """The next `count` bytes, a uint8 tensor."""
-        out, filled = torch.empty(count, dtype=torch.uint8), 0
+        out, filled = self._staging.empty((count,), torch.uint8), 0
         target = out.numpy().data
         while filled < count:
             if not self._left:
@@ -32,7 +33,7 @@ class StreamReader:
             target[filled : filled + take] = self._left[:take]
             self._left = self._left[take:]
             filled += take
-        return out
+        return self._staging.to_device(out)
 
     def end(self) -> None:
         if self._left:

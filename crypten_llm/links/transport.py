@@ -40,6 +40,7 @@ from crypten_llm.links.frames import (
 )
 from crypten_llm.links.link import BEAT_SECONDS, WAITS, Incoming, Link, Outgoing, Pulse, Specs
 from crypten_llm.links.meter import Cells, Meter
+from crypten_llm.links.staging import Staging
 from crypten_llm.links.stream import StreamReader
 
 AWAKE = 3e-4
@@ -57,6 +58,7 @@ class Transport:
     sockets: {rank: connected stream socket} of the peers; the transport owns them from now on.
     timeout: seconds without progress after which a wait fails; a byte now and then is none.
     network: a `Network` to emulate, for parties on one machine; every party must be given the same.
+    staging: where what `swap` and `stream_from` take and give is: the processor's memory, unless another is put there.
 
     Every method raises PartyError, naming the peer and the step in progress, when a peer stops, stays silent or
     sends something else than what is due. After that the links are of no use: `abort`, or `close`.
@@ -69,6 +71,7 @@ class Transport:
         self.meter = meter if meter is not None else Meter()
         self._links = {peer: Link(peer, self.name(peer), sock) for peer, sock in sockets.items()}
         self._pulse: Pulse | None = None
+        self.staging = Staging()
         if network:
             network.check(self._links.values())
 
@@ -115,12 +118,13 @@ class Transport:
         """Send uint8 `data` and return `count` bytes of the peer's, both at once: one message each way where there is
         something to send, a round where there is something to receive. cells: see `Meter.count`.
         """
-        link = self._link(peer)
+        link, data = self._link(peer), self.staging.to_host(data)
         outgoing = [self._frame(link, TENSOR, DTYPES[torch.uint8], [bytes_of(data)])] if data.numel() else []
         frames = [Incoming(link, TENSOR, DTYPES[torch.uint8], count, [((count,), torch.uint8)])] if count else []
         if outgoing or frames:
             self._transfer(outgoing, frames, "online", cells=cells)
-        return frames[0].payload[0] if frames else torch.empty(0, dtype=torch.uint8)
+        theirs = frames[0].payload[0] if frames else torch.empty(0, dtype=torch.uint8)
+        return self.staging.to_device(theirs)
 
     # The control plane: public facts only.
 
@@ -166,7 +170,7 @@ class Transport:
             self._transfer([], [frame], channel)
             return memoryview(frame.payload)
 
-        return StreamReader(next_piece, self.name(src))
+        return StreamReader(next_piece, self.name(src), self.staging)
 
     # Signs of life, for those who wait for this party without end.
 
@@ -343,7 +347,7 @@ class Transport:
         elif bool(frame.sent_at) != bool(self.network):
             raise faults.emulated_by_one(frame.link.name)
         if frame.kind == TENSOR:
-            frame.payload = [torch.empty(shape, dtype=dtype) for shape, dtype in frame.specs]
+            frame.payload = [self.staging.empty(shape, dtype) for shape, dtype in frame.specs]
             frame.views = [view for view in map(bytes_of, frame.payload) if view.nbytes]
         else:
             frame.payload = bytearray(frame.size)

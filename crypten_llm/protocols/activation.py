@@ -116,9 +116,14 @@ class Activation:
 
     def sets(self, positions: int) -> Tensor:
         """Which j, modulo ``positions``, are inside, right, and near the end: bool [3, positions]."""
-        j = torch.arange(positions)
-        j = torch.where(j < positions // 2, j, j - positions)
-        return torch.stack([j.abs() <= self.last, j > self.last, j.abs() >= positions // 2 - MARGIN])
+        return _sets(self.last, positions)
+
+
+@functools.cache
+def _sets(last: int, positions: int) -> Tensor:
+    j = torch.arange(positions)
+    j = torch.where(j < positions // 2, j, j - positions)
+    return torch.stack([j.abs() <= last, j > last, j.abs() >= positions // 2 - MARGIN])
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -159,6 +164,15 @@ def _modes(name: str) -> list[_Mode]:
     return modes
 
 
+@functools.cache
+def _tables(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each mode the public factor, what the dealt one is multiplied by, and ``up``."""
+    modes = _modes(name)
+    factors = torch.tensor([mode.coefficient * 2.0**mode.public for mode in modes], dtype=torch.float64)
+    scales = torch.tensor([2.0**mode.dealt for mode in modes], dtype=torch.float64)
+    return factors, scales, torch.tensor([mode.up for mode in modes])
+
+
 def activate(
     runtime: Runtime, x: Secret, activation: Activation, positions: int = 256
 ) -> Protocol[tuple[Secret, Secret]]:
@@ -185,7 +199,7 @@ def activate(
     truncate = x.scale - FRACTION
     (wire,) = yield [Opening(x, truncate=truncate, ring=RING + truncate, function=True)]
     near = _near(runtime, wire, activation)
-    bits_of = _bits(runtime, wire, activation.sets(positions))
+    bits_of = _bits(runtime, wire, runtime.constant(activation.sets(positions)))
     opened, chosen = yield [Opening(near, truncate=_SUM - FRACTION, lifted=_RESULT), bit_opening(bits_of[..., :2])]
     inside = times_bits(runtime, chosen.map(lambda t: t[..., 0]), _shifted(opened, activation.middle))
     whole = dataclasses.replace(wire, width=_RESULT + activation.halvings)  # what the result needs of x'
@@ -199,9 +213,8 @@ def _near(runtime: Runtime, wire: Wire, activation: Activation) -> Secret:
     """f(x) - middle by cosines, which holds inside; at 28 fractional bits. Dealer: the words of each mode."""
     kernels, fit, modes = runtime.kernels, activation.fit, _modes(activation.name)
     width, turn = activation.opened + _SUM - FRACTION, 64 - RING
-    factors = torch.tensor([mode.coefficient * 2.0**mode.public for mode in modes], dtype=torch.float64)
-    scales = torch.tensor([2.0**mode.dealt for mode in modes], dtype=torch.float64)
-    ups = torch.tensor([mode.up for mode in modes])
+    tables = (fit.frequencies, *_tables(activation.name))
+    frequencies, factors, scales, ups = (runtime.constant(table) for table in tables)
     constant = runtime.plus(0, round((fit.constant - activation.middle) * 2.0**_SUM))
     mask, raw, blocks = wire.mask.held.reshape(-1), None, []
     if wire.public is not None:
@@ -211,12 +224,12 @@ def _near(runtime: Runtime, wire: Wire, activation: Activation) -> Secret:
         for j, mode in enumerate(modes):
 
             def turned(part: slice = part, one: slice = slice(j, j + 1)) -> Tensor:
-                return kernels.cosines(mask[part], turn, fit.frequencies[one], scales[one])[0]
+                return kernels.cosines(mask[part], turn, frequencies[one], scales[one])[0]
 
             words.append(runtime.deal((2, part.stop - part.start), turned, width - mode.up).held)
         if raw is not None:
             shares = torch.stack(words)
-            blocks.append(kernels.add_cosines(raw[part], turn, fit.frequencies, factors, ups, shares, constant))
+            blocks.append(kernels.add_cosines(raw[part], turn, frequencies, factors, ups, shares, constant))
 
     def share() -> Tensor:  # and x / 2
         half = activation.times << (_SUM - FRACTION - activation.halvings - 1)

@@ -11,6 +11,7 @@ the digit tables.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def below(runtime: Runtime, wire: Wire, thresholds: Sequence[int], width: int) -
     digit_bits, shape = max(1, -(-low // DIGITS)), (*wire.shape, many)
     mask, points, tops = wire.mask.held.reshape(-1), None, None
     if wire.public is not None:
-        limits = torch.tensor(list(thresholds), dtype=torch.int64, device=wire.public.device)
+        limits = runtime.constant(_limits(tuple(thresholds)))
         moved = wire.public.reshape(-1, 1) - limits
         points, tops = ring.low_bits(moved, low), ring.top_bit(moved, wire.width)
     signs = []
@@ -68,6 +69,11 @@ def below(runtime: Runtime, wire: Wire, thresholds: Sequence[int], width: int) -
         if raw is not None and tops is not None and words is not None:
             bits.append(kernels.read_bits(words, raw[part], tops[part], runtime.plus(0, 1)))
     return Secret(runtime.share(shape, lambda: torch.cat(bits).view(shape)), 0, width, 1)
+
+
+@lru_cache(maxsize=64)
+def _limits(thresholds: tuple[int, ...]) -> Tensor:
+    return torch.tensor(thresholds, dtype=torch.int64)
 
 
 def difference(x: Wire, y: Wire) -> Wire:

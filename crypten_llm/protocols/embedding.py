@@ -62,9 +62,9 @@ def own_table(
     hidden = None
     if value is not None:
         assert mask is not None, "the owner draws the mask of its table"
-        table.plain = torch.empty(shape, dtype=torch.int32)
+        table.plain = torch.empty(shape, dtype=torch.int32, device=runtime.device)
         for rows in row_blocks(value):
-            entries = (value[rows].double() * 2**scale).round_()
+            entries = (runtime.moved(value[rows]).double() * 2**scale).round_()
             largest = entries.abs().max()
             if not largest <= 2 ** (width - 2):  # nor NaN
                 raise Overflow(f"an entry of {largest / 2**scale:.3g} does not fit a table of |x| < 2^{bits}")
@@ -105,7 +105,7 @@ def look_up(
     asked = None
     if ids is not None:
         assert mask is not None, "the client draws the mask of its tokens"
-        asked = mask ^ _one_hot(ids, count, vocabulary)
+        asked = mask ^ runtime.moved(_one_hot(ids, count, vocabulary))
     (seen,) = yield [Message(CLIENT, words, 64, asked)]
 
     def rows(entries: Tensor | None, chosen: Tensor | None) -> Tensor:

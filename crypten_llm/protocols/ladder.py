@@ -134,7 +134,7 @@ def normalized(
         tuple(max(0, power - FINE) for power in (top - 1, *powers)),
         Group(2, width),
     )
-    one = _constants((1,), width).to(runtime.device).expand(mask.shape[0], -1)
+    one = runtime.constant(_constants((1,), width)).expand(mask.shape[0], -1)
 
     def payload() -> Tensor:
         """(1, r), or a party's shares of it."""
@@ -145,7 +145,8 @@ def normalized(
     def looked_up(base: int) -> Tensor:
         """Shares of base^k (1, r): limbs [N, 2, L]."""
         assert found is not None, "parties have compared"
-        apart = _constants(tuple(base**k - base ** (k - 1) for k in range(1, last + 1)), width).to(runtime.device)
+        steps = tuple(base**k - base ** (k - 1) for k in range(1, last + 1))
+        apart = runtime.constant(_constants(steps, width))
         terms = kernels.multiply_wide(found[:, 1:].transpose(1, 2), apart, width)
         return kernels.add_wide(kernels.sum_wide(terms, width)[:, :, 0], payload(), width)
 

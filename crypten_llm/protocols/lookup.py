@@ -25,8 +25,9 @@ def read(runtime: Runtime, wire: Wire, table: Tensor, width: int) -> Secret:
     table: public int64 [2^m]. width: 8, 16, 32 or 64. Error: none. Cost: dealer 2^m words of that width an element.
     """
     assert len(table) == 1 << wire.width, f"a table of {len(table)} entries for {wire.width} bits"
-    share = _shares(runtime, wire, table, torch.zeros(1, dtype=torch.int64), width)
-    return Secret(share[..., 0], 0, width, int(table.abs().max()).bit_length())
+    bits = int(table.abs().max()).bit_length()
+    share = _shares(runtime, wire, runtime.moved(table), _unmoved(runtime), width)
+    return Secret(share[..., 0], 0, width, bits)
 
 
 def one_hot(runtime: Runtime, wire: Wire, values: Tensor) -> Secret:
@@ -34,9 +35,8 @@ def one_hot(runtime: Runtime, wire: Wire, values: Tensor) -> Secret:
 
     values: public int64 [K]. Error: none. Cost: dealer 2^m words of 8 bytes an element, however many values.
     """
-    table = torch.zeros(1 << wire.width, dtype=torch.int64)
-    table[0] = 1
-    return Secret(_shares(runtime, wire, table, values, 64), 0, 64, 1)
+    table = (torch.arange(1 << wire.width, device=runtime.device) == 0).long()
+    return Secret(_shares(runtime, wire, table, runtime.moved(values), 64), 0, 64, 1)
 
 
 def first(runtime: Runtime, wire: Wire) -> Secret:
@@ -58,9 +58,14 @@ def times_hot(runtime: Runtime, wire: Wire, hot: Secret, x: Wire) -> Secret:
         low = numbers[part].contiguous().view(torch.int32)[::2]  # the low half of each word
         return words.neg_().scatter_add_(1, places[:, None], low[:, None])
 
-    masked = _dealt(runtime, wire, torch.zeros(1, dtype=torch.int64), WORD, turn)[..., 0]
+    masked = _dealt(runtime, wire, _unmoved(runtime), WORD, turn)[..., 0]
     share = runtime.share(x.shape, lambda: x.seen * hot.share - masked)
     return Secret(share, x.scale, x.width, x.bits)
+
+
+def _unmoved(runtime: Runtime) -> Tensor:
+    """The one step of a table that is read where it was opened."""
+    return torch.zeros(1, dtype=torch.int64, device=runtime.device)
 
 
 def _shares(runtime: Runtime, wire: Wire, table: Tensor, steps: Tensor, width: int) -> Tensor:

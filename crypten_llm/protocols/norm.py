@@ -129,7 +129,8 @@ def _sum_of_squares(runtime: Runtime, x: Lifted, bits: int, more: int) -> Tensor
 
     def owner() -> Tensor:
         known = kernels.dot_wide(x.seen, kernels.widen(x.seen, bits, True), bits)
-        known = kernels.add_wide(known, kernels.widen(torch.full(shape[:-1], more), bits, False), bits)
+        eps = torch.full(shape[:-1], more, device=runtime.device)
+        known = kernels.add_wide(known, kernels.widen(eps, bits, False), bits)
         return kernels.add_wide(share(), known, bits)
 
     return runtime.share((*shape[:-1], ring.limbs(bits)), owner, share)
@@ -161,8 +162,10 @@ def _inverse_root(runtime: Runtime, total: Wire, power: Lifted, fit: fits.Fit) -
     wrapped = as_limbs(runtime.deal(terms, lambda: times(power.top(), rest), rest).held, rest)
 
     def share() -> Tensor:
-        factors = kernels.coefficients(total.seen.reshape(-1), turn, scale, fit.cosine, fit.sine).T.reshape(terms)
-        constant = kernels.widen(torch.full(shape, round(fit.constant * 2.0 ** (2 * FACTORS))), bits, True)
+        cosine, sine = runtime.constant(fit.cosine), runtime.constant(fit.sine)
+        factors = kernels.coefficients(total.seen.reshape(-1), turn, scale, cosine, sine).T.reshape(terms)
+        constant = torch.full(shape, round(fit.constant * 2.0 ** (2 * FACTORS)), device=runtime.device)
+        constant = kernels.widen(constant, bits, True)
         value = kernels.dot_wide(factors, dealt, bits)
         value = kernels.add_wide(value, _owned(runtime, constant), bits)
         value = kernels.multiply_wide(kernels.widen(power.seen, bits, True), value, bits)

@@ -43,17 +43,19 @@ def _dealt(
     cut = max(0, min(dropped - GUARD, bits - 1))
 
     def short() -> Tensor:
-        found = value() if visible is None else value()[visible]
+        found = value() if places is None else value()[places]
         return (found + ((1 << cut) >> 1)) >> cut
 
-    count = shape if visible is None else (int(visible.sum()),)
+    count, places = shape, visible
+    if visible is not None:
+        count, places = (int(visible.sum()),), runtime.moved(visible)
     held = runtime.deal(count, short, bits - cut).held
 
     def shares() -> Tensor:
-        if visible is None:
+        if places is None:
             return held << cut
         found = held.new_zeros(tuple(shape))
-        found[visible] = held << cut
+        found[places] = held << cut
         return found
 
     return shares
@@ -269,9 +271,10 @@ def own(
     words = None
     if value is not None:
         assert mask is not None, "the owner draws the mask of its weights"
-        words, made.plain = mask, torch.empty(tuple(shape), dtype=torch.int32)
+        words, made.plain = mask, torch.empty(tuple(shape), dtype=torch.int32, device=runtime.device)
+        factors = runtime.moved(factors) if isinstance(factors, Tensor) else factors
         for rows in row_blocks(value):
-            scaled = (value[rows].double() * factors).mul_(2**scale).round_()
+            scaled = (runtime.moved(value[rows]).double() * factors).mul_(2**scale).round_()
             largest = scaled.abs().max()
             if not largest < 2**31:  # nor NaN
                 raise Overflow(f"a weight of {largest / 2**scale:.3g} does not fit 32 bits at scale 2^{scale}")

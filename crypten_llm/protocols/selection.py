@@ -68,7 +68,7 @@ def ranks(runtime: Runtime, x: Wire) -> Protocol[Secret]:
     Cost: 1 round; for each of the N (N - 1) / 2 pairs that of ``below`` with words of 1 byte (2 for N > 256).
     """
     n = x.shape[-1]
-    first, second = torch.triu_indices(n, n, 1)
+    first, second = torch.triu_indices(n, n, 1, device=runtime.device)
     pairs = difference(columns(x, first), columns(x, second))
     later = yield from below(runtime, pairs, [0], 8 if n <= 256 else 16)  # 1 where the second is larger
 

@@ -28,7 +28,7 @@ def evaluate(runtime: Runtime, wire: Wire, function: Fit, fraction: int, bits: i
     assert wire.width == wire.scale + function.period, f"open {function.name} modulo 2^{wire.scale + function.period}"
     kernels, shape = runtime.kernels, wire.shape
     modes, turn = len(function.cosine), 64 - wire.width
-    cosine, sine = function.cosine, function.sine
+    cosine, sine = runtime.constant(function.cosine), runtime.constant(function.sine)
     constant = runtime.plus(0, round(function.constant * 2.0 ** (2 * fraction)))
     mask = wire.mask.held.reshape(-1)
     raw = None if wire.public is None else wire.public.reshape(-1)

@@ -95,13 +95,14 @@ def weigh(
     Source: ours; comparison keys of Boyle et al. (EUROCRYPT 2021).
     """
     kernels, q, rows = runtime.kernels, exponents.size, counts.shape[0]
-    total = scores.shape[0]
+    total, counts = scores.shape[0], runtime.moved(counts)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     rho = runtime.mask_below((rows,), q)
     (wire,) = yield [Opening(Secret(scores, 0, OPENED + drop, 0), drop, ring=OPENED + drop, function=True)]
 
     def turned(words: Tensor) -> Tensor:
-        return kernels.turned_exponents(wire.mask.held, rho.held.repeat_interleave(counts), OPENED, q, words)
+        turns = rho.held.repeat_interleave(counts, output_size=total)
+        return kernels.turned_exponents(wire.mask.held, turns, OPENED, q, words)
 
     dealt = runtime.deal_ones((total,), q, turned).held
     held: list[Tensor] = []  # 2^(y + rho), a party's shares, until its window is known

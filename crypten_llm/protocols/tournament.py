@@ -59,8 +59,8 @@ class _Choice:
 
     def places(self, runtime: Runtime, bits: int) -> Secret:
         """The index of the value that was chosen, modulo 2^bits: [..., blocks]; local."""
-        before = (self.hot.share * torch.arange(1 - self.width, 0)).sum(-1)
-        last = torch.arange(1, self.number + 1) * self.width - 1
+        before = (self.hot.share * torch.arange(1 - self.width, 0, device=runtime.device)).sum(-1)
+        last = torch.arange(1, self.number + 1, device=runtime.device) * self.width - 1
         return Secret(runtime.plus(before, last), 0, bits, bits - 1)
 
 
@@ -114,8 +114,9 @@ def largest_few(runtime: Runtime, x: Wire, count: int) -> Protocol[tuple[Secret,
         (wire,) = yield [Opening(hot, ring=x.width, function=True)]
         values = products.matmul(runtime, wire, grid, transposed=False, bits=x.bits)
         if place is None:
-            starts = (hot.share * (size * torch.arange(number))).sum(-1, keepdim=True)
-            places = Secret(runtime.plus(starts.expand(count, size), torch.arange(size)), 0, bits, bits - 1)
+            blocks, inside = (torch.arange(many, device=runtime.device) for many in (number, size))
+            starts = (hot.share * (size * blocks)).sum(-1, keepdim=True)
+            places = Secret(runtime.plus(starts.expand(count, size), inside), 0, bits, bits - 1)
         else:
             places = products.matmul(runtime, wire, _grid(place, number, size), transposed=False, bits=bits - 1)
         x, place = yield [_again(values.reshape(-1)), _again(places.reshape(-1))]
@@ -123,7 +124,7 @@ def largest_few(runtime: Runtime, x: Wire, count: int) -> Protocol[tuple[Secret,
     (wire,) = yield [Opening(hot, ring=x.width, function=True)]
     values = products.matmul(runtime, wire, x.reshape(-1, 1), transposed=False, bits=x.bits)[..., 0]
     if place is None:
-        indices = (hot.share * torch.arange(x.shape[-1])).sum(-1)
+        indices = (hot.share * torch.arange(x.shape[-1], device=runtime.device)).sum(-1)
         return Secret(indices, 0, bits, bits - 1), values
     places = products.matmul(runtime, wire, place.reshape(-1, 1), transposed=False, bits=bits - 1)[..., 0]
     return places, values

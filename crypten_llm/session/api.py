@@ -77,7 +77,7 @@ class PrivateLlama:
             raise UsageError(
                 f"this process is rank {rank}; the client is rank {CLIENT}. Call PrivateLlama.serve() here"
             )
-        launch.check_free()
+        launch.check_ready(protocol, launched)
         environment: Mapping[str, str] = os.environ
         if not launch.is_distributed():
             self._children = launch.LocalParties(protocol, launched, model_folder)

@@ -148,10 +148,16 @@ def _bridge() -> Any:
     return sys.modules.get("crypten_llm.engines.crypten.bridge")
 
 
-def check_free() -> None:
-    """Raises UsageError when this process is a party already: CrypTen keeps its state in module globals."""
+def check_ready(protocol: ProtocolConfig, launch: LaunchConfig) -> None:
+    """Before a client meets anybody. Raises UsageError when this process is a party already, as CrypTen keeps its state
+    in module globals, and for a device of its own that it cannot use.
+    """
     if (bridge := _bridge()) and bridge.is_started():
         raise UsageError("this process already has a private session; close it first, or use another process")
+    if launch.device_of(CLIENT) != "cpu":
+        from crypten_llm.engines.wire import places
+
+        places.usable(launch.device_of(CLIENT))
 
 
 def forget(transport: Transport) -> None:
@@ -169,14 +175,16 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
         "quota": Quota(launch.session_tokens, launch.day_tokens),
     }
     if protocol.engine == "wire":
+        from crypten_llm.engines.wire import places
         from crypten_llm.engines.wire.engine import WireEngine
 
         config = protocol.mode.wire()
         with unheard():
+            device = places.usable(launch.device_of(transport.rank))
             tape = _tape(protocol, launch, transport)
         if tape:
             tape.compare(asdict(config))
-        engine: Engine = WireEngine(transport, config, tape)
+        engine: Engine = WireEngine(transport, config, tape, device=device)
         return Party(engine, transport, protocol.compute_parties, **own)
     from crypten_llm.engines.crypten.domain import CryptenConfig
     from crypten_llm.engines.crypten.engine import CryptenEngine
@@ -300,7 +308,8 @@ class LocalParties:
     def _start(self, rank: int, model_folder: str) -> None:
         # Of the client's own are the address that it gave, and the bars: the others' would be drawn over its own.
         text = self.launch.calibration_text if rank == OWNER else ""
-        launch = replace(self.launch, host="", progress=False, calibration_text=text)
+        device = self.launch.device_of(rank)
+        launch = replace(self.launch, host="", progress=False, calibration_text=text, device=device)
         told = Child(replace(self.protocol, tape=self._tapes.get(rank, "")), launch, model_folder)
         process = self.processes[rank] = start_party(["party", "--child", told.to_json()], self.environment(rank))
         assert process.stdin is not None, "it was opened with the process"

@@ -9,13 +9,12 @@ A new setting is one field here: its option on the command line is made from it,
 import json
 import math
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import crypten_llm
-from crypten_llm import program
+from crypten_llm import devices, program
 from crypten_llm.engines import check_engine
 from crypten_llm.errors import UsageError, did_you_mean
 from crypten_llm.links.network import parse_network
@@ -135,7 +134,8 @@ class ProtocolConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """device: torch's, on which engine ``plain`` computes; the others are for processors.
+    """device: torch's, where this party computes on engines ``plain`` and ``wire``; or one for each party of a run, by
+    rank, with commas between (``device_of``).
     timeout: seconds any wait may last. network: "lan", "wan" or "RTTms,Mbit" to emulate between local parties.
     threads: of torch in each process; 0 divides this machine's cores among the local parties.
     host: address at which the others reach this process (found by itself when empty).
@@ -147,7 +147,11 @@ class LaunchConfig:
     shielded: local parties do not hear Ctrl-C, which reaches every process of a terminal; they end with the client.
     """
 
-    device: str = _setting("cpu", "where engine plain computes: cpu or cuda (default: cpu)", metavar="DEVICE")
+    device: str = _setting(
+        "cpu",
+        "where engines plain and wire compute: cpu, cuda or cuda:N; or owner's,client's,dealer's (default: cpu)",
+        metavar="DEVICE",
+    )
     timeout: float = _setting(
         DEFAULT_TIMEOUT, f"seconds any wait may last (default: {DEFAULT_TIMEOUT:.0f})", metavar="S"
     )
@@ -179,10 +183,15 @@ class LaunchConfig:
             value = getattr(self, name)
             if _not_integer(value) or value < 0:
                 raise UsageError(f"{name} is {value!r}; give 1 or more, or 0 for no limit")
-        if not isinstance(self.device, str) or not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device):
+        if not isinstance(self.device, str) or not all(map(devices.is_name, self.device.split(","))):
             raise UsageError(f"device is {self.device!r}; it must be cpu, cuda, or one of several by cuda:N")
         if self.network:
             parse_network(self.network)
+
+    def device_of(self, rank: int) -> str:
+        """Where the party of that rank computes."""
+        named = self.device.split(",")
+        return named[rank] if len(named) > 1 else self.device
 
     def thread_count(self, local_processes: int) -> int:
         return self.threads or max(1, cores() // local_processes)
@@ -202,10 +211,14 @@ def split(settings: dict) -> tuple[ProtocolConfig, LaunchConfig]:
     check_names("setting", settings, [field.name for kind in kinds for field in fields(kind)])
     protocol, launch = ({f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in kinds)
     asked, launched = ProtocolConfig(**protocol), LaunchConfig(**launch)
-    if asked.is_private and launched.device != "cpu":
+    if asked.engine == "crypten" and launched.device != "cpu":
         raise UsageError(
-            f"device is {launched.device!r}, and engine {asked.engine!r} computes on the processor; leave --device "
-            "out, or use --engine plain"
+            f"device is {launched.device!r}, and engine 'crypten' computes on the processor; leave --device out, or "
+            "use engine 'wire' or 'plain'"
+        )
+    if launched.device.count(",") + 1 not in (1, asked.world):
+        raise UsageError(
+            f"device is {launched.device!r}, and this run has {asked.world} processes; name one device, or one each"
         )
     return asked, launched
 

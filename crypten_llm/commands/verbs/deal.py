@@ -20,6 +20,7 @@ def options(parser: Parser) -> None:
     add("--requests", type=int, default=1, metavar="K", help="how many such requests in one session (default: 1)")
     add("--out", required=True, metavar="DIR", help="the new folder: 'owner' and 'client', each for that party alone")
     add("--tls", default="", metavar="DIR", help="sign with the dealer's key in this folder (see keys), for --tls")
+    add("--device", default="cpu", metavar="DEVICE", help="where the dealer computes: cpu or cuda (default: cpu)")
     parser.add_offline_and_verbose()
     add("--bench", action="store_true", help="for a bench of these sizes instead of a model:")
     shared.add_bench_sizes(parser)
@@ -33,6 +34,7 @@ def run(arguments: Any) -> None:
         raise UsageError("for how long a prompt? give --prompt-tokens N (or --bench and its sizes)")
     from crypten_llm.commands.deal import deal
     from crypten_llm.commands.show import say
+    from crypten_llm.engines.wire import places
     from crypten_llm.models import checkpoint
     from crypten_llm.models.config import LlamaConfig
     from crypten_llm.session.bench import Shape
@@ -47,4 +49,5 @@ def run(arguments: Any) -> None:
         facts = {"policy": policy, "public_prefix": prefix, **shared.revealed(arguments)}
         work = Plan(arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, **facts)
         config = LlamaConfig.from_folder(checkpoint.resolve_config(arguments.model, arguments.offline))
-    deal(work, arguments.out, config, arguments.requests, say, sys.stderr.isatty(), arguments.tls)
+    device = places.usable(arguments.device)
+    deal(work, arguments.out, config, arguments.requests, say, sys.stderr.isatty(), arguments.tls, device)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from crypten_llm import devices
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.plain.selection import PlainSelection
-from crypten_llm.errors import UsageError, first_line
 from crypten_llm.links.meter import Meter
 from crypten_llm.protocols.dealer.randomness import Stream, fresh_key
 from crypten_llm.protocols.gumbel import noise
@@ -36,14 +36,7 @@ class PlainEngine(PlainSelection, Engine):
     @classmethod
     def on(cls, device: str) -> "PlainEngine":
         """An engine on a device of this machine; raises UsageError where torch cannot compute there."""
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without it
-            raise UsageError(
-                f"torch cannot compute on device {device!r} ({first_line(error)}); use --device cpu, or a torch and a "
-                "driver that have it"
-            ) from None
-        return cls(device)
+        return cls(devices.usable(device))
 
     @cached_property
     def _stream(self) -> Stream:

@@ -119,7 +119,7 @@ def _with_units(
     """x with room for the product, the factor's integers and their fractional bits."""
     room = x.width - (x.bits + growth + x.scale + 2) - 2
     units, fraction = as_units(factor, FACTOR if room < ENOUGH else min(FACTOR, room))
-    return (yield from roomy(engine, x, growth + fraction, what)), units, fraction
+    return (yield from roomy(engine, x, growth + fraction, what)), engine.runtime.moved(units), fraction
 
 
 def _is_one_hot(matrix: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,11 +55,17 @@ def rotate(engine: WireEngine, x: Handle, cos: torch.Tensor, sin: torch.Tensor) 
     half = x.shape[-1] // 2
 
     def share() -> torch.Tensor:
-        cosine, sine = ((table.double() * 2**p).round().long() for table in (cos, sin))
+        cosine, sine = (engine.runtime.constant(_integers(table, p)) for table in (cos, sin))
         turned = torch.cat([-x.share[..., half:], x.share[..., :half]], -1)
         return x.share * cosine + turned * sine
 
     return Secret(engine.runtime.share(x.shape, share), x.scale + p, x.width, x.bits)
+
+
+@lru_cache(maxsize=32)
+def _integers(table: torch.Tensor, bits: int) -> torch.Tensor:
+    """A table of ``rotate``'s, which a pass gives to all its layers: rounded once."""
+    return (table.double() * 2**bits).round().long()
 
 
 def rounded_rows(engine: TrackedEngine, out: Tracked, x: Tracked, values: bool = False) -> torch.Tensor:
@@ -161,9 +168,11 @@ def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None
     c, shape = engine.config, scores.shape
     heads, rows, length = shape[:-2].numel(), shape[-2], shape[-1]
     if mask is None:
-        flat, counts = scores.share.reshape(-1), torch.full((heads * rows,), length)
+        flat, counts = scores.share.reshape(-1), torch.full((heads * rows,), length, device=engine.runtime.device)
+        places = None
     else:
-        flat = scores.share.reshape(heads, rows * length)[:, mask.reshape(-1).nonzero()[:, 0]].reshape(-1)
+        places = engine.runtime.moved(mask.reshape(-1).nonzero()[:, 0])
+        flat = scores.share.reshape(heads, rows * length)[:, places].reshape(-1)
         counts = mask.sum(1).repeat(heads)
     drop = scores.scale - MANTISSA
     if scores.width - drop < OPENED:
@@ -172,7 +181,7 @@ def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None
         flat, drop = flat << -drop, 0
     found = yield from weigh(engine.runtime, flat, drop, counts, c.exponents, c.attention, c.mixed_width)
     engine.checks.note_opened(found.beyond)
-    return Weights(found.weights, shape, mask)
+    return Weights(found.weights, shape, places)
 
 
 def inverse_sum() -> float:
@@ -243,6 +252,7 @@ def mass(engine: WireEngine, weights: Weights, queries: torch.Tensor) -> Protoco
         raise Overflow(f"mass: {len(queries)} queries of weight {queries.abs().sum():g} in all: give 2^16 at most")
     units, fraction = as_units(queries, max(0, min(FACTOR, inverse.width - wire.width + keep - inverse.scale)))
     turned = as_secret(engine.runtime, inverse)
+    units = engine.runtime.moved(units)
     turned = Secret(times(turned.share, units[:, None]), turned.scale + fraction, inverse.width, inverse.bits + growth)
     cut = max(0, turned.scale - keep)
     (turned_wire,) = yield [Opening(turned, cut, ring=wire.width + cut)]

@@ -61,11 +61,12 @@ class WireEngine(Engine):
         config: WireConfig | None = None,
         material: Any = None,
         runtime: Runtime | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """config: the defaults unless given.
 
         material: a ``Tape``, or where a dealer that runs alone writes; ``None`` where a dealer runs along. runtime:
-        made from transport and material unless given.
+        made from transport and material, on ``device``, unless given.
         """
         self.transport = transport
         self.rank = transport.rank
@@ -73,7 +74,7 @@ class WireEngine(Engine):
         self.softmax_base = 2.0 ** (self.config.exponent / 256)
         self.dealer_follows = material is None
         self._material = material
-        self.runtime = runtime or roles.make(transport, material)
+        self.runtime = runtime or roles.make(transport, material, device)
         self.rounds = Rounds(self.runtime)
         self.checks = Flags(self.runtime, self.rounds)
         self.sketches = Sketches(self.runtime, self.rounds)
@@ -171,7 +172,7 @@ class WireEngine(Engine):
 
         def words() -> torch.Tensor:
             assert value is not None, "its source has the value"
-            return (value.double() * 2**scale).round().long()
+            return self.runtime.moved((value.double() * 2**scale).round().long())
 
         share = self.runtime.input(source, shape, words)
         return Secret(share, scale, 64, self.config.hidden_bits)
@@ -212,7 +213,7 @@ class WireEngine(Engine):
         found = []
         for part, other, cut in zip(several, others, cuts, strict=True):
             words = self._shown(part.share, other, cut, part.width)
-            found.append(words.double().div(2.0**part.scale).to(self.shown_dtype))
+            found.append(words.double().div(2.0**part.scale).to(self.shown_dtype).cpu())
         return tuple(found) if isinstance(x, tuple) else found[0]
 
     def _shown(self, share: torch.Tensor, other: torch.Tensor, cut: int, width: int) -> torch.Tensor:

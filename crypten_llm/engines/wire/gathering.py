@@ -48,7 +48,7 @@ def gather_scores(engine: WireEngine, choice: Choice, scores: Secret) -> Protoco
     are gathered. Cost: that of ``gather`` for [G, k, C] by [G, C, M * size]; none without picks.
     """
     scores = _as_read(at(engine, scores, MANTISSA))
-    parts = [scores[..., choice.rows]] if len(choice.rows) else []
+    parts = [scores[..., engine.runtime.moved(choice.rows)]] if len(choice.rows) else []
     if choice.picks is not None:
         heads, queries, _ = scores.shape
         count, blocks = choice.picks.shape[-2:]
@@ -78,10 +78,11 @@ def scatter_weights(engine: WireEngine, choice: Choice, weights: Weights, count:
     """
     runtime, width = engine.runtime, engine.config.mixed_width
     x, shape = weights.dense, torch.Size((*weights.shape[:-1], count))
+    rows = runtime.moved(choice.rows)
 
     def placed(share: torch.Tensor, found: torch.Tensor | None = None) -> torch.Tensor:
         """The weights of public rows at those rows, and of blocks at theirs."""
-        made = share.new_zeros(shape).index_add_(-1, choice.rows, share[..., : len(choice.rows)])
+        made = share.new_zeros(shape).index_add_(-1, rows, share[..., : len(rows)])
         if found is not None:
             made[..., choice.first : choice.first + found.shape[-1]] += found
         return made

@@ -39,6 +39,14 @@ class Weight:
         self.name, self.width = "", 0
         self.matrices: dict[Weight | None, products.OwnedMatrix] = {}  # as an operand, by the norm that is folded in
         self.table: embedding.OwnedTable | None = None  # as rows to look up
+        self._words: dict[int, torch.Tensor] = {}  # as what is added, by fractional bits
+
+    def words(self, scale: int) -> torch.Tensor:
+        """At the owner: integers at ``scale``, made once."""
+        if scale not in self._words:
+            assert self.value is not None, "the owner has its weights"
+            self._words[scale] = (self.value.double() * 2**scale).round().long()
+        return self._words[scale]
 
 
 @dataclass
@@ -90,13 +98,14 @@ Handle = Secret | Normed  # of one value, see ``value``
 class Weights:
     """Softmax weights whose rows sum to between 1/4 and 1; ``mix`` divides by the sum.
 
-    flat: what the mask does not hide, one behind the other. shape, mask: of all, [heads, M, N] and public bool [M, N].
+    flat: what the mask does not hide, one behind the other. shape: of all, [heads, M, N]. places: public, where among
+    a head's M * N these are, the same for all heads; ``None`` for everywhere.
     wires: what ``mix`` opened: the weights, and 1 / (2 sum) [..., 1].
     """
 
     flat: Secret
     shape: torch.Size
-    mask: torch.Tensor | None = None
+    places: torch.Tensor | None = None
     wires: tuple[Wire, Wire] | None = None
 
     @property
@@ -108,11 +117,11 @@ class Weights:
         """What is of the shape of ``flat``, where the weights are, and zeros."""
         if flat.is_meta:
             return shape_only(self.shape)
-        if self.mask is None:
+        if self.places is None:
             return flat.reshape(self.shape)
         heads = self.shape[:-2].numel()
-        dense = flat.new_zeros(heads, self.mask.numel())
-        dense[:, self.mask.reshape(-1)] = flat.reshape(heads, -1)
+        dense = flat.new_zeros(heads, self.shape[-2:].numel())
+        dense[:, self.places] = flat.reshape(heads, -1)
         return dense.view(self.shape)
 
 
@@ -266,12 +275,7 @@ def at(engine: WireEngine, x: Secret, scale: int) -> Secret:
 def add_bias(engine: WireEngine, x: Secret, bias: Weight | None) -> None:
     """x + bias, in its place."""
     if bias is not None:
-
-        def words() -> torch.Tensor:
-            assert bias.value is not None, "the owner has the bias"
-            return (bias.value.double() * 2**x.scale).round().long()
-
-        x.share = engine.runtime.plus(x.share, words)
+        x.share = engine.runtime.plus(x.share, lambda: engine.runtime.constant(bias.words(x.scale)))
 
 
 # Room.

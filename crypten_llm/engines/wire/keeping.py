@@ -57,7 +57,8 @@ def fixed(engine: WireEngine, x: Handle, values: bool = False) -> Protocol[Rows]
 def take(engine: WireEngine, rows: Rows, index: torch.Tensor) -> Protocol[Rows]:
     """Error: none. Cost: none, or 1 round when the newest rows have not been opened."""
     yield from settled(rows)
-    return Rows.opened(rearranged(rows.operand, lambda t: t[:, index]), rows.values)
+    kept = engine.runtime.moved(index)
+    return Rows.opened(rearranged(rows.operand, lambda t: t[:, kept]), rows.values)
 
 
 @operation(bound=lambda engine, out, rows, picks, size=1: engine.twin.keep(rows.error, picks.value, size))

@@ -50,7 +50,7 @@ def known_rows(engine: WireEngine, value: Tensor | None, shape: Sequence[int], v
         assert value is not None, "the owner knows these rows"
         if not value.abs().max() < LARGEST:  # nor NaN
             raise UsageError("the model overflows on the public prefix; leave it out (--public-prefix)")
-        return (value.double() * 2**scale).round().long()
+        return runtime.moved((value.double() * 2**scale).round().long())
 
     known = Secret(runtime.input(OWNER, shape, words), scale, width, c.key_bits)
     rows = Rows(known, values=values)

@@ -52,17 +52,35 @@ class Taken(Protocol):
 class _Courier:
     """Material on its way to one party: gathered into messages of up to ``FRAME`` bytes, sent by a thread of its own.
 
-    Where messages end depends on the program alone. The dealer waits for a party only when ``AHEAD`` bytes do.
+    Where messages end depends on the program alone. The dealer waits for a party only when ``AHEAD`` bytes do. From a
+    device beside the processor what makes a message comes in one copy.
     """
 
     def __init__(self, transport: Transport, party: int) -> None:
         self._transport, self._party = transport, party
         self._frame, self._filled = memoryview(bytearray(FRAME)), 0
+        self._there: list[torch.Tensor] = []  # on the device, still to be copied
+        self._bytes_there = 0
         self._frames: queue.Queue[memoryview | None] = queue.Queue(AHEAD // FRAME)
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None  # while a section is under way
 
     def write(self, data: torch.Tensor) -> None:
+        if not self._transport.staging.is_apart:
+            self._gather(data)
+            return
+        self._there.append(data)
+        self._bytes_there += data.numel()
+        if self._filled + self._bytes_there >= FRAME:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        """Gathers what is still on the device."""
+        pieces, self._there, self._bytes_there = self._there, [], 0
+        if pieces:
+            self._gather(self._transport.staging.to_host(torch.cat(pieces)))
+
+    def _gather(self, data: torch.Tensor) -> None:
         source, start, size = bytes_of(data), 0, data.numel()
         while start < size:
             take = min(size - start, FRAME - self._filled)
@@ -70,10 +88,14 @@ class _Courier:
             self._filled += take
             start += take
             if self._filled == FRAME:
-                self.flush()
+                self._dispatch()
 
     def flush(self) -> None:
-        """Sends what has been gathered, without waiting for it to leave."""
+        """Sends what has been written, without waiting for it to leave."""
+        self._fetch()
+        self._dispatch()
+
+    def _dispatch(self) -> None:
         self._check()
         if not self._filled:
             return

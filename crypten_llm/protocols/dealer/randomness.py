@@ -1,9 +1,9 @@
-"""Every random bit that hides a secret: AES-256 in counter mode, keyed by the operating system.
+"""Every random bit that hides a secret: ChaCha20 with keys of 256 bits from the operating system.
 
 Owns the streams. No other module draws a share or a mask, and ``torch.Generator`` is never used near a secret
-(it is MT19937: predictable after 624 outputs). A stream's counter only moves forward, so no key stream byte is
-ever used twice; in a child of the process that made it, it draws nothing more. The bytes come from the kernels of the
-stream's device.
+(it is MT19937: predictable after 624 outputs). A stream's counter of 64 bits only moves forward, so no key stream byte
+is ever used twice; in a child of the process that made it, it draws nothing more. The bytes come from the kernels of
+the stream's device.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class Stream:
             raise ValueError(f"a stream's key has {KEY_BYTES} bytes, not {len(key)}")
         self.device = torch.device(device)
         self._bytes = ring.on(device).KeyStream(key)
-        self._kept = torch.empty(0, dtype=torch.int64)  # words of key stream for small draws
+        self._kept = torch.empty(0, dtype=torch.int64, device=self.device)  # words of key stream for small draws
         self._used = 0  # of those
         self._owned = Owned()
         self.position = 0

@@ -166,7 +166,7 @@ class Recording(_Written):
             file.begin(label)
 
     def write(self, party: int, data: torch.Tensor) -> None:
-        self.progress(self._files[party].write(data))
+        self.progress(self._files[party].write(data.cpu()))
 
     def end(self) -> None:
         for file in self._files:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crypten_llm.errors import OneTimeError
 from crypten_llm.kernels import ring
+from crypten_llm.links.staging import Staging
 from crypten_llm.protocols.dealer.material import CHANNEL, FRAME, Sending
 from crypten_llm.protocols.dealer.randomness import fresh_key
 from crypten_llm.protocols.dealer.runtime import PARTIES, Parts, Piece, Public, Runtime, Size, Words
@@ -276,9 +277,11 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 def make(transport: Transport, material: Any = None, device: torch.device | str = "cpu") -> Runtime:
     """The runtime of this rank over a connected transport. material: of a tape (``tape``), or ``None`` where a dealer
-    runs along, who then gives each party a key.
+    runs along, who then gives each party a key. device: where its tensors are, and what it sends and receives comes
+    from and goes.
     """
     kind = ROLES[transport.rank]
+    transport.staging = Staging(device)
     return kind(transport, agree_on_keys(transport) if material is None else material.keys, material, device)
 
 

@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -85,6 +86,12 @@ class Piece:
         return self.size if self.sender in (None, party) else 0
 
 
+@lru_cache(maxsize=256)
+def _moved(public: Tensor, device: torch.device) -> Tensor:
+    """By identity: a tensor is equal to no other as a key."""
+    return public.to(device)
+
+
 class Runtime(ABC):
     """One role's view: its streams, its link to the other party, and the material that it makes or uses."""
 
@@ -94,7 +101,9 @@ class Runtime(ABC):
     def __init__(
         self, transport: Transport, keys: list[bytes], material: Any, device: torch.device | str = "cpu"
     ) -> None:
-        """keys: [own key] at a party, [the owner's, the client's] at the dealer."""
+        """keys: [own key] at a party, [the owner's, the client's] at the dealer. device: where all of this role's
+        tensors are.
+        """
         self.transport = transport
         self.device = torch.device(device)
         self.kernels = ring.on(device)
@@ -213,7 +222,17 @@ class Runtime(ABC):
 
     def public(self, words: Tensor) -> Tensor:
         """Shares of public words."""
-        return self.input(OWNER, words.shape, words.clone)
+        return self.input(OWNER, words.shape, self.moved(words).clone)
+
+    # What is public is made on the processor, where nobody waits for its numbers.
+
+    def moved(self, public: Tensor) -> Tensor:
+        """A public tensor on this role's device."""
+        return public.to(self.device, non_blocking=True)
+
+    def constant(self, public: Tensor) -> Tensor:
+        """The same of one that comes again, as the same object: it is moved once."""
+        return _moved(public, self.device)
 
     def held_by(self, party: int, value: Held | None) -> Held | None:
         """``value`` at that party, ``None`` elsewhere: what is its alone stays there."""

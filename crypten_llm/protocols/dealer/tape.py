@@ -305,8 +305,8 @@ class Tape:
         return self._ahead[start : start + count]
 
     def _read_ahead(self, least: int) -> None:
-        """The next bytes of the section, in new memory: what was read before belongs to those who read it. In the file
-        they become zeros, which the disk has at the latest when the tape is closed.
+        """The next bytes of the section, in new memory of this party's device: what was read before belongs to those
+        who read it. In the file they become zeros, which the disk has at the latest when the tape is closed.
         """
         left = self._ahead[self._used :]
         count, place = max(least, min(AHEAD, self._stop - self._position)) - left.numel(), self._position + left.numel()
@@ -317,7 +317,7 @@ class Tape:
             raise _damaged(self.path)
         self._wait_for_eraser()
         self._erased = self._eraser.submit(_erase, self._fd, place, fresh.numel())
-        read = self._cipher.apply(fresh)
+        read = self._transport.staging.to_device(self._cipher.apply(fresh))
         self._ahead = torch.cat([left, read]) if left.numel() else read
 
     def _wait_for_eraser(self) -> None:
