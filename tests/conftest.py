@@ -106,7 +106,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Half as many again as there are cores: two fifths of a test that starts parties is waiting for them."""
+    """Half as many again as there are cores: tests that start parties also wait for them."""
     cores = len(os.sched_getaffinity(0))
     return cores + cores // 2
 
