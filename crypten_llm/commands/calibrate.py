@@ -11,13 +11,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from crypten_llm import devices
 from crypten_llm.commands.show import say
 from crypten_llm.engines.domain import Calibration
 from crypten_llm.errors import UsageError
 from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import prepare
-from crypten_llm.session import far_heads, query_statistics, retention
+from crypten_llm.session import far_gates, far_heads, query_statistics, retention
 from crypten_llm.session.admission import Admission
 from crypten_llm.session.calibration import Ranges
 from crypten_llm.session.settings import ProtocolConfig
@@ -38,7 +39,22 @@ class Outputs:
         return ((f"--{name}-out", path) for name, path in asdict(self).items() if path)
 
 
-def calibrate(folder: Path, protocol: ProtocolConfig, text: str, as_json: bool, outputs: Outputs = Outputs()) -> None:
+@dataclass(frozen=True)
+class Learning:
+    """How the order of heads is learned. steps: 0 where it is measured; device: as ``--device``."""
+
+    steps: int = 0
+    device: str = "cpu"
+
+
+def calibrate(
+    folder: Path,
+    protocol: ProtocolConfig,
+    text: str,
+    as_json: bool,
+    outputs: Outputs = Outputs(),
+    learning: Learning = Learning(),
+) -> None:
     """Prints the table, and writes what ``outputs`` names.
 
     Raises UsageError, after it, for a model that the engine would refuse.
@@ -46,6 +62,7 @@ def calibrate(folder: Path, protocol: ProtocolConfig, text: str, as_json: bool, 
     for option, path in outputs:
         if not Path(path).absolute().parent.is_dir():
             raise UsageError(f"{option}: there is no folder {Path(path).parent}; make it first")
+    devices.usable(learning.device)
     config = LlamaConfig.from_folder(folder)
     weights = {name: prepare(name, value, config) for name, value in checkpoint.load_weights(folder, config)}
     admission = Admission(text, say=say)
@@ -56,11 +73,13 @@ def calibrate(folder: Path, protocol: ProtocolConfig, text: str, as_json: bool, 
         rows = [{**asdict(r), "limit": r.limit._asdict(), "is_inside": r.is_inside} for r in found.reached]
         print(json.dumps({"engine": found.engine, "tokens": ranges.tokens, "reached": rows}), flush=True)
     if list(outputs):
-        for_policies(outputs, folder, config, weights, admission.prose())
+        for_policies(outputs, learning, folder, config, weights, admission.prose())
     admission.judge(found)
 
 
-def for_policies(outputs: Outputs, folder: Path, config: LlamaConfig, weights: dict, prose: str) -> None:
+def for_policies(
+    outputs: Outputs, learning: Learning, folder: Path, config: LlamaConfig, weights: dict, prose: str
+) -> None:
     """Writes the files that policies name. Raises UsageError where one cannot be made or written."""
     loaded = tokenizer.load(folder)
 
@@ -72,6 +91,16 @@ def for_policies(outputs: Outputs, folder: Path, config: LlamaConfig, weights: d
     if outputs.heads:
         with _bar("looking for needles", len(read)) as beat:
             scores = far_heads.attention_to(config, weights, read, beat)
+        if learning.steps:
+            prompts = [
+                prompt
+                for seed, length in enumerate(far_gates.LENGTHS)
+                if length <= config.context
+                for prompt in far_heads.needles(encode, prose, length, begin=begin, seed=seed)
+            ]
+            with _bar("learning which heads look far", learning.steps) as beat:
+                gates = far_gates.learn(config, weights, prompts, learning.steps, learning.device, beat=beat)
+            scores = far_gates.scores(gates, scores)
         _write("--heads-out", outputs.heads, far_heads.file(scores))
         first = far_heads.ranks(scores).flatten().argsort()[:5].tolist()
         best = ", ".join(f"layer {i // scores.shape[1]} head {i % scores.shape[1]}" for i in first)

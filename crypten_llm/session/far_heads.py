@@ -3,7 +3,7 @@
 Owns the measurement and its file. A sentence with a word and a number (a needle) is put somewhere into prose, and asked
 for at the end; a kv head's score is the attention that its queries, where the number is to be said, pay to the needle's
 rows, the mean over its group and over prompts of several needles (after retrieval heads, Wu et al. 2024, arXiv
-2404.15574; DuoAttention, arXiv 2410.10819, trains gates instead). The file has the order of the heads, not the scores.
+2404.15574). ``far_gates`` learns instead, which takes longer. The file has the order of the heads, not the scores.
 """
 
 from __future__ import annotations
@@ -43,15 +43,20 @@ class Needle:
 
 
 def needles(
-    encode: Callable[[str], Sequence[int]], prose: str, length: int, count: int = PROMPTS, begin: Sequence[int] = ()
+    encode: Callable[[str], Sequence[int]],
+    prose: str,
+    length: int,
+    count: int = PROMPTS,
+    begin: Sequence[int] = (),
+    seed: int = 0,
 ) -> list[Needle]:
-    """``count`` prompts of ``length`` tokens in all, drawn with a fixed seed.
+    """``count`` prompts of ``length`` tokens in all, the same for a ``seed``.
 
     encode: a text as ids, without ``begin``, which begins a prompt. Raises UsageError where there is no room for a
     needle.
     """
     text = list(encode(prose))
-    draw, found = random.Random(0), []
+    draw, found = random.Random(seed), []
     for place in range(count):
         words = draw.sample(WORDS, NEEDLES)
         facts = [(word, str(draw.randrange(10**6, 10**7))) for word in words]

@@ -27,6 +27,9 @@ def options(parser: Parser) -> None:
     for name, what in OUTPUTS.items():
         what = f"where to write {what} (--policy-weights FILE at every party)"
         add(f"--{name}-out", default="", metavar="FILE", help=what)
+    what = "steps of learning by which --heads-out orders heads, better and slower than by a look (default: 0)"
+    add("--learn", type=int, default=0, metavar="STEPS", help=what)
+    add("--device", default="cpu", metavar="DEVICE", help="where --learn computes: cpu or cuda (default: cpu)")
     parser.add_json()
     parser.add_offline_and_verbose()
 
@@ -35,7 +38,9 @@ def run(arguments: Any) -> None:
     protocol = ProtocolConfig(engine=arguments.engine, precision_bits=arguments.precision_bits)
     if not protocol.is_private:
         raise UsageError("engine 'plain' has no range that a model could leave; choose --engine wire or crypten")
-    from crypten_llm.commands.calibrate import Outputs, calibrate
+    if arguments.learn < 0 or arguments.learn and not arguments.heads_out:
+        raise UsageError(f"--learn is {arguments.learn}; give a number of steps, and --heads-out for what they find")
+    from crypten_llm.commands.calibrate import Learning, Outputs, calibrate
     from crypten_llm.models import checkpoint
 
     calibrate(
@@ -44,4 +49,5 @@ def run(arguments: Any) -> None:
         arguments.calibration_text,
         arguments.json,
         Outputs(**{name: getattr(arguments, f"{name}_out") for name in OUTPUTS}),
+        Learning(arguments.learn, arguments.device),
     )
