@@ -35,6 +35,7 @@ class _Gated(PlainEngine):
     def __init__(self, device: torch.device | str, gates: torch.Tensor, start: int, recent: int) -> None:
         super().__init__(device)
         self.gates, self.start, self.recent = gates, start, recent
+        self.seen = torch.empty(0)
         self.layer: int | None = None  # the next one; ``None`` where all heads see all rows
 
     def softmax(self, scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,8 +43,10 @@ class _Gated(PlainEngine):
         if self.layer is None:
             return everything
         size = scores.shape[-1]
-        seen = causal_mask(size, size, self.recent, self.start).repeat(scores.shape[-2] // size, 1)
-        near = super().softmax(scores, seen if mask is None else seen & mask)
+        if self.seen.shape != scores.shape[-2:]:
+            seen = causal_mask(size, size, self.recent, self.start).to(self.device)
+            self.seen = seen.repeat(scores.shape[-2] // size, 1)
+        near = super().softmax(scores, self.seen if mask is None else self.seen & mask.to(self.device))
         gate = self.gates[self.layer][:, None, None]
         self.layer += 1
         return near + gate * (everything - near)
