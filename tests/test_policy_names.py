@@ -11,6 +11,7 @@ MODULES = {kind.__module__ for kind in eviction.POLICIES.values()}
 
 DEFAULTS = {  # of a command, a request or a measurement, and the one policy that each may name
     "crypten_llm/commands/options.py": "full",
+    "crypten_llm/serving/asking.py": "full",
     "crypten_llm/commands/debug_compare.py": "full",
     "crypten_llm/session/request.py": "full",
     "crypten_llm/session/bench.py": "full",
