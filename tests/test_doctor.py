@@ -6,7 +6,7 @@ import torch
 from crypten_llm import devices
 from crypten_llm.commands import doctor
 from crypten_llm.commands.cli import main
-from crypten_llm.engines.wire import places
+from crypten_llm.engines.wire import computing
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels import cpu
 
@@ -43,7 +43,7 @@ def test_a_machine_that_does_not(capsys, monkeypatch):
 def test_what_is_said_of_a_card(monkeypatch):
     """On a machine that may have none: the kernels of a card that is called so are the processor's."""
     monkeypatch.setattr(doctor, "_cards", lambda: {"cuda:0": "A Card, 80 GiB"})
-    monkeypatch.setattr(places, "usable", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(computing, "usable", lambda name: torch.device("cpu"))
     assert doctor._devices() == "cpu; cuda:0: A Card, 80 GiB, whose kernels give what the processor's do"
     made = torch.zeros(30, 30, dtype=torch.int64)
     monkeypatch.setattr(cpu, "matmul_nt", lambda x, w: made.add_(1).clone())
@@ -53,5 +53,5 @@ def test_what_is_said_of_a_card(monkeypatch):
     def unusable(name):
         raise UsageError("engine 'wire' cannot compute on device 'cuda:0': No module named 'triton'")
 
-    monkeypatch.setattr(places, "usable", unusable)
+    monkeypatch.setattr(computing, "usable", unusable)
     assert doctor._devices().endswith("cannot compute on device 'cuda:0': No module named 'triton'")

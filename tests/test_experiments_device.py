@@ -6,7 +6,7 @@ from policy_table import ROWS
 from second_device import DEVICE, SecondDevice, is_there
 
 from crypten_llm.engines.plain.engine import PlainEngine
-from crypten_llm.engines.wire import places
+from crypten_llm.engines.wire import computing
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.session.api import PrivateLlama
@@ -94,7 +94,7 @@ def test_engine_wire_says_that_it_has_no_kernels(monkeypatch):
     def on(device):
         raise ImportError("No module named 'triton'; install it")
 
-    monkeypatch.setattr(places.devices, "usable", torch.device)
+    monkeypatch.setattr(computing.devices, "usable", torch.device)
     monkeypatch.setattr(ring, "on", on)
     with pytest.raises(UsageError, match="engine 'wire' cannot compute on device 'cuda': No module named 'triton'"):
         PrivateLlama.from_pretrained("shipped", device="cuda")

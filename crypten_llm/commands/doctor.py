@@ -118,12 +118,12 @@ def _kernels(name: str) -> str:
     """Whether engine ``wire``'s kernels of a device load, and give what the processor's give."""
     import torch
 
-    from crypten_llm.engines.wire import places
+    from crypten_llm.engines.wire import computing
     from crypten_llm.errors import UsageError
     from crypten_llm.kernels import ring
 
     try:
-        device = places.usable(name)
+        device = computing.usable(name)
     except UsageError as error:
         return str(error)
     words = torch.arange(-600, 600).view(30, 40) * 0x0123456789ABCDEF

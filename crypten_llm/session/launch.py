@@ -155,9 +155,9 @@ def check_ready(protocol: ProtocolConfig, launch: LaunchConfig) -> None:
     if (bridge := _bridge()) and bridge.is_started():
         raise UsageError("this process already has a private session; close it first, or use another process")
     if launch.device_of(CLIENT) != "cpu":
-        from crypten_llm.engines.wire import places
+        from crypten_llm.engines.wire import computing
 
-        places.usable(launch.device_of(CLIENT))
+        computing.usable(launch.device_of(CLIENT))
 
 
 def forget(transport: Transport) -> None:
@@ -175,12 +175,12 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
         "quota": Quota(launch.session_tokens, launch.day_tokens),
     }
     if protocol.engine == "wire":
-        from crypten_llm.engines.wire import places
+        from crypten_llm.engines.wire import computing
         from crypten_llm.engines.wire.engine import WireEngine
 
         config = protocol.mode.wire()
         with unheard():
-            device = places.usable(launch.device_of(transport.rank))
+            device = computing.usable(launch.device_of(transport.rank))
             tape = _tape(protocol, launch, transport)
         if tape:
             tape.compare(asdict(config))

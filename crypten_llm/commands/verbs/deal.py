@@ -34,7 +34,7 @@ def run(arguments: Any) -> None:
         raise UsageError("for how long a prompt? give --prompt-tokens N (or --bench and its sizes)")
     from crypten_llm.commands.deal import deal
     from crypten_llm.commands.show import say
-    from crypten_llm.engines.wire import places
+    from crypten_llm.engines.wire import computing
     from crypten_llm.models import checkpoint
     from crypten_llm.models.config import LlamaConfig
     from crypten_llm.session.bench import Shape
@@ -49,5 +49,5 @@ def run(arguments: Any) -> None:
         facts = {"policy": policy, "public_prefix": prefix, **shared.revealed(arguments)}
         work = Plan(arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, **facts)
         config = LlamaConfig.from_folder(checkpoint.resolve_config(arguments.model, arguments.offline))
-    device = places.usable(arguments.device)
+    device = computing.usable(arguments.device)
     deal(work, arguments.out, config, arguments.requests, say, sys.stderr.isatty(), arguments.tls, device)
