@@ -5,6 +5,7 @@ cached keys with one vector or a few for each kv head. The keys are open behind 
 product opens the vectors alone, however long the prompt is.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from eviction.settings import budget, fitting, tokens, whole
 
 
 @dataclass(frozen=True)
-class LookOnce(Policy):
+class LookOnce(Policy, ABC):
     """The prompt's ``start`` first and ``recent`` last rows stay, and of those between the best; what is generated
     joins and stays. A further turn of a conversation is a prompt of its own: the rows that are there stay, and the
     choice is among those that it adds.
@@ -59,9 +60,9 @@ class LookOnce(Policy):
             retain(ops, layer, scores, first, count - recent, recent)
         self.forget(layer)
 
+    @abstractmethod
     def scores(self, ops: Operations, layer: Layer, index: torch.Tensor) -> Handle:
         """[G, n] of the rows at these public indices, int64 [n]: the higher ones stay."""
-        raise NotImplementedError
 
     def forget(self, layer: Layer) -> None:
         """At the end of the prompt: what was noted of its tokens has done its service."""

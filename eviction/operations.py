@@ -38,8 +38,8 @@ class Choice:
 
 
 def no_rotary(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a layer that is without a model."""
-    raise NotImplementedError("this layer was made without its rotary embedding")
+    """Of a layer that was made without a model. Raises ValueError."""
+    raise ValueError(f"no rotary embedding is known for {len(places)} places; make the layer with rotary=")
 
 
 @dataclass

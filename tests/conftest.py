@@ -37,6 +37,17 @@ def parties_are_forked():
     forked.ask_no_name_server()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def numba_has_its_types():
+    """Numba reads its tables of types when it compiles first. Parties that are threads of one test, and find nothing
+    compiled before, would have it do so several times at once, after which it may know no function of NumPy.
+    """
+    import numba
+    import numpy as np
+
+    numba.njit(lambda: np.empty((1, 2), np.uint64))()
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """A session on engine ``plain`` takes all cores, and would leave the tests after it with as many threads."""
@@ -95,7 +106,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Half as many again as there are cores: two fifths of a test that starts parties is waiting for them."""
+    """Half as many again as there are cores: tests that start parties also wait for them."""
     cores = len(os.sched_getaffinity(0))
     return cores + cores // 2
 

@@ -106,7 +106,8 @@ def test_choice_is_part_of_attention_and_static_eviction_halves_the_cache():
 def cell(online, rounds=1.0):
     return {
         **{"online_bytes": online, "dealer_bytes": 3 * online, "choice_bytes": online / 2, "rounds": rounds},
-        **{"cache_bytes": 10, "summary_bytes": 0, "seconds_lan": online, "seconds_wan": rounds},
+        **{"cache_bytes": 10, "summary_bytes": 0},
+        "work": {"rounds": 100 * rounds, "online": 0, "products": 0, "material": 1e7 * online},
     }
 
 

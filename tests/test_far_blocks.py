@@ -3,8 +3,8 @@
 import pytest
 import torch
 from eviction_runs import STEPS, VOCAB, model, near_and_far, recomputed, run, weights
-from hf_models import tiny
 from safetensors.torch import save
+from split_runs import ranked_model, side_by_side_and_alone
 
 import eviction
 from crypten_llm import PrivateLlama
@@ -122,27 +122,15 @@ def test_a_further_turn_is_read_with_all_rows():
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    folder, _ = tiny(tmp_path_factory.mktemp("blocks"), num_hidden_layers=3, max_position_embeddings=96)
-    path = folder.parent / "heads-mine.safetensors"
-    path.write_bytes(save({"ranks": torch.tensor([[0, 5], [4, 1], [2, 3]])}))
-    return folder, path
+    return ranked_model(tmp_path_factory.mktemp("blocks"))
 
 
 def test_private_tokens_equal_plain(given):
     """Prompts on both sides of the budget, alone and side by side."""
-    folder, path = given
-    prompts, policy = (
-        [list(range(3, 3 + length)) for length in (6, 37, 25)],
-        f"far_blocks({SETTINGS},weights=heads-mine)",
-    )
+    policy = f"far_blocks({SETTINGS},weights=heads-mine)"
     found = {}
     for engine in ("plain", "wire"):
-        settings = {"engine": engine, "policy_weights": str(path), "timeout": 60, "threads": 1}
-        with PrivateLlama.from_pretrained(str(folder), **settings) as llama:
-            asked = {"max_new_tokens": 5, "prefill_chunk": 9, "policy": policy}
-            together = llama.generate(input_ids=prompts, **asked)
-            alone = [llama.generate(input_ids=prompt, **asked) for prompt in prompts]
-        assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+        together, _ = side_by_side_and_alone(given, engine, (6, 37, 25), max_new_tokens=5, policy=policy)
         found[engine] = [one.token_ids for one in together]
     assert found["plain"] == found["wire"]
 

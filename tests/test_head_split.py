@@ -7,11 +7,10 @@ import weakref
 import pytest
 import torch
 from eviction_runs import STEPS, VOCAB, model, near_and_far, recomputed, run, weights
-from hf_models import tiny
 from safetensors.torch import save
+from split_runs import ranked_model, side_by_side_and_alone
 
 import eviction
-from crypten_llm import PrivateLlama
 from crypten_llm.commands import cost
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
@@ -93,11 +92,7 @@ def test_a_split_cache_begins_empty():
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """A model, and ranks for it."""
-    folder, _ = tiny(tmp_path_factory.mktemp("split"), num_hidden_layers=3, max_position_embeddings=96)
-    path = folder.parent / "heads-mine.safetensors"
-    path.write_bytes(save({"ranks": torch.tensor([[0, 5], [4, 1], [2, 3]])}))
-    return folder, path
+    return ranked_model(tmp_path_factory.mktemp("split"))
 
 
 POLICY = "head_split(far=0.34,start=2,recent=6,weights=heads-mine)"
@@ -105,16 +100,9 @@ POLICY = "head_split(far=0.34,start=2,recent=6,weights=heads-mine)"
 
 def test_private_tokens_equal_plain(given):
     """Prompts of both sides of the window, alone and side by side."""
-    folder, path = given
-    prompts = [list(range(3, 3 + length)) for length in (5, 31, 18)]
     found = {}
     for engine in ("plain", "wire"):
-        settings = {"engine": engine, "policy_weights": str(path), "timeout": 60, "threads": 1}
-        with PrivateLlama.from_pretrained(str(folder), **settings) as llama:
-            asked = {"max_new_tokens": 4, "prefill_chunk": 9, "policy": POLICY}
-            together = llama.generate(input_ids=prompts, **asked)
-            alone = [llama.generate(input_ids=prompt, **asked) for prompt in prompts]
-        assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+        together, alone = side_by_side_and_alone(given, engine, (5, 31, 18), max_new_tokens=4, policy=POLICY)
         found[engine] = [one.token_ids for one in together]
         if engine == "wire":
             longest = max(one.cost.rounds() for one in alone)

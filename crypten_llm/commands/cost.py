@@ -42,14 +42,15 @@ class Machine:
     Python between two openings); a multiplication and addition of two words in a matrix product; a byte of the
     dealer's material, which stands for all element-wise work, at a party and at the dealer.
 
-    The defaults are processor time of decode steps at hidden sizes 64 to 2,048 and of prefill passes of 128 rows on one
-    core of a cloud machine; they reproduce each of these within a fifth. Parties that share cores take longer.
+    The defaults are fitted to decode steps at hidden sizes 64 to 2,048 and to prefill passes of 128 rows of two parties
+    with a core each (``python -m experiments.measure.predicted_seconds``); they reproduce each of these within a fifth.
+    ``deal`` is what is left of the seconds of a tape of the shipped model. Parties that share cores take longer.
     """
 
-    round: float = 1.05e-3
-    product: float = 0.9e-9
-    material: float = 2.4e-9
-    deal: float = 2.0e-9
+    round: float = 2.35e-4
+    product: float = 3.8e-10
+    material: float = 1.0e-9
+    deal: float = 1.6e-9
 
     def seconds(self, rounds: int, sent: int, work: dict, network: Network | None) -> float:
         """Of a party that finds its material ready: on a tape, or from a dealer that is ahead."""

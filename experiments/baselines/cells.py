@@ -4,8 +4,8 @@ Owns the work and what a row of the results holds. Accuracy and cost of a policy
 
 kind "accuracy": of one block of examples of a task and length, by policy's text: the scores, and the mean shares of
 rows kept and attended to. kind "cost": of one policy's decode step after a prompt of a length, all layers, on an
-engine: bytes on all links and from the dealer, rounds, seconds on two networks. kind "private": one prompt answered on
-engine ``wire``, compared with ``plain``.
+engine: bytes on all links and from the dealer, rounds, and what seconds follow from (``seconds``). kind "private": one
+prompt answered on engine ``wire``, compared with ``plain``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from crypten_llm.session.bench import Shape
 from crypten_llm.session.settings import split
 from experiments.baselines.config import Config
 from experiments.baselines.policies import at_budget, has_budget
-from experiments.measure import agreement
+from experiments.measure import agreement, eviction_counts
 from experiments.measure.eviction_counts import ATTENTION, NUMBER, count, fills
 from experiments.measure.eviction_time import measured_step
 from experiments.measure.quality import Evaluator, draw, means
@@ -35,7 +35,6 @@ from experiments.tools.journal import Journal
 from experiments.tools.processes import processes
 
 BLOCK = 10  # examples of an accuracy cell
-NETWORKS = ("lan", "wan")
 
 
 @dataclass(frozen=True)
@@ -153,13 +152,19 @@ def _counted(shape: Shape) -> dict:
     for part, kinds in (("", everything), ("attention_", ATTENTION)):
         for name, what in (("rounds", "rounds"), ("online_bytes", "online"), ("dealer_bytes", "dealer")):
             row[part + name] = float(step.total(what, kinds))
-    row |= {f"seconds_{network}": step.seconds(network) for network in NETWORKS}
-    return row | {"cache_bytes": NUMBER * (step.cached + step.summaries)}
+    return row | {"work": step.work(), "cache_bytes": NUMBER * (step.cached + step.summaries)}
+
+
+def seconds(row: dict, network: str) -> float:
+    """Of a decode step's layers, from a row of kind "cost": predicted on engine ``wire``, measured on ``crypten``, with
+    the network's part added."""
+    if row["engine"] == "wire":
+        return eviction_counts.seconds(row["work"], network)
+    return row["seconds"] + parse_network(network).seconds(row["rounds"], row["online_bytes"] / 2)
 
 
 def run_crypten(config: Config, journal: Journal, shape: Shape, timeout: float) -> None:
-    """Decode steps on engine ``crypten``: rounds and bytes are exact; seconds are this machine's, and the network's
-    part beside them."""
+    """Decode steps on engine ``crypten``: rounds and bytes are exact; seconds are this machine's."""
     part = config.crypten
     done = {(row["length"], row["policy"]) for row in journal.of("cost") if row["engine"] == "crypten"}
     todo = [
@@ -174,9 +179,6 @@ def run_crypten(config: Config, journal: Journal, shape: Shape, timeout: float) 
         for length, text in watched(todo, "crypten", "step"):
             _, plain, _ = fills(text, length)  # most steps fill no cluster; such a one is measured
             found = measured_step(llama, replace(shape, kv_len=plain, policy=text, steps=part.steps))
-            for name in NETWORKS:
-                travel = parse_network(name).seconds(found["rounds"], found["online_bytes"] / 2)
-                found[f"seconds_{name}"] = found["seconds"] + travel
             journal.append({"kind": "cost", "engine": "crypten", "length": length, "policy": text, **found})
 
 

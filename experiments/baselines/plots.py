@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from eviction import FULL
+from experiments.baselines.cells import seconds
 from experiments.baselines.policies import PARTS, names, style
 from experiments.baselines.summary import Result, Summary
 from experiments.tools.intervals import front
@@ -135,20 +136,20 @@ def time(summary: Summary) -> Figure:
     budget, results = _shown(summary)
     longest = max(summary.config.lengths)
     lines = _lines_of(results)
-    order = sorted(lines, key=lambda name: -_at(lines[name], longest).cost["wire"]["seconds_lan"])
+    order = sorted(lines, key=lambda name: -seconds(_at(lines[name], longest).cost["wire"], "lan"))
     figure = Figure(figsize=(WIDTH, 1.4 + 0.3 * len(order)), layout="constrained")
     shades = {length: (i + 1) / len(summary.config.lengths) for i, length in enumerate(summary.config.lengths)}
     for axis, network in zip(figure.subplots(1, 2, sharey=True), ("lan", "wan"), strict=True):
-        name = f"seconds_{network}"
         for place, policy in enumerate(order):
             color = "#D55E00" if policy in PARTS else "#0072B2" if policy != FULL.name else "#000000"
-            x = [result.cost["wire"][name] for result in lines[policy]]
+            x = [seconds(result.cost["wire"], network) for result in lines[policy]]
             axis.plot([min(x), max(x)], [place, place], color=color, linewidth=1, alpha=0.4)
             for result, value in zip(lines[policy], x, strict=True):
                 axis.plot(value, place, "o", color=color, alpha=0.25 + 0.75 * shades[result.length], markersize=7)
-            last = _at(lines[policy], longest).cost["wire"][name]
+            last = seconds(_at(lines[policy], longest).cost["wire"], network)
             axis.annotate(f"{last:.2f}", (max(x), place), (7, 0), textcoords="offset points", fontsize=8, va="center")
-        axis.axvline(_at(lines[FULL.name], longest).cost["wire"][name], color="black", linewidth=0.8, linestyle=":")
+        full = seconds(_at(lines[FULL.name], longest).cost["wire"], network)
+        axis.axvline(full, color="black", linewidth=0.8, linestyle=":")
         axis.set_xlim(0, 1.15 * axis.get_xlim()[1])
         axis.set_title(f"{network.upper()}, seconds a token", fontsize=11)
         axis.grid(alpha=0.25, axis="x")
@@ -172,8 +173,8 @@ def pareto(summary: Summary) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     parts: tuple[tuple[str, Callable[[dict], float]], ...] = (
         ("MB a token, online and dealer", lambda found: (found["online_bytes"] + found["dealer_bytes"]) / 1e6),
-        ("seconds a token, LAN", lambda found: found["seconds_lan"]),
-        ("seconds a token, WAN", lambda found: found["seconds_wan"]),
+        ("seconds a token, LAN", lambda found: seconds(found, "lan")),
+        ("seconds a token, WAN", lambda found: seconds(found, "wan")),
     )
     for axis, (title, measure) in zip(figure.subplots(1, 3, sharey=True), parts, strict=True):
         points = [(measure(r.cost["wire"]), 100 * r.mean.mean) for r in results]

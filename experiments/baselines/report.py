@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from crypten_llm.units import size
 from eviction import FULL, POLICIES
+from experiments.baselines.cells import seconds
 from experiments.baselines.policies import PARTS
 from experiments.baselines.summary import Result, Summary
 from experiments.tools.intervals import Interval
@@ -49,8 +50,8 @@ def costs(result: Result, engine: str = "wire") -> list:
         size(found["online_bytes"]),
         size(found["dealer_bytes"]),
         f"{found['rounds']:.1f}".removesuffix(".0"),
-        f"{found['seconds_lan']:.3f}",
-        f"{found['seconds_wan']:.2f}",
+        f"{seconds(found, 'lan'):.3f}",
+        f"{seconds(found, 'wan'):.2f}",
     ]
 
 

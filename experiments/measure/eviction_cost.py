@@ -34,7 +34,7 @@ from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.plan import Plan
 from crypten_llm.session.settings import split
-from experiments.measure.eviction_counts import ATTENTION, CHOICE, NUMBER, count, fills, layers
+from experiments.measure.eviction_counts import ATTENTION, CHOICE, NUMBER, count, fills, layers, seconds
 from experiments.measure.eviction_time import measured_step, measured_table
 from experiments.tools import kept
 from experiments.tools.command import command
@@ -83,8 +83,7 @@ def cell(model: str, length: int, policy: str) -> dict:
         "rounds": float(step.total("rounds")),
         "cache_bytes": NUMBER * step.cached,
         "summary_bytes": NUMBER * step.summaries,
-        "seconds_lan": step.seconds("lan"),
-        "seconds_wan": step.seconds("wan"),
+        "work": step.work(),
     }
 
 
@@ -111,8 +110,8 @@ def step_table(model: str, length: int, policies, cells: dict) -> list[dict]:
                 "choice's_share": f"{found['choice_bytes'] / both(found):.0%}",
                 "cache_bytes": found["cache_bytes"],
                 "summary_bytes": found["summary_bytes"],
-                "LAN_s": round(found["seconds_lan"], 2),
-                "WAN_s": round(found["seconds_wan"], 2),
+                "LAN_s": round(seconds(found["work"], "lan"), 2),
+                "WAN_s": round(seconds(found["work"], "wan"), 2),
             }
         )
     return rows
@@ -123,8 +122,8 @@ def pays(model: str, cells: dict) -> list[dict]:
     measures = {
         "bytes_online": lambda found: found["online_bytes"],
         "bytes,_both": both,
-        "time,_LAN": lambda found: found["seconds_lan"],
-        "time,_WAN": lambda found: found["seconds_wan"],
+        "time,_LAN": lambda found: seconds(found["work"], "lan"),
+        "time,_WAN": lambda found: seconds(found["work"], "wan"),
     }
     rows = []
     for policy in DYNAMICS:

@@ -69,14 +69,18 @@ class Step:
     def total(self, what: str, kinds=ATTENTION) -> Fraction:
         return sum((found for (kind, name), found in self.counts.items() if name == what and kind in kinds), Fraction())
 
-    def seconds(self, network: str) -> float:
-        """Predicted, of the whole step, for parties with a core each whose dealer is ahead of them."""
+    def work(self) -> dict[str, float]:
+        """What ``seconds`` are predicted from, of the whole step; results keep it, so that they follow ``Machine``."""
         everything = {kind for kind, _ in self.counts}
-        rounds, sent, products, material = (
-            float(self.total(what, everything)) for what in ("rounds", "online", "products", "material")
-        )
-        work = {"products": products, "material": material}
-        return Machine().seconds(rounds, sent / 2, work, parse_network(network))
+        return {what: float(self.total(what, everything)) for what in ("rounds", "online", "products", "material")}
+
+    def seconds(self, network: str) -> float:
+        return seconds(self.work(), network)
+
+
+def seconds(work: dict[str, float], network: str) -> float:
+    """Predicted, of a step with this ``Step.work``, for parties with a core each whose dealer is ahead of them."""
+    return Machine().seconds(work["rounds"], work["online"] / 2, work, parse_network(network))
 
 
 def shape_of(model: str, tokens: int, offline: bool = False) -> Shape:

@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -86,10 +86,8 @@ class Piece:
         return self.size if self.sender in (None, party) else 0
 
 
-@lru_cache(maxsize=256)
-def _moved(public: Tensor, device: torch.device) -> Tensor:
-    """By identity: a tensor is equal to no other as a key."""
-    return public.to(device)
+def _moved(device: torch.device, known: Tensor) -> Tensor:
+    return known.to(device)
 
 
 class Runtime(ABC):
@@ -107,6 +105,7 @@ class Runtime(ABC):
         self.transport = transport
         self.device = torch.device(device)
         self.kernels = ring.on(device)
+        self._constants = lru_cache(maxsize=256)(partial(_moved, self.device))  # ends with this role, and what it holds
         self.section = ""
         self._keys = keys
         self._material = material
@@ -224,15 +223,15 @@ class Runtime(ABC):
         """Shares of public words."""
         return self.input(OWNER, words.shape, self.moved(words).clone)
 
-    # What is public is made on the processor, where nobody waits for its numbers.
+    # What a role knows in the clear, public or its own, is made on the processor, where nobody waits for its numbers.
 
-    def moved(self, public: Tensor) -> Tensor:
-        """A public tensor on this role's device."""
-        return public.to(self.device, non_blocking=True)
+    def moved(self, known: Tensor) -> Tensor:
+        """Such a tensor on this role's device."""
+        return known.to(self.device, non_blocking=True)
 
-    def constant(self, public: Tensor) -> Tensor:
-        """The same of one that comes again, as the same object: it is moved once."""
-        return _moved(public, self.device)
+    def constant(self, known: Tensor) -> Tensor:
+        """The same of one that comes again, as the same object (a tensor is equal to no other): it is moved once."""
+        return self._constants(known)
 
     def held_by(self, party: int, value: Held | None) -> Held | None:
         """``value`` at that party, ``None`` elsewhere: what is its alone stays there."""
