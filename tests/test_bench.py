@@ -61,7 +61,7 @@ def test_split_heads_read_no_more_in_a_bench_than_in_an_answer(policy, far):
         built = bench._build(PlainEngine(), shape.config(), shape)
         for step in range(3):
             built.decode(bench._given(shape, step), grows=True)
-            sizes = {len(part) for cache in built.caches for part in cache.parts}
+            sizes = {len(part) for cache in built.caches for layer in cache.layers for part in layer.parts}
             assert sizes == {2 + 8, far + 1 + step}
 
 
@@ -94,3 +94,20 @@ def test_what_is_no_number_in_any_step_ends_the_bench(policy):
 
     with pytest.raises(CryptenLLMError, match="is off by nan"):
         bench.run(Party(Broken()), replace(SHAPE, policy=policy))
+
+
+@pytest.mark.parametrize("wire", [False, True])
+def test_sequences_that_take_a_step_together_take_the_rounds_of_one(wire):
+    """And their outputs are those of each alone: the first is given what one alone is given."""
+    three = replace(SHAPE, vocab=50, sequences=3)
+    together, alone = (run(party_jobs.bench, shape, wire=wire)[1] for shape in (three, replace(three, sequences=1)))
+    assert 0 < together["figures"]["max_abs_err"] < 0.1
+    if wire:
+        assert together["one_step"] == alone["one_step"]
+    plain = PlainEngine()
+    with torch.inference_mode():
+        outs = []
+        for shape in (three, replace(three, sequences=1)):
+            built = bench._build(plain, shape.config(), shape)
+            outs.append(built.decode(torch.tensor([7, 8, 9])[: shape.sequences], grows=True))
+    torch.testing.assert_close(outs[0][:1], outs[1])

@@ -25,6 +25,11 @@ BENCH_SIZES = {
     "kv_len": 1024,
     "steps": 5,
     "vocab": 0,
+    "sequences": 1,
+}
+_MEANINGS = {
+    "vocab": "of so many, a whole token from its id to its logits ",
+    "sequences": "that take each step together, a token each ",
 }
 
 
@@ -191,8 +196,8 @@ def policy(arguments: Any) -> str:
 def add_bench_sizes(parser: Parser) -> None:
     for name, default in BENCH_SIZES.items():
         option = f"--{name.replace('_', '-')}"
-        meaning = "of so many, a whole token from its id to its logits " if name == "vocab" else ""
-        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{meaning}(default: {default})")
+        meaning = f"{_MEANINGS.get(name, '')}(default: {default})"
+        parser.add_argument(option, type=int, default=default, metavar="N", help=meaning)
 
 
 def bench_shape(arguments: Any) -> Shape:

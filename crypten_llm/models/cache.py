@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
@@ -234,6 +234,13 @@ class LayerCache:
             part.prefilled = True
             if part.policy.acts:
                 part._evict(part.policy.evict)
+
+
+class Stretch(NamedTuple):
+    """The rows of a pass that are one sequence's: as many, which join its cache of the layer that they are in."""
+
+    cache: LayerCache
+    rows: int
 
 
 @dataclass

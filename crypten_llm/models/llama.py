@@ -8,15 +8,15 @@ output a product takes, the family says.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from crypten_llm.compat import import_crypten
-from crypten_llm.models.cache import KVCache
+from crypten_llm.models.cache import KVCache, Stretch
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.family import Family
 from crypten_llm.models.rope import rope_frequencies, unchanged_up_to
@@ -127,6 +127,10 @@ class Made(NamedTuple):
     query_before: Handle
     key_before: Handle
 
+    def rows(self, start: int, stop: int) -> Made:
+        """Of one sequence's rows."""
+        return self if (start, stop) == (0, self.query.shape[1]) else Made(*(x[:, start:stop] for x in self))
+
     def of(self, part: LayerCache) -> Made:
         """Of the heads whose rows ``part`` keeps."""
         if not part.layer.which:
@@ -155,7 +159,7 @@ class Attention(EngineModule):
                 norm = RMSNorm(engine, parameters.within(name), config.rms_norm_eps, norm_scales)
                 self.register_module(name, norm)
 
-    def forward(self, x: Handle, rotary: Rotary, cache: LayerCache) -> Handle:
+    def forward(self, x: Handle, rotary: Rotary, stretches: Sequence[Stretch]) -> Handle:
         engine, rows = self.engine, x.shape[0]
         with engine.meter.operation(f"{self.label} query, key, value", "qkv"):
             query = self._split(self.q_proj(x), self.heads)
@@ -167,12 +171,27 @@ class Attention(EngineModule):
             query_before, key_before = query, key
             query, key = engine.rotate(query, *rotary.query), engine.rotate(key, *rotary.key)
         made = Made(query, key, value, query_before, key_before)
-        programs: list[Callable[[], Handle]] = [partial(self._attend, made.of(part), part) for part in cache.parts]
-        with engine.meter.operation(f"{self.label} groups of heads", "groups") if cache.is_split else nullcontext():
+        programs: list[Callable[[], Handle]] = []
+        start = 0
+        for cache, length in stretches:
+            own = made.rows(start, start + length)
+            programs += [partial(self._attend, own.of(part), part) for part in cache.parts]
+            start += length
+        with self._shared(stretches):
             mixed = engine.side_by_side(programs) if len(programs) > 1 else [programs[0]()]
         with engine.meter.operation(f"{self.label} values", "values"):
-            attended = cache.in_order(mixed).permute(1, 0, 2)
+            taken = iter(mixed)
+            found = [cache.in_order([next(taken) for _ in cache.parts]) for cache, _ in stretches]
+            attended = (found[0] if len(found) == 1 else engine.cat(found, 1)).permute(1, 0, 2)
             return self.o_proj(attended.reshape(rows, self.heads * self.head_dim))
+
+    def _shared(self, stretches: Sequence[Stretch]) -> AbstractContextManager[object]:
+        """The step that rounds belong to which several programs share."""
+        if len(stretches) > 1:
+            return self.engine.meter.operation(f"{self.label} sequences side by side", "shared")
+        if stretches[0].cache.is_split:
+            return self.engine.meter.operation(f"{self.label} groups of heads", "groups")
+        return nullcontext()
 
     def _attend(self, made: Made, cache: LayerCache) -> Handle:
         """The values [heads, T, head_dim] that the heads of this cache mix; their new rows join it."""
@@ -224,10 +243,10 @@ class DecoderLayer(EngineModule):
         self.register_module("self_attn", attention)
         self.register_module("mlp", MLP(engine, parameters.within("mlp")))
 
-    def forward(self, x: Handle, rotary: Rotary, cache: LayerCache) -> Handle:
+    def forward(self, x: Handle, rotary: Rotary, stretches: Sequence[Stretch]) -> Handle:
         with self.engine.meter.operation(f"{self.label} input norm", "norm"):
             normed = self.input_layernorm(x)
-        x = self.engine.residual(x, self.self_attn(normed, rotary, cache))
+        x = self.engine.residual(x, self.self_attn(normed, rotary, stretches))
         with self.engine.meter.operation(f"{self.label} post-attention norm", "norm"):
             normed = self.post_attention_layernorm(x)
         with self.engine.meter.operation(f"{self.label} mlp", "mlp"):
@@ -258,6 +277,16 @@ def score_factors(engine: Engine, head_dim: int) -> tuple[float, float]:
         return 1.0, 1.0
     unit, balance = math.log(engine.softmax_base) ** -0.5, head_dim**0.25
     return unit * balance, unit / balance
+
+
+class Pass(NamedTuple):
+    """One sequence's rows in a pass: as many, which join its cache. seq_len: the length of the whole prompt when they
+    are a chunk of it (dynamic RoPE depends on it).
+    """
+
+    cache: KVCache
+    rows: int
+    seq_len: int = 0
 
 
 class Llama(EngineModule):
@@ -300,30 +329,47 @@ class Llama(EngineModule):
 
     def extend(self, one_hot: Handle, cache: KVCache, seq_len: int = 0) -> Handle:
         """Hidden states [T, H] for one-hot rows [T, V]; their keys and values join the cache."""
+        return self.extend_together(one_hot, [Pass(cache, one_hot.shape[0], seq_len)])
+
+    def extend_together(self, one_hot: Handle, passes: Sequence[Pass]) -> Handle:
+        """The same for rows of several sequences, one behind the other; each row sees those of its own sequence.
+
+        All that a layer does apart from attention it does to all rows at once; attention shares its rounds.
+        """
         with self.engine.meter.operation("embedding", "embedding"):
             x = self.engine.embed(one_hot, self.embed_tokens)
-        return self.decode_rows(x, cache, seq_len)
-
-    def decode_rows(self, x: Handle, cache: KVCache, seq_len: int = 0) -> Handle:
-        """Hidden states [T, H] through every layer; their keys and values join the cache."""
-        rows = x.shape[0]
-        positions = cache.extend(rows)
-        rotary = self.rotary(positions, max(seq_len, cache.length))
-        for index, layer_cache in enumerate(cache.layers):
-            layer_cache.slide()
-            x = self.through(index, x, rotary, layer_cache)
+        rotary = rotary_for(self.engine, self._next_tables(passes))
+        for index in range(len(self.blocks)):
+            stretches = [Stretch(each.cache.layers[index], each.rows) for each in passes]
+            for cache, _ in stretches:
+                cache.slide()
+            x = self.through(index, x, rotary, stretches)
         return x
 
-    def through(self, index: int, x: Handle, rotary: Rotary, cache: LayerCache) -> Handle:
+    def through(self, index: int, x: Handle, rotary: Rotary, stretches: Sequence[Stretch]) -> Handle:
         """Hidden states [T, H] through the layer of that index."""
-        return self.blocks[index](x, rotary, cache)
+        return self.blocks[index](x, rotary, stretches)
 
     def rotary(self, positions: torch.Tensor, length: int) -> Rotary:
         """Public cosines and sines, each [T, head_dim], of ``positions`` [T] in a sequence of ``length`` tokens."""
+        return rotary_for(self.engine, self._tables(positions, length))
+
+    def _tables(self, positions: torch.Tensor, length: int) -> Tables:
         frequencies = self.frequencies
         if length > self.frequencies_hold:
             frequencies = rope_frequencies(self.config, length)
-        return rotary_for(self.engine, rotary_tables(frequencies, positions))
+        return rotary_tables(frequencies, positions)
+
+    def _next_tables(self, passes: Sequence[Pass]) -> Tables:
+        """Of the positions that come next in each sequence, which are now taken."""
+        made = []
+        for cache, rows, seq_len in passes:
+            positions = cache.extend(rows)
+            made.append(self._tables(positions, max(seq_len, cache.length)))
+        if len(made) == 1:
+            return made[0]
+        cos, sin = (torch.cat(tables) for tables in zip(*made, strict=True))
+        return cos, sin
 
     def _query_tables(self, positions: torch.Tensor) -> Tables:
         """How queries are turned at ``positions`` [T] behind a sequence that ends before the first of them."""

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from msgspec import Meta
 
+from crypten_llm import limits
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import CryptenLLMError, UsageError
-from crypten_llm.models.cache import KVCache
+from crypten_llm.models.cache import KVCache, Stretch
 from crypten_llm.models.checkpoint import expected_shapes
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.family import EMBEDDING
@@ -42,9 +43,8 @@ from crypten_llm.session.plan import parse_policy
 
 if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine
-    from crypten_llm.models.cache import LayerCache
     from crypten_llm.session.party import Party
-    from eviction.operations import Handle
+    from eviction.operations import Handle, Layer
 
 
 WARM_UP = 1
@@ -57,7 +57,8 @@ FIRST_INPUT = 1_000_000  # seeds of inputs, apart from those of weights: a row o
 class Shape:
     """What to measure: sizes as in config.json, ``kv_len`` cached tokens, ``steps`` counted steps.
 
-    vocab: with it a step is a whole token, from its id to its logits; without, the decoder layers alone.
+    vocab: with it a step is a whole token, from its id to its logits; without, the decoder layers alone. sequences: so
+    many take each step together, a token and a cache each.
     """
 
     hidden: Count
@@ -69,6 +70,7 @@ class Shape:
     steps: Tokens = 5
     policy: Annotated[str, Meta(max_length=1000)] = "full"
     vocab: Count = 0
+    sequences: Annotated[int, Meta(ge=1, le=limits.PROMPTS)] = 1
 
     def facts(self) -> dict:
         """What decides how all messages look."""
@@ -76,7 +78,7 @@ class Shape:
 
     def config(self) -> LlamaConfig:
         """Raises UsageError for sizes that no Llama has."""
-        for name, low in (("kv_len", 1), ("steps", 1), ("heads", 1), ("vocab", 0)):
+        for name, low in (("kv_len", 1), ("steps", 1), ("heads", 1), ("vocab", 0), ("sequences", 1)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}")
         sizes = {"hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads, "ffn": self.ffn}
@@ -132,12 +134,12 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
 
 @dataclass
 class _Built:
-    """Decoder layers with a cache each; model: what they are of, where a whole token is measured."""
+    """Decoder layers, and of each sequence a cache; model: what they are of, where a whole token is measured."""
 
     engine: Engine
     config: LlamaConfig
     layers: Sequence[DecoderLayer]
-    caches: list[LayerCache]
+    caches: list[KVCache]
     model: Llama | None
 
     def source(self, owner: int, client: int) -> int:
@@ -145,31 +147,36 @@ class _Built:
         return owner if self.model is None else client
 
     def decode(self, given: torch.Tensor | None, grows: bool) -> Handle:
-        """One token through all; unless the cache grows, it is left as it was. given: ``_given``'s, at its source."""
+        """One token of each sequence through all; unless the caches grow, they are left as they were. given:
+        ``_given``'s, at its source.
+        """
+        sequences = len(self.caches)
         if self.model is None:
-            x = self.engine.secret(given, (1, self.config.hidden_size), OWNER)
+            x = self.engine.secret(given, (sequences, self.config.hidden_size), OWNER)
         else:
             with self.engine.meter.operation("embedding", "embedding"):
-                one_hot = self.engine.tokens(given, 1, self.config.vocab_size)
+                one_hot = self.engine.tokens(given, sequences, self.config.vocab_size)
                 x = self.engine.embed(one_hot, self.model.embed_tokens)
-        newest = torch.tensor([self.config.max_position_embeddings - 1])
-        rotary, before = _rotary(self.engine, self.config, newest), None
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            used = cache if grows else cache.copy(before)
-            used.slide()
-            x, before = layer(x, rotary, used), used.layer
+        newest = torch.full((sequences,), self.config.max_position_embeddings - 1)
+        rotary = _rotary(self.engine, self.config, newest)
+        before: list[Layer | None] = [None] * sequences
+        for layer, *caches in zip(self.layers, *(cache.layers for cache in self.caches), strict=True):
+            used = caches if grows else [cache.copy(layer) for cache, layer in zip(caches, before, strict=True)]
+            for cache in used:
+                cache.slide()
+            x, before = layer(x, rotary, [Stretch(cache, 1) for cache in used]), [cache.layer for cache in used]
         return x if self.model is None else self.model.logits(x)
 
 
 def _given(shape: Shape, seed: int) -> torch.Tensor:
-    """What a step begins with: a token id [1], or hidden states [1, H]."""
+    """What a step begins with: token ids [sequences], or hidden states [sequences, H]."""
     if shape.vocab:
-        return torch.randint(shape.vocab, (1,), generator=torch.Generator().manual_seed(seed))
-    return _random(seed, (1, shape.hidden))
+        return torch.randint(shape.vocab, (shape.sequences,), generator=torch.Generator().manual_seed(seed))
+    return _random(seed, (shape.sequences, shape.hidden))
 
 
 def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
-    """Weights and cached keys and values, all held by the owner."""
+    """Weights and cached keys and values, all held by the owner; all sequences have the same."""
     is_owner = engine.rank == OWNER
     query_factor, key_factor = score_factors(engine, config.head_dim)
 
@@ -190,19 +197,22 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
     model = Llama(engine, config, handles) if shape.vocab else None
     layers = model.blocks if model is not None else _layers(engine, config, handles)
     tables = partial(_rotary, engine, config)
-    cache = KVCache.empty(engine, len(layers), heads, kv_heads, dim, rotary=lambda places: tables(places).query)
-    cache.follow(parse_policy(shape.policy), shape.kv_len)
-    for i, layer in enumerate(cache.layers):
-        for part in layer.parts:
-            cached = (part.layer.kv_heads, shape.kv_len, config.head_dim)
-            part.layer.keys, part.layer.values = rows(-1 - 2 * i, cached), rows(-2 - 2 * i, cached, values=True)
-    for i, layer in enumerate(cache.layers):
-        for part in layer.parts:
-            if part.policy.acts:
-                query = (part.layer.kv_heads, heads // kv_heads, dim)
-                part.show_last(attended(FIRST_QUERY + i, query, query_factor))
-    cache.end_prompt()
-    return _Built(engine, config, layers, cache.layers, model)
+    caches = []
+    for _ in range(shape.sequences):
+        cache = KVCache.empty(engine, len(layers), heads, kv_heads, dim, rotary=lambda places: tables(places).query)
+        cache.follow(parse_policy(shape.policy), shape.kv_len)
+        for i, layer in enumerate(cache.layers):
+            for part in layer.parts:
+                cached = (part.layer.kv_heads, shape.kv_len, config.head_dim)
+                part.layer.keys, part.layer.values = rows(-1 - 2 * i, cached), rows(-2 - 2 * i, cached, values=True)
+        for i, layer in enumerate(cache.layers):
+            for part in layer.parts:
+                if part.policy.acts:
+                    query = (part.layer.kv_heads, heads // kv_heads, dim)
+                    part.show_last(attended(FIRST_QUERY + i, query, query_factor))
+        cache.end_prompt()
+        caches.append(cache)
+    return _Built(engine, config, layers, caches, model)
 
 
 def _rotary(engine: Engine, config: LlamaConfig, places: torch.Tensor) -> Rotary:

@@ -7,11 +7,12 @@ and one prompt is several of which there is one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeVar
 
 import torch
 from msgspec import Meta
@@ -19,6 +20,7 @@ from msgspec import Meta
 import eviction
 from crypten_llm import limits
 from crypten_llm.errors import UsageError
+from crypten_llm.models.llama import Pass
 from crypten_llm.models.tokenizer import check_ids
 from crypten_llm.records import Record
 from crypten_llm.session.plan import Plan
@@ -113,7 +115,6 @@ class _Sequence:
     def __init__(self, party: Party, plan: Plan, answer: Answer | None, cache: KVCache) -> None:
         self.party, self.plan, self.answer, self.cache = party, plan, answer, cache
         self.behind = cache.length  # tokens that the cache holds already
-        self._last: Handle = None
 
     def begin(self) -> None:
         if self.plan.reveal != str(self.party.mode):
@@ -155,33 +156,28 @@ class _Sequence:
     def chunks(self) -> int:
         return -(-self.plan.prompt_tokens // self.plan.chunk)
 
-    def prefill(self, chunk: int) -> int:
-        """Brings a chunk of the prompt into the cache; returns how many tokens it has."""
-        start = chunk * self.plan.chunk
+    def chunk(self, number: int) -> _Rows:
+        """A chunk of the prompt."""
+        start = number * self.plan.chunk
         stop = min(start + self.plan.chunk, self.plan.prompt_tokens)
-        rows = self._tokens(None if self.answer is None else self.answer.prompt_ids[start:stop], stop - start)
-        length = self.behind + self.plan.prompt_tokens
-        self._last = self.party.model.extend(rows, self.cache, seq_len=length)[-1:]
-        return stop - start
+        ids = None if self.answer is None else self.answer.prompt_ids[start:stop]
+        return _Rows(ids, Pass(self.cache, stop - start, self.behind + self.plan.prompt_tokens))
 
-    def first(self) -> torch.Tensor | None:
-        """Ends the prompt; what the client chooses the next token from (``open_choice``), ``None`` elsewhere."""
-        self.cache.end_prompt()
-        last, self._last = self._last, None
-        return self._open(self.party.model.logits(last))
+    def newest(self) -> _Rows:
+        """The last token of the answer."""
+        return _Rows(None if self.answer is None else [self.answer.token_id], Pass(self.cache, 1))
 
-    def step(self) -> torch.Tensor | None:
-        """The same after the last token."""
-        ids = None if self.answer is None else [self.answer.token_id]
-        return self._open(self.party.model(self._tokens(ids, 1), self.cache))
-
-    def _tokens(self, ids: list[int] | None, count: int) -> Handle:
-        engine, vocab_size = self.party.engine, self.party.model.config.vocab_size
-        return engine.tokens(None if ids is None else torch.tensor(ids), count, vocab_size)
-
-    def _open(self, logits: Handle) -> torch.Tensor | None:
+    def open(self, logits: Handle) -> torch.Tensor | None:
+        """What the client chooses the next token from (``open_choice``), ``None`` elsewhere; logits [1, V]."""
         party = self.party
         return party.reveals.open_choice(party.engine, logits, party.client, party.mode, self.plan.temperature)
+
+
+class _Rows(NamedTuple):
+    """What a sequence brings into a pass. ids: at the client alone."""
+
+    ids: list[int] | None
+    place: Pass
 
 
 def go_on(cache: KVCache, prompt_tokens: int) -> None:
@@ -235,8 +231,11 @@ def together(
             if index == 0:
                 for sequence in live.values():
                     sequence.begin_with_prefix()
-                yield from _prefill(party, list(live.values()))
-            values = _side_by_side(party, [s.step if index else s.first for s in live.values()])
+                hidden = yield from _prefill(party, list(live.values()))
+            else:
+                hidden = _pass(party, [sequence.newest() for sequence in live.values()])
+            logits = model.logits(hidden)
+            values = _side_by_side(party, [partial(s.open, logits[i : i + 1]) for i, s in enumerate(live.values())])
         asked, ending = {}, set()
         for (place, sequence), value in zip(list(live.items()), values, strict=True):
             last = index + 1 == sequence.plan.max_new_tokens
@@ -262,14 +261,35 @@ def together(
             live.pop(place).end(index)
 
 
-def _prefill(party: Party, sequences: list[_Sequence]) -> Generator[Progress, None, None]:
-    """Brings the prompts into their caches chunk by chunk, at the client yielding ``Progress``."""
+def _prefill(party: Party, sequences: list[_Sequence]) -> Generator[Progress, None, Handle]:
+    """Brings the prompts into their caches chunk by chunk, at the client yielding ``Progress``; returns the hidden
+    states of their last tokens, [B, H].
+    """
     done, total = 0, sum(sequence.plan.prompt_tokens for sequence in sequences)
+    last: dict[int, Handle] = {}
     for chunk in range(max(sequence.chunks for sequence in sequences)):
-        programs = [partial(s.prefill, chunk) for s in sequences if chunk < s.chunks]
-        done += sum(_side_by_side(party, programs))
+        places = [place for place, sequence in enumerate(sequences) if chunk < sequence.chunks]
+        rows = [sequences[place].chunk(chunk) for place in places]
+        hidden = _pass(party, rows)
+        ends = itertools.accumulate(each.place.rows for each in rows)
+        last |= {place: hidden[end - 1 : end] for place, end in zip(places, ends, strict=True)}
+        done += hidden.shape[0]
         if sequences[0].answer is not None:
             yield Progress(done, total)
+    _side_by_side(party, [sequence.cache.end_prompt for sequence in sequences])
+    in_order = [last[place] for place in range(len(sequences))]
+    return in_order[0] if len(in_order) == 1 else party.engine.cat(in_order, 0)
+
+
+def _pass(party: Party, rows: Sequence[_Rows]) -> Handle:
+    """Hidden states [T, H] of all these rows, which join their caches."""
+    ids: list[int] | None = []
+    for each in rows:
+        ids = None if ids is None or each.ids is None else ids + each.ids
+    count = sum(each.place.rows for each in rows)
+    given = None if ids is None else torch.tensor(ids)
+    one_hot = party.engine.tokens(given, count, party.model.config.vocab_size)
+    return party.model.extend_together(one_hot, [each.place for each in rows])
 
 
 def _side_by_side(party: Party, programs: Sequence[Callable[[], Result]]) -> list[Result]:

@@ -37,4 +37,4 @@ def of_bench(shape: Shape, number_bytes: int) -> int:
     """Weights and cache. Raises UsageError as ``Shape.config``."""
     config = shape.config()
     cached = 2 * config.num_key_value_heads * config.head_dim * shape.kv_len * config.num_hidden_layers
-    return (config.parameters + cached) * number_bytes
+    return (config.parameters + shape.sequences * cached) * number_bytes

@@ -67,6 +67,7 @@ def measure(shape: Shape, engine: str, timeout: float) -> dict:
 def key(shape: Shape, engine: str, repeat: int) -> str:
     sizes = f"d={shape.hidden} ffn={shape.ffn} heads={shape.heads} T={shape.kv_len} layers={shape.layers}"
     sizes += f" vocab={shape.vocab}" if shape.vocab else ""
+    sizes += f" sequences={shape.sequences}" if shape.sequences > 1 else ""
     return f"{sizes}/{shape.steps} steps/{engine}/{repeat}"
 
 

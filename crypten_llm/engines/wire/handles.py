@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -78,9 +78,9 @@ class Normed:
         """H."""
         return self.wire.shape[-1]
 
-    def __getitem__(self, heads: torch.Tensor) -> Normed:
-        """Some of those along the first dimension."""
-        return Normed(self.wire.map(lambda t: t[heads]), self.gamma)
+    def __getitem__(self, index: Any) -> Normed:
+        """Some of those along other dimensions than the normed one."""
+        return Normed(self.wire.map(lambda t: t[index]), self.gamma)
 
     def permute(self, *order: int) -> Normed:
         assert order[-1] == len(order) - 1, "the normed dimension stays the last"
