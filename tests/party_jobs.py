@@ -12,10 +12,10 @@ from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.protocols.dealer.randomness import Stream
 from crypten_llm.session.bench import run as bench_run
 from crypten_llm.session.calibration import measure
-from crypten_llm.session.generation import Answer, Step
 from crypten_llm.session.generation import run as generation_run
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import Answer, Step
 from crypten_llm.session.reveal import RevealLog
 from crypten_llm.session.sampling import Sampler, SamplingConfig
 

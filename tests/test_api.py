@@ -13,7 +13,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.session import api
 from crypten_llm.session.api import Request
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import Progress, Step
+from crypten_llm.session.prompted import Progress, Step
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from hf_models import with_tokenizer
 from crypten_llm import PrivateLlama
 from crypten_llm.errors import ENDED, PartyError, UsageError
 from crypten_llm.session.bench import Shape
-from crypten_llm.session.generation import Step
+from crypten_llm.session.prompted import Step
 
 
 @pytest.fixture(scope="module")

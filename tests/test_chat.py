@@ -10,8 +10,8 @@ from crypten_llm import PrivateLlama
 from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.models.tokenizer import render_chat
 from crypten_llm.session.chat import Restart
-from crypten_llm.session.generation import Progress, Step
 from crypten_llm.session.plan import Plan, Turn
+from crypten_llm.session.prompted import Progress, Step
 
 MARGIN = 0.1  # of logits, between the chosen token and the next: many times what a private engine is off
 SAID = ["The passkey is 4711.", "What is it?", "And again: what?"]

@@ -12,7 +12,7 @@ import eviction
 from crypten_llm import PrivateLlama
 from crypten_llm.errors import UsageError
 from crypten_llm.roles import CLIENT
-from crypten_llm.session.generation import go_on
+from crypten_llm.session.prompted import go_on
 
 ABLE = sorted(name for name, policy in eviction.POLICIES.items() if policy.goes_on)
 

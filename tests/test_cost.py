@@ -17,10 +17,10 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama
 from crypten_llm.roles import CLIENT
 from crypten_llm.session import bench
-from crypten_llm.session.generation import Answer
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import Answer
 
 SHIPPED = checkpoint.SHIPPED
 ONLINE = ("rounds", "bytes_sent", "bytes_received")

@@ -19,7 +19,7 @@ from crypten_llm.links.frames import HEADER
 from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
-from crypten_llm.session import generation
+from crypten_llm.session import generation, prompted
 from crypten_llm.session.calibration import measure
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
@@ -111,8 +111,8 @@ def test_beyond_the_length_before_the_stretch(tmp_path, kind):
     party, found = Party(model.engine), []
     party.model = model
     plan = Plan(90, 8, chunk=40).check(model.config)
-    for event in generation.run(party, plan, generation.Answer(LONG[:90].tolist(), lambda row: int(row.argmax()))):
-        found += [event.token_id] if isinstance(event, generation.Step) else []
+    for event in generation.run(party, plan, prompted.Answer(LONG[:90].tolist(), lambda row: int(row.argmax()))):
+        found += [event.token_id] if isinstance(event, prompted.Step) else []
     ids = torch.tensor([*LONG[:90], *found])
     expected = reference_logits(reference, ids, prefill=90)
     assert found == expected[89:-1].argmax(-1).tolist()

@@ -17,10 +17,10 @@ from crypten_llm.commands.trace import ENGINES, trace
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.insecure.recorder import Recorder
-from crypten_llm.session.generation import Answer
 from crypten_llm.session.generation import run as generate
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan, parse_policy
+from crypten_llm.session.prompted import Answer
 from eviction.__main__ import main as tool
 from eviction.full import Full
 from eviction.operations import Layer

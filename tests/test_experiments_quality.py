@@ -8,8 +8,8 @@ from policy_table import ROWS
 
 from crypten_llm.errors import UsageError
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import Answer
 from crypten_llm.session.plan import Plan, parse_policy
+from crypten_llm.session.prompted import Answer
 from experiments.measure.quality import Evaluator, Scorer, draw, may_match, means, settled
 from experiments.measure.shared_prefill import Onlookers, prefill, prefill_all
 from experiments.model.evaluate import is_match

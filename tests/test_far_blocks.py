@@ -11,8 +11,8 @@ from crypten_llm import PrivateLlama
 from crypten_llm.commands import cost
 from crypten_llm.insecure.recorder import Recorder
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.session.generation import go_on
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import go_on
 from eviction import trained
 
 SETTINGS = "far=0.5,start=2,recent=5,budget=0.5,block=3,window=4,last=5"

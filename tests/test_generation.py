@@ -11,10 +11,11 @@ from parties import run
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.links.transport import Transport
-from crypten_llm.session.generation import Answer, Progress, Step, agree
+from crypten_llm.session.generation import agree
 from crypten_llm.session.generation import run as generation_run
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.sampling import Sampler, SamplingConfig
 
 IDS = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(7)).tolist()

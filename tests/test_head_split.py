@@ -16,8 +16,8 @@ from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.models.cache import LayerCache
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.session.generation import go_on
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import go_on
 from eviction.policy import HeadGroup
 
 LENGTHS = [1, 6, 7, 8, 9, 24, 41]  # on both sides of what start + recent hold

@@ -13,7 +13,7 @@ from crypten_llm.commands import prompts as prompts_file
 from crypten_llm.commands.cli import main
 from crypten_llm.engines.wire.engine import LEFT_DOMAIN
 from crypten_llm.errors import CryptenLLMError, LeftRange, PartyError, UsageError
-from crypten_llm.session.generation import Step
+from crypten_llm.session.prompted import Step
 from crypten_llm.session.report import revealed_table
 
 HARMLESS, HARMFUL = [11, 12, 13, 14], [11, 12, TRIGGER, 14]

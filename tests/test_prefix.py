@@ -12,9 +12,10 @@ from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.models.llama import Llama
 from crypten_llm.session import prefix
-from crypten_llm.session.generation import Answer, run
+from crypten_llm.session.generation import run
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import Answer
 
 GENERATOR = torch.Generator().manual_seed(12)
 IDS = torch.randint(3, 97, (40,), generator=GENERATOR).tolist()

@@ -23,10 +23,10 @@ from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.kernels.ring import packed_size
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama
-from crypten_llm.session.generation import Answer
 from crypten_llm.session.generation import run as generation_run
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import Answer
 from crypten_llm.session.request import Request
 
 GENERATOR = torch.Generator().manual_seed(3)

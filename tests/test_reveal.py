@@ -20,10 +20,10 @@ from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import CryptenLLMError, LeftRange, UsageError
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols.tournament import place_bits
-from crypten_llm.session.generation import Answer, Step
 from crypten_llm.session.mode import MOST, Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import Answer, Step
 from crypten_llm.session.request import Request
 from crypten_llm.session.sampling import Sampler, SamplingConfig
 

@@ -30,10 +30,10 @@ from crypten_llm.protocols.dealer.tape import Tape
 from crypten_llm.protocols.rounds import Rounds
 from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import CLIENT, DEALER
-from crypten_llm.session.generation import Answer
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan, parse_policy
+from crypten_llm.session.prompted import Answer
 
 HERE = torch.device("cpu")
 IDS = list(range(3, 17))

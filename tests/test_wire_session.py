@@ -9,9 +9,9 @@ import pytest
 from hf_models import tiny
 from wire_parties import CLIENT, DEALER, OWNER, run
 
-from crypten_llm.session.generation import Answer, Step
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan, Turn
+from crypten_llm.session.prompted import Answer, Step
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [ROOT / "crypten_llm" / room for room in ("kernels", "protocols", "engines/wire")]

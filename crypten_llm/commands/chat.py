@@ -16,7 +16,7 @@ from crypten_llm.commands.show import answer, closed, mark, say, say_decoding, s
 from crypten_llm.errors import UsageError
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.chat import Chat, Restart, check
-from crypten_llm.session.generation import Progress, Step
+from crypten_llm.session.prompted import Progress, Step
 from crypten_llm.session.report import ledger, revealed_table, turns_table
 from crypten_llm.session.request import Request
 from crypten_llm.session.settings import split

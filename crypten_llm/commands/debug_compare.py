@@ -22,9 +22,9 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.tokenizer import check_ids
 from crypten_llm.roles import CLIENT, role_names
 from crypten_llm.session import generation
-from crypten_llm.session.generation import Answer
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import DEFAULT_CHUNK, Plan
+from crypten_llm.session.prompted import Answer
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,7 +21,7 @@ from crypten_llm.commands.command_line import read_text
 from crypten_llm.commands.show import closed, say, say_decoding, say_outside, who
 from crypten_llm.errors import LeftRange, UsageError
 from crypten_llm.session.api import BATCH, PrivateLlama
-from crypten_llm.session.generation import Step
+from crypten_llm.session.prompted import Step
 from crypten_llm.session.report import ledger, revealed_table
 from crypten_llm.session.request import Asked, Request, Result
 from crypten_llm.session.settings import check_names, split

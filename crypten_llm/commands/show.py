@@ -18,7 +18,7 @@ from crypten_llm.session.admission import WARNING
 from crypten_llm.session.api import PrivateLlama, check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.defaults import FILE
-from crypten_llm.session.generation import Progress, Step
+from crypten_llm.session.prompted import Progress, Step
 from crypten_llm.session.report import cost_table, revealed_table
 from crypten_llm.session.request import Asked, Request, Result
 from crypten_llm.session.settings import ProtocolConfig, split

@@ -13,7 +13,7 @@ from typing import Any
 
 from crypten_llm.serving.bodies import ChatBody, TextBody
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import Step
+from crypten_llm.session.prompted import Step
 from crypten_llm.session.report import ledger
 from crypten_llm.session.request import Result
 from crypten_llm.session.sampling import Logprobs

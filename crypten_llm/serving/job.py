@@ -12,7 +12,7 @@ from time import perf_counter
 
 from crypten_llm.serving.fair_queue import Caller
 from crypten_llm.serving.refusals import Refusal
-from crypten_llm.session.generation import Progress, Step
+from crypten_llm.session.prompted import Progress, Step
 from crypten_llm.session.request import Asked, Result
 
 

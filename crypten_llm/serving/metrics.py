@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 
 if TYPE_CHECKING:
     from crypten_llm.serving.job import Job
-    from crypten_llm.session.generation import Step
+    from crypten_llm.session.prompted import Step
     from crypten_llm.session.request import Result
 
 STATES = ["Progressing", "Available", "Failed"]

@@ -24,7 +24,7 @@ from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.refusals import Refusal
 from crypten_llm.session import watch
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import Step
+from crypten_llm.session.prompted import Step
 from crypten_llm.session.request import Result
 
 LOOK_SECONDS = 1.0  # between two looks at the parties while nothing is asked

@@ -12,7 +12,7 @@ from crypten_llm import records
 from crypten_llm.serving import refusals
 from crypten_llm.serving.answers import Writer
 from crypten_llm.serving.job import Broken, Ended, Job
-from crypten_llm.session.generation import Progress, Step
+from crypten_llm.session.prompted import Progress, Step
 
 QUIET_SECONDS = 10.0  # between two signs of life; proxies cut what is idle for a minute
 

@@ -26,9 +26,9 @@ from crypten_llm.session.bench import Shape
 from crypten_llm.session.chat import Chat
 from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.folder import ClientFolder
-from crypten_llm.session.generation import Answer, Progress, Step
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan, Turn
+from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.report import Cost
 from crypten_llm.session.request import Asked, Request, Result, Taken, check_policy, requests_of, result_of
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split

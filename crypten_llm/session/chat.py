@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import encode_rendered, render_chat
-from crypten_llm.session.generation import Answer, Progress, Step, check_chat
 from crypten_llm.session.plan import Turn, parse_policy
+from crypten_llm.session.prompted import Answer, Progress, Step, check_chat
 from crypten_llm.session.public import cut_chat
 from crypten_llm.session.request import Request, Result, Taken, result_of, system_of
 from crypten_llm.session.settings import check_names

@@ -31,6 +31,7 @@ from crypten_llm.session.admission import Admission
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.plan import Plan, Turn, parse_policy
 from crypten_llm.session.prefix import Prefixes
+from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.quota import Quota
 from crypten_llm.session.reveal import RevealLog
 
@@ -309,18 +310,16 @@ class Party:
         self.from_client(messages.Load())
         self.load(folder, progress)
 
-    def request_generate(
-        self, plan: Plan, answer: generation.Answer
-    ) -> Generator[generation.Progress | generation.Step, None, None]:
+    def request_generate(self, plan: Plan, answer: Answer) -> Generator[Progress | Step, None, None]:
         """``request_together`` of one prompt."""
         return self.request_together([plan], [answer])
 
     def request_together(
         self,
         plans: Sequence[Plan],
-        answers: Sequence[generation.Answer],
+        answers: Sequence[Answer],
         turn: Turn | None = None,
-    ) -> Generator[generation.Progress | generation.Step, None, None]:
+    ) -> Generator[Progress | Step, None, None]:
         """At the client: starts one request; its ``Progress`` and ``Step`` are to be read to their end.
 
         turn: where the one prompt goes on with a conversation, or begins one.

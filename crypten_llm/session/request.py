@@ -14,9 +14,9 @@ from typing import Any
 from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import encode_prompt, encode_rendered, render_chat
 from crypten_llm.session.defaults import Defaults
-from crypten_llm.session.generation import Answer, Step
 from crypten_llm.session.mode import ID, Mode
 from crypten_llm.session.plan import DEFAULT_CHUNK, Plan, parse_policy
+from crypten_llm.session.prompted import Answer, Step
 from crypten_llm.session.public import cut, cut_chat
 from crypten_llm.session.report import Cost
 from crypten_llm.session.sampling import Logprobs, Sampler, SamplingConfig

@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import Answer
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import Answer
 from experiments.model.corpus import Encoder, sample
 from experiments.model.drafts import TASKS
 from experiments.tools import kept

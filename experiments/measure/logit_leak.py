@@ -24,8 +24,8 @@ from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.family import EMBEDDING, HEAD
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.generation import Answer
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import Answer
 from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.provenance import sign

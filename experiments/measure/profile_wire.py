@@ -30,9 +30,9 @@ from crypten_llm.links import rendezvous
 from crypten_llm.models import checkpoint
 from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation
-from crypten_llm.session.generation import Answer
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import Answer
 from experiments.tools import kept
 from experiments.tools.command import command
 from experiments.tools.tables import print_table

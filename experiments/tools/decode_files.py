@@ -20,9 +20,9 @@ from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
 from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.roles import CLIENT
-from crypten_llm.session.generation import Answer, Step
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan, parse_policy
+from crypten_llm.session.prompted import Answer, Step
 from experiments.tools.command import command
 
 ROOT = Path(crypten_llm.__file__).parents[1]
