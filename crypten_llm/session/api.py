@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
@@ -31,6 +30,7 @@ from crypten_llm.session.plan import Plan, Turn
 from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.report import Cost
 from crypten_llm.session.request import Asked, Request, Result, Taken, check_policy, requests_of, result_of
+from crypten_llm.session.running import Events, Running
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 from crypten_llm.session.weights import know_weights
 
@@ -42,10 +42,7 @@ if TYPE_CHECKING:
 
 
 ENDED_SESSION = "this session has ended, by close() or an error; open another with PrivateLlama.from_pretrained()"
-BUSY = "another stream of this session is still being read; read it to its end or close it"
-UNLEAVABLE: tuple[Sequence[Answer], None] = ((), None)
 BATCH = 8  # prompts that share rounds, where more are given and nothing else is said
-Events = Generator[Progress | Step, None, None]
 
 
 class PrivateLlama:
@@ -66,9 +63,7 @@ class PrivateLlama:
         self._folder = ClientFolder("", launched.offline)
         self._conversations = 0
         self.result: Any = None  # of the last request: a ``Result``, or several
-        # What runs now: answers and their events, or ``UNLEAVABLE`` for what cannot be left early.
-        self._running: tuple[Sequence[Answer], Events | None] | None = None
-        self._claiming = threading.Lock()  # of several threads that ask at once, one finds the parties free
+        self._running = Running()
         if not protocol.is_private:
             torch.set_num_threads(launched.thread_count(1))
             self.party = Party(PlainEngine.on(launched.device), mode=protocol.mode)
@@ -221,26 +216,37 @@ class PrivateLlama:
         taken.steps = steps
         plans = [each.plan for each in asked]
         events = self._events(plans, answers, taken.ranks, turn)
-        self._claim(answers, events)
-        try:
+
+        def check() -> None:
             self.party.expect("generate", *plans)
             self.party.check_plans(plans, turn)
-            with self._guarded():
-                for event in events:
-                    if isinstance(event, Step):
-                        steps[event.prompt].append(event)
-                        event = replace(event, prompt=first + event.prompt)
-                    yield event
-            if answers[0].abandoned:
-                raise UsageError(ENDED_SESSION)
-            return self.results(asked, taken)
-        except GeneratorExit:
-            if not answers[0].abandoned:
-                self._leave_stream()
-            raise
-        finally:
-            if not answers[0].abandoned:
-                self._running = None
+
+        with contextlib.closing(self.alone(answers, events, check)) as running:
+            for event in running:
+                if isinstance(event, Step):
+                    steps[event.prompt].append(event)
+                    event = replace(event, prompt=first + event.prompt)
+                yield event
+        return self.results(asked, taken)
+
+    def alone(self, answers: Sequence[Answer], events: Events, check: Callable[[], None]) -> Events:
+        """Yields what the parties do, who do nothing else meanwhile. Left early, it ends ``answers`` and reads on.
+
+        check: is called before. Raises UsageError when they do something, or when the session has ended.
+        """
+        self._check_free()
+        with self._running.claimed(answers, events):
+            try:
+                check()
+                with self._guarded():
+                    for event in events:  # noqa: UP028  (left early, they are read on)
+                        yield event
+                if not self._running.is_now(events):
+                    raise UsageError(ENDED_SESSION)
+            except GeneratorExit:
+                if self._running.is_now(events):
+                    self._leave_stream()
+                raise
 
     def results(self, asked: Sequence[Asked], taken: Taken) -> list[Result]:
         """What came of the last request, which has ended."""
@@ -279,12 +285,9 @@ class PrivateLlama:
 
         at_once: what nobody follows any more ends here.
         """
-        if self._running is None or self._running == UNLEAVABLE:
+        events = self._running.leave()
+        if events is None:
             return
-        (answers, events), self._running = self._running, None
-        assert answers and events is not None, "what can be left early is answers and their events"
-        for answer in answers:
-            answer.abandoned = True
         if not self.is_open or at_once:
             events.close()
             return
@@ -296,14 +299,7 @@ class PrivateLlama:
         """Raises UsageError when no request can be made now."""
         if not self.is_open:
             raise UsageError(ENDED_SESSION)
-        if self._running is not None:
-            raise UsageError(BUSY)
-
-    def _claim(self, answers: Sequence[Answer], events: Events | None) -> None:
-        """Makes this what the parties do now. Raises UsageError, and leaves it be, when they do something."""
-        with self._claiming:
-            self._check_free()
-            self._running = answers, events
+        self._running.check()
 
     def generate(self, prompt: Any = None, *, batch_size: int = BATCH, **arguments: Any) -> Any:
         """The whole answer, a ``Result``, or a list of them for several prompts; arguments as for ``stream``.
@@ -337,14 +333,11 @@ class PrivateLlama:
     def bench(self, shape: Shape) -> tuple[dict, Cost]:
         """Times decode steps on random weights; needs no model (see ``bench.run``). Returns figures and cost."""
         check_policy(shape.policy)
-        self._claim(*UNLEAVABLE)
-        try:
-            with self._guarded():
-                self.party.expect("bench", shape)
-                figures = self.party.request_bench(shape)
-                return figures, Cost(self.party.collect_statistics(), self.party.compute_parties)
-        finally:
-            self._running = None
+        self._check_free()
+        with self._running.claimed(), self._guarded():
+            self.party.expect("bench", shape)
+            figures = self.party.request_bench(shape)
+            return figures, Cost(self.party.collect_statistics(), self.party.compute_parties)
 
     def close(self) -> None:
         """Ends the other parties, and a stream that is still being read. Calling it twice is harmless."""

@@ -28,10 +28,12 @@ class Load(Message, frozen=True, tag="load"):
 
 
 class Generate(Message, frozen=True, tag="generate"):
-    """Answer prompts, whose plans these are, side by side; turn: where the one prompt goes on with a conversation."""
+    """Answer prompts, whose plans these are, side by side; turn: where the one prompt goes on with a conversation;
+    is_open: others may join them."""
 
     plans: Annotated[tuple[Plan, ...], Meta(min_length=1, max_length=limits.PROMPTS)]
     turn: Turn | None = None
+    is_open: bool = False
 
 
 class Forget(Message, frozen=True, tag="forget"):

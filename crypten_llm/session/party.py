@@ -15,8 +15,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 import eviction
 from crypten_llm import limits, memory
 from crypten_llm.engines.plain.engine import PlainEngine
@@ -26,8 +24,9 @@ from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER, role_names
-from crypten_llm.session import bench, generation, messages, sizes
+from crypten_llm.session import bench, generation, messages, scheduler, sizes
 from crypten_llm.session.admission import Admission
+from crypten_llm.session.loading import loading_bar, read_weights
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.plan import Plan, Turn, parse_policy
 from crypten_llm.session.prefix import Prefixes
@@ -228,7 +227,7 @@ class Party:
             config = LlamaConfig.from_folder(folder)
             tokens = tokenizer.digest(Path(folder))
             beat = self._heartbeat()
-            weights = self._read_weights(folder, config, progress, beat)
+            weights = read_weights(folder, config, progress, beat)
         alive = partial(beat, len(weights), len(weights))
         found, outside = self.admission.decide(self.engine, Path(folder), config, weights, alive, progress)
         announced = messages.Announced(config.to_dict(), found.norm_scales, tokens, outside)
@@ -247,19 +246,6 @@ class Party:
 
         return beat
 
-    def _read_weights(
-        self, folder: str | Path, config: LlamaConfig, progress: bool, beat: Callable[[int, int], None]
-    ) -> dict:
-        """By name, as ``prepare`` makes them; the others hear how far it is."""
-        total = len(checkpoint.expected_shapes(config))
-        weights = {}
-        with _loading_bar(total, progress) as bar:
-            for name, value in checkpoint.load_weights(folder, config):
-                weights[name] = prepare(name, value, config)
-                bar.update()
-                beat(len(weights), total)
-        return weights
-
     def _in_the_clear(self, folder: str | Path | None) -> Llama:
         """At the owner: its model on engine ``plain``. A private engine has let the floats go; they are read again."""
         assert folder, "the owner has loaded a model"
@@ -272,7 +258,7 @@ class Party:
 
     def _await(self, progress: bool) -> messages.Announced:
         """The owner's announcement. A large checkpoint takes its time; meanwhile the owner shows that it lives."""
-        with _loading_bar(None, progress) as bar:
+        with loading_bar(None, progress) as bar:
             while isinstance(message := self.from_owner(None), messages.Loading):
                 bar.total = message.total
                 bar.update(message.loaded - bar.n)
@@ -289,11 +275,16 @@ class Party:
                     return
                 case messages.Load():
                     self.load(folder, progress)
-                case messages.Generate(plans, turn):
+                case messages.Generate(plans, turn, is_open):
                     self.start_request()
                     self.check_plans(plans, turn)
                     with self.quota.taken([plan.max_new_tokens for plan in plans], lambda: self.reveals.tokens):
-                        for _ in generation.together(self, plans, caches=self.caches(plans, turn)):
+                        events = (
+                            scheduler.follow(self, plans)
+                            if is_open
+                            else generation.together(self, plans, caches=self.caches(plans, turn))
+                        )
+                        for _ in events:
                             pass
                 case messages.Forget(conversation):
                     self.forget(conversation)
@@ -302,8 +293,7 @@ class Party:
                         memory.check(sizes.of_bench(shape, self.engine.number_bytes), "a bench of these sizes")
                     bench.run(self, shape)
                 case messages.Statistics():
-                    assert self.transport is not None, "the client is another process"
-                    self.transport.send_json(self.client, self.statistics())
+                    self.count()
 
     def request_load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """At the client: has the model shared; ``folder`` is opened on engine ``plain`` alone."""
@@ -328,6 +318,24 @@ class Party:
         self.start_request()
         return generation.together(self, plans, answers, self.caches(plans, turn))
 
+    def request_open(
+        self, plans: Sequence[Plan], answers: Sequence[Answer], door: scheduler.Door
+    ) -> Generator[scheduler.Event, None, None]:
+        """At the client: starts requests that others may join; their events are to be read to their end."""
+        self.from_client(messages.Generate(tuple(plans), is_open=True))
+        self.start_request()
+        return scheduler.follow(self, plans, answers, door)
+
+    def admit(self, plans: Sequence[Plan], inside: int) -> None:
+        """Of requests that join ``inside`` others. Raises as ``check_plans``, and UsageError where they are more tokens
+        than the owner answers with."""
+        if not plans:
+            return
+        self.check_plans(plans, None)
+        if inside + len(plans) > limits.PROMPTS:
+            raise PartyError(f"{inside + len(plans)} requests would run side by side; {limits.PROMPTS} is the most")
+        self.quota.more([plan.max_new_tokens for plan in plans])
+
     def request_forget(self, conversation: int) -> None:
         """At the client: has all parties drop the cache of a conversation."""
         self.from_client(messages.Forget(conversation))
@@ -342,9 +350,16 @@ class Party:
 
     def collect_statistics(self) -> list[dict]:
         """At the client, after a request: every rank's counters; the dealer's last, if one takes part."""
+        self.from_client(messages.Statistics())
+        return self.count()
+
+    def count(self) -> list[dict]:
+        """The same where all parties know that it is due; at others than the client nothing."""
         if self.transport is None:
             return [self.statistics()]
-        self.from_client(messages.Statistics())
+        if not self.is_client:
+            self.transport.send_json(self.client, self.statistics())
+            return []
         ranks = {self.rank: self.statistics()}
         for rank in self.peers:
             ranks[rank] = self.transport.recv_json(rank, Counters)
@@ -371,7 +386,3 @@ class Party:
         """Ends the others' ``serve``; at the client only."""
         if self.transport is not None:
             self.from_client(messages.Close())
-
-
-def _loading_bar(total: int | None, progress: bool) -> tqdm:
-    return tqdm(desc="loading weights", total=total, unit="tensor", disable=not progress, leave=False)

@@ -30,7 +30,7 @@ class Quota:
     def __init__(self, session: int = 0, day: int = 0) -> None:
         self.session, self.day = session, day
         self._model: str | Path = ""
-        self._taken = 0
+        self._taken = self._open = 0  # tokens of the session; of the request that runs
 
     def begin(self, model: str | Path) -> None:
         """A session in which that model is shared."""
@@ -39,6 +39,21 @@ class Quota:
     @contextmanager
     def taken(self, answers: Sequence[int], shown: Callable[[], int]) -> Iterator[None]:
         """Around a request whose answers may have as many tokens, each; shown: how many it has shown in all.
+
+        Raises: as ``more``.
+        """
+        self._open = 0
+        self.more(answers)
+        try:
+            yield
+        finally:
+            unused = self._open - shown()
+            self._taken -= unused
+            if self.day and unused:
+                self._add(-unused, self.day)
+
+    def more(self, answers: Sequence[int]) -> None:
+        """Takes them beside those of the request that runs.
 
         Raises UsageError, which all parties may read, where that is more than is left, or no number of tokens; nothing
         has happened then.
@@ -58,13 +73,7 @@ class Quota:
                 "asked for are left; ask for fewer (--max-new-tokens), or tomorrow"
             )
         self._taken += tokens
-        try:
-            yield
-        finally:
-            unused = tokens - shown()
-            self._taken -= unused
-            if self.day and unused:
-                self._add(-unused, self.day)
+        self._open += tokens
 
     def _add(self, tokens: int, most: int) -> bool:
         """Counts them, unless the day's count would pass ``most``; whether it has."""

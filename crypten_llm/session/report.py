@@ -120,6 +120,38 @@ def turns_table(turns: list[Result]) -> str:
     return "\n".join(lines)
 
 
+_NAMES = ("phase", "kind")
+
+
+def since(
+    ranks: list[dict], revealed: list[dict], later: list[dict], revealed_later: list[dict], loaded: list[dict]
+) -> tuple[list[dict], list[dict]]:
+    """What came after: counters of every rank, and what was revealed, with what the load revealed (see ``ledger``).
+
+    ranks, revealed: earlier ones of the same request; none for its beginning.
+    """
+    before = {(entry["rank"], *(row[name] for name in _NAMES)): row for entry in ranks for row in entry["table"]}
+    found = []
+    for entry in later:
+        table = []
+        for row in entry["table"]:
+            less = before.get((entry["rank"], *(row[name] for name in _NAMES)), {})
+            table.append({name: row[name] if name in _NAMES else row[name] - less.get(name, 0) for name in row})
+        found.append({**entry, "table": table})
+
+    def key(entry: dict) -> tuple:
+        return entry["what"], entry["to"], entry["why"]
+
+    of_load = {key(entry): entry["times"] for entry in loaded}
+    earlier = {key(entry): entry["times"] for entry in revealed} or of_load
+    fresh = []
+    for entry in revealed_later:
+        times = entry["times"] - earlier.get(key(entry), 0) + of_load.get(key(entry), 0)
+        if times:
+            fresh.append({**entry, "times": times})
+    return found, fresh
+
+
 def ledger(loaded: list[dict], requests: list[list[dict]]) -> list[dict]:
     """What was revealed in all requests of a session; loaded: when the model was shared, which each of them lists."""
 
