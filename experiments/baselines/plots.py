@@ -147,7 +147,7 @@ def time(summary: Summary) -> Figure:
             for result, value in zip(lines[policy], x, strict=True):
                 axis.plot(value, place, "o", color=color, alpha=0.25 + 0.75 * shades[result.length], markersize=7)
             last = seconds(_at(lines[policy], longest).cost["wire"], network)
-            axis.annotate(f"{last:.2f}", (max(x), place), (7, 0), textcoords="offset points", fontsize=8, va="center")
+            axis.annotate(f"{last:.3g}", (max(x), place), (7, 0), textcoords="offset points", fontsize=8, va="center")
         full = seconds(_at(lines[FULL.name], longest).cost["wire"], network)
         axis.axvline(full, color="black", linewidth=0.8, linestyle=":")
         axis.set_xlim(0, 1.15 * axis.get_xlim()[1])
@@ -183,11 +183,14 @@ def pareto(summary: Summary) -> Figure:
             axis.plot(x, y, **style)
         best = front(points)
         axis.plot(*zip(*(points[i] for i in best), strict=True), color="black", linewidth=0.8, zorder=1)
+        near, height = 0, -100.0
         for name, run in groupby(best, key=lambda i: results[i].entry.name):  # one label for neighbours on the line
             run = list(run)
             budgets = ", ".join(f"{100 * results[i].entry.budget:g}" for i in run if results[i].entry.budget)
             label = name.replace("_", " ") + (f" {budgets} %" if budgets else "")
-            place = {"xytext": (-5, 3), "textcoords": "offset points", "ha": "right"}  # above the line there is nothing
+            near, height = (near + 1 if points[run[0]][1] - height < 3 else 0), points[run[0]][1]
+            up = 3 + 7 * near  # above the line there is nothing
+            place = {"xytext": (-5, up), "textcoords": "offset points", "ha": "right"}
             axis.annotate(label, points[run[0]], **place, fontsize=7, zorder=6)
         low, high = min(x for x, _ in points), max(x for x, _ in points)
         axis.set_xscale("log")
@@ -196,6 +199,7 @@ def pareto(summary: Summary) -> Figure:
         axis.tick_params(labelsize=8)
         axis.set_xlabel(title)
         axis.grid(alpha=0.25)
+    figure.axes[0].set_ylim(top=112)  # room for labels
     figure.axes[0].set_ylabel("accuracy, % (mean over tasks)")
     figure.suptitle(f"{longest:,} tokens; the line joins what no other policy beats in both", fontsize=11)
     _legend(figure, list(_lines_of(results)))
