@@ -6,21 +6,26 @@ import re
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 
 from programs import Program
 from starlette.testclient import TestClient
 
 from crypten_llm import PrivateLlama
+from crypten_llm.commands.cost import predict_open
 from crypten_llm.serving.app import Endpoint
 from crypten_llm.serving.asking import Usual
-from crypten_llm.serving.fair_queue import FairQueue
+from crypten_llm.serving.fair_queue import ROOM, FairQueue
 from crypten_llm.serving.guard import Guard
 from crypten_llm.serving.metrics import Metrics
 from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.server import Server, listen
 from crypten_llm.serving.service import Service, State
+from crypten_llm.session.open_batch import Joined
+from crypten_llm.session.prompted import Progress, Step
 
+predicted = partial(predict_open, room=ROOM)
 SERVE = ["-m", "crypten_llm", "serve", "--offline", "--threads", "1", "--port", "0"]
 
 
@@ -60,23 +65,26 @@ class Paced:
 
     def __call__(self):
         self.llama = llama = self._open()
-        run = llama.run
+        open_batch = llama.open_batch
 
-        def paced(*arguments):
-            self.begun += 1
-            events = run(*arguments)
-            try:
-                while True:
-                    event = next(events)
-                    assert self.permits.acquire(timeout=10)
-                    self.steps += 1
-                    yield event
-            except StopIteration as end:
-                return end.value
-            finally:
-                events.close()
+        def opened_batch(*arguments):
+            batch = open_batch(*arguments)
+            run = batch.run
 
-        llama.run = paced
+            def paced():
+                with closing(run()) as events:
+                    for event in events:
+                        if isinstance(event, Joined):
+                            self.begun += 1
+                        elif isinstance(event, (Progress, Step)):
+                            assert self.permits.acquire(timeout=10)
+                            self.steps += 1
+                        yield event
+
+            batch.run = paced
+            return batch
+
+        llama.open_batch = opened_batch
         return llama
 
     def permit(self, count):

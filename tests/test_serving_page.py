@@ -2,10 +2,8 @@
 
 import browser
 import pytest
-from endpoints import listening, opened, service
+from endpoints import listening, opened, predicted, service
 from hf_models import with_template
-
-from crypten_llm.commands.cost import predict
 
 pytestmark = pytest.mark.skipif(browser.found() is None, reason="there is no Chromium on this machine")
 
@@ -14,7 +12,10 @@ pytestmark = pytest.mark.skipif(browser.found() is None, reason="there is no Chr
 def address(tmp_path_factory):
     model = with_template(tmp_path_factory.mktemp("paged"))
     opening = opened(model, engine="wire", progress=False)
-    with service(opening, predict=predict, engine="wire") as made, listening(made) as (host, port):
+    with (
+        service(opening, predict=predicted, engine="wire") as made,
+        listening(made) as (host, port),
+    ):
         yield f"http://{host}:{port}/"
 
 

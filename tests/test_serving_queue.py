@@ -74,7 +74,7 @@ def test_nothing_comes_in_time():
     assert FairQueue(1).take(0.01) is None
 
 
-def test_requests_are_answered_one_at_a_time_and_more_than_there_is_room_for_are_refused(model):
+def test_more_than_there_is_room_for_are_refused(model):
     paced = Paced(model)
     with service(paced, room=2) as made, listening(made) as address:
         asked = [send(address, TEXT, body(2)) for _ in range(1)]
@@ -91,6 +91,58 @@ def test_requests_are_answered_one_at_a_time_and_more_than_there_is_room_for_are
         )
 
 
+def test_a_request_joins_while_another_runs_and_ends_before_it(model):
+    """And each has the answer that it has alone."""
+    paced = Paced(model)
+    with service(paced) as made, listening(made) as address:
+        long = send(address, TEXT, body(30, hide_length=False))
+        until(lambda: paced.begun == 1)
+        paced.permit(5)  # of one: its prompt, and four tokens
+        until(lambda: paced.steps == 5)
+        short = send(address, TEXT, json.dumps({"prompt": "The cat", "max_tokens": 2, "n": 2, "hide_length": False}))
+        until(lambda: len(made.queue) == 1)
+        paced.permit(60)
+        brief = json.loads(read(short).partition("\r\n\r\n")[2])
+        assert paced.begun == 3 and len(brief["choices"]) == 2 and brief["crypten_llm"]["beside"] == 1
+        whole = json.loads(read(long).partition("\r\n\r\n")[2])
+        assert whole["crypten_llm"]["beside"] == 2
+        until(lambda: not made.running)
+        with opened(model)() as alone:
+            expected = alone.generate("is", max_new_tokens=30)
+            assert whole["choices"][0]["text"] == expected.text
+            assert brief["choices"][0]["text"] == alone.generate("The cat", max_new_tokens=2).text
+        value = made.metrics.registry.get_sample_value
+        assert value("crypten_llm_requests_total", {"outcome": "answered"}) == 2
+        assert value("crypten_llm_completion_tokens_total") == len(expected.token_ids) + 4
+
+
+def test_one_at_a_time_where_that_is_asked_for(model):
+    paced = Paced(model)
+    with service(paced, together=1) as made, listening(made) as address:
+        asked = [send(address, TEXT, body(2)) for _ in range(2)]
+        paced.permit(30)
+        for each in asked:
+            assert json.loads(read(each).partition("\r\n\r\n")[2])["crypten_llm"]["beside"] == 0
+
+
+def test_who_leaves_beside_others_leaves_them_alone(model):
+    paced = Paced(model)
+    with service(paced) as made, listening(made) as address:
+        asked = [send(address, TEXT, body(20, hide_length=False)) for _ in range(3)]
+        until(lambda: len(made.queue) + paced.begun >= 3)
+        paced.permit(12)
+        until(lambda: paced.begun == 3)
+        asked[1].close()
+        until(lambda: sum(job.left for job in made.running) == 1)
+        paced.permit(100)
+        texts = [json.loads(read(asked[place]).partition("\r\n\r\n")[2])["choices"][0]["text"] for place in (0, 2)]
+        assert texts[0] == texts[1]
+        until(lambda: not made.running)
+        value = made.metrics.registry.get_sample_value
+        assert value("crypten_llm_requests_total", {"outcome": "left"}) == 1
+        assert value("crypten_llm_requests_total", {"outcome": "answered"}) == 2
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_a_running_request_ends_it_at_the_next_token(model, stream):
     paced = Paced(model)
@@ -99,11 +151,11 @@ def test_who_leaves_a_running_request_ends_it_at_the_next_token(model, stream):
         until(lambda: paced.begun == 1)
         paced.permit(3)
         until(lambda: paced.steps == 3)
-        running = made.running
+        (running,) = made.running
         left.close()
         until(lambda: running.left)
         paced.permit(1)  # the step that was under way
-        until(lambda: made.running is None)
+        until(lambda: not made.running)
         assert paced.steps <= 4 and paced.llama.party.reveals.tokens <= 5
         next_one = send(address, TEXT, body(1))
         paced.permit(2)
@@ -121,7 +173,7 @@ def test_who_leaves_the_queue_is_never_run(model):
         until(lambda: len(made.queue) == 0)
         paced.permit(4)
         assert read(first).startswith("HTTP/1.1 200")
-        until(lambda: made.running is None)
+        until(lambda: not made.running)
         assert paced.begun == 1
 
 
@@ -148,13 +200,12 @@ def failing(model, error, ends):
         openings.append(llama)
         if len(openings) == 1:
 
-            def run(*arguments):
+            def open_batch(*arguments):
                 if ends:
                     type(llama).is_open = property(lambda self: self is not openings[0])
                 raise error
-                yield
 
-            llama.run = run
+            llama.open_batch = open_batch
         return llama
 
     return open_session, openings

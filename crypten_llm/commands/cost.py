@@ -7,6 +7,7 @@ and cache; seconds come from a model of three terms, and are an estimate.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama
 from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import role_names
-from crypten_llm.session import bench, generation
+from crypten_llm.session import bench, generation, scheduler
 from crypten_llm.session.api import check_policy
 from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import Mode
@@ -124,20 +125,7 @@ def predict(
 
     Raises UsageError for a plan that the model cannot run.
     """
-    for name, count in (("new_tokens", plan.max_new_tokens), ("chunk", plan.chunk)):
-        if count < 1:
-            raise UsageError(f"{name} is {count}; it must be 1 or more")
-    check_policy(plan.policy)
-    plan.check(config)
-    links = Links()
-    differ = parse_policy(plan.policy).acts or len(set(config.windows)) > 1
-    make_model = Llama if differ else functools.partial(_AlikeLayers, links)
-    there: Any = links  # stands for a transport
-    mode = Mode.parse(plan.reveal)
-    engine = CostEngine(links, mode.wire())
-    party = Party(engine, there, compute_parties=2, make_model=make_model, mode=mode)
-    links.say(Announced(config.to_dict(), {}))
-    party.load()
+    links, party, alike = _loaded(config, [plan])
     counted = _entries(links, machine, network)
     cache = party.model.new_cache()
     party.start_request()
@@ -146,8 +134,73 @@ def predict(
     for entry, later in zip(counted, _entries(links, machine, network), strict=True):
         entry["table"] += later["table"]
     cost = Cost(counted, len(counted))
-    dealing = {phase: machine.dealing(cost.rounds((phase,)), _work_of(links, phase)) for phase in ONLINE}
-    return Prediction(cost, _memory(party.model, cache, not differ), plan.max_new_tokens - 1, dealing, plan)
+    memory = _memory(party.model, cache, alike)
+    return Prediction(cost, memory, plan.max_new_tokens - 1, _dealing(links, cost, machine), plan)
+
+
+@torch.inference_mode()
+def predict_open(
+    config: LlamaConfig,
+    plans: Sequence[Plan],
+    room: int,
+    network: Network | None = None,
+    machine: Machine = Machine(),
+) -> Prediction:
+    """What ``plans`` cost in an open batch that nobody else joins, in which so many at a time have ``room``. A stop
+    token may end an answer earlier. Memory is left out.
+
+    Raises: as ``predict``.
+    """
+    links, party, _ = _loaded(config, plans)
+    coming = list(plans)
+
+    class Door:
+        def newcomers(self, inside: int) -> list[tuple[Plan, None]]:
+            found = coming[: max(0, room - inside)]
+            del coming[: len(found)]
+            return [(plan, None) for plan in found]
+
+    party.start_request()
+    door = Door()
+    for _ in scheduler.follow(party, [plan for plan, _ in door.newcomers(0)], door=door):
+        pass
+    entries = _entries(links, machine, network)
+    cost = Cost(entries, len(entries))
+    steps = max(plan.max_new_tokens for plan in plans) - 1
+    return Prediction(cost, {}, steps, _dealing(links, cost, machine), plans[0])
+
+
+class _Uncounted(Party):
+    """Has nobody to ask for counters."""
+
+    def count(self) -> list[dict]:
+        return []
+
+
+def _loaded(config: LlamaConfig, plans: Sequence[Plan]) -> tuple[Links, Party, bool]:
+    """Where ``plans`` are counted, the model loaded; whether the first two layers stand for all.
+
+    Raises UsageError for a plan that the model cannot run.
+    """
+    for plan in plans:
+        for name, count in (("new_tokens", plan.max_new_tokens), ("chunk", plan.chunk)):
+            if count < 1:
+                raise UsageError(f"{name} is {count}; it must be 1 or more")
+        check_policy(plan.policy)
+        plan.check(config)
+    links = Links()
+    differ = any(parse_policy(plan.policy).acts for plan in plans) or len(set(config.windows)) > 1
+    make_model = Llama if differ else functools.partial(_AlikeLayers, links)
+    there: Any = links  # stands for a transport
+    mode = Mode.parse(plans[0].reveal)
+    party = _Uncounted(CostEngine(links, mode.wire()), there, compute_parties=2, make_model=make_model, mode=mode)
+    links.say(Announced(config.to_dict(), {}))
+    party.load()
+    return links, party, not differ
+
+
+def _dealing(links: Links, cost: Cost, machine: Machine) -> dict[str, float]:
+    return {phase: machine.dealing(cost.rounds((phase,)), _work_of(links, phase)) for phase in ONLINE}
 
 
 @torch.inference_mode()

@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from crypten_llm.commands.cost import predict
+from crypten_llm.commands.cost import predict_open
 from crypten_llm.commands.show import say, say_outside, who
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import parse_network
 from crypten_llm.serving.app import Endpoint
 from crypten_llm.serving.asking import Usual
-from crypten_llm.serving.fair_queue import FairQueue
+from crypten_llm.serving.fair_queue import ROOM, FairQueue
 from crypten_llm.serving.guard import Guard, read_keys
 from crypten_llm.serving.job import Job
 from crypten_llm.serving.metrics import Metrics
@@ -42,6 +42,7 @@ class Place:
     api_keys: str = ""
     https: tuple[str, str] | None = None
     queue: int = 16
+    together: int = ROOM
     name: str = ""
     opens: bool = False
 
@@ -51,18 +52,19 @@ def serve(place: Place, usual: Usual, model: str, tokenizer: str | None, **setti
     protocol, launched = split(settings)
     if protocol.tape:
         raise UsageError("a tape is dealt for one request, and an endpoint answers many; leave --tape out")
-    if place.queue < 1:
-        raise UsageError(f"--queue is {place.queue}; it must be 1 or more")
+    for name in ("queue", "together"):
+        if (count := getattr(place, name)) < 1:
+            raise UsageError(f"--{name} is {count}; it must be 1 or more")
     keys = read_keys(place.api_keys)
     if place.https:
         check_https(*place.https)
     sock = listen(place.listen, place.port, bool(place.https), bool(keys))
     queue: FairQueue[Job] = FairQueue(place.queue)
     metrics = Metrics(lambda: len(queue))
-    pricer = Pricer(_counted(protocol, launched), protocol.engine)
+    pricer = Pricer(_counted(protocol, launched, place.together), protocol.engine)
     reopens = not is_distributed()
     opening = partial(PrivateLlama.from_pretrained, model, tokenizer=tokenizer, shielded=True, **settings)
-    service = Service(opening, queue, metrics, pricer, reopens, _opened, lambda: server.end())
+    service = Service(opening, queue, metrics, pricer, place.together, reopens, _opened, lambda: server.end())
     endpoint = Endpoint(service, Guard(keys, [place.listen]), place.name or name_of(model), usual)
     server = Server(endpoint.app(), service, place.https)
     host = f"[{place.listen}]" if ":" in place.listen else place.listen
@@ -84,10 +86,10 @@ def _opened(llama: PrivateLlama) -> None:
     say_outside(llama)
 
 
-def _counted(protocol: ProtocolConfig, launched: LaunchConfig) -> Any:
+def _counted(protocol: ProtocolConfig, launched: LaunchConfig, room: int) -> Any:
     if protocol.engine != "wire":
         return None
-    return partial(predict, network=parse_network(launched.network) if launched.network else None)
+    return partial(predict_open, room=room, network=parse_network(launched.network) if launched.network else None)
 
 
 def _asks(keys: list[str]) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crypten_llm.serving.bodies import ChatBody, TextBody
+from crypten_llm.serving.job import Ended
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.prompted import Step
-from crypten_llm.session.report import ledger
 from crypten_llm.session.request import Result
 from crypten_llm.session.sampling import Logprobs
 
@@ -35,13 +35,14 @@ class Writer:
         self._offsets: dict[int, int] = {}  # characters of each choice so far
         self._count = self.body.n or 1
 
-    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
+    def whole(self, ended: Ended) -> dict[str, Any]:
         """The answer that is not streamed."""
+        results = ended.results
         return {
             **self._head("chat.completion" if self.is_chat else "text_completion"),
             "choices": [self._choice(index, result) for index, result in enumerate(results)],
             "usage": self.usage(results),
-            "crypten_llm": self.facts(results),
+            "crypten_llm": self.facts(ended),
         }
 
     def first(self, index: int) -> dict[str, Any] | None:
@@ -55,13 +56,14 @@ class Writer:
         likely = None if step.logprobs is None else [step.logprobs]
         return self._piece(step.prompt, {"content": step.text} if self.is_chat else step.text, likely)
 
-    def ending(self, results: Sequence[Result]) -> list[dict[str, Any]]:
+    def ending(self, ended: Ended) -> list[dict[str, Any]]:
         """The last pieces: why each choice ended, with the last of them what all cost and revealed; then usage, where
         that was asked for.
         """
+        results = ended.results
         nothing: dict | str = {} if self.is_chat else ""
         pieces = [self._piece(i, nothing, reason=result.finish_reason) for i, result in enumerate(results)]
-        pieces[-1]["crypten_llm"] = self.facts(results)
+        pieces[-1]["crypten_llm"] = self.facts(ended)
         if self.body.stream_options and self.body.stream_options.include_usage:
             pieces.append({**self._head(self._kind), "choices": [], "usage": self.usage(results)})
         return pieces
@@ -72,19 +74,22 @@ class Writer:
         completion = sum(len(result.token_ids) for result in results)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    def facts(self, results: Sequence[Result]) -> dict[str, Any]:
-        """Rounds and bytes as counted, seconds, and the ledger: what was revealed to whom, with the load's part."""
-        sent = [result.cost.bytes_sent() for result in results]
+    def facts(self, ended: Ended) -> dict[str, Any]:
+        """Rounds and bytes as counted, seconds, and the ledger: what was revealed to whom, with the load's part. All
+        that passed meanwhile; beside: how many other answers grew at the same time, at most.
+        """
+        cost, first = ended.cost, ended.results[0]
         return {
-            "engine": results[0].engine,
-            "policy": results[0].policy,
-            "decoding": results[0].decoding,
-            "rounds": sum(result.cost.rounds() for result in results),
-            "bytes_sent": [sum(of_party) for of_party in zip(*sent, strict=True)],
-            "dealer_bytes": sum(result.cost.dealer_bytes() for result in results),
-            "seconds": {p: sum(result.cost.seconds(p) for result in results) for p in ("prefill", "decode")},
-            "revealed": ledger(self.llama.party.load_reveals.as_list(), [result.revealed for result in results]),
-            "outside": results[0].outside,
+            "engine": first.engine,
+            "policy": first.policy,
+            "decoding": first.decoding,
+            "rounds": cost.rounds(),
+            "bytes_sent": cost.bytes_sent(),
+            "dealer_bytes": cost.dealer_bytes(),
+            "seconds": {phase: cost.seconds(phase) for phase in ("prefill", "decode")},
+            "beside": max(0, max(result.prompts for result in ended.results) - len(ended.results)),
+            "revealed": ended.revealed,
+            "outside": first.outside,
         }
 
     @property

@@ -73,8 +73,7 @@ class Endpoint:
             events = streams.events(job, writer, self.service.leave)
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        results = await self._wait(request, job)
-        return _json(writer.whole(results))
+        return _json(writer.whole(await self._wait(request, job)))
 
     async def _asked(
         self, request: Request, kind: type[ChatBody] | type[TextBody] | None
@@ -100,8 +99,8 @@ class Endpoint:
         self.service.pricer.check(await self._price(asked), deadline)
 
     async def _price(self, asked: Sequence[Asked]) -> dict[str, Any]:
-        llama, running = self.service.ready(), self.service.running
-        ahead = [*self.service.queue.items(), *([running] if running else [])]
+        llama = self.service.ready()
+        ahead = [*self.service.queue.items(), *self.service.running]
         return await run_in_threadpool(self.service.pricer.price, llama.config, [a.plan for a in asked], ahead)
 
     async def price(self, request: Request) -> Response:
@@ -109,7 +108,7 @@ class Endpoint:
         _, asked = await self._asked(request, None)
         return _json(await self._price(asked))
 
-    async def _wait(self, request: Request, job: Job) -> list[Any]:
+    async def _wait(self, request: Request, job: Job) -> Ended:
         """All answers; the caller's end ends the request."""
         gone = asyncio.create_task(_disconnected(request))
         try:
@@ -120,8 +119,8 @@ class Endpoint:
                     coming.cancel()
                     raise ClientDisconnect
                 match coming.result():
-                    case Ended(results):
-                        return results
+                    case Ended() as ended:
+                        return ended
                     case Broken(why):
                         raise why
         finally:
@@ -154,7 +153,7 @@ class Endpoint:
     async def health(self, request: Request) -> Response:
         """200 where requests are answered, 503 where not; the state says whether they will be."""
         service = self.service
-        running = 1 if service.running else 0
+        running = len(service.running)
         body = {"state": service.state, "reason": service.reason, "waiting": len(service.queue), "running": running}
         return _json(body, 200 if service.state is State.AVAILABLE else 503)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+ROOM = 8  # answers that grow at the same time, where nothing else is said
 
 
 @dataclass(frozen=True)

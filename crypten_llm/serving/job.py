@@ -13,14 +13,17 @@ from time import perf_counter
 from crypten_llm.serving.fair_queue import Caller
 from crypten_llm.serving.refusals import Refusal
 from crypten_llm.session.prompted import Progress, Step
+from crypten_llm.session.report import Cost
 from crypten_llm.session.request import Asked, Result
 
 
 @dataclass(frozen=True)
 class Ended:
-    """All answers, in the order in which they were asked for."""
+    """All answers, in the order in which they were asked for; with what passed, and was revealed, while they grew."""
 
     results: list[Result]
+    cost: Cost
+    revealed: list[dict]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ Event = Progress | Step | Ended | Broken
 
 
 class Job:
-    """asked: what to run, one after another. caller: whose turn it takes. Made in the endpoint's loop."""
+    """asked: what to run, side by side where there is room. caller: whose turn it takes. Made in the loop."""
 
     def __init__(self, asked: Sequence[Asked], caller: Caller) -> None:
         self.asked, self.caller = asked, caller

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 if TYPE_CHECKING:
     from crypten_llm.serving.job import Job
     from crypten_llm.session.prompted import Step
+    from crypten_llm.session.report import Cost
     from crypten_llm.session.request import Result
 
 STATES = ["Progressing", "Available", "Failed"]
@@ -43,7 +44,7 @@ class Metrics:
         self._refusals = counter("refusals", "before they were queued", "code")
         self._prompt = counter("prompt_tokens", "of answered requests, public ones included")
         self._completion = counter("completion_tokens", "of answered requests")
-        self._rounds = counter("rounds", "online, of answered requests")
+        self._rounds = counter("rounds", "online, while requests were answered")
         self._sent = counter("sent_bytes", "online, by compute party", "rank")
         self._dealt = counter("dealer_bytes", "of material, at both compute parties")
         self._queued = seconds("queue", "from arrival to the first round")
@@ -70,10 +71,13 @@ class Metrics:
     def counted(self, result: Result) -> None:
         self._prompt.inc(result.prompt_tokens + result.public_tokens)
         self._completion.inc(len(result.token_ids))
-        self._rounds.inc(result.cost.rounds())
-        for rank, sent in enumerate(result.cost.bytes_sent()):
+
+    def passed(self, cost: Cost) -> None:
+        """What the links have carried since it was told last."""
+        self._rounds.inc(cost.rounds())
+        for rank, sent in enumerate(cost.bytes_sent()):
             self._sent.labels(str(rank)).inc(sent)
-        self._dealt.inc(result.cost.dealer_bytes())
+        self._dealt.inc(cost.dealer_bytes())
 
     def ended(self, job: Job, outcome: str) -> None:
         """outcome: answered, left, refused or failed."""

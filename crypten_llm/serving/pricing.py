@@ -26,18 +26,19 @@ PHASES = ("prefill", "decode")
 
 
 class Pricer:
-    """predict: of a model's configuration and a plan, a ``commands.cost.Prediction``; None where nothing is counted."""
+    """predict: of a model's configuration and plans that run side by side, a ``commands.cost.Prediction``; None where
+    nothing is counted."""
 
-    def __init__(self, predict: Callable[[LlamaConfig, Plan], Any] | None, engine: str) -> None:
+    def __init__(self, predict: Callable[[LlamaConfig, tuple[Plan, ...]], Any] | None, engine: str) -> None:
         self._predict, self._engine = predict, engine
-        self._known: OrderedDict[Plan, Any] = OrderedDict()
+        self._known: OrderedDict[tuple[Plan, ...], Any] = OrderedDict()
         self._ratios: dict[str, deque[float]] = {
             phase: deque(maxlen=MEASURED) for phase in PHASES
         }  # measured by predicted
         self._counting = threading.Lock()
 
     def price(self, config: LlamaConfig, plans: Sequence[Plan], ahead: Sequence[Job] = ()) -> dict[str, Any]:
-        """Of these plans one after another. ahead: requests that may come first. Takes up to a second for a new plan.
+        """Of these plans side by side, and nobody else. ahead: requests that may come first. New ones take seconds.
 
         rounds; bytes_sent: by compute party; dealer_bytes: material, of both; seconds: without ``queue_seconds``, which
         is the longest that those ahead may take. basis: "measured" once a priced request has been answered here.
@@ -46,8 +47,8 @@ class Pricer:
         """
         if self._predict is None:
             raise Refusal(400, f"engine {self._engine!r} is not counted beforehand; prices are of engine 'wire'")
-        found = [self._prediction(config, plan) for plan in plans]
-        ahead_plans = [each.plan for job in ahead for each in job.asked]
+        found = [self._prediction(config, tuple(plans))]
+        before = [tuple(each.plan for each in job.asked) for job in ahead]
         phases = {phase: self._sum(phase, found) for phase in PHASES}
         return {
             "object": "price",
@@ -59,7 +60,7 @@ class Pricer:
             "bytes_sent": [sum(sent) for sent in zip(*(p["bytes_sent"] for p in phases.values()), strict=True)],
             "dealer_bytes": sum(phase["dealer_bytes"] for phase in phases.values()),
             "seconds": sum(phase["seconds"] for phase in phases.values()),
-            "queue_seconds": sum(self._seconds(self._prediction(config, plan)) for plan in ahead_plans),
+            "queue_seconds": sum(self._seconds(self._prediction(config, each)) for each in before),
             "basis": "measured" if all(self._ratios.values()) else "estimated",
             **phases,
         }
@@ -78,7 +79,7 @@ class Pricer:
 
     def learn(self, plan: Plan, result: Result) -> None:
         """From what an answer has taken, where its plan was priced."""
-        prediction = self._known.get(plan)
+        prediction = self._known.get((plan,))
         if prediction is None:
             return
         run = plan.max_new_tokens if plan.hide_length else len(result.token_ids)
@@ -88,15 +89,15 @@ class Pricer:
                 measured = result.cost.seconds(phase) / measured_steps
                 self._ratios[phase].append(measured * predicted_steps / predicted)
 
-    def _prediction(self, config: LlamaConfig, plan: Plan) -> Any:
+    def _prediction(self, config: LlamaConfig, plans: tuple[Plan, ...]) -> Any:
         with self._counting:
-            if plan not in self._known:
+            if plans not in self._known:
                 assert self._predict is not None, "who asks has checked that there is one"
-                self._known[plan] = self._predict(config, plan)
-            self._known.move_to_end(plan)
+                self._known[plans] = self._predict(config, plans)
+            self._known.move_to_end(plans)
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
-            return self._known[plan]
+            return self._known[plans]
 
     def _ratio(self, phase: str) -> float:
         return median(self._ratios[phase]) if self._ratios[phase] else 1.0

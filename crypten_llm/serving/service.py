@@ -1,4 +1,4 @@
-"""The session behind the endpoint: one thread that opens it, answers one request after another, and sees it end.
+"""The session behind the endpoint: one thread that opens it, answers what is asked, and sees it end.
 
 Owns the session and its state. Everything that parties do happens in this thread; the endpoint's loop never waits for
 them. A session that a prompt has ended by leaving the engine's range is opened anew where the parties were started
@@ -8,27 +8,24 @@ here; one that a party has ended is not.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
-from contextlib import closing, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
-from time import perf_counter
-from typing import Any
 
 from crypten_llm.errors import LeftRange, UsageError, last_words
 from crypten_llm.models.tokenizer import has_chat_template, render_chat
 from crypten_llm.serving import refusals
-from crypten_llm.serving.fair_queue import FairQueue, QueueFull
-from crypten_llm.serving.job import Broken, Ended, Job
+from crypten_llm.serving.fair_queue import ROOM, FairQueue, QueueFull
+from crypten_llm.serving.job import Broken, Job
 from crypten_llm.serving.metrics import Metrics
 from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.refusals import Refusal
+from crypten_llm.serving.sharing import Sharing
 from crypten_llm.session import watch
 from crypten_llm.session.api import PrivateLlama
-from crypten_llm.session.prompted import Step
-from crypten_llm.session.request import Result
 
 LOOK_SECONDS = 1.0  # between two looks at the parties while nothing is asked
-STOP_SECONDS = 30.0  # for the running request to come to its next token when all ends
+STOP_SECONDS = 30.0  # for the running requests to come to their next token when all ends
 
 
 class State(StrEnum):
@@ -40,7 +37,8 @@ class State(StrEnum):
 
 
 class Service:
-    """open_session: starts or joins the parties and has the model shared. reopens: whether it can do so again.
+    """open_session: starts or joins the parties and has the model shared. together: answers that grow at the same time.
+    reopens: whether the session can be opened again.
 
     opened, ended: are called, from the service's thread, when requests are answered from now on, and when the session
     cannot be opened at first.
@@ -52,6 +50,7 @@ class Service:
         queue: FairQueue[Job],
         metrics: Metrics,
         pricer: Pricer,
+        together: int = ROOM,
         reopens: bool = False,
         opened: Callable[[PrivateLlama], None] = lambda llama: None,
         ended: Callable[[], None] = lambda: None,
@@ -59,21 +58,27 @@ class Service:
         self.queue, self.metrics, self.pricer = queue, metrics, pricer
         self.llama: PrivateLlama | None = None
         self.error: BaseException | None = None  # what kept the session from being opened at first
-        self.running: Job | None = None
-        self._open_session, self._reopens = open_session, reopens
+        self._open_session, self._together, self._reopens = open_session, together, reopens
         self._opened, self._ended = opened, ended
         self._stopping = False
+        self._sharing: Sharing | None = None
         self._thread = threading.Thread(target=self._run, name="session", daemon=True)
         self._set(State.PROGRESSING, "the model is being shared")
 
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def running(self) -> list[Job]:
+        """Requests that are being answered now."""
+        sharing = self._sharing
+        return sharing.jobs if sharing else []
+
     def stop(self) -> None:
-        """The running request ends at its next token, those that wait now; then the parties. Does not wait."""
+        """The running requests end at their next token, those that wait now; then the parties. Does not wait."""
         self._stopping = True
-        if running := self.running:
-            running.left = True
+        for job in self.running:
+            job.left = True
         for job in self.queue.close():
             job.tell(Broken(refusals.stopping()))
 
@@ -170,44 +175,16 @@ class Service:
         if job is None:
             watch.check(self.llama)
             return
-        self.running, job.begun = job, perf_counter()
+        self._sharing = sharing = Sharing(
+            self.llama, self.queue, self.metrics, self.pricer, self._together, lambda: self._stopping
+        )
         try:
-            results = self._answer(self.llama, job)
+            sharing.run(job)
         except BaseException as error:
             if not self.llama.is_open:
                 self._set(State.FAILED, last_words(error))  # before anybody hears of it
-            refusal = refusals.of(error, self.llama.is_open)
-            job.tell(Broken(refusal))
-            self.metrics.ended(job, "refused" if refusal.status < 500 else "failed")
+            sharing.fail(refusals.of(error, self.llama.is_open))
             if not self.llama.is_open:
                 raise
-            return
         finally:
-            self.running = None
-        whole = len(results) == len(job.asked)
-        job.tell(Ended(results) if whole else Broken(refusals.stopping()))  # who has left hears neither
-        self.metrics.ended(job, "answered" if whole else "left")
-
-    def _answer(self, llama: PrivateLlama, job: Job) -> list[Result]:
-        """Its answers, up to the one that nobody waited for any more."""
-        results: list[Result] = []
-        for number, each in enumerate(job.asked):
-            if job.left:
-                break
-            with closing(llama.run([each], number)) as events:
-                results += self._read(job, events)
-            if len(results) > number:
-                self.pricer.learn(each.plan, results[-1])
-                self.metrics.counted(results[-1])
-        return results
-
-    def _read(self, job: Job, events: Generator[Any, None, list[Result]]) -> list[Result]:
-        while not job.left:
-            try:
-                event = next(events)
-            except StopIteration as end:
-                return end.value
-            if isinstance(event, Step):
-                self.metrics.step(job, event)
-            job.tell(event)
-        return []
+            self._sharing = None

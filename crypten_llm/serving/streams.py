@@ -30,8 +30,8 @@ async def events(job: Job, writer: Writer, leave: Callable[[Job], None]) -> Asyn
                 case Step() as step:
                     for piece in _pieces(writer, step, begun):
                         yield _data(piece)
-                case Ended(results):
-                    for piece in writer.ending(results):
+                case Ended() as ended:
+                    for piece in writer.ending(ended):
                         yield _data(piece)
                     yield b"data: [DONE]\n\n"
                     return

@@ -25,6 +25,7 @@ from crypten_llm.session.bench import Shape
 from crypten_llm.session.chat import Chat
 from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.folder import ClientFolder
+from crypten_llm.session.open_batch import OpenBatch
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan, Turn
 from crypten_llm.session.prompted import Answer, Progress, Step
@@ -228,6 +229,10 @@ class PrivateLlama:
                     event = replace(event, prompt=first + event.prompt)
                 yield event
         return self.results(asked, taken)
+
+    def open_batch(self, first: Sequence[Asked], more: Callable[[int], Sequence[Asked]]) -> OpenBatch:
+        """Requests that others may join while they run; see ``OpenBatch``. Not with a tape, which is for one."""
+        return OpenBatch(self, first, more)
 
     def alone(self, answers: Sequence[Answer], events: Events, check: Callable[[], None]) -> Events:
         """Yields what the parties do, who do nothing else meanwhile. Left early, it ends ``answers`` and reads on.

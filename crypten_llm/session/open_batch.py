@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from crypten_llm.errors import UsageError
 from crypten_llm.session.prompted import Answer, Progress, Step
-from crypten_llm.session.report import Cost, since
+from crypten_llm.session.report import Cost, Counters
 from crypten_llm.session.scheduler import Counted
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Joined:
 
     place: int
     asked: Asked
+    counters: Counters  # of the batch so far
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Done:
 
     place: int
     result: Result
+    counters: Counters  # of the batch so far
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,7 @@ Event = Joined | Progress | Step | Done | Refused
 class _Inside:
     asked: Asked
     answer: Answer
-    ranks: list[dict]  # all counters when it joined
-    revealed: list[dict]
+    before: Counters  # when it joined
     most: int = 1
     steps: list[Step] = field(default_factory=list)
 
@@ -83,7 +84,7 @@ class OpenBatch:
         events = party.request_open(plans, list(self.answers), self)
         with closing(self._llama.alone(self.answers, events, partial(party.check_plans, plans, None))) as running:
             self._coming = self._first
-            yield from self._join(range(len(plans)), [], [])
+            yield from self._join(range(len(plans)), Counters())
             for event in running:
                 yield from self._tell(event)
 
@@ -107,10 +108,10 @@ class OpenBatch:
         self.answers += [answer for _, answer in self._coming]
         return [(each.plan, answer) for each, answer in self._coming]
 
-    def _join(self, places: Sequence[int], ranks: list[dict], revealed: list[dict]) -> Iterator[Event]:
+    def _join(self, places: Sequence[int], counters: Counters) -> Iterator[Event]:
         for place, (asked, answer) in zip(places, self._coming, strict=True):
-            self._inside[place] = _Inside(asked, answer, ranks, revealed)
-            yield Joined(place, asked)
+            self._inside[place] = _Inside(asked, answer, counters)
+            yield Joined(place, asked, counters)
         for each in self._inside.values():
             each.most = max(each.most, len(self._inside))
 
@@ -123,19 +124,19 @@ class OpenBatch:
                     yield event
             case Progress():
                 yield event
-            case Counted(ended, joined, ranks, revealed):
+            case Counted(ended, joined, counters):
                 for place in ended:
-                    yield from self._end(place, ranks, revealed)
-                yield from self._join(joined, ranks, revealed)
+                    yield from self._end(place, counters)
+                yield from self._join(joined, counters)
         refused, self._refused = self._refused, []
         yield from refused
 
-    def _end(self, place: int, ranks: list[dict], revealed: list[dict]) -> Iterator[Event]:
+    def _end(self, place: int, counters: Counters) -> Iterator[Event]:
         llama, inside = self._llama, self._inside.pop(place)
         self.answers.remove(inside.answer)
         if inside.asked.plan.hide_length:
             yield from inside.steps
-        ranks, revealed = since(inside.ranks, inside.revealed, ranks, revealed, llama.party.load_reveals.as_list())
-        cost = Cost(ranks, llama.party.compute_parties)
-        facts = llama.protocol.engine, llama.load_seconds, cost, revealed, inside.most, llama.party.outside
-        yield Done(place, inside.asked.result(inside.answer, inside.steps, *facts))
+        passed = counters.since(inside.before, llama.party.load_reveals.as_list())
+        cost = Cost(passed.ranks, llama.party.compute_parties)
+        facts = llama.protocol.engine, llama.load_seconds, cost, passed.revealed, inside.most, llama.party.outside
+        yield Done(place, inside.asked.result(inside.answer, inside.steps, *facts), counters)

@@ -5,7 +5,7 @@ Owns the arithmetic on the parties' counters and the cost table. It counts nothi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from crypten_llm.roles import CLIENT
@@ -123,47 +123,49 @@ def turns_table(turns: list[Result]) -> str:
 _NAMES = ("phase", "kind")
 
 
-def since(
-    ranks: list[dict], revealed: list[dict], later: list[dict], revealed_later: list[dict], loaded: list[dict]
-) -> tuple[list[dict], list[dict]]:
-    """What came after: counters of every rank, and what was revealed, with what the load revealed (see ``ledger``).
+@dataclass(frozen=True)
+class Counters:
+    """All that was counted since a request began: of every rank, and what was revealed, the load's part with it."""
 
-    ranks, revealed: earlier ones of the same request; none for its beginning.
-    """
-    before = {(entry["rank"], *(row[name] for name in _NAMES)): row for entry in ranks for row in entry["table"]}
-    found = []
-    for entry in later:
-        table = []
-        for row in entry["table"]:
-            less = before.get((entry["rank"], *(row[name] for name in _NAMES)), {})
-            table.append({name: row[name] if name in _NAMES else row[name] - less.get(name, 0) for name in row})
-        found.append({**entry, "table": table})
+    ranks: list[dict] = field(default_factory=list)
+    revealed: list[dict] = field(default_factory=list)
 
-    def key(entry: dict) -> tuple:
-        return entry["what"], entry["to"], entry["why"]
+    def since(self, before: Counters, loaded: list[dict]) -> Counters:
+        """What came after ``before``, which is empty for the beginning; loaded: what the load revealed."""
+        tables = {(entry["rank"], *_names(row)): row for entry in before.ranks for row in entry["table"]}
+        ranks = []
+        for entry in self.ranks:
+            table = []
+            for row in entry["table"]:
+                less = tables.get((entry["rank"], *_names(row)), {})
+                table.append({name: row[name] if name in _NAMES else row[name] - less.get(name, 0) for name in row})
+            ranks.append({**entry, "table": table})
+        of_load = {_fact(entry): entry["times"] for entry in loaded}
+        earlier = {_fact(entry): entry["times"] for entry in before.revealed} or of_load
+        revealed = []
+        for entry in self.revealed:
+            fact = _fact(entry)
+            if times := entry["times"] - earlier.get(fact, 0) + of_load.get(fact, 0):
+                revealed.append({**entry, "times": times})
+        return Counters(ranks, revealed)
 
-    of_load = {key(entry): entry["times"] for entry in loaded}
-    earlier = {key(entry): entry["times"] for entry in revealed} or of_load
-    fresh = []
-    for entry in revealed_later:
-        times = entry["times"] - earlier.get(key(entry), 0) + of_load.get(key(entry), 0)
-        if times:
-            fresh.append({**entry, "times": times})
-    return found, fresh
+
+def _names(row: dict) -> tuple:
+    return tuple(row[name] for name in _NAMES)
+
+
+def _fact(entry: dict) -> tuple:
+    return entry["what"], entry["to"], entry["why"]
 
 
 def ledger(loaded: list[dict], requests: list[list[dict]]) -> list[dict]:
     """What was revealed in all requests of a session; loaded: when the model was shared, which each of them lists."""
-
-    def key(entry: dict) -> tuple:
-        return entry["what"], entry["to"], entry["why"]
-
-    before = {key(entry): entry["times"] for entry in loaded}
-    found = {key(entry): dict(entry) for entry in loaded}
+    before = {_fact(entry): entry["times"] for entry in loaded}
+    found = {_fact(entry): dict(entry) for entry in loaded}
     for revealed in requests:
         for entry in revealed:
-            more = entry["times"] - before.get(key(entry), 0)
-            found.setdefault(key(entry), {**entry, "times": 0})["times"] += more
+            more = entry["times"] - before.get(_fact(entry), 0)
+            found.setdefault(_fact(entry), {**entry, "times": 0})["times"] += more
     return list(found.values())
 
 

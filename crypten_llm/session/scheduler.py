@@ -19,6 +19,7 @@ from crypten_llm import limits
 from crypten_llm.records import Count, Record
 from crypten_llm.session.plan import Plan
 from crypten_llm.session.prompted import Answer, Progress, Prompted, Step, draw, extend
+from crypten_llm.session.report import Counters
 
 if TYPE_CHECKING:
     from crypten_llm.session.party import Party
@@ -38,14 +39,13 @@ class Counted:
 
     ended: tuple[int, ...]
     joined: tuple[int, ...]
-    ranks: list[dict]
-    revealed: list[dict]
+    counters: Counters
 
 
 class Door(Protocol):
     """Where newcomers wait, at the client."""
 
-    def newcomers(self, inside: int) -> Sequence[tuple[Plan, Answer]]:
+    def newcomers(self, inside: int) -> Sequence[tuple[Plan, Answer | None]]:
         """Who joins now, beside ``inside`` others that go on."""
         ...
 
@@ -57,8 +57,10 @@ Event = Progress | Step | Counted
 def follow(
     party: Party, plans: Sequence[Plan], answers: Sequence[Answer] | None = None, door: Door | None = None
 ) -> Generator[Event, None, None]:
-    """Follows ``plans`` and those that join, until nobody is in; at the client, which has ``answers`` and ``door``,
-    yields what comes of them. To be read to its end, as ``generation.together``.
+    """Follows ``plans`` and those that join, until nobody is in or all end at once.
+
+    At the client, which has ``answers`` and ``door``, yields what comes of them. To be read to its end, as
+    ``generation.together``.
 
     Reveals: to the client what the mode says of each generated token; to all who joins and ends when, and how many
     tokens each took, unless hidden. Cost: of a pass, the rounds of one token. Raises: UsageError for a policy that does
@@ -74,8 +76,10 @@ def follow(
     while True:
         if index and (ended or coming):
             places = tuple(range(taken, taken + len(coming)))
-            if counts := party.count():
-                yield Counted(ended, places, counts, party.reveals.as_list())
+            with meter.phase("counters"):  # which are no part of what they count
+                ranks = party.count()
+            if ranks:
+                yield Counted(ended, places, Counters(ranks, party.reveals.as_list()))
         for plan, answer in coming:
             inside[taken] = Prompted(party, plan, answer, party.model.new_cache(), taken)
             inside[taken].begin()
@@ -106,8 +110,10 @@ def follow(
             if step := each.take(value, started):
                 yield step
         index += 1
-        with meter.phase("decode"), meter.operation("who ends and who joins", "stop or go"):
-            ended, coming = _agree(party, inside, door)
+        ended, coming = tuple(place for place, each in inside.items() if each.is_last), ()
+        if len(ended) < len(inside):
+            with meter.phase("decode"), meter.operation("who ends and who joins", "stop or go"):
+                ended, coming = _agree(party, inside, door)
         for place in ended:
             inside.pop(place).end()
 
@@ -141,5 +147,4 @@ def may_stop(prompted: Prompted) -> bool:
 
 def _stops(prompted: Prompted) -> bool:
     answer = prompted.answer
-    assert answer is not None, "the client has all answers"
-    return may_stop(prompted) and (answer.finished or answer.abandoned)
+    return answer is not None and may_stop(prompted) and (answer.finished or answer.abandoned)

@@ -7,6 +7,7 @@ from typing import Any
 from crypten_llm.commands import options as shared
 from crypten_llm.commands.command_line import Parser
 from crypten_llm.errors import UsageError
+from crypten_llm.serving.fair_queue import ROOM
 
 HELP = "answer programs that know OpenAI's interface, and people at a page; the parties stay up in between"
 
@@ -27,6 +28,7 @@ def options(parser: Parser) -> None:
         help="files for HTTPS, which --listen beyond this host takes",
     )
     add("--queue", type=int, default=16, metavar="N", help="most requests of an API key that wait (default: 16)")
+    add("--together", type=int, default=ROOM, metavar="N", help=f"answers that grow at the same time (default: {ROOM})")
     add("--name", default="", metavar="NAME", help="what the model is called in requests (default: its folder's name)")
     add("--open", action="store_true", help="show the page in a browser")
     shared.add_public_system(parser)
@@ -53,7 +55,7 @@ def run(arguments: Any) -> None:
     from crypten_llm.commands.serve import Place, serve
     from crypten_llm.serving.asking import Usual
 
-    same = {name: getattr(arguments, name) for name in ("listen", "port", "api_keys", "queue", "name")}
+    same = {name: getattr(arguments, name) for name in ("listen", "port", "api_keys", "queue", "together", "name")}
     https = tuple(arguments.https) if arguments.https else None
     usual = Usual(policy, arguments.chunk, arguments.hide_length, arguments.public_system)
     where = {"model": arguments.model, "tokenizer": arguments.tokenizer, **shared.settings(arguments)}

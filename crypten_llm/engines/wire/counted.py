@@ -60,7 +60,10 @@ class Links:
 
     def announce(self, source: int, peers: object, message: Any, kind: Any = dict, timeout: float | None = None) -> Any:
         """A public message of ``source`` to the other party and the dealer, which hears what was said (``say``)."""
-        message = self._said.pop(0) if self._said else records.convert(GO_ON, kind)
+        if self._said:
+            message = self._said.pop(0)
+        elif message is None:
+            message = records.convert(GO_ON, kind)
         size = HEADER.size + len(encode_json(message))
         self._count(source, messages=2, sent=2 * size)
         self._count(1 - source, rounds=1, received=size)
