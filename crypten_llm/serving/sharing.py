@@ -152,6 +152,6 @@ class Sharing:
 
     def _end(self, each: _Open, event: Ended | Broken, outcome: str) -> None:
         if each in self._open:
+            self._metrics.ended(each.job, outcome)
             self._open.remove(each)
             each.job.tell(event)
-            self._metrics.ended(each.job, outcome)
