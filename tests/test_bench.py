@@ -96,7 +96,7 @@ def test_what_is_no_number_in_any_step_ends_the_bench(policy):
         bench.run(Party(Broken()), replace(SHAPE, policy=policy))
 
 
-@pytest.mark.parametrize("wire", [False, True])
+@pytest.mark.parametrize("wire", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sequences_that_take_a_step_together_take_the_rounds_of_one(wire):
     """And their outputs are those of each alone: the first is given what one alone is given."""
     three = replace(SHAPE, vocab=50, sequences=3)
