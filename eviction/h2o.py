@@ -42,7 +42,7 @@ class H2O(Policy):
 
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         mass = ops.mass(seen.weights, spread(layer, torch.ones(len(seen.positions))))
-        add_mass(ops, layer, mass, limit=int(seen.positions[-1]) + 1)
+        add_mass(ops, layer.notes, mass, limit=int(seen.positions[-1]) + 1)
 
     def evict(self, ops: Operations, layer: Layer) -> None:
         heavy, recent = self._sizes(layer)

@@ -80,7 +80,7 @@ class InfLLM(Policy):
         near = ((distance > 0) & (distance <= self.local)).float()
         per_query = near.repeat(layer.group, 1) / layer.group
         sums = ops.total(ops.scale(seen.scores, per_query), 1)
-        add_mass(ops, layer, sums, limit=SCORE * self.local, note="importance")
+        add_mass(ops, layer.notes, sums, limit=SCORE * self.local, note="importance")
 
     def evict(self, ops: Operations, layer: Layer) -> None:
         self._summarise(ops, layer)

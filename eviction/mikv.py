@@ -78,7 +78,7 @@ class MiKV(Policy):
 
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         mass = ops.mass(seen.weights, spread(layer, torch.ones(len(seen.positions))))
-        add_mass(ops, layer, mass, limit=int(seen.positions[-1]) + 1)
+        add_mass(ops, layer.notes, mass, limit=int(seen.positions[-1]) + 1)
 
     def evict(self, ops: Operations, layer: Layer) -> None:
         important, recent = self._sizes(layer)
@@ -110,7 +110,7 @@ class MiKV(Policy):
         important, recent = self._sizes(layer)
         coarse, index = layer.notes["coarse"], torch.arange(len(layer))
         drawn = ops.mass(seen.weights, spread(layer, torch.ones(1)))
-        add_mass(ops, layer, drawn[..., coarse:], limit=int(seen.positions[-1]) + 1)
+        add_mass(ops, layer.notes, drawn[..., coarse:], limit=int(seen.positions[-1]) + 1)
         older = len(layer) - coarse - recent
         mass = layer.notes["mass"][..., :older]
         least = ops.top(ops.scale(mass, -1), 1)

@@ -135,7 +135,7 @@ class MPCache(Policy):
             before = layer.notes.get("queries")
             layer.notes["queries"] = queries if before is None else ops.cat([before, queries], 2)
         else:
-            add_mass(ops, layer, ops.mass(seen.weights, spread(layer, rows)), limit=window)
+            add_mass(ops, layer.notes, ops.mass(seen.weights, spread(layer, rows)), limit=window)
 
     def evict(self, ops: Operations, layer: Layer) -> None:
         if self.reference:

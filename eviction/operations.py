@@ -47,10 +47,11 @@ class Layer:
     """What a policy knows of one layer: public sizes, the cache's rows as handles, and its own notes.
 
     keys, values: the cache's rows [G, N, D], rotated keys. positions: of each row, public int64 [N] while the cache is
-    as it came; ``None`` once rows were chosen by a secret. notes: whatever the policy wants to remember. before: the
-    layer below, ``None`` for the first. which: under a policy that splits a layer's heads (``Policy.split``), which of
-    the model's kv heads these G are; the layer below is then unknown. () for all. rotary: of public places int64 [P]
-    the cosines and sines [P, head_dim] by which attention turns queries there, the right half like the left.
+    as it came; ``None`` once rows were chosen by a secret. notes: whatever the policy wants to remember; common: the
+    same of all layers of a prompt together. before: the layer below, ``None`` for the first. which: under a policy that
+    splits a layer's heads (``Policy.split``), which of the model's kv heads these G are; the layer below is then
+    unknown. () for all. rotary: of public places int64 [P] the cosines and sines [P, head_dim] by which attention turns
+    queries there, the right half like the left.
     """
 
     index: int
@@ -63,6 +64,7 @@ class Layer:
     values: Handle = None
     positions: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    common: dict[str, Any] = field(default_factory=dict)
     before: "Layer | None" = None
     which: tuple[int, ...] = ()
     rotary: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = no_rotary

@@ -15,17 +15,17 @@ def spread(layer: Layer, rows: torch.Tensor) -> torch.Tensor:
     return rows.float().repeat(layer.group) / layer.group
 
 
-def add_mass(ops: Operations, layer: Layer, mass: Handle, limit: float, note: str = "mass") -> None:
-    """Adds [G, N] to what is noted of the same rows; rows that are new begin with what they have.
+def add_mass(ops: Operations, notes: dict[str, Handle], mass: Handle, limit: float, note: str = "mass") -> None:
+    """Adds [G, N] to what ``notes`` have of the same rows; rows that are new begin with what they have.
 
     limit: no sum is larger in magnitude; of attention, as many as there were queries.
     """
-    before = layer.notes.get(note)
+    before = notes.get(note)
     if before is not None:
         old, new = before.shape[-1], mass.shape[-1]
         total = ops.add(before, mass[..., :old])
         mass = total if old == new else ops.cat([total, mass[..., old:]], -1)
-    layer.notes[note] = ops.within(mass, limit)
+    notes[note] = ops.within(mass, limit)
 
 
 def note_more(ops: Operations, layer: Layer, note: str, more: Handle, dim: int) -> None:
@@ -69,14 +69,26 @@ def retain(
 
     notes: names of notes [G, N] that are kept alike, for blocks of one row.
     """
-    rows, picks = len(layer), None
+    picks = ops.picks(ops.top(scores, count), count) if count else None
+    keep_picked(ops, layer, picks, first, last, notes, size)
+
+
+def keep_picked(
+    ops: Operations,
+    layer: Layer,
+    picks: Handle,
+    first: int,
+    last: int,
+    notes: tuple[str, ...] = (),
+    size: int = 1,
+) -> None:
+    """The same, where the blocks are picked already: one-hot [G or 1, count, n], ``None`` for none."""
+    rows = len(layer)
     edges = [slice(0, first), slice(first, rows - last), slice(rows - last, rows)]
-    if count:
-        picks = ops.picks(ops.top(scores, count), count)
 
     def kept(handle: Callable[[slice], Handle], middle: Callable[[Handle], Handle]) -> list[Handle]:
         parts = [handle(edges[0])] if first else []
-        parts += [middle(handle(edges[1]))] if count else []
+        parts += [] if picks is None else [middle(handle(edges[1]))]
         parts += [handle(edges[2])] if last else []
         return parts
 

@@ -53,7 +53,7 @@ class SnapKV(Policy):
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
         rows = seen.positions >= layer.prompt_tokens - self.window
         if rows.any():
-            add_mass(ops, layer, ops.mass(seen.weights, spread(layer, rows)), limit=self.window)
+            add_mass(ops, layer.notes, ops.mass(seen.weights, spread(layer, rows)), limit=self.window)
 
     def kept(self, layer: Layer) -> int:
         """Rows that a layer keeps of the prompt."""

@@ -22,42 +22,46 @@ def text(heads: int, kv_heads: int, settings: str = SETTINGS) -> str:
     return f"far_blocks({settings},weights={weights('far_blocks', heads, kv_heads, 4)})"
 
 
-def chosen(record, prompt: int, policy, group: int) -> list[list[int]]:
-    """By kv head, the positions that are read after a prompt, found in another way: by attention of its last queries,
-    number by number."""
+def drawn(record, prompt: int, policy, group: int) -> torch.Tensor:
+    """By position, the attention of the prompt's last tokens in all heads of a group, number by number."""
     queries = torch.cat(
         [seen.query.reshape(len(record.keys), group, -1, record.keys.shape[-1]) for seen in record.seen], 2
     )
-    rows = []
+    found = torch.zeros(prompt)
+    for head, keys in enumerate(record.keys):
+        for place in range(max(0, prompt - policy.window), prompt):
+            for query in queries[head, :, place]:
+                found[: place + 1] += (keys[: place + 1] @ query).softmax(0) / group
+    return found
+
+
+def chosen(attention: torch.Tensor, prompt: int, policy) -> list[int]:
+    """The positions that are read after a prompt."""
     blocks = (prompt - policy.start - policy.last) // policy.block
     stop = policy.start + blocks * policy.block
     count = max(1, (round(policy.budget * prompt) - policy.start - (prompt - stop)) // policy.block)
-    for head, keys in enumerate(record.keys):
-        drawn = torch.zeros(prompt)
-        for place in range(max(0, prompt - policy.window), prompt):
-            for query in queries[head, :, place]:
-                drawn[: place + 1] += (keys[: place + 1] @ query).softmax(0) / group
-        score = [drawn[policy.start + b * policy.block :][: policy.block].sum().item() for b in range(blocks)]
-        reach = policy.reach
-        likeness = [sum(score[max(0, b - reach) : b + reach + 1]) for b in range(blocks)]
-        kept = sorted(sorted(range(blocks), key=lambda b: (-likeness[b], b))[:count])
-        middle = [policy.start + b * policy.block + i for b in kept for i in range(policy.block)]
-        rows.append([*range(policy.start), *middle, *range(stop, prompt)])
-    return rows
+    score = [attention[policy.start + b * policy.block :][: policy.block].sum().item() for b in range(blocks)]
+    reach = policy.reach
+    likeness = [sum(score[max(0, b - reach) : b + reach + 1]) for b in range(blocks)]
+    kept = sorted(sorted(range(blocks), key=lambda b: (-likeness[b], b))[:count])
+    middle = [policy.start + b * policy.block + i for b in kept for i in range(policy.block)]
+    return [*range(policy.start), *middle, *range(stop, prompt)]
 
 
 @pytest.mark.parametrize("prompt", [24, 41, 60])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 1), (2, 2)])
 def test_what_is_read_drew_most_attention_of_the_prompts_end(heads, kv_heads, prompt):
-    policy, far = eviction.parse(text(heads, kv_heads)), 0
+    """In all heads that look far and all layers together, and they all read the same."""
+    policy, far, attention = eviction.parse(text(heads, kv_heads)), [], torch.zeros(prompt)
     for record in run(text(heads, kv_heads), prompt, STEPS, heads=heads, kv_heads=kv_heads).layers:
         if policy.looks_far(4, kv_heads)[record.index, record.which[0]]:
-            far += len(record.which)
-            expected = chosen(record, prompt, policy, heads // kv_heads)
-            assert record.kept[0].tolist() == expected and len(expected[0]) < prompt
-            new = list(range(prompt, prompt + STEPS))
-            assert record.kept[-1].tolist() == [rows + new for rows in expected]
-    assert far == 2 * kv_heads
+            far.append(record)
+            attention += drawn(record, prompt, policy, heads // kv_heads)
+    expected, new = chosen(attention, prompt, policy), list(range(prompt, prompt + STEPS))
+    assert len(expected) < prompt and sum(len(record.which) for record in far) == 2 * kv_heads
+    for record in far:
+        assert record.kept[0].tolist() == [expected] * len(record.which)
+        assert record.kept[-1].tolist() == [expected + new] * len(record.which)
 
 
 def turns_of(policy, turns, chunk: int, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:

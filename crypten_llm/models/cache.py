@@ -263,8 +263,9 @@ class KVCache:
     ) -> KVCache:
         """A cache that keeps everything that its layers' windows, if there are any, do not leave behind; a policy needs
         the sizes, and may need ``rotary`` (``Layer``)."""
+        of_all: dict = {"common": {}, "rotary": rotary}
         caches = [
-            LayerCache(engine, layer=Layer(i, layers, 0, heads, kv_heads, head_dim, rotary=rotary), window=window)
+            LayerCache(engine, layer=Layer(i, layers, 0, heads, kv_heads, head_dim, **of_all), window=window)
             for i, window in enumerate(windows or (None,) * layers)
         ]
         for below, cache in zip(caches, caches[1:], strict=False):

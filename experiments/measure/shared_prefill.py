@@ -51,6 +51,7 @@ class Onlookers:
         self.reads_scores = any(policy.reads_scores for policy in policies.values())
         self.apart: list[str] = []
         self._layers: dict[str, list] = {text: [] for text in policies}
+        self._common: dict[str, dict] = {text: {} for text in policies}
 
     def split(self, layer):
         """Heads stay together; a policy that splits them goes apart."""
@@ -62,7 +63,8 @@ class Onlookers:
 
     def begin(self, ops, layer):
         for text, policy in self.policies.items():
-            own = replace(layer, notes={}, before=self._layers[text][-1] if layer.index else None)
+            before = self._layers[text][-1] if layer.index else None
+            own = replace(layer, notes={}, common=self._common[text], before=before)
             self._layers[text].append(own)
             policy.begin(ops, own)
 
@@ -92,6 +94,7 @@ class Onlookers:
         for cache, own in zip(seen.layers, self._layers[text], strict=True):
             layers.append(cache.handed_to(self.policies[text], own.notes, below))
             below = layers[-1].layer
+            below.common = self._common[text]
         return KVCache(layers, seen.length)
 
 
