@@ -25,8 +25,8 @@ class HeadSplit(Policy):
     of registered ones. A file holds ``ranks`` [layers, kv_heads], each of 0 to layers * kv_heads - 1 once;
     ``crypten_llm calibrate --heads-out`` writes one.
 
-    Source: Xiao et al. 2024. Deviations: heads are ranked by the attention that they pay to a needle from the place
-    where it is asked for, where the paper trains gates; their number is a setting.
+    Source: Xiao et al. 2024. Deviations: the file has the heads' order, by gates as the paper trains them or by the
+    attention that heads pay to a needle from the place where it is asked for; their number is a setting.
     """
 
     far: float = share(0.3)

@@ -177,7 +177,7 @@ def test_recommended_is_this_policy_with_the_ranks_that_are_there(given, monkeyp
     monkeypatch.setattr(trained, "_digests", {})
     assert str(eviction.parse("recommended")) == "far_blocks"
     assert eviction.policy("recommended", far=0.5) == eviction.policy("far_blocks", far=0.5)
-    assert eviction.parse("recommended").looks_far(30, 3).sum() == 27, "of the model that these sizes are of"
+    assert eviction.parse("recommended").looks_far(30, 3).sum() == 22, "of the model that these sizes are of"
     own = eviction.register("mine", given[1].read_bytes())
     assert eviction.parse("recommended(budget=0.2)") == eviction.parse(f"far_blocks(budget=0.2,weights={own})")
     assert eviction.parse("recommended(weights=shipped)") == eviction.parse("far_blocks(weights=shipped)")

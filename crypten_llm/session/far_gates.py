@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LENGTHS = (512, 1024, 2048)  # tokens of the prompts
 PENALTY = 0.05  # of the gates' mean, beside the mean square by which the last norm's output is off
 RATE = 0.05  # of Adam
-START, RECENT = 16, 192  # tokens that a head sees which does not look far
+START, RECENT = 16, 128  # tokens that a head sees which does not look far
 PLAIN_TEXT = 4  # one step in so many reads a prompt's tokens as text, and not its answer
 
 
