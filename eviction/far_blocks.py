@@ -9,7 +9,7 @@ from eviction.head_split import HeadSplit
 from eviction.operations import Layer, Operations, Seen
 from eviction.policy import HeadGroup, Policy
 from eviction.rows import add_mass, keep_picked, pooled, spread
-from eviction.settings import budget, fitting, share, tokens, whole
+from eviction.settings import budget, fitting, tokens, whole
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class FarBlocks(HeadSplit):
     nothing, so it has the rounds that it has with all rows.
     """
 
-    far: float = share(0.25)
     recent: int = whole(128, 1)
     budget: float = budget(0.4)
     block: int = whole(8, 1)

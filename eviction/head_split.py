@@ -29,7 +29,7 @@ class HeadSplit(Policy):
     attention that heads pay to a needle from the place where it is asked for; their number is a setting.
     """
 
-    far: float = share(0.3)
+    far: float = share(0.25)
     start: int = whole(16, 0)
     recent: int = whole(128, 1)
     weights: str = trained.weights(*WITH_RANKS[1:], FITTING, default=FITTING)
