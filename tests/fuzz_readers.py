@@ -35,6 +35,7 @@ from crypten_llm.session.bench import Shape
 from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.generation import Decision
 from crypten_llm.session.plan import Plan, Turn
+from crypten_llm.session.scheduler import Next
 from crypten_llm.session.settings import Agreement, ProtocolConfig
 from crypten_llm.session.sizes import of_bench, of_requests
 
@@ -149,10 +150,10 @@ def message() -> Reader:
         *(messages.Load(), messages.Generate((plan,), Turn(1, 4)), messages.Generate((plan, Plan(9, 1, policy="h2o")))),
         *(messages.Forget(1), messages.Bench(shape), messages.Statistics(), messages.Close(), messages.Loading(1, 2)),
         messages.Announced(SMALL, {"model.norm.weight": 4.0}, "0" * 64, "scores"),
-        *(Decision([0, 1]), Decision(False), ProtocolConfig().agreement()),
+        *(Decision([0, 1]), Decision(False), Next((0, 2), (plan, Plan(5, 3))), ProtocolConfig().agreement()),
         {"rank": 0, "table": meter.counts(), "peak_bytes": 5, "dealer": {"rank": 2, "table": [], "peak_bytes": 1}},
     )
-    kinds = (messages.Request, messages.OwnerSays, Decision, Agreement, Counters)
+    kinds = (messages.Request, messages.OwnerSays, Decision, Next, Agreement, Counters)
     known = LlamaConfig.from_dict(SMALL)
 
     def read(data: bytes) -> None:
