@@ -10,7 +10,7 @@ from test_batches import clear_ids
 
 from crypten_llm import PrivateLlama, memory
 from crypten_llm.errors import UsageError
-from crypten_llm.session import open_batch, scheduler
+from crypten_llm.session import scheduler
 from crypten_llm.session.open_batch import Done, Joined, OpenBatch, Refused
 from crypten_llm.session.prompted import Progress, Step
 from crypten_llm.session.report import ledger
@@ -220,5 +220,16 @@ def test_others_refuse_what_no_client_says(stop, join):
         scheduler._agree(Party(), inside, None)
 
 
-def test_events_are_of_these_kinds():
-    assert set(open_batch.Event.__args__) == {Joined, Progress, Step, Done, Refused}
+def test_nobody_hears_of_a_batch_that_cannot_begin(llama, plain, monkeypatch):
+    """One that does not fit this machine, and one while the parties do something else."""
+    ids, answer = clear_ids(plain, 5, 3)
+    asked = llama.prepare(Request(input_ids=ids, max_new_tokens=3, eos_token_id=[], hide_length=False))
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "check", lambda needed, what: (_ for _ in ()).throw(UsageError("too large")))
+        with pytest.raises(UsageError, match="too large"):
+            play(llama, [(0, asked)])
+    with closing(llama.stream(input_ids=ids, max_new_tokens=3)) as stream:
+        next(stream)
+        with pytest.raises(UsageError, match="another stream of this session is still being read"):
+            play(llama, [(0, asked)])
+    assert play(llama, [(0, asked)])[1][0].token_ids == answer

@@ -94,12 +94,13 @@ def for_policies(
         if learning.steps:
             prompts = [
                 prompt
-                for seed, length in enumerate(far_gates.LENGTHS)
-                if length <= config.context
+                for seed, length in enumerate(sorted({min(length, config.context) for length in far_gates.LENGTHS}))
                 for prompt in far_heads.needles(encode, prose, length, begin=begin, seed=seed)
             ]
             with _bar("learning which heads look far", learning.steps) as beat:
                 gates = far_gates.learn(config, weights, prompts, learning.steps, learning.device, beat=beat)
+            closed, opened = ((gates < 0.1).sum().item(), (gates > 0.5).sum().item())
+            say(f"of {gates.numel()} gates {closed} are below 0.1 and {opened} above 0.5")
             scores = far_gates.scores(gates, scores)
         _write("--heads-out", outputs.heads, far_heads.file(scores))
         first = far_heads.ranks(scores).flatten().argsort()[:5].tolist()

@@ -67,7 +67,7 @@ class Sharing:
     def run(self, job: Job) -> None:
         """Answers it, and those that join, until nobody is in. What ends it ends all of them; see ``fail``."""
         self._take(job)
-        batch = self._llama.open_batch(self._joining(0), self._joining)
+        batch = self._llama.open_batch(self._waiting(0), self._joining)
         with closing(batch.run()) as events:
             self._follow(events, batch.leave)
 
@@ -84,17 +84,22 @@ class Sharing:
 
     def _joining(self, inside: int) -> Sequence[Asked]:
         """Who joins beside so many."""
+        if self._stopping():
+            return []
+        found = self._waiting(inside)
+        while inside + len(found) < self._room and (job := self._queue.take(0)):
+            self._take(job)
+            found += self._waiting(inside + len(found))
+        return found
+
+    def _waiting(self, inside: int) -> list[Asked]:
+        """Answers that get a place beside so many, of requests that have been taken."""
         found: list[Asked] = []
-        while inside + len(found) < self._room and not self._stopping():
-            each = next((each for each in self._open if each.waiting and not each.job.left), None)
-            if each is None:
-                if (job := self._queue.take(0)) is None:
-                    break
-                self._take(job)
-                continue
-            number = each.waiting.popleft()
-            found.append(each.job.asked[number])
-            self._told.append((found[-1], each, number))
+        for each in self._open:
+            while each.waiting and not each.job.left and inside + len(found) < self._room:
+                number = each.waiting.popleft()
+                found.append(each.job.asked[number])
+                self._told.append((found[-1], each, number))
         return found
 
     def _follow(self, events: Generator[Any, None, None], leave: Callable[[int], None]) -> None:

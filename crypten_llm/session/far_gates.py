@@ -3,7 +3,7 @@
 Owns the training. Every kv head has a gate between what it sees of all tokens and what it sees of the first and the
 last; gates are learned that are small where the model says the same without the rest, as DuoAttention does (Xiao et al.
 2024, arXiv 2410.10819, section 2.2). The model's own weights stay as they are. ``far_heads`` measures instead, which is
-quicker and orders heads less well.
+quicker.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from crypten_llm.session.report import Cost, Counters
 from crypten_llm.session.scheduler import Counted
 
 if TYPE_CHECKING:
+    from crypten_llm.session import scheduler
     from crypten_llm.session.api import PrivateLlama
     from crypten_llm.session.plan import Plan
     from crypten_llm.session.request import Asked, Result
@@ -80,13 +81,19 @@ class OpenBatch:
         Raises: as ``PrivateLlama.stream``.
         """
         party, plans = self._llama.party, [each.plan for each, _ in self._first]
+        if self._llama.protocol.tape:
+            raise UsageError("a tape is dealt for one request, and others may join these; leave the tape out")
         self.answers += [answer for _, answer in self._first]
-        events = party.request_open(plans, list(self.answers), self)
-        with closing(self._llama.alone(self.answers, events, partial(party.check_plans, plans, None))) as running:
+        check = partial(party.check_plans, plans, None)
+        with closing(self._llama.alone(self.answers, self._events(plans), check)) as running:
             self._coming = self._first
             yield from self._join(range(len(plans)), Counters())
             for event in running:
                 yield from self._tell(event)
+
+    def _events(self, plans: list[Plan]) -> Generator[scheduler.Event, None, None]:
+        """The other parties hear of it when the first is asked for, once it is known that it can be run."""
+        yield from self._llama.party.request_open(plans, list(self.answers), self)
 
     def leave(self, place: int) -> None:
         """Nobody reads this answer on: it ends at its next token, where it does not hide its length."""

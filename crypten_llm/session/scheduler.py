@@ -132,7 +132,7 @@ def _agree(
         mine = party.transport.announce(party.client, party.peers, mine, Next)
     assert mine is not None, "one process is the client too"
     known = inside.keys() - last
-    if not set(mine.stop) <= known or any(not may_stop(inside[place]) for place in mine.stop):
+    if not set(mine.stop) <= known or any(not _may_stop(inside[place]) for place in mine.stop):
         assert party.transport is not None, "what it says itself is right"
         raise party.transport.unexpected(party.client, "who ends and who joins")
     if door is None:
@@ -140,11 +140,11 @@ def _agree(
     return tuple(sorted(last | set(mine.stop))), newcomers or [(plan, None) for plan in mine.join]
 
 
-def may_stop(prompted: Prompted) -> bool:
+def _may_stop(prompted: Prompted) -> bool:
     """An answer that hides its length ends before its last token only where no token was drawn yet."""
     return not (prompted.plan.hide_length and prompted.is_read)
 
 
 def _stops(prompted: Prompted) -> bool:
     answer = prompted.answer
-    return answer is not None and may_stop(prompted) and (answer.finished or answer.abandoned)
+    return answer is not None and _may_stop(prompted) and (answer.finished or answer.abandoned)

@@ -15,41 +15,30 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 from tqdm import tqdm
 
-from crypten_llm.commands.deal import deal
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.calibration import PROSE
-from crypten_llm.session.settings import split
+from experiments.measure.compare_engines import SHAPES, measure
 from experiments.tools import kept, real_model
 from experiments.tools.command import command
 from experiments.tools.provenance import sign
 from experiments.tools.tables import print_table
 
 RESULTS = Path(__file__).parents[1] / "results" / "many_at_once.json"
-TOKEN = Shape(hidden=576, heads=9, kv_heads=3, ffn=1536, layers=30, kv_len=256, steps=3, vocab=49152)
+TOKEN = replace(SHAPES["SmolLM2"], steps=3)
 QUESTION = "And what else is said there?"
 PARTS = ("sequences", "turns")
 
 
-def step_seconds(shape: Shape, timeout: float) -> float:
-    """Of one step, the median, with a tape."""
-    settings = {"engine": "wire", "timeout": timeout, "threads": 1}
-    with tempfile.TemporaryDirectory(prefix="many-") as folder:
-        settings["tape"] = str(Path(folder) / "tape")
-        deal(shape, settings["tape"], say=lambda line: None)
-        with PrivateLlama(*split(settings)) as llama:
-            return llama.bench(shape)[0]["seconds_per_step"]
-
-
 def of_sequences(sequences: int, shape: Shape, timeout: float) -> dict:
-    one, many = (step_seconds(replace(shape, sequences=count), timeout) for count in (1, sequences))
+    shapes = [replace(shape, sequences=count) for count in (1, sequences)]
+    one, many = (measure(each, "wire, tape", timeout)["seconds"] for each in shapes)
     return {"sequences": sequences, "one": one, "many": many, "ratio": sequences * one / many}
 
 

@@ -27,7 +27,7 @@ def options(parser: Parser) -> None:
     for name, what in OUTPUTS.items():
         what = f"where to write {what} (--policy-weights FILE at every party)"
         add(f"--{name}-out", default="", metavar="FILE", help=what)
-    what = "steps of learning by which --heads-out orders heads, better and slower than by a look (default: 0)"
+    what = "steps of learning by which --heads-out orders heads; 0 for a quicker look (default: 0)"
     add("--learn", type=int, default=0, metavar="STEPS", help=what)
     add("--device", default="cpu", metavar="DEVICE", help="where --learn computes: cpu or cuda (default: cpu)")
     parser.add_json()
