@@ -6,6 +6,7 @@ minute or two on two cores.
 
 import gc
 import json
+from contextlib import closing
 
 import pytest
 from programs import GENERATE, Program
@@ -13,12 +14,21 @@ from programs import GENERATE, Program
 from crypten_llm.commands import cli
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.open_batch import Done
+from crypten_llm.session.request import Request
 from experiments.measure.compare_engines import SHAPES
 from experiments.tools import real_model
 
 SECONDS = 900  # of the private answer, on a machine that is busy with other tests
 pytestmark = pytest.mark.timeout(SECONDS + 60)  # whichever test comes first waits for it
 PROMPT, NEW = "The capital of France is", 3
+BLOCKS = "far_blocks(recent=5,start=2,budget=6,block=1,last=2,window=4)"  # with its own ranks, and rows left out
+BESIDE = [
+    Request(PROMPT, max_new_tokens=8, do_sample=False, hide_length=True),
+    Request("Once upon a time there was a lighthouse keeper who", max_new_tokens=8, do_sample=False, policy=BLOCKS),
+    Request("Water boils at a temperature of", max_new_tokens=8, do_sample=False, prefill_chunk=4),
+    Request("In the year 1969 the first man", max_new_tokens=8, do_sample=False, hide_length=True, policy=BLOCKS),
+]
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +97,21 @@ def test_its_sizes_are_those_that_engines_are_compared_at(model):
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers")
     found, measured = LlamaConfig.from_folder(model), shape.config()
     assert all(getattr(found, name) == getattr(measured, name) for name in (*names, "vocab_size", "head_dim"))
+
+
+@pytest.mark.slow
+def test_prompts_side_by_side_have_the_answers_of_each_alone(model):
+    """Of one request, and of requests that join while others run; under a policy and without, hidden and shown."""
+    with PrivateLlama.from_pretrained(model, engine="plain", threads=1) as llama:
+        expected = [llama.generate([request])[0].token_ids for request in BESIDE]
+    gc.collect()
+    with PrivateLlama.from_pretrained(model, engine="wire", threads=1, timeout=SECONDS, progress=False) as llama:
+        assert [found.token_ids for found in llama.generate(BESIDE)] == expected
+        asked = [llama.prepare(request) for request in BESIDE]
+        first, coming, found = asked[:1], asked[1:], {}
+        with closing(llama.open_batch(first, lambda inside: [coming.pop(0)] if coming else []).run()) as events:
+            for event in events:
+                if isinstance(event, Done):
+                    found[event.place] = event.result
+    assert [found[place].token_ids for place in range(len(BESIDE))] == expected
+    assert max(result.prompts for result in found.values()) == len(BESIDE)
