@@ -17,6 +17,7 @@ import torch
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.domain import Calibration
 from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, drawing, gathering, keeping, layers  # noqa: F401
+from crypten_llm.engines.wire.captured import Repeated
 from crypten_llm.engines.wire.handles import Handle, OneHot, Rows, Weight, value
 from crypten_llm.engines.wire.known import known_rows
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
@@ -92,6 +93,9 @@ class WireEngine(Engine):
         yield
         self.runtime.end()  # not after an error, which leaves a section half done
 
+    def repeated(self, program: Callable[..., Secret]) -> Callable[..., Secret]:
+        return Repeated(self, program)
+
     def expect(self, verb: str, facts: dict, request: int) -> None:
         if self._material is not None:
             self._material.expect(verb, facts, request)
@@ -165,7 +169,9 @@ class WireEngine(Engine):
         return weight.table
 
     def tokens(self, ids: torch.Tensor | None, count: int, vocab_size: int) -> OneHot:
-        return OneHot(self.runtime.held_by(CLIENT, ids), count, vocab_size)
+        mine = self.runtime.held_by(CLIENT, ids)
+        bits = None if mine is None else self.runtime.moved(embedding.one_hot(mine, count, vocab_size))
+        return OneHot(mine, bits, count, vocab_size)
 
     def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Secret:
         scale = self.config.hidden
