@@ -24,6 +24,7 @@ CHANGED = {
         "progress": True,
         "shielded": True,
         "force": True,
+        "peer_memory": True,
         "insecure_links": True,
         "calibration_text": "asked.txt",
         "reveal": "top-7",

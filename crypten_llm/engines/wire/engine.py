@@ -63,8 +63,10 @@ class WireEngine(Engine):
         material: Any = None,
         runtime: Runtime | None = None,
         device: torch.device | str = "cpu",
+        peer_memory: bool = False,
     ) -> None:
-        """config: the defaults unless given.
+        """config: the defaults unless given. peer_memory: whether what two parties on GPUs of one host repeat goes from
+        card to card (``peer``).
 
         material: a ``Tape``, or where a dealer that runs alone writes; ``None`` where a dealer runs along. runtime:
         made from transport and material, on ``device``, unless given.
@@ -76,6 +78,8 @@ class WireEngine(Engine):
         self.dealer_follows = material is None
         self._material = material
         self.runtime = runtime or roles.make(transport, material, device)
+        if peer_memory:
+            self.runtime.open_mailbox()
         self.rounds = Rounds(self.runtime)
         self.checks = Flags(self.runtime, self.rounds)
         self.sketches = Sketches(self.runtime, self.rounds)

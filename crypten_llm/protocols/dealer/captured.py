@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.errors import OneTimeError
+from crypten_llm.protocols.dealer.peer import wait
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 
 if TYPE_CHECKING:
@@ -31,6 +32,31 @@ WINDOW = 1 << 20  # bytes of material that are read at a time, about
 ALIGNED = 16  # bytes at whose multiples numbers of any kind may begin
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Bytes ``start`` to ``stop`` of a chunk of the device's memory."""
+
+    chunk: Tensor
+    start: int
+    stop: int
+
+    @property
+    def memory(self) -> Tensor:
+        return self.chunk[self.start : self.stop]
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def and_then(self, other: _Part) -> _Part | None:
+        """Both as one, where the other lies right behind this one."""
+        return (
+            _Part(self.chunk, self.start, other.stop)
+            if self.chunk is other.chunk and self.stop == other.start
+            else None
+        )
+
+
 class _Room:
     """Memory of the device in which material lies without gaps; it stays where it is."""
 
@@ -38,21 +64,12 @@ class _Room:
         self._device = device
         self._chunk, self._used = torch.empty(0, dtype=torch.uint8, device=device), 0
 
-    def take(self, count: int) -> Tensor:
+    def take(self, count: int) -> _Part:
         """The next ``count`` bytes."""
         if self._chunk.numel() - self._used < count:
             self._chunk, self._used = torch.empty(max(CHUNK, count), dtype=torch.uint8, device=self._device), 0
         start, self._used = self._used, self._used + count
-        return self._chunk[start : self._used]
-
-
-def _joined(first: Tensor, second: Tensor) -> Tensor | None:
-    """Both as one, where the second lies right behind the first in the same memory."""
-    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
-        return None
-    if first.storage_offset() + first.numel() != second.storage_offset():
-        return None
-    return first.as_strided((first.numel() + second.numel(),), (1,), first.storage_offset())
+        return _Part(self._chunk, start, self._used)
 
 
 class _InOneSection:
@@ -74,20 +91,20 @@ class _Reads(_InOneSection):
 
     def __init__(self, device: torch.device) -> None:
         self._room = _Room(device)
-        self.windows: list[Tensor] = []
-        self.new: list[Tensor] = []
+        self.windows: list[_Part] = []
+        self.new: list[_Part] = []
 
     def read(self, count: int) -> Tensor:
         part = self._room.take(count)
         if count:
             self.new.append(part)
-            last = self.windows[-1] if self.windows else part[:0]
-            longer = _joined(last, part) if 0 < last.numel() < WINDOW else None
+            last = self.windows[-1] if self.windows else None
+            longer = last.and_then(part) if last is not None and last.size < WINDOW else None
             if longer is None:
                 self.windows.append(part)
             else:
                 self.windows[-1] = longer
-        return part if part.data_ptr() % ALIGNED == 0 else part.clone()
+        return part.memory.clone() if part.start % ALIGNED else part.memory
 
 
 class _Writes(_InOneSection):
@@ -95,13 +112,13 @@ class _Writes(_InOneSection):
 
     def __init__(self, device: torch.device) -> None:
         self._rooms = {party: _Room(device) for party in (OWNER, CLIENT)}
-        self.parts: list[tuple[int, Tensor | None]] = []
+        self.parts: list[tuple[int, _Part | None]] = []
 
     def write(self, party: int, data: Tensor) -> None:
         part = self._rooms[party].take(data.numel())
-        part.copy_(data)
+        part.memory.copy_(data)
         before, last = self.parts[-1] if self.parts else (party, None)
-        longer = _joined(last, part) if before == party and last is not None else None
+        longer = last.and_then(part) if before == party and last is not None else None
         if longer is None:
             self.parts.append((party, part))
         else:
@@ -120,7 +137,7 @@ class _Swap:
     count: int
     cells: Cells
     scope: Scope
-    arrived: Tensor
+    arrived: Tensor | None = None
 
 
 @dataclass
@@ -142,6 +159,7 @@ class Captured:
 
     def __init__(self, runtime: Runtime, graphs: Graphs) -> None:
         self._runtime, self._graphs = runtime, graphs
+        self._posted: list[_Swap] = []  # messages that captured kernels exchange themselves
         self._reads, self._writes = _Reads(runtime.device), _Writes(runtime.device)
         self._stretches: list[_Stretch] = []
         self._loaded = 0  # windows, in the section that is run
@@ -152,16 +170,18 @@ class Captured:
         runtime = self._runtime
         self._material = runtime.material
         mine = self._writes if runtime.role == DEALER else self._reads
-        with self._graphs.apart(), runtime.replaced(mine, self._swap):
+        with self._graphs.apart(), runtime.replaced(mine, self._post if runtime.mailbox else self._swap):
             try:
                 self._graphs.begin()
                 result = program()
+                if runtime.mailbox:
+                    runtime.mailbox.advance(len(self._posted))
                 self._end()
             except BaseException:
                 self._graphs.abandon()
                 raise
         self._marks = [stream.mark() for stream in runtime.streams]
-        self._send()
+        self._finish()
         return result
 
     def replay(self) -> None:
@@ -178,39 +198,57 @@ class Captured:
                     self._travel(stretch.swap)
         for stream, mark in zip(runtime.streams, self._marks, strict=True):
             stream.go_on(mark)
-        self._send()
+        self._finish()
 
     def _end(self) -> _Stretch:
         """Ends the stretch that is being captured, and runs it."""
         stretch = _Stretch(self._graphs.end(), len(self._reads.windows))
         self._stretches.append(stretch)
         for part in self._reads.new:
-            part.copy_(self._material.read(part.numel()))
+            part.memory.copy_(self._material.read(part.size))
         self._reads.new.clear()
         stretch.launch()
         return stretch
 
     def _swap(self, other: int, message: Tensor, count: int, cells: Cells) -> Tensor:
+        """Over the link: it ends a stretch."""
         stretch, transport = self._end(), self._runtime.transport
         arrived = transport.swap(other, message, count, cells)
         stretch.swap = _Swap(other, message, count, cells, transport.meter.scope, arrived)
         self._graphs.begin()
         return arrived
 
+    def _post(self, other: int, message: Tensor, count: int, cells: Cells) -> Tensor:
+        """From card to card: captured with all else."""
+        mailbox, scope = self._runtime.mailbox, self._runtime.transport.meter.scope
+        assert mailbox is not None, "the parties have mailboxes"
+        arrived = mailbox.swap(message, count, len(self._posted))
+        self._posted.append(_Swap(other, message, count, cells, scope))
+        return arrived
+
     def _travel(self, swap: _Swap) -> None:
         transport = self._runtime.transport
+        assert swap.arrived is not None, "what came over the link has a place"
         with transport.meter.within(swap.scope):
             swap.arrived.copy_(transport.swap(swap.other, swap.message, swap.count, swap.cells))
 
     def _load(self, windows: int) -> None:
         for window in self._reads.windows[self._loaded : windows]:
-            window.copy_(self._material.read(window.numel()), non_blocking=True)
+            window.memory.copy_(self._material.read(window.size), non_blocking=True)
         self._loaded = max(self._loaded, windows)
 
-    def _send(self) -> None:
-        """At the dealer: the section's material, as the program gave it."""
+    def _finish(self) -> None:
+        """At a party: what went from card to card is there, and counted. At the dealer: the section's material is sent,
+        as the program gave it.
+        """
+        transport = self._runtime.transport
+        if self._posted and self._runtime.mailbox:
+            wait(transport, self._runtime.mailbox, self._posted[0].other)
+        for swap in self._posted:
+            with transport.meter.within(swap.scope):
+                transport.count_swap(swap.message.numel(), swap.count, swap.cells)
         for party, part in self._writes.parts:
             if part is None:
                 self._material.flush(party)
             else:
-                self._material.write(party, part)
+                self._material.write(party, part.memory)

@@ -17,6 +17,7 @@ from torch import Tensor
 from crypten_llm.errors import OneTimeError
 from crypten_llm.kernels import ring
 from crypten_llm.links.staging import Staging
+from crypten_llm.protocols.dealer import peer
 from crypten_llm.protocols.dealer.material import CHANNEL, FRAME, Sending
 from crypten_llm.protocols.dealer.randomness import fresh_key
 from crypten_llm.protocols.dealer.runtime import PARTIES, Parts, Piece, Public, Runtime, Size, Words
@@ -40,6 +41,9 @@ class Party(Runtime):
         super().__init__(transport, keys, given, device)
         if material is None:
             self.begin("setup")
+
+    def open_mailbox(self) -> None:
+        self.mailbox = peer.connect(self.transport, self.other, self.device)
 
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         return Parts(self._streams[0].ring(shape, bits))
@@ -192,6 +196,9 @@ class Dealer(Runtime):
         super().__init__(transport, keys, material or Sending(transport), device)
         if material is None:
             self.begin("setup")
+
+    def open_mailbox(self) -> None:
+        """It has nobody to exchange messages with."""
 
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         owner, client = (stream.ring(shape, bits) for stream in self._streams)

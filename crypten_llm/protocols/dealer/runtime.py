@@ -29,6 +29,7 @@ from crypten_llm.protocols.dealer.randomness import Stream, derive_key
 from crypten_llm.roles import CLIENT, OWNER
 
 if TYPE_CHECKING:
+    from crypten_llm.kernels.mailbox import Mailbox
     from crypten_llm.links.transport import Transport
 
 PARTIES = (OWNER, CLIENT)
@@ -112,6 +113,7 @@ class Runtime(ABC):
         self._keys = keys
         self._material = material
         self._swap: Swap | None = None  # in the place of the transport's
+        self.mailbox: Mailbox | None = None  # of a party whose captured messages go from card to card
         self._streams: list[Stream] = []
         self._begun: set[str] = set()
         self._owned = Owned()
@@ -140,6 +142,10 @@ class Runtime(ABC):
 
     def _stream(self, key: bytes, label: str) -> Stream:
         return Stream(derive_key(key, label), self.device)
+
+    @abstractmethod
+    def open_mailbox(self) -> None:
+        """At a party: what is captured from now on is exchanged from card to card (``peer``)."""
 
     # What ``captured`` puts others in the place of.
 
