@@ -1,17 +1,27 @@
-"""Graphs on a machine without a GPU: torch's operations are recorded, and run again on the same tensors.
+"""Graphs on a machine without a GPU: what is computed is recorded, and computed again from and to the same tensors.
 
 What a GPU's graph would read from an address is read from the tensor that was there; a number of the processor that
-found its way into the program is what it was when the program was recorded, as in a graph.
+found its way into the program is what it was when the program was recorded, as in a graph. Recorded are torch's
+operations, and the processor's kernels, which are none (``RecordedKernels``).
 """
 
 from contextlib import contextmanager
+from functools import partial
+from threading import local
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from crypten_llm.kernels import cpu
+
 NUMBER = torch.ops.aten._local_scalar_dense.default
-EMPTY = ("aten::empty", "aten::new_empty")
+EMPTY = ("aten::empty", "aten::new_empty")  # memory that stays where it is, with what is in it
+_now = local()  # the recording of this thread, each of which is a role
+
+
+def tensors(value):
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 class _Recording(TorchDispatchMode):
@@ -20,15 +30,17 @@ class _Recording(TorchDispatchMode):
         self.calls, self.before = [], {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         assert func is not NUMBER, "a number is asked for while kernels are captured"
         if func._schema.is_mutable:
-            memory = args[0].untyped_storage()
-            self.before.setdefault(memory.data_ptr(), (memory, memory.clone()))
-        out = func(*args, **kwargs)
-        if not func.name().startswith(EMPTY):  # memory that stays where it is, with what is in it
-            self.calls.append((func, args, kwargs, out))
+            self.keep(args[0])
+        out = func(*args, **(kwargs or {}))
+        if not func.name().startswith(EMPTY):
+            self.calls.append((partial(func, *args, **(kwargs or {})), out))
         return out
+
+    def keep(self, tensor):
+        memory = tensor.untyped_storage()
+        self.before.setdefault(memory.data_ptr(), (memory, memory.clone()))
 
     def undo(self):
         """As if nothing had been computed: whoever captures has only said what is to be."""
@@ -36,10 +48,9 @@ class _Recording(TorchDispatchMode):
             memory.copy_(content)
 
 
-def _again(func, args, kwargs, out):
-    made = func(*args, **kwargs)
-    for old, new in zip(tree_leaves(out), tree_leaves(made), strict=True):
-        if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+def _again(function, out):
+    for old, new in zip(tensors(out), tensors(function()), strict=True):
+        if old.data_ptr() != new.data_ptr():
             old.copy_(new)
 
 
@@ -49,18 +60,18 @@ class RecordedGraphs:
     launches = 0
 
     def __init__(self, device):
-        self._recording = None
+        pass
 
     @contextmanager
     def apart(self):
         yield
 
     def begin(self):
-        self._recording = _Recording()
-        self._recording.__enter__()
+        _now.recording = _Recording()
+        _now.recording.__enter__()
 
     def end(self):
-        recording, self._recording = self._recording, None
+        recording, _now.recording = _now.recording, None
         recording.__exit__(None, None, None)
         recording.undo()
 
@@ -70,6 +81,10 @@ class RecordedGraphs:
                 _again(*call)
 
         return launch
+
+    def abandon(self):
+        if getattr(_now, "recording", None) is not None:
+            self.end()
 
     def make_room(self, count):
         return True
@@ -83,6 +98,39 @@ class RecordedGraphs:
     def wait(self):
         pass
 
-    def abandon(self):
-        if self._recording is not None:
-            self.end()
+
+def _recorded(function, *given):
+    """The result of a function that is none of torch's operations, and may write to what it is given."""
+    recording = getattr(_now, "recording", None)
+    if recording is None:
+        return function(*given)
+    with _disable_current_modes():
+        for tensor in tensors(given):
+            recording.keep(tensor)
+        out = function(*given)
+    recording.calls.append((partial(function, *given), out))
+    return out
+
+
+class RecordedKernels:
+    """The processor's kernels, and key streams that read their key when they run."""
+
+    def __getattr__(self, name):
+        kernel = getattr(cpu, name)
+        return partial(_recorded, kernel)
+
+    class KeyStream:
+        def __init__(self, key):
+            self._key, self.place = torch.frombuffer(bytearray(key), dtype=torch.uint8), 0
+
+        def take_key(self, other):
+            self._key.copy_(other._key)
+
+        def fill(self, count, over=None):
+            place, self.place = self.place, self.place + count
+            made = _recorded(self._at, place, count)
+            return made if over is None else made ^ over
+
+        def _at(self, place, count):
+            stream = cpu.KeyStream(bytes(self._key.tolist()))
+            return stream.fill(place + count)[place:]

@@ -22,6 +22,7 @@ from crypten_llm.engines.wire.handles import Handle, OneHot, Rows, Weight, value
 from crypten_llm.engines.wire.known import known_rows
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
+from crypten_llm.engines.wire.padding import PaddedRows, Places
 from crypten_llm.errors import LeftRange, UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import embedding, products
@@ -50,7 +51,7 @@ class WireEngine(Engine):
     """One role over a connected transport: two parties and a dealer, or two parties with a tape each."""
 
     name = "wire"
-    is_private = True
+    is_private = pads = True
     tells_range = True
     layer_error = 0.01
     shown_dtype = torch.float32  # of values that are opened
@@ -99,6 +100,21 @@ class WireEngine(Engine):
 
     def repeated(self, program: Callable[..., Secret]) -> Callable[..., Secret]:
         return Repeated(self, program)
+
+    def places(self, size: int) -> Places:
+        return Places(self.runtime, size)
+
+    def padded(self, rows: Rows, places: Places, room: PaddedRows | None = None) -> PaddedRows:
+        self.rounds.run(attention.settled(rows))
+        made = PaddedRows(places, rows.shape, rows.values) if room is None else room
+        made.fill(rows.operand)
+        return made
+
+    def unpadded(self, rows: PaddedRows, count: int) -> Rows:
+        return Rows.opened(rows.taken(count), rows.values)
+
+    def turning(self, table: torch.Tensor) -> torch.Tensor:
+        return attention.turned_by(self, table).clone()
 
     def expect(self, verb: str, facts: dict, request: int) -> None:
         if self._material is not None:
