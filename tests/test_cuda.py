@@ -67,7 +67,7 @@ def test_products_of_the_largest_limbs():
 @pytest.mark.parametrize("start", [0, 2**38 - 128, 2**45])
 def test_key_streams(start):
     mine, theirs = (kernels.KeyStream(bytes(range(32))) for kernels in (cuda, cpu))
-    mine._position = theirs._position = start
+    mine.place = theirs._position = start
     theirs._start()
     for count in (1, 63, 64, 8, 5000, 1 << 20):
         assert same(mine.fill(count).cpu(), theirs.fill(count))
