@@ -1,8 +1,8 @@
 """Kernels for device cuda (signatures and meanings: ``kernels.ring``).
 
-Owns the list. Tensors on a GPU go to programs in Triton (``triton_words`` and beside it), which can all be captured in a
-CUDA graph once they have been launched. Tensors of the processor go to torch's own operations, which run on any device:
-so they are held against the readable twins where there is no GPU, and what is asked of a device is written down twice.
+Owns the list. Tensors on a GPU go to programs in Triton (``triton_words`` and beside it), which a CUDA graph can hold
+once they were launched before. Tensors of the processor go to torch's own operations, which run on any device: so these
+are held against the readable twins where there is no GPU.
 """
 
 import torch
