@@ -63,8 +63,6 @@ def together(
     index, padded = 0, None
     while live:
         started = perf_counter()
-        if index == 1 and len(plans) == 1:
-            padded = party.padded_for(plans[0], live[0].cache)
         section = engine.section(f"request {party.requests} token {index}")
         with meter.phase("decode" if index else "prefill"), section:
             if index == 0:
@@ -93,6 +91,8 @@ def together(
             if padded is not None:
                 padded.end()
             live.pop(place).end()
+        if index == 1 and live and len(plans) == 1:
+            padded = party.padded_for(plans[0], live[0].cache)
 
 
 def _prefill(party: Party, prompts: list[Prompted]) -> Generator[Progress, None, Handle]:
