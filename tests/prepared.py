@@ -5,6 +5,8 @@ read, when it is called first. That is most of what a run of a tiny model costs.
 token of each kind of cache; they end before anything is forked, and what they drew is theirs alone.
 """
 
+import gc
+
 import torch
 
 from crypten_llm.engines.crypten import engine as crypten_engine  # noqa: F401
@@ -27,3 +29,4 @@ def _play(transport) -> None:
 
 torch.set_num_threads(1)
 run_roles(_play)
+gc.freeze()  # what forks share: looking through it would copy it
