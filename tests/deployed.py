@@ -123,5 +123,6 @@ def started() -> list[Started]:
 def commands_in(text: str) -> list[list[str]]:
     """Words of every command of this project in a script or in a page's blocks of code, without what starts it."""
     text = text.replace("\\\n", " ").replace("$$", "$")
-    lines = re.findall(r"(?:^|\s)(?:\S*/)?(?:crypten-llm|python -m crypten_llm) ([^\n|>;]+)", text, re.MULTILINE)
+    begins = r"^\s*(?:[A-Z_]+=\S+ )*(?:\S*/)?(?:crypten-llm|python -m crypten_llm) "
+    lines = re.findall(begins + r"([^\n|>;]+)", text, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]

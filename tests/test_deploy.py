@@ -21,6 +21,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.serving.app import Endpoint
 from crypten_llm.serving.metrics import Metrics
 from crypten_llm.serving.service import STOP_SECONDS
+from experiments.replicas.scaler import REFUSALS, RUNNING, WAITING
 
 ROOT = DEPLOY.parent
 PAGE = ROOT / "docs" / "deploying.md"
@@ -80,6 +81,9 @@ def test_a_site_changes_what_its_base_has(role):
     assert [each["name"] for each in site["images"]] == [IMAGE]
     containers = [*pod(role)["initContainers"], *pod(role)["containers"]]
     assert {container["image"] for container in containers} == {IMAGE}
+    assert [parsed(each["args"]).run.__module__.rpartition(".")[2] for each in containers if "args" in each][
+        0
+    ] == "doctor"
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
@@ -151,7 +155,8 @@ def test_scripts_and_the_page_name_commands_that_there_are():
     (script,) = compose()["services"]["keys"]["command"]
     made = [parsed(words).role for words in commands_in(script)]
     assert made == ROLES
-    shown = commands_in("\n".join(re.findall(r"```\w*\n(.+?)```", PAGE.read_text("utf-8"), re.DOTALL)))
+    page = PAGE.read_text("utf-8")
+    shown = commands_in("\n".join(re.findall(r"```\w*\n(.+?)```", page, re.DOTALL) + re.findall(r"`([^`\n]+)`", page)))
     assert len(shown) > 8
     for words in shown:
         parsed(words)
@@ -198,12 +203,12 @@ def test_scaling_is_by_metrics_that_are_exported():
     (scaler,) = of_kind("HorizontalPodAutoscaler", "client")
     exported = set(re.findall(r"^# TYPE (\w+)", Metrics(lambda: 0, lambda: 0).text().decode(), re.MULTILINE))
     names = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
-    assert len(names) == 3 and all(name in exported or f"{name}_total" in exported for name in names)
+    assert names == {WAITING, RUNNING, REFUSALS} and {WAITING, RUNNING, f"{REFUSALS}_total"} <= exported
     target = scaler["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("StatefulSet", of_kind("StatefulSet", "client")[0]["metadata"]["name"])
     assert "replicas" not in of_kind("StatefulSet", "client")[0]["spec"], "the scaler's to say"
     named = set(re.findall(r"\bcrypten_llm_[a-z_]+[a-z]\b", PAGE.read_text("utf-8")))
-    assert names <= named <= exported
+    assert names <= named <= exported | {REFUSALS}, "the last as the rate that the adapter makes of it"
 
 
 def drain():

@@ -66,7 +66,7 @@ class Simulation:
         requests: Sequence[Request],
         groups: int,
         scaler: Scaler | None = None,
-        start: float = 45.0,
+        start: float = 90.0,
         deadline: float = 0.0,
         affinity: float = 60.0,
         live: bool = True,
