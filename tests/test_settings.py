@@ -25,6 +25,7 @@ CHANGED = {
         "progress": True,
         "shielded": True,
         "force": True,
+        "peer_memory": True,
         "insecure_links": True,
         "calibration_text": "asked.txt",
         "reveal": "top-7",

@@ -191,6 +191,14 @@ class Engine(ABC):
         """
         return self.rounds.side_by_side(programs) if self.rounds else [program() for program in programs]
 
+    def repeated(self, program: Callable[..., Handle]) -> Callable[..., Handle]:
+        """The program of sections that are alike, for an engine that runs it faster from the second or third time on.
+
+        To be called once a section, right behind its begin, with handles of the same shapes. What it returns is gone
+        with the next call; so is what it keeps, but for what it writes into tensors that were there before.
+        """
+        return program
+
     def section(self, label: str) -> AbstractContextManager[None]:
         """Context around a stretch of the program whose randomness starts afresh: a prefill, a decode step."""
         return nullcontext()

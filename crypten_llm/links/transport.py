@@ -126,6 +126,11 @@ class Transport:
         theirs = frames[0].payload[0] if frames else torch.empty(0, dtype=torch.uint8)
         return self.staging.to_device(theirs)
 
+    def count_swap(self, sent: int, received: int, cells: Cells | None = None) -> None:
+        """Count a `swap` of as many bytes each way that went another way."""
+        out, back = (count and HEADER.size + count for count in (sent, received))
+        self.meter.count("online", bool(received), bool(sent), out, back, 0.0, cells)
+
     # The control plane: public facts only.
 
     def send_json(self, dst: int, obj: object, channel: str = "online") -> None:

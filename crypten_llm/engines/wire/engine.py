@@ -17,6 +17,7 @@ import torch
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.domain import Calibration
 from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, drawing, gathering, keeping, layers  # noqa: F401
+from crypten_llm.engines.wire.captured import Repeated
 from crypten_llm.engines.wire.handles import Handle, OneHot, Rows, Weight, value
 from crypten_llm.engines.wire.known import known_rows
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
@@ -62,8 +63,10 @@ class WireEngine(Engine):
         material: Any = None,
         runtime: Runtime | None = None,
         device: torch.device | str = "cpu",
+        peer_memory: bool = False,
     ) -> None:
-        """config: the defaults unless given.
+        """config: the defaults unless given. peer_memory: whether what two parties on GPUs of one host repeat goes from
+        card to card (``peer``).
 
         material: a ``Tape``, or where a dealer that runs alone writes; ``None`` where a dealer runs along. runtime:
         made from transport and material, on ``device``, unless given.
@@ -75,6 +78,8 @@ class WireEngine(Engine):
         self.dealer_follows = material is None
         self._material = material
         self.runtime = runtime or roles.make(transport, material, device)
+        if peer_memory:
+            self.runtime.open_mailbox()
         self.rounds = Rounds(self.runtime)
         self.checks = Flags(self.runtime, self.rounds)
         self.sketches = Sketches(self.runtime, self.rounds)
@@ -91,6 +96,9 @@ class WireEngine(Engine):
         self.runtime.begin(label)
         yield
         self.runtime.end()  # not after an error, which leaves a section half done
+
+    def repeated(self, program: Callable[..., Secret]) -> Callable[..., Secret]:
+        return Repeated(self, program)
 
     def expect(self, verb: str, facts: dict, request: int) -> None:
         if self._material is not None:
@@ -165,7 +173,9 @@ class WireEngine(Engine):
         return weight.table
 
     def tokens(self, ids: torch.Tensor | None, count: int, vocab_size: int) -> OneHot:
-        return OneHot(self.runtime.held_by(CLIENT, ids), count, vocab_size)
+        mine = self.runtime.held_by(CLIENT, ids)
+        bits = None if mine is None else self.runtime.moved(embedding.one_hot(mine, count, vocab_size))
+        return OneHot(mine, bits, count, vocab_size)
 
     def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Secret:
         scale = self.config.hidden

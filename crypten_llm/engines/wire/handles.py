@@ -51,9 +51,10 @@ class Weight:
 
 @dataclass
 class OneHot:
-    """The client's token ids; everybody else knows how many."""
+    """The client's token ids, and their bits on its device (``embedding.one_hot``); everybody else knows how many."""
 
     ids: torch.Tensor | None
+    bits: torch.Tensor | None
     count: int
     vocab_size: int
 
