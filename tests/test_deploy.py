@@ -171,6 +171,8 @@ def test_ports_are_those_of_the_command_lines():
         for layer in ("base", "site"):
             for service in of_kind("Service", role, layer):
                 (port,) = service["spec"]["ports"]
+                outside = service["spec"].get("type") == "LoadBalancer"
+                assert outside is (service["spec"].get("externalTrafficPolicy") == "Local"), "policies see addresses"
                 assert port["port"] == (client.port if service["metadata"]["name"] == "endpoint" else opened[role])
                 assert port["targetPort"] in [named["name"] for named in pod(role)["containers"][0]["ports"]]
         (policy,) = of_kind("NetworkPolicy", role)
