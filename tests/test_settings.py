@@ -36,7 +36,7 @@ CHANGED = {
     },
 }
 """Another value than the default for each setting."""
-ALONE = {"tape": "wire", "device": "plain"}
+ALONE = {"tape": "wire", "peer_memory": "wire", "device": "plain"}
 """Settings that one engine alone has."""
 
 

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+ROOM = 4 << 20  # bytes of the processor's memory for what leaves captured programs, at least
 
 
 class Graphs:
@@ -19,6 +22,8 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._device = device
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -42,6 +47,31 @@ class Graphs:
             warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # between two messages there may be nothing
             graph.capture_end()
         return graph.replay
+
+    # What travels: pinned memory of the processor, from and to which captured kernels copy.
+
+    def make_room(self, count: int) -> bool:
+        """Before ``sent`` of as many bytes; whether there was room. Not while anything is captured, unless there is."""
+        if self._room.numel() >= count:
+            return True
+        if self._graph is None:
+            self._room = torch.empty(max(ROOM, count), dtype=torch.uint8, pin_memory=True)
+        return False
+
+    def sent(self, message: Tensor) -> Tensor:
+        """Bytes of the device where the processor will find them, once they were launched and waited for."""
+        here, self._room = self._room.split([message.numel(), self._room.numel() - message.numel()])
+        return here.copy_(message, non_blocking=True)
+
+    def arrived(self, message: Tensor) -> Tensor:
+        """Pinned bytes of the processor on the device, copied again at each launch."""
+        if not message.numel():
+            return torch.empty(0, dtype=torch.uint8, device=self._device)
+        return message.to(self._device, non_blocking=True)
+
+    def wait(self) -> None:
+        """Until all that was launched is done."""
+        torch.cuda.current_stream().synchronize()
 
     def abandon(self) -> None:
         """After an error: the device is as if nothing had been captured."""

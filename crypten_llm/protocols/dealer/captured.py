@@ -130,7 +130,9 @@ class _Writes(_InOneSection):
 
 @dataclass
 class _Swap:
-    """A message each way. arrived: where captured kernels read what the other party sent."""
+    """A message each way. arrived: where captured kernels read what the other party sent; of a link, memory of the
+    processor, as the message is.
+    """
 
     other: int
     message: Tensor
@@ -212,11 +214,18 @@ class Captured:
 
     def _swap(self, other: int, message: Tensor, count: int, cells: Cells) -> Tensor:
         """Over the link: it ends a stretch."""
-        stretch, transport = self._end(), self._runtime.transport
-        arrived = transport.swap(other, message, count, cells)
-        stretch.swap = _Swap(other, message, count, cells, transport.meter.scope, arrived)
-        self._graphs.begin()
-        return arrived
+        graphs, transport = self._graphs, self._runtime.transport
+        if not graphs.make_room(message.numel()):
+            self._end()
+            graphs.make_room(message.numel())
+            graphs.begin()
+        sent = graphs.sent(message)
+        stretch = self._end()
+        graphs.wait()
+        arrived = transport.swap_here(other, sent, count, cells)
+        stretch.swap = _Swap(other, sent, count, cells, transport.meter.scope, arrived)
+        graphs.begin()
+        return graphs.arrived(arrived)
 
     def _post(self, other: int, message: Tensor, count: int, cells: Cells) -> Tensor:
         """From card to card: captured with all else."""
@@ -227,10 +236,10 @@ class Captured:
         return arrived
 
     def _travel(self, swap: _Swap) -> None:
+        self._graphs.wait()
         transport = self._runtime.transport
-        assert swap.arrived is not None, "what came over the link has a place"
         with transport.meter.within(swap.scope):
-            swap.arrived.copy_(transport.swap(swap.other, swap.message, swap.count, swap.cells))
+            transport.swap_here(swap.other, swap.message, swap.count, swap.cells, swap.arrived)
 
     def _load(self, windows: int) -> None:
         for window in self._reads.windows[self._loaded : windows]:
