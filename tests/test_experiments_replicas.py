@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from deployed import of_kind
+from deployed import DEPLOY, of_kind
 
 from crypten_llm.commands.cost import predict
 from crypten_llm.errors import UsageError
@@ -152,3 +152,14 @@ def test_the_command_writes_a_row_for_each_number_and_a_picture(monkeypatch, tmp
     monkeypatch.setattr(sys, "argv", ["replicas", "--rate", "0"])
     assert replicas.main() == UsageError.exit_code
     assert "above 0" in capsys.readouterr().err
+
+
+def test_the_pages_table_is_of_the_results():
+    page = (DEPLOY.parent / "docs" / "deploying.md").read_text("utf-8")
+    rows = json.loads(replicas.RESULTS.read_text("utf-8"))["rows"]
+    assert [row["groups"] for row in rows] == [*replicas.GROUPS, "scaled"] and not any(row["late"] for row in rows)
+    for row in rows:
+        first = f"{row['first_token_p50']:.1f}, {row['first_token_p99']:.0f} s"
+        token = f"{row['token_p50']:.2f}, {row['token_p99']:.1f} s"
+        cost = f"{100 * row['busy']:.0f} % | {row['machine_seconds_a_token']:.1f} | {row['dealers']}, "
+        assert f"| {100 * row['refused']:.0f} % | {first} | {token} | {cost}" in page
