@@ -215,9 +215,9 @@ def test_no_end_of_conversations(dealer):
     party, _ = dealer
     party.model = Model()
     for number in range(limits.CONVERSATIONS):
-        party.caches([Plan(1, 1)], Turn(number))
+        party.cache(Turn(number))
     with pytest.raises(UsageError, match="keeps 256 conversations already"):
-        party.caches([Plan(1, 1)], Turn(limits.CONVERSATIONS))
+        party.cache(Turn(limits.CONVERSATIONS))
 
 
 @pytest.mark.parametrize("changes", [{"rank": "0"}, {"table": [{}]}, {"table": 1}, {"peak_bytes": -1}])

@@ -170,9 +170,9 @@ def turns_and_batch(engine, folders, prompt):
         return party.kept
     party.request_load()
 
-    def answered(plans, prompts, turn=None):
+    def answered(plans, prompts, *turns):
         answers = [Answer(ids, lambda logits: int(logits.argmax())) for ids in prompts]
-        for _ in party.request_together(plans, answers, turn):
+        for _ in party.request_together(plans, answers, turns):
             pass
         return [answer.token_ids for answer in answers]
 

@@ -17,6 +17,7 @@ from crypten_llm.models.tokenizer import has_chat_template, render_chat
 from crypten_llm.serving import refusals
 from crypten_llm.serving.fair_queue import ROOM, FairQueue, QueueFull
 from crypten_llm.serving.job import Broken, Job
+from crypten_llm.serving.kept import Kept
 from crypten_llm.serving.metrics import Metrics
 from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.refusals import Refusal
@@ -50,12 +51,13 @@ class Service:
         queue: FairQueue[Job],
         metrics: Metrics,
         pricer: Pricer,
+        kept: Kept,
         together: int = ROOM,
         reopens: bool = False,
         opened: Callable[[PrivateLlama], None] = lambda llama: None,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
-        self.queue, self.metrics, self.pricer = queue, metrics, pricer
+        self.queue, self.metrics, self.pricer, self.kept = queue, metrics, pricer, kept
         self.llama: PrivateLlama | None = None
         self.error: BaseException | None = None  # what kept the session from being opened at first
         self._open_session, self._together, self._reopens = open_session, together, reopens
@@ -140,6 +142,7 @@ class Service:
 
     def _open(self) -> None:
         self.llama = llama = self._open_session()
+        self.kept.clear()
         llama.defaults  # noqa: B018  (read when first asked for, which is not to be at the first request)
         if llama.has_tokenizer and has_chat_template(llama.tokenizer):
             with suppress(UsageError):  # of a template that refuses this conversation
@@ -172,12 +175,14 @@ class Service:
     def _turn(self) -> None:
         assert self.llama is not None, "it has been opened"
         job = self.queue.take(LOOK_SECONDS)
+        shared = self.llama, self.queue, self.metrics, self.pricer, self.kept
+        sharing = Sharing(*shared, self._together, lambda: self._stopping)
         if job is None:
             watch.check(self.llama)
+            self.kept.expire(self.llama)
+            sharing.tell_dropped()
             return
-        self._sharing = sharing = Sharing(
-            self.llama, self.queue, self.metrics, self.pricer, self._together, lambda: self._stopping
-        )
+        self._sharing = sharing
         try:
             sharing.run(job)
         except BaseException as error:
