@@ -216,7 +216,7 @@ def policy() -> Reader:
         plan = Plan(30, 2, policy=data.decode("utf-8", "surrogateescape"))
         assert Plan(30, 2, policy=plan.policy).policy == plan.policy
         plan.check(known)
-        of_requests(known, (plan,), 0, 8)
+        of_requests(known, (plan,), 8)
 
     rows = ((name, (row.small, row.everything, row.least)) for name, row in ROWS.items())
     return Reader(tuple(f"{name}({text})".encode() for name, texts in rows for text in texts), read, is_json=False)

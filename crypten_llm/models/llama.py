@@ -336,15 +336,27 @@ class Llama(EngineModule):
 
         All that a layer does apart from attention it does to all rows at once; attention shares its rounds.
         """
+        return self._extend(one_hot, rotary_for(self.engine, self._next_tables(passes)), passes)
+
+    def _extend(self, one_hot: Handle, rotary: Rotary, passes: Sequence[Pass]) -> Handle:
         with self.engine.meter.operation("embedding", "embedding"):
             x = self.engine.embed(one_hot, self.embed_tokens)
-        rotary = rotary_for(self.engine, self._next_tables(passes))
         for index in range(len(self.blocks)):
             stretches = [Stretch(each.cache.layers[index], each.rows) for each in passes]
             for cache, _ in stretches:
                 cache.slide()
             x = self.through(index, x, rotary, stretches)
         return x
+
+    def step(self, cache: KVCache, one_hot: Handle, *tables: torch.Tensor) -> Handle:
+        """Logits [1, V] of one token behind a padded cache; tables: of its position, as ``turning`` gives them."""
+        query, key = (tables[0], tables[1]), (tables[2], tables[3])
+        return self.logits(self._extend(one_hot, Rotary(query, key), [Pass(cache, 1)]))
+
+    def turning(self, cache: KVCache) -> list[torch.Tensor]:
+        """The rotary tables of the next token behind ``cache``, which is now counted as seen, for ``step``."""
+        rotary = rotary_for(self.engine, self._next_tables([Pass(cache, 1)]))
+        return [self.engine.turning(table) for table in (*rotary.query, *rotary.key)]
 
     def through(self, index: int, x: Handle, rotary: Rotary, stretches: Sequence[Stretch]) -> Handle:
         """Hidden states [T, H] through the layer of that index."""

@@ -24,8 +24,8 @@ def of_token(config: LlamaConfig, number_bytes: int) -> int:
 
 
 def of_requests(config: LlamaConfig, plans: Sequence[Plan], number_bytes: int) -> int:
-    """What these prompts add to their caches, and in each prompt's largest pass the attention scores of one layer among
-    the tokens of the pass.
+    """What these prompts add to their caches, and room for the whole of padded ones; and in each prompt's largest pass
+    the attention scores of one layer among the tokens of the pass.
     """
     row = 2 * config.num_key_value_heads * config.head_dim * number_bytes
     windows = config.windows or (None,) * config.num_hidden_layers
@@ -34,6 +34,7 @@ def of_requests(config: LlamaConfig, plans: Sequence[Plan], number_bytes: int) -
         prompt = len(plan.public_prefix) + plan.prompt_tokens
         if not parse_policy(plan.policy).cuts_prompts:
             total += sum(row * (prompt if window is None else min(prompt, window)) for window in windows)
+        total += row * config.num_hidden_layers * plan.room()
         total += config.num_attention_heads * min(plan.chunk, plan.prompt_tokens) ** 2 * number_bytes
     return total
 
