@@ -184,10 +184,12 @@ def test_who_leaves_loses_the_conversation(model):
         messages = [SAID, {"role": "assistant", "content": text}, MORE]
         steps = paced.steps
         with send(address, CHAT, json.dumps({"messages": messages, "max_tokens": 9, "stream": True})):
+            until(lambda: made.running)
+            (job,) = made.running
             paced.permit(3)
             until(lambda: paced.steps == steps + 3)
             assert len(made.kept) == 0, "one that is gone on with is nobody else's"
-        until(lambda: made.running[0].left)
+        until(lambda: job.left)
         paced.permit(1000)
         until(lambda: not made.running)
         assert not len(made.kept) and not made.llama.party.kept
@@ -319,3 +321,16 @@ def test_turns_that_no_client_says():
     for turns, plans, running in (((Turn(1),), 2, ()), ((Turn(1), Turn(1)), 2, ()), ((Turn(1),), 1, (1,))):
         with pytest.raises(UsageError):
             check_turns(turns, plans, running)
+
+
+def test_who_waits_for_an_answer_of_hidden_length_is_told_at_once_that_all_ends(model):
+    paced, found = Paced(model), []
+    with service(paced) as made:
+        asked = {"messages": [SAID], "max_tokens": 90, "hide_length": True}
+        waiter = threading.Thread(target=lambda: found.append(client(made).post(CHAT, json=asked)))
+        waiter.start()
+        until(lambda: paced.begun)
+        made.stop()
+        waiter.join(10)
+        assert found and found[0].status_code == 503, "while its steps are still to be run"
+        paced.permit(1000)

@@ -26,7 +26,7 @@ from crypten_llm.session import watch
 from crypten_llm.session.api import PrivateLlama
 
 LOOK_SECONDS = 1.0  # between two looks at the parties while nothing is asked
-STOP_SECONDS = 30.0  # for the running requests to come to their next token when all ends
+STOP_SECONDS = 10.0  # for the running requests to come to their next token when all ends
 
 
 class State(StrEnum):
@@ -77,10 +77,12 @@ class Service:
         return sharing.jobs if sharing else []
 
     def stop(self) -> None:
-        """The running requests end at their next token, those that wait now; then the parties. Does not wait."""
+        """Whoever waits for an answer is told so now, and the running requests end at their next token; then the
+        parties. Does not wait."""
         self._stopping = True
         for job in self.running:
             job.left = True
+            job.tell(Broken(refusals.stopping()))
         for job in self.queue.close():
             job.tell(Broken(refusals.stopping()))
 
