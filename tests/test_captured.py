@@ -3,23 +3,26 @@
 import pytest
 import torch
 from recorded_graphs import RecordedGraphs, RecordedKernels
-from wire_parties import CLIENT
+from wire_parties import CLIENT, OWNER
 
 from crypten_llm.commands.cost import predict
 from crypten_llm.commands.doctor import write_tiny
 from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.engines.wire.captured import Repeated
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import OneTimeError
 from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.kernels import graphs, ring
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key
+from crypten_llm.roles import DEALER
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.bench import run as bench
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
 from crypten_llm.session.prompted import Answer
 
+AS_IT_IS = WireEngine.repeated  # on a processor
 IDS = list(range(3, 17))
 SHAPE = Shape(hidden=16, heads=2, kv_heads=1, ffn=16, layers=1, kv_len=5, steps=3, vocab=70)
 
@@ -27,7 +30,8 @@ SHAPE = Shape(hidden=16, heads=2, kv_heads=1, ffn=16, layers=1, kv_len=5, steps=
 @pytest.fixture
 def recorded(monkeypatch):
     monkeypatch.setattr(ring, "on", lambda device: RecordedKernels())
-    monkeypatch.setattr(graphs, "on", RecordedGraphs)
+    monkeypatch.setattr(graphs, "Graphs", RecordedGraphs)
+    monkeypatch.setattr(WireEngine, "repeated", lambda self, program: Repeated(self, program))
     monkeypatch.setattr(RecordedGraphs, "launches", 0)
 
 
@@ -53,7 +57,7 @@ def test_a_bench(recorded):
     captured = run_roles(job, timeout=60.0)
     assert RecordedGraphs.launches > 3 * 2 * 22, "each step has some twenty messages a layer at each of two parties"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(graphs, "on", lambda device: None)
+        patched.setattr(WireEngine, "repeated", AS_IT_IS)
         plain = run_roles(job, timeout=60.0)
     assert captured[CLIENT][0]["max_abs_err"] < 0.02
     assert [counts for _, counts in captured] == [counts for _, counts in plain]
@@ -102,8 +106,8 @@ def test_answers_in_room_that_serves_one_after_another(recorded, folder):
 
 def test_one_party_captures_and_the_other_does_not(recorded, folder, monkeypatch):
     """They draw the same, each in its way, also behind what was captured."""
-    made = iter([True, False, True])
-    monkeypatch.setattr(graphs, "on", lambda device: RecordedGraphs(device) if next(made) else None)
+    alike = {OWNER: AS_IT_IS, CLIENT: Repeated, DEALER: Repeated}
+    monkeypatch.setattr(WireEngine, "repeated", lambda self, program: alike[self.rank](self, program))
     plans = [Plan(5, 4, padded=8)]
     for plan, logits in zip(plans, answers(folder, plans), strict=True):
         assert (logits - expected(folder, plan)).abs().max() < 0.02

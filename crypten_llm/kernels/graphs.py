@@ -81,8 +81,3 @@ class Graphs:
                 graph.capture_end()
             except RuntimeError:  # it is what ended the capture
                 pass
-
-
-def on(device: torch.device) -> Graphs | None:
-    """New captures of a device; ``None`` where there are none, and programs are run again instead."""
-    return Graphs(device) if device.type == "cuda" else None

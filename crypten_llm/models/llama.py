@@ -280,9 +280,7 @@ def score_factors(engine: Engine, head_dim: int) -> tuple[float, float]:
 
 
 class Pass(NamedTuple):
-    """One sequence's rows in a pass: as many, which join its cache. seq_len: the length of the whole prompt when they
-    are a chunk of it (dynamic RoPE depends on it).
-    """
+    """One sequence's rows in a pass, which join its cache. seq_len: as of ``Llama.forward``."""
 
     cache: KVCache
     rows: int
@@ -350,11 +348,11 @@ class Llama(EngineModule):
 
     def step(self, cache: KVCache, one_hot: Handle, *tables: torch.Tensor) -> Handle:
         """Logits [1, V] of one token behind a padded cache; tables: of its position, as ``turning`` gives them."""
-        query, key = (tables[0], tables[1]), (tables[2], tables[3])
-        return self.logits(self._extend(one_hot, Rotary(query, key), [Pass(cache, 1)]))
+        cos, sin, *of_keys = tables
+        return self.logits(self._extend(one_hot, Rotary((cos, sin), (of_keys[0], of_keys[1])), [Pass(cache, 1)]))
 
     def turning(self, cache: KVCache) -> list[torch.Tensor]:
-        """The rotary tables of the next token behind ``cache``, which is now counted as seen, for ``step``."""
+        """The rotary tables of the next token behind ``cache``, which now counts as seen, for ``step``."""
         rotary = rotary_for(self.engine, self._next_tables([Pass(cache, 1)]))
         return [self.engine.turning(table) for table in (*rotary.query, *rotary.key)]
 

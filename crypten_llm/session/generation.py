@@ -65,8 +65,6 @@ def together(
     index, padded = 0, None
     while live:
         started = perf_counter()
-        if index == 1 and len(plans) == 1:
-            padded = party.padded_for(plans[0], live[0].cache)
         section = engine.section(f"request {party.requests} token {index}")
         with meter.phase("decode" if index else "prefill"), section:
             if index == 0:
@@ -74,6 +72,8 @@ def together(
                     prompted.begin_with_prefix()
                 hidden = yield from _prefill(party, list(live.values()))
                 values = draw(party, list(live.values()), hidden)
+                if len(plans) == 1:
+                    padded = party.padded_for(plans[0], live[0].cache)
             elif padded is not None:
                 values = [live[0].open(padded.step(given(party, [live[0].newest()])))]
             else:

@@ -152,7 +152,6 @@ class Party:
         if not size or any(layer.window is not None for layer in cache.layers):
             return None
         if self._padded is None or self._padded.size != size:
-            self._padded = None  # its memory first
             self._padded = Padded(self.model, size)
         self._padded.begin(cache)
         return self._padded

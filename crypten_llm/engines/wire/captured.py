@@ -1,4 +1,4 @@
-"""A step of engine ``wire`` that is the same again and again: captured on a device that can, run again elsewhere.
+"""A step of engine ``wire`` that is the same again and again, on a device that captures it.
 
 Owns what of the engine goes from one step to the next beside the program's own inputs: the words in which flags and
 sketches are gathered.
@@ -28,14 +28,14 @@ class Repeated:
     """A program of sections that are alike, to be called once in each, right behind its begin.
 
     What the first call is given stays; each other call puts what it is given in its place. What a call returns is gone
-    with the next one. On a device with graphs the first call compiles kernels and moves constants, the second is
-    captured, and those that follow launch what it launched (``protocols.dealer.captured``); elsewhere every call runs
-    the program. Messages and material are the same wherever it runs, so parties need not agree on it.
+    with the next one. The first call compiles kernels and moves constants, the second is captured, and those that
+    follow launch what it launched (``protocols.dealer.captured``). Messages and material are those of the program, so
+    parties need not agree on it.
     """
 
     def __init__(self, engine: WireEngine, program: Callable[..., Secret]) -> None:
         self._engine, self._program = engine, program
-        self._graphs = graphs.on(engine.runtime.device)
+        self._graphs = graphs.Graphs(engine.runtime.device)
         self._captured: Captured | None = None
         self._inputs: tuple[Input, ...] | None = None
         self._none: list[torch.Tensor] = []  # the gathered words that captured kernels begin with, and end with
@@ -43,8 +43,6 @@ class Repeated:
         self._result: Secret | None = None
 
     def __call__(self, *inputs: Input) -> Secret:
-        if self._graphs is None:
-            return self._program(*inputs)
         if self._inputs is None:
             self._inputs = tuple(map(_again, inputs))
             return self._program(*inputs)
