@@ -18,6 +18,7 @@ from crypten_llm.serving.app import Endpoint
 from crypten_llm.serving.asking import Usual
 from crypten_llm.serving.fair_queue import ROOM, FairQueue
 from crypten_llm.serving.guard import Guard
+from crypten_llm.serving.kept import Keeping, Kept
 from crypten_llm.serving.metrics import Metrics
 from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.server import Server, listen
@@ -25,18 +26,20 @@ from crypten_llm.serving.service import Service, State
 from crypten_llm.session.open_batch import Joined
 from crypten_llm.session.prompted import Progress, Step
 
+KEEPING = Keeping()
 predicted = partial(predict_open, room=ROOM)
 SERVE = ["-m", "crypten_llm", "serve", "--offline", "--threads", "1", "--port", "0"]
 
 
 @contextmanager
-def service(open_session, room=4, predict=None, engine="plain", **options):
+def service(open_session, room=4, predict=None, engine="plain", keeping=KEEPING, **options):
     """One that is available."""
     queue = FairQueue(room)
-    metrics = Metrics(lambda: len(queue), lambda: len(made.running))
-    made = Service(open_session, queue, metrics, Pricer(predict, engine), **options)
+    kept = Kept(keeping, queue)
+    metrics = Metrics(lambda: len(queue), lambda: len(made.running), lambda: len(kept))
+    made = Service(open_session, queue, metrics, Pricer(predict, engine), kept, **options)
     made.start()
-    until(lambda: made.state is not State.PROGRESSING)
+    until(lambda: made.state is not State.PROGRESSING, 60)
     try:
         yield made
     finally:

@@ -34,7 +34,7 @@ from crypten_llm.session import messages
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.generation import Decision
-from crypten_llm.session.plan import Plan, Turn
+from crypten_llm.session.plan import Plan, Turn, check_turns
 from crypten_llm.session.scheduler import Next
 from crypten_llm.session.settings import Agreement, ProtocolConfig
 from crypten_llm.session.sizes import of_bench, of_requests
@@ -147,10 +147,19 @@ def message() -> Reader:
     meter = Meter()
     meter.count("online", 1, 1, 10, 10, 0.5)
     sent = (
-        *(messages.Load(), messages.Generate((plan,), Turn(1, 4)), messages.Generate((plan, Plan(9, 1, policy="h2o")))),
+        *(
+            messages.Load(),
+            messages.Generate((plan,), (Turn(1, 4, False),)),
+            messages.Generate((plan, Plan(9, 1, policy="h2o"))),
+        ),
         *(messages.Forget(1), messages.Bench(shape), messages.Statistics(), messages.Close(), messages.Loading(1, 2)),
         messages.Announced(SMALL, {"model.norm.weight": 4.0}, "0" * 64, "scores"),
-        *(Decision([0, 1]), Decision(False), Next((0, 2), (plan, Plan(5, 3))), ProtocolConfig().agreement()),
+        *(
+            Decision([0, 1]),
+            Decision(False),
+            Next((0, 2), (plan, Plan(5, 3)), (None, Turn(2)), (1,)),
+            ProtocolConfig().agreement(),
+        ),
         {"rank": 0, "table": meter.counts(), "peak_bytes": 5, "dealer": {"rank": 2, "table": [], "peak_bytes": 1}},
     )
     kinds = (messages.Request, messages.OwnerSays, Decision, Next, Agreement, Counters)
@@ -165,10 +174,11 @@ def message() -> Reader:
                 assert str(error).isprintable()
                 reasons.append(error)
         match said:
-            case messages.Generate(plans, turn):
-                for each in plans:
-                    each.check(known, turn.cached_tokens if turn else 0)
-                of_requests(known, plans, 5, 8)
+            case messages.Generate(plans, turns):
+                check_turns(turns, len(plans), ())
+                for each, turn in zip(plans, turns or [None] * len(plans), strict=True):
+                    each.check(known, turn)
+                of_requests(known, plans, 8)
             case messages.Bench(asked):
                 of_bench(asked, 8)
             case messages.Announced(config):
@@ -206,7 +216,7 @@ def policy() -> Reader:
         plan = Plan(30, 2, policy=data.decode("utf-8", "surrogateescape"))
         assert Plan(30, 2, policy=plan.policy).policy == plan.policy
         plan.check(known)
-        of_requests(known, (plan,), 0, 8)
+        of_requests(known, (plan,), 8)
 
     rows = ((name, (row.small, row.everything, row.least)) for name, row in ROWS.items())
     return Reader(tuple(f"{name}({text})".encode() for name, texts in rows for text in texts), read, is_json=False)

@@ -10,7 +10,7 @@ from crypten_llm import PrivateLlama
 from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.models.tokenizer import render_chat
 from crypten_llm.session.chat import Restart
-from crypten_llm.session.plan import Plan, Turn
+from crypten_llm.session.plan import Turn
 from crypten_llm.session.prompted import Progress, Step
 
 MARGIN = 0.1  # of logits, between the chosen token and the next: many times what a private engine is off
@@ -237,13 +237,12 @@ def test_a_turn_beyond_the_context_leaves_the_conversation_as_it_was(plain):
 
 
 def test_parties_that_do_not_hold_the_same_cache_stop(plain):
-    plan = Plan(2, 1)
     for turn in (Turn(99, 7), Turn(99)):
         if turn.cached_tokens:
             with pytest.raises(PartyError, match=r"\(client\) goes on after 7 tokens of a conversation, of which 0"):
-                plain.party.caches([plan], turn)
+                plain.party.cache(turn)
         else:
-            assert plain.party.caches([plan], turn)[0].length == 0
+            assert plain.party.cache(turn).length == 0
     plain.party.forget(99)
 
 

@@ -202,7 +202,7 @@ def test_probes_ask_what_the_endpoint_answers():
 
 def test_scaling_is_by_metrics_that_are_exported():
     (scaler,) = of_kind("HorizontalPodAutoscaler", "client")
-    exported = set(re.findall(r"^# TYPE (\w+)", Metrics(lambda: 0, lambda: 0).text().decode(), re.MULTILINE))
+    exported = set(re.findall(r"^# TYPE (\w+)", Metrics(lambda: 0, lambda: 0, lambda: 0).text().decode(), re.MULTILINE))
     names = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
     assert names == {WAITING, RUNNING, REFUSALS} and {WAITING, RUNNING, f"{REFUSALS}_total"} <= exported
     target = scaler["spec"]["scaleTargetRef"]

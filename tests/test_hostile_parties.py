@@ -169,8 +169,10 @@ class Model:
         ({"verb": "generate", "plans": [PLAN] * 2000}, "length <= 1024"),
         ({"verb": "generate", "plans": [{"prompt_tokens": 1}]}, "missing required field `max_new_tokens`"),
         ({"verb": "generate"}, "missing required field `plans`"),
-        ({"verb": "generate", "plans": [PLAN], "turn": {"conversation": "a"}}, "Expected `int`, got `str`"),
-        ({"verb": "generate", "plans": [PLAN], "turn": {"conversation": 1, "cached_tokens": 9}}, "0 are here"),
+        ({"verb": "generate", "plans": [PLAN], "turns": [{"conversation": "a"}]}, "Expected `int`, got `str`"),
+        ({"verb": "generate", "plans": [PLAN], "turns": [{"conversation": 1, "cached_tokens": 9}]}, "0 are here"),
+        ({"verb": "generate", "plans": [PLAN], "turns": [None, None]}, "2 turns are given for 1 prompts"),
+        ({"verb": "generate", "plans": [PLAN] * 2, "turns": [{"conversation": 1}] * 2}, "the same conversation"),
         ({"verb": "forget"}, "missing required field `conversation`"),
         ({"verb": "forget", "conversation": []}, "Expected `int`, got `array`"),
         ({"verb": "bench", "shape": {}}, "missing required field"),
@@ -215,9 +217,9 @@ def test_no_end_of_conversations(dealer):
     party, _ = dealer
     party.model = Model()
     for number in range(limits.CONVERSATIONS):
-        party.caches([Plan(1, 1)], Turn(number))
+        party.cache(Turn(number))
     with pytest.raises(UsageError, match="keeps 256 conversations already"):
-        party.caches([Plan(1, 1)], Turn(limits.CONVERSATIONS))
+        party.cache(Turn(limits.CONVERSATIONS))
 
 
 @pytest.mark.parametrize("changes", [{"rank": "0"}, {"table": [{}]}, {"table": 1}, {"peak_bytes": -1}])

@@ -48,12 +48,11 @@ def test_predictions_count_from_below():
     """Caches of prompts, and the scores of a pass; a policy that cuts prompts keeps no more than it says."""
     row = 2 * 2 * 8 * 8
     cache, scores = 3 * 100 * row, 4 * 50 * 50 * 8
-    assert sizes.of_requests(SMALL, [Plan(100, 1, chunk=50)], 0, 8) == cache + scores
-    assert sizes.of_requests(SMALL, [Plan(60, 1, chunk=50, public_prefix=(1,) * 40)] * 2, 7, 8) == (
-        2 * (cache + scores) + 7 * 3 * row
-    )
-    assert sizes.of_requests(SMALL, [Plan(100, 1, chunk=50, policy="locret(budget=9)")], 0, 8) == scores
-    assert sizes.of_requests(SMALL, [Plan(100, 1)], 5, 0) == 0
+    assert sizes.of_requests(SMALL, [Plan(100, 1, chunk=50)], 8) == cache + scores
+    assert sizes.of_requests(SMALL, [Plan(60, 1, chunk=50, public_prefix=(1,) * 40)] * 2, 8) == (2 * (cache + scores))
+    assert sizes.of_token(SMALL, 8) == 3 * row
+    assert sizes.of_requests(SMALL, [Plan(100, 1, chunk=50, policy="locret(budget=9)")], 8) == scores
+    assert sizes.of_requests(SMALL, [Plan(100, 1)], 0) == 0
     shape = Shape(hidden=32, heads=4, kv_heads=2, ffn=48, layers=3, kv_len=10, vocab=97)
     assert sizes.of_bench(shape, 8) == 8 * (shape.config().parameters + 3 * 10 * 2 * 2 * 8)
 
@@ -63,4 +62,4 @@ def test_a_window_bounds_a_cache():
         {"model_type": "mistral", "sliding_window": 16, "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48}
         | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     )
-    assert sizes.of_requests(config, [Plan(100, 1, chunk=1)], 0, 8) == 3 * 16 * 2 * 2 * 8 * 8 + 4 * 8
+    assert sizes.of_requests(config, [Plan(100, 1, chunk=1)], 8) == 3 * 16 * 2 * 2 * 8 * 8 + 4 * 8

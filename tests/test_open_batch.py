@@ -156,6 +156,24 @@ def test_who_leaves_ends_at_the_next_token_and_the_others_go_on(llama, plain):
     assert llama.generate(input_ids=ids, max_new_tokens=6, eos_token_id=[]).token_ids == answer
 
 
+def test_who_comes_does_not_wait_for_hidden_answers_that_nobody_reads(llama, plain):
+    (ids, answer), (long, _) = clear_ids(plain, 5, 2), clear_ids(plain, 5, 12)
+    hidden = llama.prepare(Request(input_ids=long, max_new_tokens=12, eos_token_id=[], hide_length=True))
+    asked = llama.prepare(Request(input_ids=ids, max_new_tokens=2, eos_token_id=[], hide_length=False))
+    passes = itertools.count()
+
+    def more(inside):
+        number = next(passes)
+        if number == 1:
+            batch.leave(0)  # it has drawn a token, and so runs on to its last
+        return [asked] if number == 2 else []
+
+    batch = OpenBatch(llama, [hidden], more)
+    with closing(batch.run()) as running:
+        ended = [event for event in running if isinstance(event, Done)]
+    assert [event.place for event in ended] == [1, 0] and ended[0].result.token_ids == answer
+
+
 def test_a_batch_that_is_left_leaves_the_session_usable(llama, plain):
     ids, answer = clear_ids(plain, 5, 6)
     asked = llama.prepare(Request(input_ids=ids, max_new_tokens=6, eos_token_id=[], hide_length=False))
@@ -202,12 +220,12 @@ def test_others_refuse_what_no_client_says(stop, join):
     class Party:
         transport, client, peers = Transport(), 1, [1]
 
-        def admit(self, plans, inside):
-            assert not plans
+        def admit(self, plans, turns, inside, running):
+            assert not plans and not turns and not running
 
     class Each:
         is_last, is_read = False, True
-        answer = None
+        answer = turn = None
 
         def __init__(self, hides):
             self.plan = type("Plan", (), {"hide_length": hides})

@@ -10,7 +10,7 @@ from hf_models import with_template
 
 from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.refusals import Refusal
-from crypten_llm.session.plan import Plan
+from crypten_llm.session.plan import Course, Plan
 
 CHAT, PRICE = "/v1/chat/completions", "/v1/price"
 SAID = [{"role": "user", "content": "The passkey is 4711."}]
@@ -99,7 +99,7 @@ class Counted:
 
 
 def test_ratios_are_medians_and_a_step_weighs_as_one():
-    plan, pricer = Plan(4, 3), Pricer(lambda config, plan: Counted(), "wire")
+    plan, pricer = Course(Plan(4, 3)), Pricer(lambda config, courses: Counted(), "wire")
     assert pricer.price(None, [plan])["seconds"] == 3.0 and pricer.price(None, [plan])["basis"] == "estimated"
     for prefill in (100.0, 2.0, 2.0):  # the first compiles kernels
         took = {"prefill": prefill, "decode": 3.0}  # one step, which was predicted to take one second

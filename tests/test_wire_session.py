@@ -170,9 +170,9 @@ def turns_and_batch(engine, folders, prompt):
         return party.kept
     party.request_load()
 
-    def answered(plans, prompts, turn=None):
+    def answered(plans, prompts, *turns):
         answers = [Answer(ids, lambda logits: int(logits.argmax())) for ids in prompts]
-        for _ in party.request_together(plans, answers, turn):
+        for _ in party.request_together(plans, answers, turns):
             pass
         return [answer.token_ids for answer in answers]
 
@@ -201,9 +201,9 @@ def test_turns_and_batches_differ_in_no_size_and_no_order_and_leave_nothing(tmp_
         assert "prompt length: 3 tokens, after 5 that the cache holds" in [entry["what"] for entry in revealed]
         assert outcome.results[OWNER] == outcome.results[DEALER] == {}
     assert shapes[0] == shapes[1] and told[0] == told[1]
-    assert [message["turn"] for message in told[0] if "turn" in message] == [
-        {"conversation": 1, "cached_tokens": 0},
-        {"conversation": 1, "cached_tokens": 5},
+    assert [message["turns"] for message in told[0] if "turns" in message] == [
+        [{"conversation": 1}],
+        [{"conversation": 1, "cached_tokens": 5}],
     ]
     keys = {key for message in told[0] for key in message}
-    assert keys == {"verb", "plans", "turn", "stop", "conversation"}
+    assert keys == {"verb", "plans", "turns", "stop", "conversation"}

@@ -26,7 +26,7 @@ from crypten_llm.session.api import check_policy
 from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
-from crypten_llm.session.plan import Plan, parse_policy
+from crypten_llm.session.plan import Course, Plan, Turn, parse_policy
 from crypten_llm.session.report import ONLINE, Cost
 
 if TYPE_CHECKING:
@@ -141,33 +141,48 @@ def predict(
 @torch.inference_mode()
 def predict_open(
     config: LlamaConfig,
-    plans: Sequence[Plan],
+    courses: Sequence[Course],
     room: int,
     network: Network | None = None,
     machine: Machine = Machine(),
 ) -> Prediction:
-    """What ``plans`` cost in an open batch that nobody else joins, in which so many at a time have ``room``. A stop
+    """What ``courses`` cost in an open batch that nobody else joins, in which so many at a time have ``room``. A stop
     token may end an answer earlier. Memory is left out.
 
     Raises: as ``predict``.
     """
-    links, party, _ = _loaded(config, plans)
-    coming = list(plans)
+    plans = [course.plan for course in courses]
+    links, party, _ = _loaded(config, plans, [course.cached_tokens for course in courses])
+    coming = [scheduler.Newcomer(each.plan, _gone_through(party, number, each)) for number, each in enumerate(courses)]
 
     class Door:
-        def newcomers(self, inside: int) -> list[tuple[Plan, None]]:
+        def newcomers(self, inside: int) -> list[scheduler.Newcomer]:
             found = coming[: max(0, room - inside)]
             del coming[: len(found)]
-            return [(plan, None) for plan in found]
+            return found
+
+        def dropped(self) -> tuple[int, ...]:
+            return ()
 
     party.start_request()
     door = Door()
-    for _ in scheduler.follow(party, [plan for plan, _ in door.newcomers(0)], door=door):
+    for _ in scheduler.follow(party, door.newcomers(0), door):
         pass
     entries = _entries(links, machine, network)
     cost = Cost(entries, len(entries))
     steps = max(plan.max_new_tokens for plan in plans) - 1
     return Prediction(cost, {}, steps, _dealing(links, cost, machine), plans[0])
+
+
+def _gone_through(party: Party, number: int, course: Course) -> Turn | None:
+    """Where a request stands in a conversation of this number, whose cache is filled here."""
+    if course.behind is None:
+        return None
+    party.kept[number] = cache = party.model.new_cache()
+    party.start_request()
+    for _ in generation.run(party, course.behind, cache=cache):
+        pass
+    return Turn(number, cache.length, keeps_answer=not course.plan.hide_length)
 
 
 class _Uncounted(Party):
@@ -177,17 +192,18 @@ class _Uncounted(Party):
         return []
 
 
-def _loaded(config: LlamaConfig, plans: Sequence[Plan]) -> tuple[Links, Party, bool]:
-    """Where ``plans`` are counted, the model loaded; whether the first two layers stand for all.
+def _loaded(config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = ()) -> tuple[Links, Party, bool]:
+    """Where ``plans`` are counted, the model loaded; whether the first two layers stand for all. cached: tokens that
+    each goes on after.
 
     Raises UsageError for a plan that the model cannot run.
     """
-    for plan in plans:
+    for plan, behind in zip(plans, cached or [0] * len(plans), strict=True):
         for name, count in (("new_tokens", plan.max_new_tokens), ("chunk", plan.chunk)):
             if count < 1:
                 raise UsageError(f"{name} is {count}; it must be 1 or more")
         check_policy(plan.policy)
-        plan.check(config)
+        plan.check(config, Turn(0, behind, keeps_answer=False))
     links = Links()
     differ = any(parse_policy(plan.policy).acts for plan in plans) or len(set(config.windows)) > 1
     make_model = Llama if differ else functools.partial(_AlikeLayers, links)

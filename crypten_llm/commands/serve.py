@@ -22,6 +22,7 @@ from crypten_llm.serving.asking import Usual
 from crypten_llm.serving.fair_queue import ROOM, FairQueue
 from crypten_llm.serving.guard import Guard, read_keys
 from crypten_llm.serving.job import Job
+from crypten_llm.serving.kept import Keeping, Kept
 from crypten_llm.serving.metrics import Metrics
 from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.server import Server, check_https, listen
@@ -46,6 +47,7 @@ class Place:
     name: str = ""
     opens: bool = False
     ends: bool = False
+    keeping: Keeping = Keeping()
 
 
 def serve(place: Place, usual: Usual, model: str, tokenizer: str | None, **settings: Any) -> None:
@@ -61,12 +63,13 @@ def serve(place: Place, usual: Usual, model: str, tokenizer: str | None, **setti
         check_https(*place.https)
     sock = listen(place.listen, place.port, bool(place.https), bool(keys))
     queue: FairQueue[Job] = FairQueue(place.queue)
-    metrics = Metrics(lambda: len(queue), lambda: len(service.running))
+    kept = Kept(place.keeping, queue)
+    metrics = Metrics(lambda: len(queue), lambda: len(service.running), lambda: len(kept))
     pricer = Pricer(_counted(protocol, launched, place.together), protocol.engine)
     reopens = not is_distributed()
     opening = partial(PrivateLlama.from_pretrained, model, tokenizer=tokenizer, shielded=True, **settings)
     calls = _opened, lambda: server.end()
-    service: Service = Service(opening, queue, metrics, pricer, place.together, reopens, place.ends, *calls)
+    service: Service = Service(opening, queue, metrics, pricer, kept, place.together, reopens, place.ends, *calls)
     endpoint = Endpoint(service, Guard(keys, [place.listen]), place.name or name_of(model), usual)
     server: Server = Server(endpoint.app(), service, place.https)
     host = f"[{place.listen}]" if ":" in place.listen else place.listen

@@ -69,10 +69,13 @@ class Writer:
         return pieces
 
     def usage(self, results: Sequence[Result]) -> dict[str, Any]:
-        """Tokens: of each prompt once, however many answers it has."""
-        prompt = sum(result.prompt_tokens + result.public_tokens for result in results[:: self._count])
+        """Tokens: of each prompt once, however many answers it has; ``cached_tokens``: those of a kept conversation."""
+        prompts = results[:: self._count]
+        cached = sum(result.cached_tokens for result in prompts)
+        prompt = cached + sum(result.prompt_tokens + result.public_tokens for result in prompts)
         completion = sum(len(result.token_ids) for result in results)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
     def facts(self, ended: Ended) -> dict[str, Any]:
         """Rounds and bytes as counted, seconds, and the ledger: what was revealed to whom, with the load's part. All

@@ -27,6 +27,7 @@ from crypten_llm.serving.bodies import ChatBody, TextBody
 from crypten_llm.serving.fair_queue import Caller
 from crypten_llm.serving.guard import Guard
 from crypten_llm.serving.job import Broken, Ended, Job
+from crypten_llm.serving.kept import Talk
 from crypten_llm.serving.refusals import Refusal
 from crypten_llm.serving.service import Service, State
 from crypten_llm.session.request import Asked
@@ -64,9 +65,9 @@ class Endpoint:
 
     async def complete(self, request: Request, kind: type[ChatBody] | type[TextBody]) -> Response:
         """An answer, whole or streamed."""
-        body, asked = await self._asked(request, kind)
+        body, asked, talk = await self._asked(request, kind)
         await self._check_deadline(request, asked)
-        job = Job(asked, Caller(request.state.key, body.user or ""))
+        job = Job(asked, _caller(request, body), talk)
         self.service.submit(job)
         writer = Writer(body, self.service.ready(), self.model)
         if body.stream:
@@ -77,7 +78,8 @@ class Endpoint:
 
     async def _asked(
         self, request: Request, kind: type[ChatBody] | type[TextBody] | None
-    ) -> tuple[ChatBody | TextBody, list[Asked]]:
+    ) -> tuple[ChatBody | TextBody, list[Asked], Talk | None]:
+        """What is asked, as it would be run now; the conversation that it may go on with."""
         llama = self.service.ready()
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, "the body must be JSON; send Content-Type: application/json")
@@ -85,7 +87,9 @@ class Endpoint:
         if body.model not in (None, self.model):
             raise Refusal(404, f"there is no model {body.model[:80]!r} here; it is {self.model!r}", "model_not_found")
         requests = asking.requests_of(body, self.usual, llama.protocol.is_private)
-        return body, await run_in_threadpool(asking.prepare, llama, requests)
+        asked = await run_in_threadpool(asking.prepare, llama, requests)
+        talk = await run_in_threadpool(self.service.kept.talk, llama, _caller(request, body), asked)
+        return body, [talk.asked] if talk else asked, talk
 
     async def _check_deadline(self, request: Request, asked: Sequence[Asked]) -> None:
         if (text := request.headers.get(DEADLINE)) is None:
@@ -101,11 +105,11 @@ class Endpoint:
     async def _price(self, asked: Sequence[Asked]) -> dict[str, Any]:
         llama = self.service.ready()
         ahead = [*self.service.queue.items(), *self.service.running]
-        return await run_in_threadpool(self.service.pricer.price, llama.config, [a.plan for a in asked], ahead)
+        return await run_in_threadpool(self.service.pricer.price, llama.config, [a.course for a in asked], ahead)
 
     async def price(self, request: Request) -> Response:
         """Of a request, from its very body, before it is sent."""
-        _, asked = await self._asked(request, None)
+        _, asked, _ = await self._asked(request, None)
         return _json(await self._price(asked))
 
     async def _wait(self, request: Request, job: Job) -> Ended:
@@ -179,6 +183,10 @@ class Endpoint:
                 return _json(refusal.body, refusal.status, refusal.headers)
 
         return answer
+
+
+def _caller(request: Request, body: ChatBody | TextBody) -> Caller:
+    return Caller(request.state.key, body.user or "")
 
 
 async def _no_such(request: Request, error: Exception) -> Response:

@@ -57,7 +57,7 @@ def prepare(llama: PrivateLlama, requests: list[Request]) -> list[Asked]:
     """What they come down to. Raises UsageError for what this model or this machine cannot run."""
     asked = [llama.prepare(request) for request in requests]
     for each in asked:
-        llama.party.check_plans([each.plan], None)
+        llama.party.check_plans([each.plan])
     return asked
 
 

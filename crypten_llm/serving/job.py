@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from crypten_llm.serving.fair_queue import Caller
+from crypten_llm.serving.kept import Talk
 from crypten_llm.serving.refusals import Refusal
 from crypten_llm.session.prompted import Progress, Step
 from crypten_llm.session.report import Cost
@@ -37,10 +38,11 @@ Event = Progress | Step | Ended | Broken
 
 
 class Job:
-    """asked: what to run, side by side where there is room. caller: whose turn it takes. Made in the loop."""
+    """asked: what to run, side by side where there is room. caller: whose turn it takes. talk: where it may go on with
+    a conversation. Made in the loop."""
 
-    def __init__(self, asked: Sequence[Asked], caller: Caller) -> None:
-        self.asked, self.caller = asked, caller
+    def __init__(self, asked: Sequence[Asked], caller: Caller, talk: Talk | None = None) -> None:
+        self.asked, self.caller, self.talk = list(asked), caller, talk
         self.left = False  # set when nobody listens any more: it ends at the next token
         self.created = perf_counter()
         self.begun: float | None = None

@@ -26,14 +26,20 @@ UNKNOWN_SECONDS = 5.0  # a request, as long as none has been answered
 
 
 class Metrics:
-    """waiting, running: how many requests wait and are answered now."""
+    """waiting, running: how many requests wait and are answered now. kept: how many conversations are kept, and not gone
+    on with, now.
+    """
 
-    def __init__(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
+    def __init__(self, waiting: Callable[[], int], running: Callable[[], int], kept: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()
         self._state = Enum("crypten_llm_state", "of the session", states=STATES, registry=registry)
-        for name, what, count in (("waiting", "in the queue", waiting), ("running", "being answered", running)):
-            gauge = Gauge(f"crypten_llm_{name}_requests", f"{what} now", registry=registry)
-            gauge.set_function(count)
+        gauges = (
+            ("waiting_requests", "in the queue now", waiting),
+            ("running_requests", "being answered now", running),
+            ("kept_conversations", "that wait for a further turn now", kept),
+        )
+        for gauge, what, count in gauges:
+            Gauge(f"crypten_llm_{gauge}", what, registry=registry).set_function(count)
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             return Counter(f"crypten_llm_{name}", what, labels, registry=registry)
@@ -43,7 +49,8 @@ class Metrics:
 
         self._requests = counter("requests", "by how they ended", "outcome")
         self._refusals = counter("refusals", "before they were queued", "code")
-        self._prompt = counter("prompt_tokens", "of answered requests, public ones included")
+        self._prompt = counter("prompt_tokens", "of answered requests, public and cached ones included")
+        self._cached = counter("cached_prompt_tokens", "of those, what kept conversations held: not read again")
         self._completion = counter("completion_tokens", "of answered requests")
         self._rounds = counter("rounds", "online, while requests were answered")
         self._sent = counter("sent_bytes", "online, by compute party", "rank")
@@ -70,7 +77,8 @@ class Metrics:
             self._first.observe(perf_counter() - job.created)
 
     def counted(self, result: Result) -> None:
-        self._prompt.inc(result.prompt_tokens + result.public_tokens)
+        self._prompt.inc(result.prompt_tokens + result.public_tokens + result.cached_tokens)
+        self._cached.inc(result.cached_tokens)
         self._completion.inc(len(result.token_ids))
 
     def passed(self, cost: Cost) -> None:

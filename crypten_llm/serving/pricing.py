@@ -17,28 +17,28 @@ from crypten_llm.serving.refusals import Refusal
 if TYPE_CHECKING:
     from crypten_llm.models.config import LlamaConfig
     from crypten_llm.serving.job import Job
-    from crypten_llm.session.plan import Plan
+    from crypten_llm.session.plan import Course
     from crypten_llm.session.request import Result
 
-KEPT = 256  # plans whose price is remembered
+KEPT = 256  # requests whose price is remembered
 MEASURED = 9  # requests whose median ratio holds: the first one compiles kernels, and takes many times as long
 PHASES = ("prefill", "decode")
 
 
 class Pricer:
-    """predict: of a model's configuration and plans that run side by side, a ``commands.cost.Prediction``; None where
-    nothing is counted."""
+    """predict: of a model's configuration and requests that run side by side, a ``commands.cost.Prediction``; None
+    where nothing is counted."""
 
-    def __init__(self, predict: Callable[[LlamaConfig, tuple[Plan, ...]], Any] | None, engine: str) -> None:
+    def __init__(self, predict: Callable[[LlamaConfig, tuple[Course, ...]], Any] | None, engine: str) -> None:
         self._predict, self._engine = predict, engine
-        self._known: OrderedDict[tuple[Plan, ...], Any] = OrderedDict()
+        self._known: OrderedDict[tuple[Course, ...], Any] = OrderedDict()
         self._ratios: dict[str, deque[float]] = {
             phase: deque(maxlen=MEASURED) for phase in PHASES
         }  # measured by predicted
         self._counting = threading.Lock()
 
-    def price(self, config: LlamaConfig, plans: Sequence[Plan], ahead: Sequence[Job] = ()) -> dict[str, Any]:
-        """Of these plans side by side, and nobody else. ahead: requests that may come first. New ones take seconds.
+    def price(self, config: LlamaConfig, courses: Sequence[Course], ahead: Sequence[Job] = ()) -> dict[str, Any]:
+        """Of these side by side, and nobody else. ahead: requests that may come first. New ones take seconds.
 
         rounds; bytes_sent: by compute party; dealer_bytes: material, of both; seconds: without ``queue_seconds``, which
         is the longest that those ahead may take. basis: "measured" once a priced request has been answered here.
@@ -47,14 +47,16 @@ class Pricer:
         """
         if self._predict is None:
             raise Refusal(400, f"engine {self._engine!r} is not counted beforehand; prices are of engine 'wire'")
-        found = [self._prediction(config, tuple(plans))]
-        before = [tuple(each.plan for each in job.asked) for job in ahead]
+        found = [self._prediction(config, tuple(courses))]
+        before = [tuple(each.course for each in job.asked) for job in ahead]
+        plans = [course.plan for course in courses]
         phases = {phase: self._sum(phase, found) for phase in PHASES}
         return {
             "object": "price",
             "engine": self._engine,
             "prompt_tokens": sum(plan.prompt_tokens for plan in plans),
             "public_tokens": sum(len(plan.public_prefix) for plan in plans),
+            "cached_tokens": sum(course.cached_tokens for course in courses),
             "max_new_tokens": sum(plan.max_new_tokens for plan in plans),
             "rounds": sum(phase["rounds"] for phase in phases.values()),
             "bytes_sent": [sum(sent) for sent in zip(*(p["bytes_sent"] for p in phases.values()), strict=True)],
@@ -77,9 +79,9 @@ class Pricer:
                 price=price,
             )
 
-    def learn(self, plan: Plan, result: Result) -> None:
-        """From what an answer has taken, where its plan was priced."""
-        prediction = self._known.get((plan,))
+    def learn(self, course: Course, result: Result) -> None:
+        """From what an answer has taken, where it was priced."""
+        prediction, plan = self._known.get((course,)), course.plan
         if prediction is None:
             return
         run = plan.max_new_tokens if plan.hide_length else len(result.token_ids)
@@ -89,15 +91,15 @@ class Pricer:
                 measured = result.cost.seconds(phase) / measured_steps
                 self._ratios[phase].append(measured * predicted_steps / predicted)
 
-    def _prediction(self, config: LlamaConfig, plans: tuple[Plan, ...]) -> Any:
+    def _prediction(self, config: LlamaConfig, courses: tuple[Course, ...]) -> Any:
         with self._counting:
-            if plans not in self._known:
+            if courses not in self._known:
                 assert self._predict is not None, "who asks has checked that there is one"
-                self._known[plans] = self._predict(config, plans)
-            self._known.move_to_end(plans)
+                self._known[courses] = self._predict(config, courses)
+            self._known.move_to_end(courses)
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
-            return self._known[plans]
+            return self._known[courses]
 
     def _ratio(self, phase: str) -> float:
         return median(self._ratios[phase]) if self._ratios[phase] else 1.0

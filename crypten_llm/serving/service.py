@@ -17,6 +17,7 @@ from crypten_llm.models.tokenizer import has_chat_template, render_chat
 from crypten_llm.serving import refusals
 from crypten_llm.serving.fair_queue import ROOM, FairQueue, QueueFull
 from crypten_llm.serving.job import Broken, Job
+from crypten_llm.serving.kept import Kept
 from crypten_llm.serving.metrics import Metrics
 from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.refusals import Refusal
@@ -25,7 +26,7 @@ from crypten_llm.session import watch
 from crypten_llm.session.api import PrivateLlama
 
 LOOK_SECONDS = 1.0  # between two looks at the parties while nothing is asked
-STOP_SECONDS = 30.0  # for the running requests to come to their next token when all ends
+STOP_SECONDS = 10.0  # for the running requests to come to their next token when all ends
 
 
 class State(StrEnum):
@@ -50,13 +51,14 @@ class Service:
         queue: FairQueue[Job],
         metrics: Metrics,
         pricer: Pricer,
+        kept: Kept,
         together: int = ROOM,
         reopens: bool = False,
         ends: bool = False,
         opened: Callable[[PrivateLlama], None] = lambda llama: None,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
-        self.queue, self.metrics, self.pricer = queue, metrics, pricer
+        self.queue, self.metrics, self.pricer, self.kept = queue, metrics, pricer, kept
         self.llama: PrivateLlama | None = None
         self.error: BaseException | None = None  # why the endpoint is to end
         self._open_session, self._together, self._reopens, self._ends = open_session, together, reopens, ends
@@ -76,10 +78,12 @@ class Service:
         return sharing.jobs if sharing else []
 
     def stop(self) -> None:
-        """The running requests end at their next token, those that wait now; then the parties. Does not wait."""
+        """Whoever waits for an answer is told so now, and the running requests end at their next token; then the
+        parties. Does not wait."""
         self._stopping = True
         for job in self.running:
             job.left = True
+            job.tell(Broken(refusals.stopping()))
         for job in self.queue.close():
             job.tell(Broken(refusals.stopping()))
 
@@ -139,6 +143,7 @@ class Service:
 
     def _open(self) -> None:
         self.llama = llama = self._open_session()
+        self.kept.clear()
         llama.defaults  # noqa: B018  (read when first asked for, which is not to be at the first request)
         if llama.has_tokenizer and has_chat_template(llama.tokenizer):
             with suppress(UsageError):  # of a template that refuses this conversation
@@ -174,12 +179,14 @@ class Service:
     def _turn(self) -> None:
         assert self.llama is not None, "it has been opened"
         job = self.queue.take(LOOK_SECONDS)
+        shared = self.llama, self.queue, self.metrics, self.pricer, self.kept
+        sharing = Sharing(*shared, self._together, lambda: self._stopping)
         if job is None:
             watch.check(self.llama)
+            self.kept.expire(self.llama)
+            sharing.tell_dropped()
             return
-        self._sharing = sharing = Sharing(
-            self.llama, self.queue, self.metrics, self.pricer, self._together, lambda: self._stopping
-        )
+        self._sharing = sharing
         try:
             sharing.run(job)
         except BaseException as error:

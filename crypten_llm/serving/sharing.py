@@ -21,6 +21,7 @@ from crypten_llm.session.report import Cost, Counters
 if TYPE_CHECKING:
     from crypten_llm.serving.fair_queue import FairQueue
     from crypten_llm.serving.job import Job
+    from crypten_llm.serving.kept import Kept
     from crypten_llm.serving.metrics import Metrics
     from crypten_llm.serving.pricing import Pricer
     from crypten_llm.session.api import PrivateLlama
@@ -50,11 +51,12 @@ class Sharing:
         queue: FairQueue[Job],
         metrics: Metrics,
         pricer: Pricer,
+        kept: Kept,
         room: int,
         stopping: Callable[[], bool],
     ) -> None:
         self._llama, self._queue, self._metrics, self._pricer = llama, queue, metrics, pricer
-        self._room, self._stopping = room, stopping
+        self._kept, self._room, self._stopping = kept, room, stopping
         self._open: list[_Open] = []
         self._told: list[tuple[Asked, _Open, int]] = []  # what joins, and has not been given a place yet
         self._places: dict[int, tuple[_Open, int]] = {}
@@ -67,13 +69,21 @@ class Sharing:
     def run(self, job: Job) -> None:
         """Answers it, and those that join, until nobody is in. What ends it ends all of them; see ``fail``."""
         self._take(job)
-        batch = self._llama.open_batch(self._waiting(0), self._joining)
+        first = self._waiting(0)
+        self.tell_dropped()
+        batch = self._llama.open_batch(first, self._joining, self._kept.dropped)
         with closing(batch.run()) as events:
             self._follow(events, batch.leave)
+
+    def tell_dropped(self) -> None:
+        """While nothing runs: has the other parties drop the conversations that are dropped here."""
+        for conversation in self._kept.dropped():
+            self._llama.forget(conversation)
 
     def fail(self, refusal: refusals.Refusal) -> None:
         """Tells all that are in why they get no answer."""
         for each in self._open:
+            self._settle(each.job)
             each.job.tell(Broken(refusal))
             self._metrics.ended(each.job, "refused" if refusal.status < 500 else "failed")
         self._open.clear()
@@ -97,8 +107,9 @@ class Sharing:
         found: list[Asked] = []
         for each in self._open:
             while each.waiting and not each.job.left and inside + len(found) < self._room:
-                number = each.waiting.popleft()
-                found.append(each.job.asked[number])
+                number, job = each.waiting.popleft(), each.job
+                job.asked[number] = self._kept.begin(self._llama, job.asked[number], job.talk)
+                found.append(job.asked[number])
                 self._told.append((found[-1], each, number))
         return found
 
@@ -141,7 +152,7 @@ class Sharing:
         each.results[number] = result
         self._metrics.counted(result)
         if result.prompts == 1:  # beside others it says little of a request alone
-            self._pricer.learn(each.job.asked[number].plan, result)
+            self._pricer.learn(each.job.asked[number].course, result)
         if not each.is_whole:
             return
         if each.job.left:
@@ -149,6 +160,7 @@ class Sharing:
             return
         assert each.before is not None, "it was given a place"
         results = [each.results[place] for place in range(len(each.job.asked))]
+        self._settle(each.job, results[0])
         passed = counters.since(each.before, self._llama.party.load_reveals.as_list())
         self._end(each, Ended(results, self._cost(each.before, counters), passed.revealed), "answered")
 
@@ -157,6 +169,12 @@ class Sharing:
 
     def _end(self, each: _Open, event: Ended | Broken, outcome: str) -> None:
         if each in self._open:
+            self._settle(each.job)
             self._metrics.ended(each.job, outcome)
             self._open.remove(each)
             each.job.tell(event)
+
+    def _settle(self, job: Job, result: Result | None = None) -> None:
+        """Keeps the conversation of an answer, or drops it where there is none: once, whatever is told later."""
+        if job.talk:
+            self._kept.end(self._llama, job.talk, result)

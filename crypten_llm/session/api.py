@@ -7,6 +7,7 @@ gathers the cost. The process that calls it is the client; under torchrun it is 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.folder import ClientFolder
 from crypten_llm.session.open_batch import OpenBatch
 from crypten_llm.session.party import Party
-from crypten_llm.session.plan import Plan, Turn
+from crypten_llm.session.plan import Plan, Turn, Turns, turns_of
 from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.report import Cost
 from crypten_llm.session.request import Asked, Request, Result, Taken, check_policy, requests_of, result_of
@@ -62,9 +63,9 @@ class PrivateLlama:
         self._joined: Transport | None = None
         self._transport: Transport | None = None
         self._folder = ClientFolder("", launched.offline)
-        self._conversations = 0
+        self.conversations = itertools.count(1)  # numbers that none of this session has yet
         self.result: Any = None  # of the last request: a ``Result``, or several
-        self._running = Running()
+        self.running = Running()
         if not protocol.is_private:
             torch.set_num_threads(launched.thread_count(1))
             self.party = Party(PlainEngine.on(launched.device), mode=protocol.mode)
@@ -187,40 +188,42 @@ class PrivateLlama:
         return found
 
     def prepare(
-        self, request: Request, parts: tuple[list[int], list[int]] | None = None, before: Sequence[int] = ()
+        self,
+        request: Request,
+        parts: tuple[list[int], list[int]] | None = None,
+        before: Sequence[int] = (),
+        turn: Turn | None = None,
     ) -> Asked:
-        """What ``request`` comes down to; parts: public and other ids of a turn of a conversation, after ``before``
-        that the cache holds.
+        """What ``request`` comes down to; parts: public and other ids of a ``turn``, after ``before`` in its cache.
 
         Raises UsageError for what this model, or this client's tokenizer, cannot run.
         """
         public, ids = request.parts(lambda: self.tokenizer) if parts is None else parts
         tokenizers.check_ids([*public, *ids], self.config.vocab_size)
-        plan = request.plan(len(ids), self.defaults, public, self.protocol.mode).check(self.config, len(before))
+        plan = request.plan(len(ids), self.defaults, public, self.protocol.mode).check(self.config, turn)
         self.party.engine.check_sampling(plan.temperature)
         if request.stops and not self.has_tokenizer:
             raise UsageError("stop is a text, and there is no tokenizer to make text of tokens; give one (--tokenizer)")
-        sampling, stop_ids = request.sampling(self.defaults), request.stop_ids(self.defaults)
-        return Asked(request, ids, plan, sampling, stop_ids, before)
+        chosen = request.sampling(self.defaults), request.stop_ids(self.defaults)
+        return Asked(request, ids, plan, *chosen, before, turn)
 
     def run(
-        self, asked: Sequence[Asked], first: int = 0, turn: Turn | None = None, taken: Taken | None = None
+        self, asked: Sequence[Asked], first: int = 0, taken: Taken | None = None
     ) -> Generator[Progress | Step, None, list[Result]]:
         """Runs these side by side, as one request to the other parties; returns a result of each.
 
-        first: number of the first prompt. turn: of a conversation. taken: is filled with what comes of them.
+        first: number of the first prompt. taken: is filled with what comes of them.
         """
-        tokenizer = self.tokenizer if self.has_tokenizer else None
-        taken = Taken() if taken is None else taken
+        tokenizer, taken = self.tokenizer if self.has_tokenizer else None, taken or Taken()
         taken.answers = answers = [each.answer(tokenizer) for each in asked]
         steps: list[list[Step]] = [[] for _ in asked]
         taken.steps = steps
-        plans = [each.plan for each in asked]
-        events = self._events(plans, answers, taken.ranks, turn)
+        plans, turns = [each.plan for each in asked], turns_of([each.turn for each in asked])
+        events = self._events(plans, answers, taken.ranks, turns)
 
         def check() -> None:
             self.party.expect("generate", *plans)
-            self.party.check_plans(plans, turn)
+            self.party.check_plans(plans, turns)
 
         with contextlib.closing(self.alone(answers, events, check)) as running:
             for event in running:
@@ -230,9 +233,9 @@ class PrivateLlama:
                 yield event
         return self.results(asked, taken)
 
-    def open_batch(self, first: Sequence[Asked], more: Callable[[int], Sequence[Asked]]) -> OpenBatch:
+    def open_batch(self, first: Sequence[Asked], *doors: Callable) -> OpenBatch:
         """Requests that others may join while they run; see ``OpenBatch``. Not with a tape, which is for one."""
-        return OpenBatch(self, first, more)
+        return OpenBatch(self, first, *doors)
 
     def alone(self, answers: Sequence[Answer], events: Events, check: Callable[[], None]) -> Events:
         """Yields what the parties do, who do nothing else meanwhile. Left early, it ends ``answers`` and reads on.
@@ -240,16 +243,16 @@ class PrivateLlama:
         check: is called before. Raises UsageError when they do something, or when the session has ended.
         """
         self._check_free()
-        with self._running.claimed(answers, events):
+        with self.running.claimed(answers, events):
             try:
                 check()
                 with self._guarded():
                     for event in events:  # noqa: UP028  (left early, they are read on)
                         yield event
-                if not self._running.is_now(events):
+                if not self.running.is_now(events):
                     raise UsageError(ENDED_SESSION)
             except GeneratorExit:
-                if self._running.is_now(events):
+                if self.running.is_now(events):
                     self._leave_stream()
                 raise
 
@@ -266,7 +269,7 @@ class PrivateLlama:
         """Whether requests can still be made, now or when the one that runs has ended."""
         return not self.protocol.is_private or self._transport is not None
 
-    def _events(self, plans: list[Plan], answers: list[Answer], ranks: list[dict], turn: Turn | None) -> Events:
+    def _events(self, plans: list[Plan], answers: list[Answer], ranks: list[dict], turns: Turns) -> Events:
         """Runs one request to its end, putting every rank's counters into ``ranks``.
 
         With ``hide_length`` nothing is left to be sent when the first ``Step`` is yielded.
@@ -274,7 +277,7 @@ class PrivateLlama:
         held: list[Step] = []
         hides = any(plan.hide_length for plan in plans)
         try:
-            for event in self.party.request_together(plans, answers, turn):
+            for event in self.party.request_together(plans, answers, turns):
                 if hides and isinstance(event, Step):
                     held.append(event)
                 else:
@@ -290,7 +293,7 @@ class PrivateLlama:
 
         at_once: what nobody follows any more ends here.
         """
-        events = self._running.leave()
+        events = self.running.leave()
         if events is None:
             return
         if not self.is_open or at_once:
@@ -304,7 +307,7 @@ class PrivateLlama:
         """Raises UsageError when no request can be made now."""
         if not self.is_open:
             raise UsageError(ENDED_SESSION)
-        self._running.check()
+        self.running.check()
 
     def generate(self, prompt: Any = None, *, batch_size: int = BATCH, **arguments: Any) -> Any:
         """The whole answer, a ``Result``, or a list of them for several prompts; arguments as for ``stream``.
@@ -325,8 +328,7 @@ class PrivateLlama:
         Raises UsageError where there is no chat template, or for arguments with which no conversation can go on.
         """
         self._check_free()
-        self._conversations += 1
-        return Chat(self, self._conversations, system, arguments)
+        return Chat(self, next(self.conversations), system, arguments)
 
     def forget(self, conversation: int) -> None:
         """Has all parties drop the cache of a conversation; nothing in a session that has ended."""
@@ -339,7 +341,7 @@ class PrivateLlama:
         """Times decode steps on random weights; needs no model (see ``bench.run``). Returns figures and cost."""
         check_policy(shape.policy)
         self._check_free()
-        with self._running.claimed(), self._guarded():
+        with self.running.claimed(), self._guarded():
             self.party.expect("bench", shape)
             figures = self.party.request_bench(shape)
             return figures, Cost(self.party.collect_statistics(), self.party.compute_parties)

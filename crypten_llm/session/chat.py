@@ -1,9 +1,8 @@
 """A conversation in turns: what was said, and the cache that all parties keep of it.
 
-Owns that a turn goes on exactly where the last one ended. The whole conversation is written anew by the model's own
-chat template at each turn; only where that begins with what the cache holds is the rest alone asked for: by its ids,
-or by its text where the model wrote its answer in other tokens than the tokenizer would. Where it does not, the cache
-begins anew, which is told first: with what it costs, and never silently.
+Owns that a turn goes on exactly where the last one ended (``spoken`` says where that is). Where the conversation as its
+template writes it does not begin with what the cache holds, the cache begins anew, which is told first: with what it
+costs, and never silently.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from crypten_llm.session.prompted import Answer, Progress, Step, check_chat
 from crypten_llm.session.public import cut_chat
 from crypten_llm.session.request import Request, Result, Taken, result_of, system_of
 from crypten_llm.session.settings import check_names
+from crypten_llm.session.spoken import Spoken
 from crypten_llm.units import size
 
 if TYPE_CHECKING:
@@ -85,8 +85,6 @@ class Chat:
         check_names("argument", arguments, known)
         self._llama, self._number, self._arguments = llama, number, arguments
         check(self._request("a"), llama.protocol)
-        self._cached: list[int] = []  # ids that the parties' cache holds
-        self._written, self._spoken = "", [0]  # the conversation to the end of the last answer: its text, its tokens
         self._spent: tuple[int, float, int] = (0, 0.0, 0)  # on prefills so far: tokens, seconds, bytes sent
         self.results: list[Result] = []  # of each turn; one that was left early has the reason "left"
         self.reset(system)
@@ -95,7 +93,12 @@ class Chat:
     def reset(self, system: str | None = None) -> None:
         """Begins a new conversation, after ``system`` if that is given; the cache begins anew with the next turn."""
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
-        self._cached, self._written = [], ""
+        self._spoken = Spoken()
+
+    @property
+    def _cached(self) -> list[int]:
+        """Ids that the parties' cache holds."""
+        return list(self._spoken.cached)
 
     @property
     def system(self) -> str | None:
@@ -115,19 +118,20 @@ class Chat:
         said = [*self.messages, {"role": "user", "content": text}]
         rendered = render_chat(llama.tokenizer, said)
         public, rest = self._parts(rendered)
-        ids = self._continued(rendered, [*public, *rest])
+        ids = self._spoken.continued(llama.tokenizer, rendered, [*public, *rest])
         before, restart = self._cached, None
-        if before and (ids[: len(before)] != before or len(ids) == len(before)):
+        if before and not self._spoken.begins(ids):
             shared = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(ids))
             new = len(ids) - len(public)
             restart, before = Restart(shared, len(before), new, *self._price(new)), []
         start = len(before) or len(public)
-        asked = llama.prepare(request, (ids[len(before) : start], ids[start:]), before)
+        turn = Turn(self._number, len(before))
+        asked = llama.prepare(request, (ids[len(before) : start], ids[start:]), before, turn)
         if restart is not None:
             yield restart
         taken, read = Taken(), list[str]()
         try:
-            events = llama.run([asked], turn=Turn(self._number, len(before)), taken=taken)
+            events = llama.run([asked], taken=taken)
             yield from self._read(events, read)
         finally:
             self._note(said, rendered, ids, taken.answers[0] if taken.answers else None, "".join(read))
@@ -144,17 +148,6 @@ class Chat:
                     read.append(event.text)
                 yield event
 
-    def _continued(self, rendered: str, ids: list[int]) -> list[int]:
-        """``ids`` of what the template wrote, or others of it, which begin with what the cache holds if any do."""
-        tokenizer = self._llama.tokenizer
-        if not self._cached or ids[: len(self._cached)] == self._cached or not self._written:
-            return ids
-        rest = rendered.removeprefix(self._written)
-        more = encode_rendered(tokenizer, rest)
-        if len(rest) == len(rendered) or not more or ids[-len(more) :] != more:
-            return ids
-        return [*self._spoken, *more]
-
     def _parts(self, rendered: str) -> tuple[list[int], list[int]]:
         """Ids of what the template wrote: of its public beginning, if it has one, and of the rest."""
         if self._arguments.get("public_system"):
@@ -166,15 +159,9 @@ class Chat:
         drawn = [] if answer is None else answer.token_ids
         if drawn:
             self.messages = [*said, {"role": "assistant", "content": text}]
-        cache, held = self._llama.party.kept.get(self._number), [*ids, *drawn[:-1]]
-        self._cached = held if cache is not None and cache.length == len(held) else []
-        decode = self._llama.tokenizer.decode
-        # The last token may add nothing: the template writes what ends an answer itself.
-        whole = [own for own in (drawn[:-1], drawn) if decode(own, skip_special_tokens=True) == text]
-        if whole:
-            self._written, self._spoken = rendered + text, [*ids, *whole[0]]
-        else:  # cut at a stop string, or left before the end of a character
-            self._written = ""
+        cache, held = self._llama.party.kept.get(self._number), len([*ids, *drawn[:-1]])
+        cached = held if cache is not None and cache.length == held else 0
+        self._spoken = Spoken.after(self._llama.tokenizer, rendered, ids, drawn, text, cached)
 
     def _count(self, result: Result) -> None:
         self.results.append(result)
@@ -194,7 +181,7 @@ class Chat:
     def close(self) -> None:
         """Has all parties drop the cache. A turn that comes later begins it anew."""
         if self._cached:
-            self._cached = []
+            self._spoken = Spoken()
             self._llama.forget(self._number)
 
     def __enter__(self) -> Chat:

@@ -22,7 +22,7 @@ from crypten_llm.session.prompted import Answer, Progress, Prompted, Step, draw,
 if TYPE_CHECKING:
     from crypten_llm.models.cache import KVCache
     from crypten_llm.session.party import Party
-    from crypten_llm.session.plan import Plan
+    from crypten_llm.session.plan import Plan, Turns
     from eviction.operations import Handle
 
 
@@ -30,7 +30,7 @@ def run(
     party: Party, plan: Plan, answer: Answer | None = None, cache: KVCache | None = None
 ) -> Generator[Progress | Step, None, None]:
     """``together`` of one prompt."""
-    return together(party, [plan], None if answer is None else [answer], None if cache is None else [cache])
+    return together(party, [plan], None if answer is None else [answer], (), None if cache is None else [cache])
 
 
 @torch.inference_mode()
@@ -38,6 +38,7 @@ def together(
     party: Party,
     plans: Sequence[Plan],
     answers: Sequence[Answer] | None = None,
+    turns: Turns = (),
     caches: Sequence[KVCache] | None = None,
 ) -> Generator[Progress | Step, None, None]:
     """Follows ``plans`` on this party, side by side; at the client, which alone has ``answers``, yields their tokens.
@@ -45,17 +46,18 @@ def together(
     Once started it must be read to its end, or the parties lose step: see ``Answer.abandoned``. The others wait while
     a reader does something with a token, so one who hides the length reads all before (``PrivateLlama.stream``).
 
-    caches: new ones by default. One that holds rows is gone on with: the prompt follows what it holds.
+    turns: of conversations, whose caches the prompts follow. caches: or these; one that holds rows is gone on with.
 
     Reveals: to the client what the mode says of each generated token; to all the number of steps, unless hidden.
     Cost: the rounds of the longest prompt, then those of the longest answer; the bytes of all.
     Raises: UsageError for a policy that does not fit.
     """
     engine, meter = party.engine, party.engine.meter
-    caches = [party.model.new_cache() for _ in plans] if caches is None else caches
+    turns = turns or [None] * len(plans)
+    caches = [party.cache(turn) for turn in turns] if caches is None else caches
     known: Sequence[Answer | None] = [None] * len(plans) if answers is None else answers
-    each = zip(plans, known, caches, strict=True)
-    live = {place: Prompted(party, *its, place) for place, its in enumerate(each)}
+    each = zip(plans, known, caches, range(len(plans)), turns, strict=True)
+    live = {place: Prompted(party, *its) for place, its in enumerate(each)}
     if len(plans) > 1:
         party.reveals.public(f"{len(plans)} prompts at once", "they share rounds")
     for prompted in live.values():
@@ -109,7 +111,7 @@ def _prefill(party: Party, prompts: list[Prompted]) -> Generator[Progress, None,
         done += hidden.shape[0]
         if prompts[0].answer is not None:
             yield Progress(done, total)
-    side_by_side(party, [prompted.cache.end_prompt for prompted in prompts])
+    side_by_side(party, [prompted.end_prompt for prompted in prompts])
     in_order = [last[prompted.place] for prompted in prompts]
     return in_order[0] if len(in_order) == 1 else party.engine.cat(in_order, 0)
 

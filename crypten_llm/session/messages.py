@@ -28,11 +28,11 @@ class Load(Message, frozen=True, tag="load"):
 
 
 class Generate(Message, frozen=True, tag="generate"):
-    """Answer prompts, whose plans these are, side by side; turn: where the one prompt goes on with a conversation;
-    is_open: others may join them."""
+    """Answer prompts, whose plans these are, side by side; turns: where each stands in a conversation; is_open: others
+    may join them."""
 
     plans: Annotated[tuple[Plan, ...], Meta(min_length=1, max_length=limits.PROMPTS)]
-    turn: Turn | None = None
+    turns: Annotated[tuple[Turn | None, ...], Meta(max_length=limits.PROMPTS)] = ()
     is_open: bool = False
 
 

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from crypten_llm.errors import UsageError
 from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.report import Cost, Counters
-from crypten_llm.session.scheduler import Counted
+from crypten_llm.session.scheduler import Counted, Newcomer, said
 
 if TYPE_CHECKING:
     from crypten_llm.session import scheduler
     from crypten_llm.session.api import PrivateLlama
-    from crypten_llm.session.plan import Plan
     from crypten_llm.session.request import Asked, Result
 
 
@@ -62,12 +61,17 @@ class _Inside:
 
 
 class OpenBatch:
-    """first: requests to begin with. more: how many are inside to those that join now, asked after each pass."""
+    """first: requests to begin with. more: how many are inside to those that join now, asked after each pass. drops:
+    conversations that nobody goes on with any more, which it takes over."""
 
     def __init__(
-        self, llama: PrivateLlama, first: Sequence[Asked], more: Callable[[int], Sequence[Asked]] = lambda inside: ()
+        self,
+        llama: PrivateLlama,
+        first: Sequence[Asked],
+        more: Callable[[int], Sequence[Asked]] = lambda inside: (),
+        drops: Callable[[], Sequence[int]] = lambda: (),
     ) -> None:
-        self._llama, self._more = llama, more
+        self._llama, self._more, self.dropped = llama, more, drops
         self._tokenizer = llama.tokenizer if llama.has_tokenizer else None
         self._inside: dict[int, _Inside] = {}
         self._coming: list[tuple[Asked, Answer]] = []
@@ -80,40 +84,41 @@ class OpenBatch:
 
         Raises: as ``PrivateLlama.stream``.
         """
-        party, plans = self._llama.party, [each.plan for each, _ in self._first]
+        first = [Newcomer(each.plan, each.turn, answer) for each, answer in self._first]
         if self._llama.protocol.tape:
             raise UsageError("a tape is dealt for one request, and others may join these; leave the tape out")
         self.answers += [answer for _, answer in self._first]
-        check = partial(party.check_plans, plans, None)
-        with closing(self._llama.alone(self.answers, self._events(plans), check)) as running:
+        self._events = self._begun(first)
+        check = partial(self._llama.party.check_plans, *said(first))
+        with closing(self._llama.alone(self.answers, self._events, check)) as running:
             self._coming = self._first
-            yield from self._join(range(len(plans)), Counters())
+            yield from self._join(range(len(first)), Counters())
             for event in running:
                 yield from self._tell(event)
 
-    def _events(self, plans: list[Plan]) -> Generator[scheduler.Event, None, None]:
+    def _begun(self, first: Sequence[Newcomer]) -> Generator[scheduler.Event, None, None]:
         """The other parties hear of it when the first is asked for, once it is known that it can be run."""
-        yield from self._llama.party.request_open(plans, list(self.answers), self)
+        yield from self._llama.party.request_open(first, self)
 
     def leave(self, place: int) -> None:
         """Nobody reads this answer on: it ends at its next token, where it does not hide its length."""
         if place in self._inside:
             self._inside[place].answer.abandoned = True
 
-    def newcomers(self, inside: int) -> list[tuple[Plan, Answer]]:
-        """The scheduler's question."""
+    def newcomers(self, inside: int) -> list[Newcomer]:
+        """The scheduler's question. Nobody joins a batch that was left; where each answer is, the batch goes on."""
         self._coming = []
-        if self.answers and all(answer.abandoned for answer in self.answers):
+        if not self._llama.running.is_now(self._events):
             return []
         for each in self._more(inside):
             try:
-                self._llama.party.check_plans([each.plan], None)
+                self._llama.party.check_plans([each.plan], [each.turn])
             except UsageError as error:
                 self._refused.append(Refused(each, error))
                 continue
             self._coming.append((each, each.answer(self._tokenizer)))
         self.answers += [answer for _, answer in self._coming]
-        return [(each.plan, answer) for each, answer in self._coming]
+        return [Newcomer(each.plan, each.turn, answer) for each, answer in self._coming]
 
     def _join(self, places: Sequence[int], counters: Counters) -> Iterator[Event]:
         for place, (asked, answer) in zip(places, self._coming, strict=True):

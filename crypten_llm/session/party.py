@@ -29,7 +29,7 @@ from crypten_llm.session.admission import Admission
 from crypten_llm.session.loading import loading_bar, read_weights
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.padded import Padded
-from crypten_llm.session.plan import Plan, Turn, parse_policy
+from crypten_llm.session.plan import Plan, Turn, Turns, check_turns, parse_policy
 from crypten_llm.session.prefix import Prefixes
 from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.quota import Quota
@@ -127,24 +127,24 @@ class Party:
         for plan in plans:
             self.engine.expect(verb, plan.facts(), self.requests + 1)
 
-    def caches(self, plans: Sequence[Plan], turn: Turn | None) -> list[KVCache]:
-        """New caches for a request, or the one of the conversation that it is a ``turn`` of, which is kept.
+    def cache(self, turn: Turn | None = None) -> KVCache:
+        """A new cache, or the one of the conversation that this is a ``turn`` of, which is kept.
 
         Raises PartyError when the turn goes on with another cache than is here.
         """
         if turn is None:
-            return [self.model.new_cache() for _ in plans]
+            return self.model.new_cache()
         if turn.conversation not in self.kept and len(self.kept) >= limits.CONVERSATIONS:
             raise UsageError(f"this session keeps {len(self.kept)} conversations already; end one first")
         if not turn.cached_tokens:
             self.kept[turn.conversation] = self.model.new_cache()
         cache = self.kept.get(turn.conversation)
-        if len(plans) != 1 or cache is None or cache.length != turn.cached_tokens:
+        if cache is None or cache.length != turn.cached_tokens:
             raise PartyError(
                 f"rank {self.client} (client) goes on after {turn.cached_tokens} tokens of a conversation, of which "
                 f"{0 if cache is None else cache.length} are here; start all parties again"
             )
-        return [cache]
+        return cache
 
     def padded_for(self, plan: Plan, cache: KVCache) -> Padded | None:
         """Room in which the answer's cache grows from now on, where the plan says that it is padded."""
@@ -219,16 +219,15 @@ class Party:
             name = f"rank {rank} ({role_names(self.compute_parties)[rank]})"
             raise PartyError(f"{name} asks for what cannot be run here: {error}") from None
 
-    def check_plans(self, plans: Sequence[Plan], turn: Turn | None) -> None:
-        """Before anything of a request's sizes is made. Raises PartyError for what does not fit model or machine, at
-        the client, which asks, UsageError.
+    def check_plans(self, plans: Sequence[Plan], turns: Turns = (), running: Sequence[int] = ()) -> None:
+        """Before anything of a request's sizes is made; running: conversations that a request goes on with now. Raises
+        PartyError for what does not fit model or machine, at the client, which asks, UsageError.
         """
-        behind = turn.cached_tokens if turn else 0
         with self._said_by(self.client):
-            for plan in plans:
-                plan.check(self.model.config, behind)
-            held = sum(cache.length for cache in self.kept.values())
-            needed = sizes.of_requests(self.model.config, plans, held, self.engine.number_bytes)
+            check_turns(turns, len(plans), running)
+            for plan, turn in zip(plans, turns or [None] * len(plans), strict=True):
+                plan.check(self.model.config, turn)
+            needed = sizes.of_requests(self.model.config, plans, self.engine.number_bytes)
             memory.check(needed, f"{len(plans)} prompts of {sum(plan.prompt_tokens for plan in plans):,} tokens")
 
     def _open_model(self, folder: str | Path | None, progress: bool) -> tuple[messages.Announced, dict]:
@@ -287,14 +286,14 @@ class Party:
                     return
                 case messages.Load():
                     self.load(folder, progress)
-                case messages.Generate(plans, turn, is_open):
+                case messages.Generate(plans, turns, is_open):
                     self.start_request()
-                    self.check_plans(plans, turn)
+                    self.check_plans(plans, turns)
                     with self.quota.taken([plan.max_new_tokens for plan in plans], lambda: self.reveals.tokens):
                         events = (
-                            scheduler.follow(self, plans)
+                            scheduler.follow(self, scheduler.joining(plans, turns))
                             if is_open
-                            else generation.together(self, plans, caches=self.caches(plans, turn))
+                            else generation.together(self, plans, turns=turns)
                         )
                         for _ in events:
                             pass
@@ -320,30 +319,30 @@ class Party:
         self,
         plans: Sequence[Plan],
         answers: Sequence[Answer],
-        turn: Turn | None = None,
+        turns: Turns = (),
     ) -> Generator[Progress | Step, None, None]:
         """At the client: starts one request; its ``Progress`` and ``Step`` are to be read to their end.
 
-        turn: where the one prompt goes on with a conversation, or begins one.
+        turns: where a prompt goes on with a conversation, or begins one.
         """
-        self.from_client(messages.Generate(tuple(plans), turn))
+        self.from_client(messages.Generate(tuple(plans), tuple(turns)))
         self.start_request()
-        return generation.together(self, plans, answers, self.caches(plans, turn))
+        return generation.together(self, plans, answers, turns)
 
     def request_open(
-        self, plans: Sequence[Plan], answers: Sequence[Answer], door: scheduler.Door
+        self, first: Sequence[scheduler.Newcomer], door: scheduler.Door
     ) -> Generator[scheduler.Event, None, None]:
         """At the client: starts requests that others may join; their events are to be read to their end."""
-        self.from_client(messages.Generate(tuple(plans), is_open=True))
+        self.from_client(messages.Generate(*scheduler.said(first), is_open=True))
         self.start_request()
-        return scheduler.follow(self, plans, answers, door)
+        return scheduler.follow(self, first, door)
 
-    def admit(self, plans: Sequence[Plan], inside: int) -> None:
+    def admit(self, plans: Sequence[Plan], turns: Turns, inside: int, running: Sequence[int]) -> None:
         """Of requests that join ``inside`` others. Raises as ``check_plans``, and UsageError where they are more tokens
         than the owner answers with."""
-        if not plans:
+        if not plans and not turns:
             return
-        self.check_plans(plans, None)
+        self.check_plans(plans, turns, running)
         if inside + len(plans) > limits.PROMPTS:
             raise PartyError(f"{inside + len(plans)} requests would run side by side; {limits.PROMPTS} is the most")
         self.quota.more([plan.max_new_tokens for plan in plans])

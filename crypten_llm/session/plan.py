@@ -5,6 +5,7 @@ Owns ``Plan`` and ``Turn``, which travel as messages, and the reading of a polic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from msgspec import Meta
 import eviction
 from crypten_llm import limits
 from crypten_llm.errors import UsageError
-from crypten_llm.records import Count, Tokens, Word
+from crypten_llm.records import Count, Record, Tokens, Word
 from crypten_llm.session.mode import ALL, HOTTEST, ID, Mode
 from crypten_llm.session.prefix import check_policy
 
@@ -21,6 +22,23 @@ if TYPE_CHECKING:
     from crypten_llm.models.config import LlamaConfig
 
 DEFAULT_CHUNK = 128
+
+
+class Turn(Record, frozen=True):
+    """Where a request stands in a conversation, whose cache every party keeps; public.
+
+    conversation: its number in this session. cached_tokens: that its cache holds already; 0 begins it anew.
+    keeps_answer: whether the cache is kept with the answer, or as it was when the prompt had been read. One whose
+    length is hidden cannot be: where it ended, the next turn's length would tell.
+    """
+
+    conversation: Count
+    cached_tokens: Count = 0
+    keeps_answer: bool = True
+
+
+Turns = Sequence[Turn | None]
+"""Of each plan, where it stands in a conversation; empty where none does."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +91,13 @@ class Plan:
         most = behind + len(self.public_prefix) + self.prompt_tokens + self.max_new_tokens - 1
         return -(-most // self.padded) * self.padded
 
-    def check(self, config: LlamaConfig, behind: int = 0) -> Plan:
-        """Itself, if the model ``config`` can run it after ``behind`` tokens; raises UsageError otherwise."""
+    def check(self, config: LlamaConfig, turn: Turn | None = None) -> Plan:
+        """Itself, if the model ``config`` can run it as this turn of a conversation; raises UsageError otherwise."""
         if self.prompt_tokens < 1:
             raise UsageError("the prompt is empty; give at least one token")
+        if turn and turn.keeps_answer and self.hide_length:
+            raise UsageError("an answer of hidden length is not kept in a conversation, whose next turn would tell it")
+        behind = turn.cached_tokens if turn else 0
         policy, prefix = parse_policy(self.policy), len(self.public_prefix)
         check_policy(policy, prefix, self.prompt_tokens)
         prompt = prefix + self.prompt_tokens
@@ -104,14 +125,33 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """Where a request stands in a conversation, whose cache every party keeps; public.
+class Course:
+    """What the cost of a request depends on: its plan, and what its cache has been through.
 
-    conversation: its number in this session. cached_tokens: that its cache holds already; 0 begins it anew.
+    behind: the plan of a prompt that leaves a cache of the same shape; None for an empty one.
     """
 
-    conversation: Count
-    cached_tokens: Count = 0
+    plan: Plan
+    behind: Plan | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        return 0 if self.behind is None else len(self.behind.public_prefix) + self.behind.prompt_tokens
+
+
+def turns_of(turns: Turns) -> tuple[Turn | None, ...]:
+    """The same, empty where none of them is one."""
+    return tuple(turns) if any(turns) else ()
+
+
+def check_turns(turns: Turns, plans: int, running: Sequence[int]) -> None:
+    """Raises UsageError where these are not the turns of so many plans, or two would go on with one conversation;
+    running: those that a request goes on with now."""
+    if turns and len(turns) != plans:
+        raise UsageError(f"{len(turns)} turns are given for {plans} prompts")
+    numbers = [*running, *(turn.conversation for turn in turns if turn)]
+    if len(set(numbers)) < len(numbers):
+        raise UsageError("two requests would go on with the same conversation")
 
 
 def parse_policy(text: str, *assignments: str) -> eviction.Policy:

@@ -18,7 +18,7 @@ import eviction
 from crypten_llm.errors import UsageError
 from crypten_llm.models.llama import Pass
 from crypten_llm.models.tokenizer import check_ids
-from crypten_llm.session.plan import Plan
+from crypten_llm.session.plan import Plan, Turn
 from crypten_llm.session.sampling import Logprobs
 
 if TYPE_CHECKING:
@@ -108,9 +108,18 @@ class Answer:
 class Prompted:
     """One prompt at one party: its plan, its cache, and at the client its answer."""
 
-    def __init__(self, party: Party, plan: Plan, answer: Answer | None, cache: KVCache, place: int = 0) -> None:
-        """place: among the prompts that share its passes."""
+    def __init__(
+        self,
+        party: Party,
+        plan: Plan,
+        answer: Answer | None,
+        cache: KVCache,
+        place: int = 0,
+        turn: Turn | None = None,
+    ) -> None:
+        """place: among the prompts that share its passes. turn: of the conversation whose cache this is."""
         self.party, self.plan, self.answer, self.cache, self.place = party, plan, answer, cache, place
+        self.turn = turn
         self.chunked = self.steps = 0  # chunks of the prompt that the cache holds, and tokens that were drawn
         self.behind = cache.length  # tokens that the cache holds already
 
@@ -133,6 +142,10 @@ class Prompted:
             reveals.public(what, "the owner computes their keys and values in the clear")
         more = f", after {self.behind} that the cache holds" if self.behind else ""
         reveals.public(f"prompt length: {plan.prompt_tokens} tokens{more}", "shapes and rounds depend on it")
+        if self.turn:
+            reveals.public(
+                f"conversation {self.turn.conversation}, whose cache is kept", "its next turn goes on with it"
+            )
         limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
         if self.plan.room(self.behind):
             limits += f", cache counted as a multiple of {self.plan.padded} rows"
@@ -151,6 +164,12 @@ class Prompted:
                 rows = self.party.prefixes.rows(ids, len(ids) + self.plan.prompt_tokens)
                 self.cache.begin_with(rows, len(ids))
             self.behind = self.cache.length
+
+    def end_prompt(self) -> None:
+        """To be called when all of the prompt is in the cache."""
+        self.cache.end_prompt()
+        if self.turn and not self.turn.keeps_answer:
+            self.party.kept[self.turn.conversation] = self.cache.copy()
 
     @property
     def chunks(self) -> int:

@@ -16,7 +16,7 @@ from crypten_llm.limits import PADDED
 from crypten_llm.models.tokenizer import encode_prompt, encode_rendered, render_chat
 from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.mode import ID, Mode
-from crypten_llm.session.plan import DEFAULT_CHUNK, Plan, parse_policy
+from crypten_llm.session.plan import DEFAULT_CHUNK, Course, Plan, Turn, parse_policy
 from crypten_llm.session.prompted import Answer, Step
 from crypten_llm.session.public import cut, cut_chat
 from crypten_llm.session.report import Cost
@@ -291,7 +291,8 @@ class Taken:
 class Asked:
     """A request that can be run: its ids after the public prefix, its public plan, and what decides its tokens.
 
-    before: ids that the conversation's cache holds already.
+    before: ids that the conversation's cache holds already, of which the first ``before_public`` are a public prefix.
+    turn: of that conversation, at all parties.
     """
 
     request: Request
@@ -300,6 +301,16 @@ class Asked:
     sampling: SamplingConfig
     stop_ids: tuple[int, ...]
     before: Sequence[int] = ()
+    turn: Turn | None = None
+    before_public: int = 0
+
+    @property
+    def course(self) -> Course:
+        """What its cost depends on, under a policy that keeps all rows."""
+        if not self.before:
+            return Course(self.plan)
+        public, secret = tuple(self.before[: self.before_public]), len(self.before) - self.before_public
+        return Course(self.plan, Plan(secret, 1, self.plan.chunk, public_prefix=public, reveal=self.plan.reveal))
 
     def answer(self, tokenizer: Any) -> Answer:
         """Where the answer grows; tokenizer: the client's, if it has one."""

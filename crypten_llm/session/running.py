@@ -42,6 +42,7 @@ class Running:
                 self._now = None
 
     def is_now(self, events: Events) -> bool:
+        """Whether they do this, and nobody has left it."""
         return self._now is not None and self._now[1] is events
 
     def leave(self) -> Events | None:

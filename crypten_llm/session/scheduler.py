@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol
 
 import torch
 from msgspec import Meta
 
 from crypten_llm import limits
 from crypten_llm.records import Count, Record
-from crypten_llm.session.plan import Plan
+from crypten_llm.session.plan import Plan, Turn, Turns, turns_of
 from crypten_llm.session.prompted import Answer, Progress, Prompted, Step, draw, extend
 from crypten_llm.session.report import Counters
 
@@ -27,10 +27,30 @@ if TYPE_CHECKING:
 
 class Next(Record, frozen=True):
     """The client's, after each pass. stop: which answers end here, by place. join: plans of newcomers, which take the
-    places behind the last."""
+    places behind the last; turns: where they stand in conversations. forget: conversations whose caches are dropped."""
 
     stop: Annotated[tuple[Count, ...], Meta(max_length=limits.PROMPTS)] = ()
     join: Annotated[tuple[Plan, ...], Meta(max_length=limits.PROMPTS)] = ()
+    turns: Annotated[tuple[Turn | None, ...], Meta(max_length=limits.PROMPTS)] = ()
+    forget: Annotated[tuple[Count, ...], Meta(max_length=limits.CONVERSATIONS)] = ()
+
+
+class Newcomer(NamedTuple):
+    """Who begins. turn: of a conversation, if it is one's; answer: at the client."""
+
+    plan: Plan
+    turn: Turn | None = None
+    answer: Answer | None = None
+
+
+def joining(plans: Sequence[Plan], turns: Turns) -> list[Newcomer]:
+    """As parties hear of them."""
+    return [Newcomer(plan, turn) for plan, turn in zip(plans, turns or [None] * len(plans), strict=True)]
+
+
+def said(newcomers: Sequence[Newcomer]) -> tuple[tuple[Plan, ...], tuple[Turn | None, ...]]:
+    """As they hear of it: plans and turns."""
+    return tuple(each.plan for each in newcomers), turns_of([each.turn for each in newcomers])
 
 
 @dataclass(frozen=True)
@@ -45,8 +65,12 @@ class Counted:
 class Door(Protocol):
     """Where newcomers wait, at the client."""
 
-    def newcomers(self, inside: int) -> Sequence[tuple[Plan, Answer | None]]:
+    def newcomers(self, inside: int) -> Sequence[Newcomer]:
         """Who joins now, beside ``inside`` others that go on."""
+        ...
+
+    def dropped(self) -> Sequence[int]:
+        """Conversations that nobody goes on with any more, each once."""
         ...
 
 
@@ -54,23 +78,20 @@ Event = Progress | Step | Counted
 
 
 @torch.inference_mode()
-def follow(
-    party: Party, plans: Sequence[Plan], answers: Sequence[Answer] | None = None, door: Door | None = None
-) -> Generator[Event, None, None]:
-    """Follows ``plans`` and those that join, until nobody is in or all end at once.
+def follow(party: Party, first: Sequence[Newcomer], door: Door | None = None) -> Generator[Event, None, None]:
+    """Follows the ``first`` and those that join, until nobody is in or all end at once.
 
-    At the client, which has ``answers`` and ``door``, yields what comes of them. To be read to its end, as
+    At the client, which has answers and ``door``, yields what comes of them. To be read to its end, as
     ``generation.together``.
 
-    Reveals: to the client what the mode says of each generated token; to all who joins and ends when, and how many
-    tokens each took, unless hidden. Cost: of a pass, the rounds of one token. Raises: UsageError for a policy that does
-    not fit.
+    Reveals: to the client what the mode says of each generated token; to all who joins and ends when, how many tokens
+    each took, unless hidden, and which conversation each goes on with. Cost: of a pass, the rounds of one token.
+    Raises: UsageError for a policy that does not fit.
     """
     engine, meter = party.engine, party.engine.meter
     inside: dict[int, Prompted] = {}
     party.reveals.public("requests side by side", "they share rounds; who joins and leaves when is public")
-    known: Sequence[Answer | None] = [None] * len(plans) if answers is None else answers
-    coming: Sequence[tuple[Plan, Answer | None]] = list(zip(plans, known, strict=True))
+    coming = first
     taken = index = 0
     ended: tuple[int, ...] = ()
     while True:
@@ -80,8 +101,8 @@ def follow(
                 ranks = party.count()
             if ranks:
                 yield Counted(ended, places, Counters(ranks, party.reveals.as_list()))
-        for plan, answer in coming:
-            inside[taken] = Prompted(party, plan, answer, party.model.new_cache(), taken)
+        for plan, turn, answer in coming:
+            inside[taken] = Prompted(party, plan, answer, party.cache(turn), taken, turn)
             inside[taken].begin()
             taken += 1
         if not inside:
@@ -99,7 +120,7 @@ def follow(
             hidden = extend(party, rows)
             states = [hidden[: len(drawing)]] if drawing else []
             if reading and reading.is_read:
-                reading.cache.end_prompt()
+                reading.end_prompt()
                 drawing.append(reading)
                 states.append(hidden[-1:])
             values = draw(party, drawing, engine.cat(states, 0) if len(states) > 1 else states[0]) if states else []
@@ -118,16 +139,16 @@ def follow(
             inside.pop(place).end()
 
 
-def _agree(
-    party: Party, inside: dict[int, Prompted], door: Door | None
-) -> tuple[tuple[int, ...], Sequence[tuple[Plan, Answer | None]]]:
+def _agree(party: Party, inside: dict[int, Prompted], door: Door | None) -> tuple[tuple[int, ...], Sequence[Newcomer]]:
     """Who ends here, by place, and who joins: as the client says, at every party."""
     last = {place for place, each in inside.items() if each.is_last}
-    mine, newcomers = None, []
+    running = [each.turn.conversation for each in inside.values() if each.turn]
+    mine: Next | None = None
+    newcomers: list[Newcomer] = []
     if door is not None:
         stop = tuple(place for place, each in inside.items() if place not in last and _stops(each))
         newcomers = list(door.newcomers(len(inside) - len(last) - len(stop)))
-        mine = Next(stop, tuple(plan for plan, _ in newcomers))
+        mine = Next(stop, *said(newcomers), tuple(door.dropped()))
     if party.transport is not None:
         mine = party.transport.announce(party.client, party.peers, mine, Next)
     assert mine is not None, "one process is the client too"
@@ -135,9 +156,12 @@ def _agree(
     if not set(mine.stop) <= known or any(not _may_stop(inside[place]) for place in mine.stop):
         assert party.transport is not None, "what it says itself is right"
         raise party.transport.unexpected(party.client, "who ends and who joins")
+    for conversation in mine.forget:
+        party.reveals.public("a conversation that ends", "its cache is dropped")
+        party.forget(conversation)
     if door is None:
-        party.admit(mine.join, len(known))
-    return tuple(sorted(last | set(mine.stop))), newcomers or [(plan, None) for plan in mine.join]
+        party.admit(mine.join, mine.turns, len(known), running)
+    return tuple(sorted(last | set(mine.stop))), newcomers or joining(mine.join, mine.turns)
 
 
 def _may_stop(prompted: Prompted) -> bool:

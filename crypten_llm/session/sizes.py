@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from crypten_llm.session.plan import Plan
 
 
-def of_requests(config: LlamaConfig, plans: Sequence[Plan], held: int, number_bytes: int) -> int:
-    """The caches after these prompts, and room for the whole of padded ones, beside ``held`` tokens of conversations;
-    and in each prompt's largest pass the attention scores of one layer among the tokens of the pass.
+def of_token(config: LlamaConfig, number_bytes: int) -> int:
+    """What a cache has of one token, in all layers."""
+    return 2 * config.num_key_value_heads * config.head_dim * number_bytes * config.num_hidden_layers
+
+
+def of_requests(config: LlamaConfig, plans: Sequence[Plan], number_bytes: int) -> int:
+    """What these prompts add to their caches, and room for the whole of padded ones; and in each prompt's largest pass
+    the attention scores of one layer among the tokens of the pass.
     """
     row = 2 * config.num_key_value_heads * config.head_dim * number_bytes
     windows = config.windows or (None,) * config.num_hidden_layers
-    total = held * row * config.num_hidden_layers
+    total = 0
     for plan in plans:
         prompt = len(plan.public_prefix) + plan.prompt_tokens
         if not parse_policy(plan.policy).cuts_prompts:

@@ -29,6 +29,12 @@ def options(parser: Parser) -> None:
     )
     add("--queue", type=int, default=16, metavar="N", help="most requests of an API key that wait (default: 16)")
     add("--together", type=int, default=ROOM, metavar="N", help=f"answers that grow at the same time (default: {ROOM})")
+    what = "conversations whose caches the parties keep for a further turn, 0 for none (default: 8)"
+    add("--keep", type=int, default=8, metavar="N", help=what)
+    what = "drop a conversation without a further turn for so long (default: 30)"
+    add("--keep-minutes", type=float, default=30.0, metavar="M", help=what)
+    what = "most memory of kept caches at a compute party; the oldest is dropped (default: 4)"
+    add("--keep-gigabytes", type=float, default=4.0, metavar="G", help=what)
     add("--name", default="", metavar="NAME", help="what the model is called in requests (default: its folder's name)")
     add("--open", action="store_true", help="show the page in a browser")
     what = "end, with the error, where the parties have ended: for what starts it again (default: stay, and say so)"
@@ -56,9 +62,12 @@ def run(arguments: Any) -> None:
         return
     from crypten_llm.commands.serve import Place, serve
     from crypten_llm.serving.asking import Usual
+    from crypten_llm.serving.kept import Keeping
 
+    keeping = Keeping(arguments.keep, arguments.keep_minutes, arguments.keep_gigabytes)
     same = {name: getattr(arguments, name) for name in ("listen", "port", "api_keys", "queue", "together", "name")}
     https = tuple(arguments.https) if arguments.https else None
     usual = Usual(policy, arguments.chunk, arguments.hide_length, arguments.public_system)
     where = {"model": arguments.model, "tokenizer": arguments.tokenizer, **shared.settings(arguments)}
-    serve(Place(**same, https=https, opens=arguments.open, ends=arguments.end_with_parties), usual, **where)
+    ends = arguments.end_with_parties
+    serve(Place(**same, https=https, opens=arguments.open, ends=ends, keeping=keeping), usual, **where)
