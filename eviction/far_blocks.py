@@ -31,7 +31,7 @@ class FarBlocks(HeadSplit):
     recent: int = whole(128, 1)
     budget: float = budget(0.4)
     block: int = whole(8, 1)
-    window: int = whole(8, 1)
+    window: int = whole(32, 1)
     reach: int = whole(1, 0)
     last: int = whole(32, 1)
 
