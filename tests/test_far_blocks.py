@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eviction_runs import STEPS, VOCAB, model, near_and_far, recomputed, run, weights
+from eviction_runs import STEPS, VOCAB, model, near_and_far, near_over_turns, recomputed, run, weights
 from safetensors.torch import save
 from split_runs import ranked_model, side_by_side_and_alone
 
@@ -15,7 +15,7 @@ from crypten_llm.session.plan import Plan
 from crypten_llm.session.prompted import go_on
 from eviction import trained
 
-SETTINGS = "far=0.5,start=2,recent=5,budget=0.5,block=3,window=4,last=5"
+SETTINGS = "far=0.5,start=2,recent=5,reading=9,budget=0.5,block=3,window=5,piece=2,last=5"
 
 
 def text(heads: int, kv_heads: int, settings: str = SETTINGS) -> str:
@@ -23,15 +23,16 @@ def text(heads: int, kv_heads: int, settings: str = SETTINGS) -> str:
 
 
 def drawn(record, prompt: int, policy, group: int) -> torch.Tensor:
-    """By position, the attention of the prompt's last tokens in all heads of a group, number by number."""
+    """By piece and position, the attention of the prompt's last tokens in all heads of a group, number by number."""
     queries = torch.cat(
         [seen.query.reshape(len(record.keys), group, -1, record.keys.shape[-1]) for seen in record.seen], 2
     )
-    found = torch.zeros(prompt)
+    found = torch.zeros(-(-policy.window // policy.piece), prompt)
     for head, keys in enumerate(record.keys):
-        for place in range(max(0, prompt - policy.window), prompt):
+        first = prompt - policy.window
+        for place in range(max(0, first), prompt):
             for query in queries[head, :, place]:
-                found[: place + 1] += (keys[: place + 1] @ query).softmax(0) / group
+                found[(place - first) // policy.piece, : place + 1] += (keys[: place + 1] @ query).softmax(0) / group
     return found
 
 
@@ -40,9 +41,10 @@ def chosen(attention: torch.Tensor, prompt: int, policy) -> list[int]:
     blocks = (prompt - policy.start - policy.last) // policy.block
     stop = policy.start + blocks * policy.block
     count = max(1, (round(policy.budget * prompt) - policy.start - (prompt - stop)) // policy.block)
-    score = [attention[policy.start + b * policy.block :][: policy.block].sum().item() for b in range(blocks)]
-    reach = policy.reach
-    likeness = [sum(score[max(0, b - reach) : b + reach + 1]) for b in range(blocks)]
+    reach, likeness = policy.reach, [0.0] * blocks
+    for piece in attention:
+        score = [piece[policy.start + b * policy.block :][: policy.block].sum().item() for b in range(blocks)]
+        likeness = [max(best, sum(score[max(0, b - reach) : b + reach + 1])) for b, best in enumerate(likeness)]
     kept = sorted(sorted(range(blocks), key=lambda b: (-likeness[b], b))[:count])
     middle = [policy.start + b * policy.block + i for b in kept for i in range(policy.block)]
     return [*range(policy.start), *middle, *range(stop, prompt)]
@@ -52,7 +54,7 @@ def chosen(attention: torch.Tensor, prompt: int, policy) -> list[int]:
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 1), (2, 2)])
 def test_what_is_read_drew_most_attention_of_the_prompts_end(heads, kv_heads, prompt):
     """In all heads that look far and all layers together, and they all read the same."""
-    policy, far, attention = eviction.parse(text(heads, kv_heads)), [], torch.zeros(prompt)
+    policy, far, attention = eviction.parse(text(heads, kv_heads)), [], 0
     for record in run(text(heads, kv_heads), prompt, STEPS, heads=heads, kv_heads=kv_heads).layers:
         if policy.looks_far(4, kv_heads)[record.index, record.which[0]]:
             far.append(record)
@@ -69,7 +71,7 @@ def turns_of(policy, turns, chunk: int, heads: int, kv_heads: int) -> tuple[torc
     prompt, and of its answer."""
     llama, size = model(heads, kv_heads, 4), sum(map(sum, turns))
     ids = torch.randint(0, VOCAB, (size,), generator=torch.Generator().manual_seed(size))
-    near, causal = near_and_far(size, policy.start, policy.recent)
+    near, causal = near_over_turns(turns, policy), near_and_far(size, 0, 1)[1]
     seen = [torch.stack([causal if far else near for far in layer]).clone() for layer in policy.looks_far(4, kv_heads)]
     recorder, cache, found = Recorder(policy, lambda handle: handle), llama.new_cache(), []
 
@@ -158,7 +160,7 @@ def counted(policy: str, **plan) -> cost.Prediction:
 
 def test_a_token_has_the_rounds_of_the_full_cache_and_fewer_bytes():
     plan = {"prompt_tokens": 256, "chunk": 64}
-    split = f"far=0.5,start=2,recent=16,weights={weights('far_blocks', 4, 2, 4)}"
+    split = f"far=0.5,start=2,recent=16,reading=32,weights={weights('far_blocks', 4, 2, 4)}"
     found = {
         name: counted(policy, **plan).phase("decode")
         for name, policy in {
