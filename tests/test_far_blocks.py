@@ -53,9 +53,10 @@ def chosen(attention: torch.Tensor, prompt: int, policy) -> list[int]:
 @pytest.mark.parametrize("prompt", [24, 41, 60])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 1), (2, 2)])
 def test_what_is_read_drew_most_attention_of_the_prompts_end(heads, kv_heads, prompt):
-    """In all heads that look far and all layers together, and they all read the same."""
+    """In all heads that look far and all layers together, and they all read the same; a chunk ends inside a piece."""
     policy, far, attention = eviction.parse(text(heads, kv_heads)), [], 0
-    for record in run(text(heads, kv_heads), prompt, STEPS, heads=heads, kv_heads=kv_heads).layers:
+    found = run(text(heads, kv_heads), prompt, STEPS, heads=heads, kv_heads=kv_heads, chunk=14)
+    for record in found.layers:
         if policy.looks_far(4, kv_heads)[record.index, record.which[0]]:
             far.append(record)
             attention += drawn(record, prompt, policy, heads // kv_heads)
