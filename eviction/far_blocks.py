@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from eviction.head_split import HeadSplit
-from eviction.operations import Handle, Layer, Operations, Seen
+from eviction.operations import Layer, Operations, Seen
 from eviction.policy import HeadGroup, Policy
 from eviction.rows import add_mass, keep_picked, pooled, spread
 from eviction.settings import budget, fitting, tokens, whole
@@ -16,14 +16,12 @@ from eviction.settings import budget, fitting, tokens, whole
 class FarBlocks(HeadSplit):
     """Heads are split as by ``head_split``. Those that look far see everything while a prompt is read, and less while
     it is answered: the first ``start`` and the ``last`` rows, and between them the blocks of ``block`` rows that drew
-    most attention from ``piece`` of the prompt's last ``window`` tokens, together with ``reach`` neighbours on either
-    side. Pieces follow each other, and a block counts with the one that looks at it most: of several things that are
-    asked for, each has its own. That is one choice a turn, of the attention of all these heads in all layers together:
-    what one of them finds the others read. A further turn of a conversation is read with all rows again, and chooses
-    anew.
+    most attention from the prompt's last ``window`` tokens, together with ``reach`` neighbours on either side. That is
+    one choice a turn, of the attention of all these heads in all layers together: what one of them finds the others
+    read. A further turn of a conversation is read with all rows again, and chooses anew.
 
-    budget: rows that a head which looks far reads of all that came before the answer. far, start, recent, reading,
-    weights: as for ``head_split``.
+    budget: rows that a head which looks far reads of all that came before the answer. window: a question's length. far,
+    start, recent, reading, weights: as for ``head_split``.
 
     Source: this project. The attention that chooses is SnapKV's (Li et al. 2024), the split DuoAttention's (Xiao et al.
     2024), and that layers share a choice MPCache's (Zeng et al. 2025), here all of them. A token of an answer compares
@@ -31,11 +29,9 @@ class FarBlocks(HeadSplit):
     """
 
     recent: int = whole(128, 1)
-    reading: int = whole(256, 0)
     budget: float = budget(0.4)
     block: int = whole(8, 1)
     window: int = whole(32, 1)
-    piece: int = whole(2, 1)
     reach: int = whole(1, 0)
     last: int = whole(32, 1)
 
@@ -45,7 +41,7 @@ class FarBlocks(HeadSplit):
     shared_over: ClassVar[str] = "all layers"
     cost: ClassVar[str] = "none after the prefill, which ends with one top-k over blocks"
     style: ClassVar[tuple[str, str, str]] = ("#0072B2", "o", "-")
-    uses: ClassVar[tuple[str, ...]] = ("mass", "within", "total", "public", "largest", "top", "picks", "keep", "take")
+    uses: ClassVar[tuple[str, ...]] = ("mass", "within", "total", "public", "top", "picks", "keep", "take")
 
     @classmethod
     def at_budget(cls, rows: int, prompt_tokens: int, heads: int, **changed: Any) -> dict[str, Any]:
@@ -59,7 +55,7 @@ class FarBlocks(HeadSplit):
 
     def split(self, layer: Layer) -> tuple[HeadGroup, ...]:
         far = int(self.looks_far(layer.layers, layer.kv_heads).sum())
-        inside = _Blocks(self.start, self.budget, self.block, self.window, self.piece, self.reach, self.last, far)
+        inside = _Blocks(self.start, self.budget, self.block, self.window, self.reach, self.last, far)
         groups = super().split(layer)
         return tuple(group if group.window else replace(group, policy=inside) for group in groups)
 
@@ -73,7 +69,6 @@ class _Blocks(Policy):
     budget: float = budget(FarBlocks.budget)
     block: int = whole(FarBlocks.block, 1)
     window: int = whole(FarBlocks.window, 1)
-    piece: int = whole(FarBlocks.piece, 1)
     reach: int = whole(FarBlocks.reach, 0)
     last: int = whole(FarBlocks.last, 1)
     heads: int = whole(1, 1)
@@ -81,39 +76,27 @@ class _Blocks(Policy):
     name: ClassVar[str] = FarBlocks.name
 
     def watch(self, ops: Operations, layer: Layer, seen: Seen) -> None:
-        piece = (seen.positions - (layer.prompt_tokens - self.window)).div(self.piece, rounding_mode="floor")
-        for index in piece[piece >= 0].unique().tolist():
-            drawn = ops.total(ops.mass(seen.weights, spread(layer, piece == index)), 0)
-            add_mass(ops, layer.common, drawn.reshape(1, len(layer)), self._limit, note=f"mass {index}")
-
-    @property
-    def _limit(self) -> int:
-        """Of what all rows draw from a piece: all of a query's attention is 1."""
-        return self.piece * self.heads
+        rows = seen.positions >= layer.prompt_tokens - self.window
+        if rows.any():
+            drawn = ops.total(ops.mass(seen.weights, spread(layer, rows)), 0)
+            add_mass(ops, layer.common, drawn.reshape(1, len(layer)), limit=self.window * self.heads)
 
     def evict(self, ops: Operations, layer: Layer) -> None:
         rows = len(layer)
         blocks = (rows - self.start - self.last) // self.block
         stop = self.start + blocks * self.block
         count = max(1, (tokens(self.budget, layer.prompt_tokens) - self.start - (rows - stop)) // self.block)
-        drawn = [layer.common.pop(note) for note in sorted(layer.common) if note.startswith("mass")]
+        mass = layer.common.pop("mass", None)
         if count >= blocks:
             return
-        if drawn:  # in the first of the layers, for all of them
-            likeness = [self._likeness(ops, mass, rows, blocks) for mass in drawn]
-            most = likeness[0] if len(drawn) == 1 else ops.largest(ops.cat(likeness, 0), 0).reshape(1, blocks)
-            layer.common["picks"] = ops.picks(ops.top(most, count), count)
+        if mass is not None:  # in the first of the layers, for all of them
+            limit = self.window * self.heads  # all of a query's attention is 1
+            drawn = mass[..., self.start : stop].reshape(1, blocks, self.block)
+            likeness = pooled(ops, ops.within(ops.total(drawn, 2), limit), self.reach, limit)
+            layer.common["picks"] = ops.picks(ops.top(likeness, count), count)
         layer.notes |= {"all keys": layer.keys, "all values": layer.values}
         keep_picked(ops, layer, layer.common["picks"], self.start, rows - stop, size=self.block)
         layer.notes["read"] = len(layer)
-
-    def _likeness(self, ops: Operations, mass: Handle, rows: int, blocks: int) -> Handle:
-        """Of each block [1, blocks], from what rows drew [1, n], n being those that there were at the piece."""
-        if mass.shape[-1] < rows:
-            mass = ops.cat([mass, ops.public(torch.zeros(1, rows - mass.shape[-1]))], -1)
-        between = mass[..., self.start : self.start + blocks * self.block]
-        drawn = ops.total(between.reshape(1, blocks, self.block), 2)
-        return pooled(ops, ops.within(drawn, self._limit), self.reach, self._limit)
 
     def go_on(self, ops: Operations, layer: Layer, turn_tokens: int) -> None:
         """All rows again, with those that the answer added behind them."""

@@ -23,10 +23,9 @@ class HeadSplit(Policy):
 
     far: the share of all kv heads that look far, those of the lowest ranks. reading: how many last tokens the others
     see while a prompt is read, where that is more than ``recent``; its end leaves ``recent``, so that a step reads no
-    more for it. weights: where the ranks are: ``shipped``
-    or ``SmolLM2-135M-Instruct``, ``fitting`` for that of the two that has the model's layers and kv heads, or the name
-    of registered ones. A file holds ``ranks`` [layers, kv_heads], each of 0 to layers * kv_heads - 1 once;
-    ``crypten_llm calibrate --heads-out`` writes one.
+    more for it. weights: where the ranks are: ``shipped`` or ``SmolLM2-135M-Instruct``, ``fitting`` for that of the two
+    that has the model's layers and kv heads, or the name of registered ones. A file holds ``ranks`` [layers, kv_heads],
+    each of 0 to layers * kv_heads - 1 once; ``crypten_llm calibrate --heads-out`` writes one.
 
     Source: Xiao et al. 2024. Deviations: the file has the heads' order, by gates as the paper trains them or by the
     attention that heads pay to a needle from the place where it is asked for; their number is a setting, and so is a
@@ -36,8 +35,8 @@ class HeadSplit(Policy):
     far: float = share(0.25)
     start: int = whole(16, 0)
     recent: int = whole(128, 1)
-    weights: str = trained.weights(*WITH_RANKS[1:], FITTING, default=FITTING)
     reading: int = whole(0, 0)
+    weights: str = trained.weights(*WITH_RANKS[1:], FITTING, default=FITTING)
 
     name: ClassVar[str] = "head_split"
     paper: ClassVar[str] = "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads"

@@ -30,14 +30,14 @@ class Row:
 ROWS = {
     "streaming_llm": Row("start=1,recent=5", "recent=64", "start=0,recent=0.01"),
     "head_split": Row(
-        "far=0.25,start=1,recent=5,weights=WEIGHTS",
+        "far=0.25,start=1,recent=5,reading=9,weights=WEIGHTS",
         "far=0.25,recent=64,weights=WEIGHTS",
         "far=0.01,start=0,recent=1,weights=WEIGHTS",
     ),
     "far_blocks": Row(
-        "far=0.25,start=1,recent=5,reading=9,budget=12,block=3,last=4,weights=WEIGHTS",
+        "far=0.25,start=1,recent=5,budget=12,block=3,last=4,weights=WEIGHTS",
         "far=0.25,recent=64,budget=64,weights=WEIGHTS",
-        "far=0.01,start=0,recent=1,budget=0.01,block=1,window=1,piece=1,reach=0,last=1,weights=WEIGHTS",
+        "far=0.01,start=0,recent=1,budget=0.01,block=1,window=1,reach=0,last=1,weights=WEIGHTS",
     ),
     "h2o": Row("heavy=4,recent=4", "heavy=40,recent=40", "heavy=0.01,recent=0.01"),
     "tova": Row("size=6", "size=64", "size=0.01"),

@@ -53,10 +53,15 @@ def test_what_a_step_gives():
 
 @pytest.mark.parametrize(
     "policy, near, far",
-    [("head_split(start=2,recent=8)", 10, 40), ("far_blocks(start=2,recent=8,budget=18,block=4,last=4)", 9, 16)],
+    [
+        ("head_split(start=2,recent=8)", 10, 40),
+        ("head_split(start=2,recent=8,reading=16)", 9, 40),
+        ("far_blocks(start=2,recent=8,budget=18,block=4,last=4)", 10, 16),
+    ],
 )
 def test_split_heads_read_no_more_in_a_bench_than_in_an_answer(policy, near, far):
-    """As many rows in each step, whether the cache grows or not. far_blocks drops a row behind a token, not before."""
+    """As many rows in each step, whether the cache grows or not. Where the prompt's window is wider than the answer's a
+    row is dropped behind a token, not before the next one."""
     shape = Shape(hidden=32, heads=4, kv_heads=4, ffn=32, layers=6, kv_len=40, policy=policy)
     with torch.inference_mode():
         built = bench._build(PlainEngine(), shape.config(), shape)

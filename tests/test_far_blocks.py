@@ -15,7 +15,7 @@ from crypten_llm.session.plan import Plan
 from crypten_llm.session.prompted import go_on
 from eviction import trained
 
-SETTINGS = "far=0.5,start=2,recent=5,reading=9,budget=0.5,block=3,window=5,piece=2,last=5"
+SETTINGS = "far=0.5,start=2,recent=5,reading=9,budget=0.5,block=3,window=4,last=5"
 
 
 def text(heads: int, kv_heads: int, settings: str = SETTINGS) -> str:
@@ -23,16 +23,15 @@ def text(heads: int, kv_heads: int, settings: str = SETTINGS) -> str:
 
 
 def drawn(record, prompt: int, policy, group: int) -> torch.Tensor:
-    """By piece and position, the attention of the prompt's last tokens in all heads of a group, number by number."""
+    """By position, the attention of the prompt's last tokens in all heads of a group, number by number."""
     queries = torch.cat(
         [seen.query.reshape(len(record.keys), group, -1, record.keys.shape[-1]) for seen in record.seen], 2
     )
-    found = torch.zeros(-(-policy.window // policy.piece), prompt)
+    found = torch.zeros(prompt)
     for head, keys in enumerate(record.keys):
-        first = prompt - policy.window
-        for place in range(max(0, first), prompt):
+        for place in range(max(0, prompt - policy.window), prompt):
             for query in queries[head, :, place]:
-                found[(place - first) // policy.piece, : place + 1] += (keys[: place + 1] @ query).softmax(0) / group
+                found[: place + 1] += (keys[: place + 1] @ query).softmax(0) / group
     return found
 
 
@@ -41,10 +40,9 @@ def chosen(attention: torch.Tensor, prompt: int, policy) -> list[int]:
     blocks = (prompt - policy.start - policy.last) // policy.block
     stop = policy.start + blocks * policy.block
     count = max(1, (round(policy.budget * prompt) - policy.start - (prompt - stop)) // policy.block)
-    reach, likeness = policy.reach, [0.0] * blocks
-    for piece in attention:
-        score = [piece[policy.start + b * policy.block :][: policy.block].sum().item() for b in range(blocks)]
-        likeness = [max(best, sum(score[max(0, b - reach) : b + reach + 1])) for b, best in enumerate(likeness)]
+    score = [attention[policy.start + b * policy.block :][: policy.block].sum().item() for b in range(blocks)]
+    reach = policy.reach
+    likeness = [sum(score[max(0, b - reach) : b + reach + 1]) for b in range(blocks)]
     kept = sorted(sorted(range(blocks), key=lambda b: (-likeness[b], b))[:count])
     middle = [policy.start + b * policy.block + i for b in kept for i in range(policy.block)]
     return [*range(policy.start), *middle, *range(stop, prompt)]
@@ -53,10 +51,9 @@ def chosen(attention: torch.Tensor, prompt: int, policy) -> list[int]:
 @pytest.mark.parametrize("prompt", [24, 41, 60])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 1), (2, 2)])
 def test_what_is_read_drew_most_attention_of_the_prompts_end(heads, kv_heads, prompt):
-    """In all heads that look far and all layers together, and they all read the same; a chunk ends inside a piece."""
-    policy, far, attention = eviction.parse(text(heads, kv_heads)), [], 0
-    found = run(text(heads, kv_heads), prompt, STEPS, heads=heads, kv_heads=kv_heads, chunk=14)
-    for record in found.layers:
+    """In all heads that look far and all layers together, and they all read the same."""
+    policy, far, attention = eviction.parse(text(heads, kv_heads)), [], torch.zeros(prompt)
+    for record in run(text(heads, kv_heads), prompt, STEPS, heads=heads, kv_heads=kv_heads).layers:
         if policy.looks_far(4, kv_heads)[record.index, record.which[0]]:
             far.append(record)
             attention += drawn(record, prompt, policy, heads // kv_heads)
