@@ -121,6 +121,7 @@ class Incoming:
     views: list[memoryview] = field(init=False)  # what is still to be filled
     size: int = 0  # payload bytes that the header announced
     sent_at: int = 0  # send time that it announced
+    room: torch.Tensor | None = None  # for the only tensor that is due; it gets memory of its own if not given
     payload: Any = None  # tensors or text, made when the header was found right
 
     def __post_init__(self) -> None:
