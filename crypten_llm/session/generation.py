@@ -70,6 +70,8 @@ def together(
                     prompted.begin_with_prefix()
                 hidden = yield from _prefill(party, list(live.values()))
                 values = draw(party, list(live.values()), hidden)
+                if len(plans) == 1:
+                    padded = party.padded_for(plans[0], live[0].cache)
             elif padded is not None:
                 values = [live[0].open(padded.step(given(party, [live[0].newest()])))]
             else:
@@ -91,8 +93,6 @@ def together(
             if padded is not None:
                 padded.end()
             live.pop(place).end()
-        if index == 1 and live and len(plans) == 1:
-            padded = party.padded_for(plans[0], live[0].cache)
 
 
 def _prefill(party: Party, prompts: list[Prompted]) -> Generator[Progress, None, Handle]:

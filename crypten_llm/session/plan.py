@@ -68,7 +68,7 @@ class Plan:
         """Places for the rows of a padded cache, behind as many tokens that it holds before the prompt, but for the
         last token, which no step sees; 0 for a cache that grows.
         """
-        if not self.padded or parse_policy(self.policy).acts:
+        if not self.padded or self.max_new_tokens == 1 or parse_policy(self.policy).acts:
             return 0
         most = behind + len(self.public_prefix) + self.prompt_tokens + self.max_new_tokens - 1
         return -(-most // self.padded) * self.padded
