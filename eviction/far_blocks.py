@@ -20,8 +20,8 @@ class FarBlocks(HeadSplit):
     one choice a turn, of the attention of all these heads in all layers together: what one of them finds the others
     read. A further turn of a conversation is read with all rows again, and chooses anew.
 
-    budget: rows that a head which looks far reads of all that came before the answer. far, start, recent, weights: as
-    for ``head_split``.
+    budget: rows that a head which looks far reads of all that came before the answer. window: a question's length. far,
+    start, recent, reading, weights: as for ``head_split``.
 
     Source: this project. The attention that chooses is SnapKV's (Li et al. 2024), the split DuoAttention's (Xiao et al.
     2024), and that layers share a choice MPCache's (Zeng et al. 2025), here all of them. A token of an answer compares
@@ -31,7 +31,7 @@ class FarBlocks(HeadSplit):
     recent: int = whole(128, 1)
     budget: float = budget(0.4)
     block: int = whole(8, 1)
-    window: int = whole(8, 1)
+    window: int = whole(32, 1)
     reach: int = whole(1, 0)
     last: int = whole(32, 1)
 

@@ -161,6 +161,20 @@ def near_and_far(size: int, start: int, recent: int) -> tuple[torch.Tensor, torc
     return causal & ((column < start) | (column > row - recent)), causal
 
 
+def near_over_turns(turns, policy) -> torch.Tensor:
+    """Bool [size, size]: what heads see that do not look far, when the policy splits heads. turns: how many tokens of
+    a prompt, and of its answer."""
+    size, place, dropped = sum(map(sum, turns)), 0, policy.start
+    near = near_and_far(size, policy.start, max(policy.recent, policy.reading))[0]
+    for prompt, answer in turns:
+        near[place:, policy.start : dropped] = False
+        for token in range(place + prompt, place + prompt + answer):
+            near[token, policy.start : max(policy.start, token - policy.recent + 1)] = False
+        place += prompt + answer
+        dropped = max(policy.start, place - policy.recent + 1)
+    return near
+
+
 def best(scores: dict, count: int) -> list:
     """The keys of the largest values, ties to the lower key, in order."""
     return sorted(sorted(scores, key=lambda place: (-scores[place], place))[:count])

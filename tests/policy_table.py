@@ -30,7 +30,7 @@ class Row:
 ROWS = {
     "streaming_llm": Row("start=1,recent=5", "recent=64", "start=0,recent=0.01"),
     "head_split": Row(
-        "far=0.25,start=1,recent=5,weights=WEIGHTS",
+        "far=0.25,start=1,recent=5,reading=9,weights=WEIGHTS",
         "far=0.25,recent=64,weights=WEIGHTS",
         "far=0.01,start=0,recent=1,weights=WEIGHTS",
     ),

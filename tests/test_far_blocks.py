@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eviction_runs import STEPS, VOCAB, model, near_and_far, recomputed, run, weights
+from eviction_runs import STEPS, VOCAB, model, near_and_far, near_over_turns, recomputed, run, weights
 from safetensors.torch import save
 from split_runs import ranked_model, side_by_side_and_alone
 
@@ -15,7 +15,7 @@ from crypten_llm.session.plan import Plan
 from crypten_llm.session.prompted import go_on
 from eviction import trained
 
-SETTINGS = "far=0.5,start=2,recent=5,budget=0.5,block=3,window=4,last=5"
+SETTINGS = "far=0.5,start=2,recent=5,reading=9,budget=0.5,block=3,window=4,last=5"
 
 
 def text(heads: int, kv_heads: int, settings: str = SETTINGS) -> str:
@@ -69,7 +69,7 @@ def turns_of(policy, turns, chunk: int, heads: int, kv_heads: int) -> tuple[torc
     prompt, and of its answer."""
     llama, size = model(heads, kv_heads, 4), sum(map(sum, turns))
     ids = torch.randint(0, VOCAB, (size,), generator=torch.Generator().manual_seed(size))
-    near, causal = near_and_far(size, policy.start, policy.recent)
+    near, causal = near_over_turns(turns, policy), near_and_far(size, 0, 1)[1]
     seen = [torch.stack([causal if far else near for far in layer]).clone() for layer in policy.looks_far(4, kv_heads)]
     recorder, cache, found = Recorder(policy, lambda handle: handle), llama.new_cache(), []
 
@@ -158,7 +158,7 @@ def counted(policy: str, **plan) -> cost.Prediction:
 
 def test_a_token_has_the_rounds_of_the_full_cache_and_fewer_bytes():
     plan = {"prompt_tokens": 256, "chunk": 64}
-    split = f"far=0.5,start=2,recent=16,weights={weights('far_blocks', 4, 2, 4)}"
+    split = f"far=0.5,start=2,recent=16,reading=32,weights={weights('far_blocks', 4, 2, 4)}"
     found = {
         name: counted(policy, **plan).phase("decode")
         for name, policy in {

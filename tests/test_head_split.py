@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from eviction_runs import STEPS, VOCAB, model, near_and_far, recomputed, run, weights
+from eviction_runs import STEPS, VOCAB, model, near_and_far, near_over_turns, recomputed, run, weights
 from safetensors.torch import save
 from split_runs import ranked_model, side_by_side_and_alone
 
@@ -95,7 +95,7 @@ def given(tmp_path_factory):
     return ranked_model(tmp_path_factory.mktemp("split"))
 
 
-POLICY = "head_split(far=0.34,start=2,recent=6,weights=heads-mine)"
+POLICY = "head_split(far=0.34,start=2,recent=6,reading=11,weights=heads-mine)"
 
 
 def test_private_tokens_equal_plain(given):
@@ -112,15 +112,29 @@ def test_private_tokens_equal_plain(given):
 
 def test_further_turns_are_masked_attention_too():
     """No drift: after turns and answers of any length, with rows that have left the window long ago."""
-    name, far = weights("head_split", 4, 2, 4), 0.5
-    policy = eviction.policy("head_split", far=far, start=2, recent=5, weights=name)
-    llama, prompt = model(4, 2, 4), 12
-    is_far = policy.looks_far(4, 2).tolist()
-    turns = [(12, 3), (4, 1), (17, 2), (1, 6)]  # tokens of a prompt, and those that follow one by one
-    size = sum(map(sum, turns))
-    ids = torch.randint(0, VOCAB, (size,), generator=torch.Generator().manual_seed(prompt))
-    expected, found, cache = masked(prompt, size - prompt, is_far, 2, 5, 4, 2), [], llama.new_cache()
-    cache.follow(policy, prompt)
+    name = weights("head_split", 4, 2, 4)
+    policy = eviction.policy("head_split", far=0.5, start=2, recent=5, weights=name)
+    check_turns(policy, [(12, 3), (4, 1), (17, 2), (1, 6)])
+
+
+@pytest.mark.parametrize("recent, reading", [(5, 9), (1, 4), (3, 50)])
+@pytest.mark.parametrize("turns", [[(30, 7)], [(12, 3), (4, 1), (17, 12), (1, 6)], [(3, 9), (20, 0), (5, 4)]])
+def test_a_prompt_may_see_more_than_its_answer(turns, recent, reading):
+    """What an answer dropped the next turn does not see either."""
+    policy = eviction.policy(
+        "head_split", far=0.5, start=2, recent=recent, reading=reading, weights=weights("head_split", 4, 2, 4)
+    )
+    check_turns(policy, turns)
+
+
+def check_turns(policy, turns) -> None:
+    """turns: tokens of a prompt, and those that follow one by one."""
+    llama, size = model(4, 2, 4), sum(map(sum, turns))
+    ids = torch.randint(0, VOCAB, (size,), generator=torch.Generator().manual_seed(size))
+    near, seen = near_over_turns(turns, policy), near_and_far(size, 0, 1)[1]
+    by_layer = [torch.stack([seen if far else near for far in layer]) for layer in policy.looks_far(4, 2)]
+    expected, found, cache = recomputed(llama, ids, by_layer), [], llama.new_cache()
+    cache.follow(policy, turns[0][0])
 
     def feed(count: int) -> list[torch.Tensor]:
         part = ids[cache.length : cache.length + count]
@@ -133,8 +147,7 @@ def test_further_turns_are_masked_attention_too():
             found += feed(tokens // 2) + feed(tokens - tokens // 2)
             cache.end_prompt()
             found += [row for _ in range(steps) for row in feed(1)]
-    for one, other in zip(found[prompt - 1 :], expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.stack(found), expected, atol=1e-4, rtol=1e-4)
 
 
 def counted(policy: str, config: LlamaConfig, **plan) -> cost.Prediction:
