@@ -26,8 +26,8 @@ UNKNOWN_SECONDS = 5.0  # a request, as long as none has been answered
 
 
 class Metrics:
-    """waiting, running: how many requests wait and are answered now. kept: how many conversations are kept, and not gone
-    on with, now.
+    """waiting, running: how many requests wait and are answered now. kept: conversations that are kept and not gone on
+    with now.
     """
 
     def __init__(self, waiting: Callable[[], int], running: Callable[[], int], kept: Callable[[], int]) -> None:
