@@ -16,6 +16,7 @@ import torch
 
 from crypten_llm.links.frames import BEAT, HEADER, MAGIC, MIXED
 from crypten_llm.links.sockets import set_up
+from crypten_llm.links.transcript import Buffer, Chain
 from crypten_llm.process import Owned
 
 MAX_BUFFERS = 512  # of one system call; Linux allows 1024
@@ -31,7 +32,7 @@ class Link:
 
     def __init__(self, rank: int, name: str, sock: socket.socket) -> None:
         self.rank, self.name, self.sock, self.fd = rank, name, sock, sock.fileno()
-        self.sent = self.received = 0  # frames, the sequence numbers
+        self.sent, self.received = Chain(), Chain()  # whose numbers of frames are the sequence numbers
         self.mid_frame = False  # a frame is half sent: nothing else may follow on this link
         self.beats = 0  # signs of life that came
         self.owed = b""  # the rest of a sign of life that the kernel took a part of: it goes before all else
@@ -106,6 +107,16 @@ class Outgoing:
     views: list[memoryview]  # what is still to be sent
     size: int  # bytes on the socket
     broken: bool = False  # the link takes no more; the reason may still be in its input
+    whole: Sequence[Buffer] = field(init=False)  # all of it, until it is in the transcript
+
+    def __post_init__(self) -> None:
+        self.whole = tuple(self.views)
+
+    def note(self) -> None:
+        """Puts it into the transcript, once."""
+        if self.whole:
+            self.link.sent.add(self.whole, self.size)
+            self.whole = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -122,6 +133,7 @@ class Incoming:
     size: int = 0  # payload bytes that the header announced
     sent_at: int = 0  # send time that it announced
     payload: Any = None  # tensors or text, made when the header was found right
+    whole: Sequence[Buffer] = ()  # all of it, once its header was found right
 
     def __post_init__(self) -> None:
         self.views = [memoryview(self.header)]

@@ -42,6 +42,7 @@ from crypten_llm.links.link import BEAT_SECONDS, WAITS, Incoming, Link, Outgoing
 from crypten_llm.links.meter import Cells, Meter
 from crypten_llm.links.staging import Staging
 from crypten_llm.links.stream import StreamReader
+from crypten_llm.links.transcript import Seen
 
 AWAKE = 3e-4
 """Seconds in which a wait asks again and again and offers its core to others in between. Who sends to a process that
@@ -187,6 +188,10 @@ class Transport:
         for fd, _ in poller.poll(0):
             raise faults.gone(by_fd[fd], self.meter.where)
 
+    def seen(self) -> dict[int, tuple[Seen, Seen]]:
+        """By peer, what was sent to it and received from it so far; for when no other thread uses the links."""
+        return {peer: (link.sent.seen(), link.received.seen()) for peer, link in self._links.items()}
+
     def abort(self, message: str) -> None:
         """Tell every peer why this party stops, then close. Best effort, never raises for a link that is gone.
 
@@ -223,7 +228,7 @@ class Transport:
     def _frame(self, link: Link, kind: int, dtype: int, views: list[memoryview]) -> Outgoing:
         size = sum([view.nbytes for view in views])
         sent_at = time.monotonic_ns() if self.network else 0
-        header = HEADER.pack(MAGIC, kind, dtype, link.sent & 0xFFFFFFFF, size, sent_at)
+        header = HEADER.pack(MAGIC, kind, dtype, link.sent.frames & 0xFFFFFFFF, size, sent_at)
         return Outgoing(link, [memoryview(header), *views], HEADER.size + size)
 
     def _incoming(self, src: int, specs: Specs) -> Incoming:
@@ -242,11 +247,11 @@ class Transport:
                 out.link.sending.release()
         sent = received = 0
         for out in outgoing:
+            out.note()
             out.link.mid_frame = False
-            out.link.sent += 1
             sent += out.size
         for frame in incoming:
-            frame.link.received += 1
+            frame.link.received.add(frame.whole, HEADER.size + frame.size)
             received += HEADER.size + frame.size
         if self.network and incoming:
             self.network.hold_back(incoming, HEADER.size)
@@ -276,6 +281,9 @@ class Transport:
                     raise faults.gone(out.link, self.meter.where)
             if not (sending or receiving):
                 return
+            for out in outgoing:
+                if not out.views:
+                    out.note()  # while others compute
             now = time.perf_counter()
             waited, turned = waited + min(now - turned, TURN_SECONDS), now
             progress_at = now if moved > before[2] else progress_at
@@ -332,13 +340,14 @@ class Transport:
 
         True for a sign of life: it was not due, and the header is still to come.
         """
-        header, frame.header = HEADER.unpack(frame.header), None
+        raw, header = frame.header, HEADER.unpack(frame.header)
+        frame.header = None
         magic, kind, dtype, sequence, frame.size, frame.sent_at = header
         if (magic, kind, frame.size) == (MAGIC, BEAT, 0):
             frame.link.beats += 1
             frame.await_header()
             return True
-        due = frame.kind, frame.dtype, frame.link.received & 0xFFFFFFFF
+        due = frame.kind, frame.dtype, frame.link.received.frames & 0xFFFFFFFF
         fits = frame.size <= frame.nbytes if kind in BOUNDED else frame.size == frame.nbytes
         if magic == MAGIC and kind == ABORT and frame.size <= MAX_ABORT_BYTES:
             frame.kind = ABORT
@@ -352,6 +361,7 @@ class Transport:
         else:
             frame.payload = bytearray(frame.size)
             frame.views = [memoryview(frame.payload)] if frame.size else []
+        frame.whole = (raw, *frame.views)
         return False
 
 
