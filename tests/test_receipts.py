@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from dataclasses import replace
 
-import httpx2
 import pytest
-from endpoints import client, opened, service
+from endpoints import endpoint, opened, service
 from hf_models import tiny
 from programs import error_line
-from transports import together
+from starlette.testclient import TestClient
 
 from crypten_llm import PrivateLlama, program, records
 from crypten_llm.commands.cli import main
 from crypten_llm.errors import PartyError, UsageError
+from crypten_llm.links.frames import HEADER
 from crypten_llm.links.signatures import Signer
 from crypten_llm.links.tls import make_key
+from crypten_llm.serving.refusals import Refusal
+from crypten_llm.serving.shelf import Shelf
 from crypten_llm.session import verification
 from crypten_llm.session.receipt import Receipt, Receipts, digest_of_plans
 from crypten_llm.session.request import Request
@@ -235,3 +237,80 @@ def test_the_owner_can_open_its_commitment(results, keys, folder, tmp_path):
         verification.check_weights(receipt, folder)
     with pytest.raises(UsageError, match="hex digits"):
         verification.check_weights(receipt, folder, opening="x")
+
+
+# At the client, and at its endpoint.
+
+
+def test_an_altered_message_is_found_at_the_end_of_the_answer(folder):
+    """A bit that flips on a plain link leaves no trace in a share: another answer would come, and nobody know."""
+    with PrivateLlama.from_pretrained(folder, engine="wire", threads=1) as llama:
+        link, calls = llama.party.transport._links[0], []
+        receive = link.receive_into
+
+        def altering(views):
+            came = receive(views)
+            if views[0].nbytes != HEADER.size and came:
+                calls.append(came)
+                if len(calls) == 20:
+                    views[0][0] ^= 1
+            return came
+
+        link.receive_into = altering
+        with pytest.raises(PartyError, match="rank 0 .owner. sent something else than what reached rank 1 .client."):
+            llama.generate(**ASKED)
+        assert len(calls) > 20 and not llama.is_open
+
+
+def test_an_endpoint_gives_receipts_of_its_answers(folder):
+    asked = {"prompt": [5, 6, 7], "max_tokens": 2, "n": 2, "seed": 1, "temperature": 1.0}
+    with service(opened(folder, engine="wire"), room=8) as made:
+        app = endpoint(made, ["a" * 16, "b" * 16]).app()
+        one, other = (
+            TestClient(app, base_url="http://localhost", headers={"Authorization": f"Bearer {key * 16}"})
+            for key in "ab"
+        )
+        whole = one.post("/v1/completions", json=asked).json()
+        path = whole["crypten_llm"]["receipt"]
+        assert path == f"/v1/receipts/{whole['id']}"
+        with one.stream("POST", "/v1/completions", json=asked | {"stream": True}) as answer:
+            pieces = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+        streamed = pieces[-1]["crypten_llm"]["receipt"]
+        for found in (path, streamed):
+            receipts = records.decode(one.get(found).content, Receipts).receipts
+            assert len(receipts) == 2
+            for receipt in receipts:
+                found = marks(receipt, "")
+                assert [what for what, holds in found.items() if not holds] == [f"signature of {r}" for r in ROLES]
+        refused = other.get(path)
+        assert refused.status_code == 404 and "no receipt" in refused.json()["error"]["message"]
+        assert one.get("/v1/receipts/cmpl-0").status_code == 404
+
+
+def test_only_the_last_receipts_are_kept(results):
+    shelf = Shelf(room=2)
+    for name in "abc":
+        shelf.put("", name, results[:1])
+    assert shelf.get("", "c").receipts == shelf.get("", "b").receipts == (results[0].receipt,)
+    with pytest.raises(Refusal):
+        shelf.get("", "a")
+    shelf.put("", "plain", [replace(results[0], receipt=None)])
+    with pytest.raises(Refusal):
+        shelf.get("", "plain")
+
+
+def test_on_crypten_the_compute_parties_sign(folder, keys):
+    with PrivateLlama.from_pretrained(folder, engine="crypten", tls=keys, threads=1) as llama:
+        receipt = llama.generate(input_ids=[5, 6], max_new_tokens=1).receipt
+    assert [signed.part.role for signed in receipt.parts] == ["owner", "client"]
+    assert all(marks(receipt, keys).values())
+
+
+def test_a_receipt_is_written_by_generate(folder, tmp_path, capsys):
+    file = str(tmp_path / "r.json")
+    words = ["generate", "--model", folder, "--prompt-ids", "5,6,7", "--max-new-tokens", "1", "--threads", "1"]
+    assert main([*words, "--receipt", file]) == 0
+    (receipt,) = verification.read(file).receipts
+    assert receipt.parts[0].part.plans[0]["prompt_tokens"] == 3 and receipt.parts[0].signature is None
+    assert main([*words, "--engine", "plain", "--receipt", file]) == 2
+    assert "--receipt" in error_line(capsys.readouterr().err)

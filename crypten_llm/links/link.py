@@ -16,7 +16,7 @@ import torch
 
 from crypten_llm.links.frames import BEAT, HEADER, MAGIC, MIXED
 from crypten_llm.links.sockets import set_up
-from crypten_llm.links.transcript import Buffer, Chain
+from crypten_llm.links.transcript import Chain, Frame
 from crypten_llm.process import Owned
 
 MAX_BUFFERS = 512  # of one system call; Linux allows 1024
@@ -107,15 +107,15 @@ class Outgoing:
     views: list[memoryview]  # what is still to be sent
     size: int  # bytes on the socket
     broken: bool = False  # the link takes no more; the reason may still be in its input
-    whole: Sequence[Buffer] = field(init=False)  # all of it, until it is in the transcript
+    whole: Frame = field(init=False)  # all of it, until it is in the transcript
 
     def __post_init__(self) -> None:
         self.whole = tuple(self.views)
 
-    def note(self) -> None:
-        """Puts it into the transcript, once."""
+    def note(self, is_its_own: bool = False) -> None:
+        """Puts it into the transcript, once; see ``Chain.add``."""
         if self.whole:
-            self.link.sent.add(self.whole, self.size)
+            self.link.sent.add(self.whole, self.size, is_its_own)
             self.whole = ()
 
 
@@ -133,7 +133,7 @@ class Incoming:
     size: int = 0  # payload bytes that the header announced
     sent_at: int = 0  # send time that it announced
     payload: Any = None  # tensors or text, made when the header was found right
-    whole: Sequence[Buffer] = ()  # all of it, once its header was found right
+    whole: Frame = ()  # all of it, once its header was found right
 
     def __post_init__(self) -> None:
         self.views = [memoryview(self.header)]

@@ -251,7 +251,7 @@ class Transport:
             out.link.mid_frame = False
             sent += out.size
         for frame in incoming:
-            frame.link.received.add(frame.whole, HEADER.size + frame.size)
+            frame.link.received.add(frame.whole, HEADER.size + frame.size, frame.kind in BOUNDED)
             received += HEADER.size + frame.size
         if self.network and incoming:
             self.network.hold_back(incoming, HEADER.size)
@@ -283,7 +283,10 @@ class Transport:
                 return
             for out in outgoing:
                 if not out.views:
-                    out.note()  # while others compute
+                    out.note(is_its_own=True)  # as long as this call lasts, and that is long enough
+                    out.link.sent.catch_up()  # while others compute
+            for frame in receiving:
+                frame.link.received.catch_up()
             now = time.perf_counter()
             waited, turned = waited + min(now - turned, TURN_SECONDS), now
             progress_at = now if moved > before[2] else progress_at

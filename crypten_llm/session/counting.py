@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING
 
 from crypten_llm.links.meter import Counters, peak_bytes
 from crypten_llm.roles import OWNER
+from crypten_llm.session.receipt import Parts
 
 if TYPE_CHECKING:
     from crypten_llm.session.party import Party
+
+
+class Told(Counters, total=False):
+    """What a party tells the client: its counters, and its parts of receipts of requests that have ended."""
+
+    receipts: Parts
 
 
 def count(party: Party, ended: Sequence[int]) -> list[dict]:
@@ -22,20 +29,18 @@ def count(party: Party, ended: Sequence[int]) -> list[dict]:
     where the parties have not seen the same.
     """
     party.notary.note(party.reveals, ended)
-    ranks = _counted(party)
-    party.notary.collect(party, ended)
-    return ranks
-
-
-def _counted(party: Party) -> list[dict]:
+    mine = statistics(party)
     if party.transport is None:
-        return [statistics(party)]
+        return [mine]
+    if signed := party.notary.sign(party, ended):
+        mine["receipts"] = signed
     if not party.is_client:
-        party.transport.send_json(party.client, statistics(party))
+        party.transport.send_json(party.client, mine)
         return []
-    ranks = {party.rank: statistics(party)}
+    ranks = {party.rank: mine}
     for rank in party.peers:
-        ranks[rank] = party.transport.recv_json(rank, Counters)
+        ranks[rank] = party.transport.recv_json(rank, Told)
+    party.notary.gather(ended, {rank: told.pop("receipts", ()) for rank, told in ranks.items()})
     if "dealer" in ranks[party.owner]:
         ranks[party.compute_parties] = ranks[party.owner].pop("dealer")
     return [ranks[rank] for rank in sorted(ranks)]

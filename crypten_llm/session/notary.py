@@ -28,7 +28,6 @@ from crypten_llm.session import report
 from crypten_llm.session.receipt import (
     Model,
     Part,
-    Parts,
     Passed,
     Receipt,
     Revealed,
@@ -170,25 +169,30 @@ class Notary:
         """At the client: of the request at this place, which has been collected."""
         return self._receipts.pop(place, None)
 
-    def collect(self, party: Party, ended: Sequence[int]) -> None:
-        """Signs these requests, and tells the client; there, gathers what all parties have signed.
+    def sign(self, party: Party, ended: Sequence[int]) -> tuple[Signed, ...]:
+        """This party's parts of the receipts of these requests, at the same place in the program as all others'."""
+        if (transport := self._transport) is None:
+            return ()
+        seen, ledger, loaded = transport.seen(), party.reveals.as_list(), party.load_reveals.as_list()
+        parts = []
+        for place in ended:
+            begun = self._begun.pop(place)
+            revealed = report.Counters([], ledger).since(report.Counters([], begun.ledger), loaded).revealed
+            parts.append(Signed.by(self._part(transport, begun, place, seen, revealed), self._signer))
+        return tuple(parts)
 
-        Raises PartyError, at the client, where the parties have not seen the same.
+    def gather(self, ended: Sequence[int], parts: dict[int, tuple[Signed, ...]]) -> None:
+        """At the client, what all parties have signed of these requests, by rank.
+
+        Raises PartyError where they have not seen the same.
         """
-        transport = self._transport
-        if transport is None or not ended:
+        if (transport := self._transport) is None:
             return
-        mine = self._parts(transport, party, ended)
-        if not party.is_client:
-            transport.send_json(party.client, mine)
-            return
-        theirs = {rank: transport.recv_json(rank, Parts) for rank in party.peers}
-        for rank, parts in theirs.items():
-            if [(p.part.role, p.part.place) for p in parts] != [(self._roles[rank], place) for place in ended]:
+        for rank, theirs in parts.items():
+            if [(p.part.role, p.part.place) for p in theirs] != [(self._roles[rank], place) for place in ended]:
                 raise transport.unexpected(rank, "its part of the receipts")
-        by_rank = sorted([(party.rank, mine), *theirs.items()])
         for at, place in enumerate(ended):
-            receipt = self._receipts[place] = Receipt(tuple(parts[at] for _, parts in by_rank))
+            receipt = self._receipts[place] = Receipt(tuple(parts[rank][at] for rank in sorted(parts)))
             self._check([each.part for each in receipt.parts], transport)
 
     def _check(self, parts: list[Part], transport: Transport) -> None:
@@ -200,16 +204,6 @@ class Notary:
             )
         if differ := disagreements(parts):
             raise PartyError(f"the parties' receipts of the answer differ in the {differ[0]}; {SAME_PROGRAM}")
-
-    def _parts(self, transport: Transport, party: Party, ended: Sequence[int]) -> tuple[Signed, ...]:
-        seen, ledger, loaded = transport.seen(), party.reveals.as_list(), party.load_reveals.as_list()
-        parts = []
-        for place in ended:
-            begun = self._begun.pop(place)
-            revealed = report.Counters([], ledger).since(report.Counters([], begun.ledger), loaded).revealed
-            part = self._part(transport, begun, place, seen, revealed)
-            parts.append(Signed.by(part, self._signer))
-        return tuple(parts)
 
     def _part(
         self, transport: Transport, begun: _Begun, place: int, seen: dict[int, tuple[Seen, Seen]], revealed: Ledger
