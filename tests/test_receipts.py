@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import replace as replaced
 
 import pytest
 from endpoints import endpoint, opened, service
 from hf_models import tiny
+from msgspec.structs import replace
 from programs import error_line
 from starlette.testclient import TestClient
 
@@ -21,7 +22,8 @@ from crypten_llm.links.tls import make_key
 from crypten_llm.serving.refusals import Refusal
 from crypten_llm.serving.shelf import Shelf
 from crypten_llm.session import verification
-from crypten_llm.session.receipt import Receipt, Receipts, digest_of_plans
+from crypten_llm.session.notary import Notary
+from crypten_llm.session.receipt import Receipt, Receipts, Signed, digest_of_plans
 from crypten_llm.session.request import Request
 
 ROLES = ["owner", "client", "dealer"]
@@ -262,6 +264,19 @@ def test_an_altered_message_is_found_at_the_end_of_the_answer(folder):
         assert len(calls) > 20 and not llama.is_open
 
 
+def test_a_party_that_signs_for_another_is_refused(receipt, mesh):
+    owner, client, dealer = receipt.parts
+    notary = Notary(mesh(3)[1], ROLES)
+    for wrong in ((), (client,), (owner, owner)):
+        with pytest.raises(PartyError, match="rank 0 .owner. sent something else"):
+            notary.gather([0], {0: wrong, 1: (client,), 2: (dealer,)})
+    other = Signed(replace(dealer.part, revealed=()), None, None)
+    with pytest.raises(PartyError, match="differ in the ledger"):
+        notary.gather([0], {0: (owner,), 1: (client,), 2: (other,)})
+    notary.gather([0], {0: (owner,), 1: (client,), 2: (dealer,)})
+    assert notary.take(0) == receipt and notary.take(0) is None
+
+
 def test_an_endpoint_gives_receipts_of_its_answers(folder):
     asked = {"prompt": [5, 6, 7], "max_tokens": 2, "n": 2, "seed": 1, "temperature": 1.0}
     with service(opened(folder, engine="wire"), room=8) as made:
@@ -294,7 +309,7 @@ def test_only_the_last_receipts_are_kept(results):
     assert shelf.get("", "c").receipts == shelf.get("", "b").receipts == (results[0].receipt,)
     with pytest.raises(Refusal):
         shelf.get("", "a")
-    shelf.put("", "plain", [replace(results[0], receipt=None)])
+    shelf.put("", "plain", [replaced(results[0], receipt=None)])
     with pytest.raises(Refusal):
         shelf.get("", "plain")
 

@@ -173,7 +173,7 @@ def predict_open(
 class _Uncounted(Party):
     """Has nobody to ask for counters."""
 
-    def count(self) -> list[dict]:
+    def count(self, ended: Sequence[int]) -> list[dict]:
         return []
 
 

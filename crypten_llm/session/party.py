@@ -294,7 +294,7 @@ class Party:
                         memory.check(sizes.of_bench(shape, self.engine.number_bytes), "a bench of these sizes")
                     bench.run(self, shape)
                 case messages.Statistics():
-                    counting.count(self, self.notary.running)
+                    self.count(self.notary.running)
 
     def request_load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """At the client: has the model shared; ``folder`` is opened on engine ``plain`` alone."""
@@ -356,7 +356,11 @@ class Party:
     def collect_statistics(self) -> list[dict]:
         """At the client, after a request: every rank's counters; the dealer's last, if one takes part."""
         self.from_client(messages.Statistics())
-        return counting.count(self, self.notary.running)
+        return self.count(self.notary.running)
+
+    def count(self, ended: Sequence[int]) -> list[dict]:
+        """The same where all parties know that it is due: ``counting.count``."""
+        return counting.count(self, ended)
 
     def close(self) -> None:
         """Ends the others' ``serve``; at the client only."""

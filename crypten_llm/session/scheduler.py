@@ -17,7 +17,6 @@ from msgspec import Meta
 
 from crypten_llm import limits
 from crypten_llm.records import Count, Record
-from crypten_llm.session import counting
 from crypten_llm.session.plan import Plan
 from crypten_llm.session.prompted import Answer, Progress, Prompted, Step, draw, extend
 from crypten_llm.session.report import Counters
@@ -78,7 +77,7 @@ def follow(
         if index and (ended or coming):
             places = tuple(range(taken, taken + len(coming)))
             with meter.phase("counters"):  # which are no part of what they count
-                ranks = counting.count(party, ended)
+                ranks = party.count(ended)
             if ranks:
                 yield Counted(ended, places, Counters(ranks, party.reveals.as_list()))
         for plan, answer in coming:
