@@ -5,6 +5,8 @@ nothing but its header, which tells a peer that waits without end that this proc
 does nothing else, at fixed times and whatever is computed, between the frames of others.
 """
 
+import math
+import select
 import socket
 import ssl
 import threading
@@ -132,6 +134,7 @@ class Incoming:
     views: list[memoryview] = field(init=False)  # what is still to be filled
     size: int = 0  # payload bytes that the header announced
     sent_at: int = 0  # send time that it announced
+    room: torch.Tensor | None = None  # for the only tensor that is due; it gets memory of its own if not given
     payload: Any = None  # tensors or text, made when the header was found right
     whole: Frame = ()  # all of it, once its header was found right
 
@@ -142,6 +145,26 @@ class Incoming:
         """What came was no part of this frame."""
         self.header = bytearray(HEADER.size)
         self.views = [memoryview(self.header)]
+
+
+def poll(sending: list[Outgoing], receiving: list[Incoming], seconds: float) -> None:
+    """Wait until a link can go on, so many seconds at most."""
+    events = dict.fromkeys((frame.link.fd for frame in receiving), select.POLLIN)
+    for out in sending:
+        events[out.link.fd] = events.get(out.link.fd, 0) | select.POLLOUT
+    poller = select.poll()
+    for fd, mask in events.items():
+        poller.register(fd, mask)
+    poller.poll(math.ceil(seconds * 1000))
+
+
+def after(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of `views` when their first `count` bytes are done; views without bytes go at once."""
+    for i, view in enumerate(views):
+        if count < view.nbytes:
+            return [view[count:], *views[i + 1 :]]
+        count -= view.nbytes
+    return []
 
 
 class Pulse:

@@ -38,7 +38,7 @@ from crypten_llm.links.frames import (
     STREAM,
     TENSOR,
 )
-from crypten_llm.links.link import BEAT_SECONDS, WAITS, Incoming, Link, Outgoing, Pulse, Specs
+from crypten_llm.links.link import BEAT_SECONDS, WAITS, Incoming, Link, Outgoing, Pulse, Specs, after, poll
 from crypten_llm.links.meter import Cells, Meter
 from crypten_llm.links.staging import Staging
 from crypten_llm.links.stream import StreamReader
@@ -119,13 +119,25 @@ class Transport:
         """Send uint8 `data` and return `count` bytes of the peer's, both at once: one message each way where there is
         something to send, a round where there is something to receive. cells: see `Meter.count`.
         """
-        link, data = self._link(peer), self.staging.to_host(data)
+        return self.staging.to_device(self.swap_here(peer, self.staging.to_host(data), count, cells))
+
+    def swap_here(
+        self, peer: int, data: Tensor, count: int, cells: Cells | None = None, room: Tensor | None = None
+    ) -> Tensor:
+        """`swap` of what is in the processor's memory, to it. room: `count` bytes of it, new ones if not given."""
+        link = self._link(peer)
         outgoing = [self._frame(link, TENSOR, DTYPES[torch.uint8], [bytes_of(data)])] if data.numel() else []
         frames = [Incoming(link, TENSOR, DTYPES[torch.uint8], count, [((count,), torch.uint8)])] if count else []
+        for frame in frames:
+            frame.room = room
         if outgoing or frames:
             self._transfer(outgoing, frames, "online", cells=cells)
-        theirs = frames[0].payload[0] if frames else torch.empty(0, dtype=torch.uint8)
-        return self.staging.to_device(theirs)
+        return frames[0].payload[0] if frames else torch.empty(0, dtype=torch.uint8)
+
+    def count_swap(self, sent: int, received: int, cells: Cells | None = None) -> None:
+        """Count a `swap` of as many bytes each way that went another way."""
+        out, back = (count and HEADER.size + count for count in (sent, received))
+        self.meter.count("online", bool(received), bool(sent), out, back, 0.0, cells)
 
     # The control plane: public facts only.
 
@@ -299,7 +311,7 @@ class Transport:
             if now - progress_at < AWAKE:
                 os.sched_yield()
             else:
-                _poll(sending, receiving, min(TURN_SECONDS, timeout - waited))
+                poll(sending, receiving, min(TURN_SECONDS, timeout - waited))
 
     def _push(self, out: Outgoing) -> int:
         """Send what the kernel takes now; how many bytes that was."""
@@ -312,7 +324,7 @@ class Transport:
             except OSError:
                 out.broken, out.views = True, []
                 break
-            out.views = _after(out.views, sent)
+            out.views = after(out.views, sent)
             moved += sent
         return moved
 
@@ -330,7 +342,7 @@ class Transport:
                 received = 0
             if received == 0:
                 raise faults.gone(frame.link, self.meter.where)
-            frame.views = _after(frame.views, received)
+            frame.views = after(frame.views, received)
             moved += received
             if frame.header is not None and not frame.views and self._open(frame):
                 return moved - HEADER.size  # a storm of them must not keep this from counting its time
@@ -359,24 +371,14 @@ class Transport:
         elif bool(frame.sent_at) != bool(self.network):
             raise faults.emulated_by_one(frame.link.name)
         if frame.kind == TENSOR:
-            frame.payload = [self.staging.empty(shape, dtype) for shape, dtype in frame.specs]
+            new = frame.room is None
+            frame.payload = [self.staging.empty(*spec) for spec in frame.specs] if new else [frame.room]
             frame.views = [view for view in map(bytes_of, frame.payload) if view.nbytes]
         else:
             frame.payload = bytearray(frame.size)
             frame.views = [memoryview(frame.payload)] if frame.size else []
         frame.whole = (raw, *frame.views)
         return False
-
-
-def _poll(sending: list[Outgoing], receiving: list[Incoming], seconds: float) -> None:
-    """Wait until a link can go on, so many seconds at most."""
-    events = dict.fromkeys((frame.link.fd for frame in receiving), select.POLLIN)
-    for out in sending:
-        events[out.link.fd] = events.get(out.link.fd, 0) | select.POLLOUT
-    poller = select.poll()
-    for fd, mask in events.items():
-        poller.register(fd, mask)
-    poller.poll(math.ceil(seconds * 1000))
 
 
 def encode_json(obj: object) -> bytes:
@@ -387,12 +389,3 @@ def encode_json(obj: object) -> bytes:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on a processor as writable bytes, no copy."""
     return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(b"")
-
-
-def _after(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of `views` when their first `count` bytes are done; views without bytes go at once."""
-    for i, view in enumerate(views):
-        if count < view.nbytes:
-            return [view[count:], *views[i + 1 :]]
-        count -= view.nbytes
-    return []

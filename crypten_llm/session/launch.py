@@ -186,7 +186,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
         if tape:
             tape.compare(asdict(config))
         own["notary"] = Notary.of(transport, protocol, launch.tls, tape.manifest.id if tape else "")
-        engine: Engine = WireEngine(transport, config, tape, device=device)
+        engine: Engine = WireEngine(transport, config, tape, device=device, peer_memory=protocol.peer_memory)
         return Party(engine, transport, protocol.compute_parties, **own)
     from crypten_llm.engines.crypten.domain import CryptenConfig
     from crypten_llm.engines.crypten.engine import CryptenEngine
