@@ -5,10 +5,15 @@ And the fixtures that more than one file uses: a port, and connected transports.
 Workers and parties share the cores, and threads that wait for each other spin.
 """
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
+
+# What is imported and collected stays until the end: half of the time that collecting takes would go to looking for
+# cycles in it, again and again (see ``pytest_collection_finish``).
+gc.disable()
 
 # Before any test imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,7 +24,8 @@ SPLIT = {"test_notebooks.py", "test_launch.py"}
 # What takes long comes first, so that no worker is left with it at the end.
 LONG = (
     *("test_real_model.py", "test_notebooks.py", "test_launch.py", "test_kernels.py"),
-    *("test_experiments_baselines.py", "test_api.py"),
+    *("test_experiments_baselines.py", "test_api.py", "test_left_range.py", "test_engines.py", "test_generation.py"),
+    *("test_wire_selection_policies.py", "test_reveal.py", "test_chat_command.py", "test_crypten_selection.py"),
 )
 
 
@@ -102,6 +108,11 @@ def against_raw():
 def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

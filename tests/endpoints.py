@@ -33,7 +33,8 @@ SERVE = ["-m", "crypten_llm", "serve", "--offline", "--threads", "1", "--port", 
 def service(open_session, room=4, predict=None, engine="plain", **options):
     """One that is available."""
     queue = FairQueue(room)
-    made = Service(open_session, queue, Metrics(lambda: len(queue)), Pricer(predict, engine), **options)
+    metrics = Metrics(lambda: len(queue), lambda: len(made.running))
+    made = Service(open_session, queue, metrics, Pricer(predict, engine), **options)
     made.start()
     until(lambda: made.state is not State.PROGRESSING)
     try:

@@ -26,7 +26,7 @@ class PartyFailed(AssertionError):
 def context():
     """The server, started with this folder and the project on its path: a context of ``multiprocessing``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["party_jobs", "crypten_llm.commands.cli", "crypten_llm.commands.show"])
+    context.set_forkserver_preload(["prepared", "party_jobs", "crypten_llm.commands.cli", "crypten_llm.commands.show"])
     here, before = Path(__file__).parent, os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), before or ""])
     forkserver.ensure_running()

@@ -13,11 +13,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cryp
 BASES = [ROOT, ROOT / "crypten_llm"]  # from where files are named
 MOST_WORDS = 1400  # of the README: it is read by whoever is new here
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-FILE = re.compile(r"[\w./*-]+\.(?:py|json|jsonl|md|svg|png|ipynb|txt|safetensors)\b")
+FILE = re.compile(r"[\w./*-]+\.(?:py|json|jsonl|md|svg|png|ipynb|txt|safetensors|yaml|service)\b")
 MODULE = re.compile(r"-m ((?:crypten_llm|eviction|experiments)[\w.]*)")
 OTHERS = {  # files of models, of other projects, and of the reader's own
     *("config.json", "tokenizer.json", "generation_config.json", "manifest.json", "prompt.txt", "kept.png", "pred.py"),
-    "instructions.txt",
+    *("instructions.txt", "extra-openai-models.yaml"),
     *("hotpotqa.jsonl", "data/hotpotqa.jsonl", "dataset2prompt.json", "FOLDER/dataset2prompt.json"),
     *("LongBench/config/dataset2prompt.json", "scripts/data/prepare.py", "run_summarization.py"),
     *("FOLDER/4096/data/vt/validation.jsonl", "xsum_0shot.jsonl", "xsum_3shot.jsonl", "xsum_5shot.jsonl"),
@@ -53,7 +53,7 @@ def unknown_files(text: str) -> set[str]:
     names = {name for name in FILE.findall(without_links) if not name.startswith(("/", "http", "//"))}
     known = {
         path.name
-        for base in ("crypten_llm", "eviction", "experiments", "tests", "docs", "notebooks")
+        for base in ("crypten_llm", "eviction", "experiments", "tests", "docs", "notebooks", "deploy")
         for path in (ROOT / base).rglob("*")
     } | {path.name for path in ROOT.glob("*")}
     return {

@@ -6,6 +6,7 @@ when it runs, that which looks up is listed in ``LATER``.
 
 import ast
 import graphlib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,14 @@ def imports(tree: ast.AST, known=MODULES) -> tuple[set[str], set[str]]:
     return top, later
 
 
-IMPORTS = {name: imports(ast.parse(path.read_text("utf-8"))) for name, path in MODULES.items()}
-TOP = {name: top - {name} for name, (top, _) in IMPORTS.items()}
+@cache
+def all_imports() -> dict[str, tuple[set[str], set[str]]]:
+    """Of every module; read once, by the worker whose tests these are."""
+    return {name: imports(ast.parse(path.read_text("utf-8"))) for name, path in MODULES.items()}
+
+
+def all_at_the_top() -> dict[str, set[str]]:
+    return {name: top - {name} for name, (top, _) in all_imports().items()}
 
 
 def upward(graph: dict[str, set[str]]) -> list[str]:
@@ -106,7 +113,7 @@ def test_no_file_is_too_long(package):
 
 
 def test_no_circle_of_imports():
-    assert circle(TOP) == []
+    assert circle(all_at_the_top()) == []
 
 
 def test_every_room_has_its_floor():
@@ -114,17 +121,17 @@ def test_every_room_has_its_floor():
 
 
 def test_no_import_looks_up():
-    assert upward(TOP) == []
+    assert upward(all_at_the_top()) == []
 
 
 def test_eviction_knows_nothing_of_the_program_that_runs_it():
-    known = {name: top | later for name, (top, later) in IMPORTS.items() if room(name) == "eviction"}
+    known = {name: top | later for name, (top, later) in all_imports().items() if room(name) == "eviction"}
     assert any(known.values())
     assert [(name, other) for name in known for other in known[name] if room(other) != "eviction"] == []
 
 
 def test_what_functions_import_when_they_run():
-    assert set(upward({name: later for name, (_, later) in IMPORTS.items()})) == set(LATER)
+    assert set(upward({name: later for name, (_, later) in all_imports().items()})) == set(LATER)
 
 
 def test_a_circle_and_a_look_up_would_be_found():

@@ -1,5 +1,6 @@
 """Parties meet on loopback; wrong starts and the environment have their messages."""
 
+import os
 import socket
 import textwrap
 import threading
@@ -84,8 +85,21 @@ def test_port_in_use():
         (error,) = meet(taken, ranks=(0,))
     assert isinstance(error, UsageError)
     assert str(error) == (
-        f"port {taken} is in use on this machine, perhaps by another run: give every party another MASTER_PORT"
+        f"port {taken} is in use on this machine, perhaps by another run: give every party another MASTER_PORT, or "
+        "this one another --link-port"
     )
+
+
+def test_a_party_is_reached_at_the_port_that_it_was_given(port):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        own = listener.getsockname()[1]
+        owner, client, dealer = meet(port, own_port=own, timeout=1.0)
+    assert isinstance(client, UsageError) and f"port {own} is in use" in str(client)
+    assert isinstance(owner, PartyError) and isinstance(dealer, PartyError)
+    parties = meet(port, own_port=own)
+    with socket.socket(fileno=os.dup(parties[2]._links[1].fd)) as dialled:
+        assert dialled.getpeername()[1] == own
+    assert_connected(parties)
 
 
 def test_same_rank_twice(port):

@@ -101,6 +101,8 @@ def test_a_request_joins_while_another_runs_and_ends_before_it(model):
         until(lambda: paced.steps == 5)
         short = send(address, TEXT, json.dumps({"prompt": "The cat", "max_tokens": 2, "n": 2, "hide_length": False}))
         until(lambda: len(made.queue) == 1)
+        gauges = [made.metrics.registry.get_sample_value(f"crypten_llm_{w}_requests") for w in ("waiting", "running")]
+        assert gauges == [1, 1]
         paced.permit(60)
         brief = json.loads(read(short).partition("\r\n\r\n")[2])
         assert paced.begun == 3 and len(brief["choices"]) == 2 and brief["crypten_llm"]["beside"] == 1
@@ -236,6 +238,16 @@ def test_a_request_that_fails(model, kept_property, error, ends, status, state):
         assert len(openings) == (2 if status == 422 else 1)
         again = http.post(TEXT, json={"prompt": "is", "max_tokens": 1})
         assert again.status_code == {422: 200, 400: 400, 503: 503}[status]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_endpoint_ends_with_its_session_where_that_is_wanted(model, kept_property, ends):
+    open_session, _ = failing(model, PartyError("rank 0 (owner) closed the connection"), True)
+    told = []
+    with service(open_session, ends=ends, ended=lambda: told.append(True)) as made:
+        assert client(made).post(TEXT, json={"prompt": "is", "max_tokens": 1}).status_code == 503
+        until(lambda: made.state is State.FAILED and (not ends or bool(told)))
+        assert isinstance(made.error, PartyError) is bool(told) is ends
 
 
 def test_an_error_within_a_stream_is_its_last_piece(model):

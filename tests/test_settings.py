@@ -18,6 +18,7 @@ CHANGED = {
     **{
         "network": "20ms,100",
         "host": "10.0.0.1",
+        "link_port": 29501,
         "tls": "keys",
         "offline": True,
         "verbose": True,
@@ -97,7 +98,7 @@ def test_local_parties_are_started_with_the_clients_settings(started):
         told = Child.from_json(command[-1])
         assert told.protocol == protocol
         text = "asked.txt" if rank == 0 else ""
-        expected = replace(launch, host="", progress=False, calibration_text=text)
+        expected = replace(launch, host="", link_port=0, progress=False, calibration_text=text)
         assert told.launch == expected, "of the client alone, and of the owner"
         assert told.model == ("/models/secret" if rank == 0 else "")
         assert ("secret" in command[-1]) == (rank == 0)

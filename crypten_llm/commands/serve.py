@@ -34,7 +34,7 @@ from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 @dataclass(frozen=True)
 class Place:
     """Where the endpoint is and for whom. api_keys: a file. https: certificate and key. name: of the model. opens:
-    whether a browser shows the page.
+    whether a browser shows the page. ends: whether the parties' end is the endpoint's.
     """
 
     listen: str = "127.0.0.1"
@@ -45,6 +45,7 @@ class Place:
     together: int = ROOM
     name: str = ""
     opens: bool = False
+    ends: bool = False
 
 
 def serve(place: Place, usual: Usual, model: str, tokenizer: str | None, **settings: Any) -> None:
@@ -60,13 +61,14 @@ def serve(place: Place, usual: Usual, model: str, tokenizer: str | None, **setti
         check_https(*place.https)
     sock = listen(place.listen, place.port, bool(place.https), bool(keys))
     queue: FairQueue[Job] = FairQueue(place.queue)
-    metrics = Metrics(lambda: len(queue))
+    metrics = Metrics(lambda: len(queue), lambda: len(service.running))
     pricer = Pricer(_counted(protocol, launched, place.together), protocol.engine)
     reopens = not is_distributed()
     opening = partial(PrivateLlama.from_pretrained, model, tokenizer=tokenizer, shielded=True, **settings)
-    service = Service(opening, queue, metrics, pricer, place.together, reopens, _opened, lambda: server.end())
+    calls = _opened, lambda: server.end()
+    service: Service = Service(opening, queue, metrics, pricer, place.together, reopens, place.ends, *calls)
     endpoint = Endpoint(service, Guard(keys, [place.listen]), place.name or name_of(model), usual)
-    server = Server(endpoint.app(), service, place.https)
+    server: Server = Server(endpoint.app(), service, place.https)
     host = f"[{place.listen}]" if ":" in place.listen else place.listen
     url = f"http{'s' if place.https else ''}://{host}:{sock.getsockname()[1]}"
     say(who(protocol))

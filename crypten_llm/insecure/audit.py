@@ -141,7 +141,9 @@ def _rows(mask: torch.Tensor, bits: int) -> Iterator[memoryview]:
     told = width * bits // ring.limbs(bits)
     rows = mask.reshape(-1, width) if told >= TELLING and mask.numel() else mask.reshape(1, -1)
     if rows.shape[-1] * bits // ring.limbs(bits) >= TELLING:
-        yield from (bytes_of(row) for row in rows.contiguous())
+        memory = bytes_of(rows.contiguous())
+        size = len(memory) // len(rows)
+        yield from (memory[start : start + size] for start in range(0, len(memory), size))
 
 
 class _Watched(Stream):

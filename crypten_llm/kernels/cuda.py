@@ -1,9 +1,8 @@
 """Kernels for device cuda (signatures and meanings: ``kernels.ring``).
 
-Owns which implementation does what. What is hot is in Triton (``triton_words``, ``triton_chacha``, ``triton_waves``,
-``triton_products``, ``triton_keys``), which tensors on a GPU go to. All else, and everything for tensors of the
-processor, is in torch's own operations, which run on any device: so they are held against the readable twins where
-there is no GPU.
+Owns the list. Tensors on a GPU go to programs in Triton (``triton_words`` and beside it), which a CUDA graph can hold
+once they were launched before. Tensors of the processor go to torch's own operations, which run on any device: so these
+are held against the readable twins where there is no GPU.
 """
 
 import torch

@@ -33,7 +33,8 @@ class Link:
     """One connected socket and what is known of its two directions."""
 
     def __init__(self, rank: int, name: str, sock: socket.socket) -> None:
-        self.rank, self.name, self.sock, self.fd = rank, name, sock, sock.fileno()
+        self.rank, self.name, self.fd = rank, name, sock.fileno()
+        self.sock: Any = sock
         self.sent, self.received = Chain(), Chain()  # whose numbers of frames are the sequence numbers
         self.mid_frame = False  # a frame is half sent: nothing else may follow on this link
         self.beats = 0  # signs of life that came
@@ -79,6 +80,13 @@ class Link:
         """Whether a sign of life has come since this was asked last."""
         beats, self.beats = self.beats, 0
         return bool(beats)
+
+    @property
+    def is_speaking(self) -> bool:
+        """Whether anything that the peer sent can be read now."""
+        poller = select.poll()
+        poller.register(self.fd, select.POLLIN)
+        return bool(poller.poll(0)) or (self._tls and self.sock.pending() > 0)
 
     def _send(self, views: list[memoryview]) -> int:
         if not self._tls:

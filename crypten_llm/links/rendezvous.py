@@ -81,6 +81,7 @@ def connect(
     timeout: float = 60.0,
     address: str | None = None,
     *,
+    own_port: int = 0,
     hub: int = 0,
     listener: socket.socket | None = None,
     run: str = "",
@@ -94,11 +95,12 @@ def connect(
 
     roles: one name per rank. host, port: where the parties meet. timeout: seconds to wait for the others, and
     afterwards the transport's timeout. address: at which the others reach this party; by default that of the interface
-    that reaches the meeting point. hub: the rank that hosts the meeting. listener: at the hub, one that listens there
-    already; it is closed. run: separates runs that might meet by accident. secret: the parties' own, see `keyring`;
-    where it is empty and links is too, whoever connects is believed. links: `tls.Links` that put each connection under
-    TLS; all parties or none. meter, network: see `Transport`. while_waiting: called again and again until all links
-    stand; what it raises ends the wait (a launcher looks after its children there).
+    that reaches the meeting point. own_port: where they reach it, if it does not host the meeting and a higher rank
+    connects to it; 0 for any that is free. hub: the rank that hosts the meeting. listener: at the hub, one that listens
+    there already; it is closed. run: separates runs that might meet by accident. secret: the parties' own, see
+    `keyring`; where it is empty and links is too, whoever connects is believed. links: `tls.Links` that put each
+    connection under TLS; all parties or none. meter, network: see `Transport`. while_waiting: called again and again
+    until all links stand; what it raises ends the wait (a launcher looks after its children there).
 
     Raises PartyError for parties that do not come, cannot be reached or do not prove who they are, UsageError for a
     port in use, a rank taken twice, or parties that disagree on the world size, the links or the version.
@@ -116,7 +118,7 @@ def connect(
             listener = listener or opened.enter_context(sockets.listen(at, port))
             connected |= meeting.host(listener, greeter, (at, port), wait)
         else:
-            _attend(connected, greeter, hub, (host, port), address, wait)
+            _attend(connected, greeter, hub, (host, port), (address, own_port), wait)
         _barrier(connected, [greeter.name(peer) for peer in range(world)], wait)
         transport = Transport(rank, roles, dict(connected), timeout=timeout, meter=meter, network=network)
         connected.clear()  # the transport's now
@@ -128,15 +130,15 @@ def _attend(
     greeter: Greeter,
     hub: int,
     place: meeting.Place,
-    address: str | None,
+    own: tuple[str | None, int],
     wait: Wait,
 ) -> None:
     """At every party but the hub: the links to it, and to all others once it has said where they are."""
     higher = {peer for peer in range(greeter.rank + 1, len(greeter.roles)) if peer != hub}
     with contextlib.ExitStack() as opened:
-        mine = address or _own_address(*place), 0
+        mine = own[0] or _own_address(*place), 0
         if higher:
-            listener = opened.enter_context(sockets.listen(mine[0]))
+            listener = opened.enter_context(sockets.listen(mine[0], own[1]))
             mine = mine[0], listener.getsockname()[1]
         connected[hub] = dial(greeter, hub, place, wait, patient=True)
         directory = meeting.attend(connected[hub], greeter, hub, mine, wait)

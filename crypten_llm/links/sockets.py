@@ -41,7 +41,7 @@ def listen(address: str, port: int = 0) -> socket.socket:
             if error.errno == errno.EADDRINUSE:
                 raise UsageError(
                     f"port {port} is in use on this machine, perhaps by another run: give every party another "
-                    "MASTER_PORT"
+                    "MASTER_PORT, or this one another --link-port"
                 ) from None
             is_foreign = error.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME)
             if place == "" or is_loopback(address) or not is_foreign:

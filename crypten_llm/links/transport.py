@@ -183,7 +183,7 @@ class Transport:
             self._transfer([], [frame], channel)
             return memoryview(frame.payload)
 
-        return StreamReader(next_piece, self.name(src), self.staging)
+        return StreamReader(next_piece, lambda: self._link(src).is_speaking, self.name(src), self.staging)
 
     # Signs of life, for those who wait for this party without end.
 

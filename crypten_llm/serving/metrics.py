@@ -26,13 +26,14 @@ UNKNOWN_SECONDS = 5.0  # a request, as long as none has been answered
 
 
 class Metrics:
-    """waiting: how many requests wait now."""
+    """waiting, running: how many requests wait and are answered now."""
 
-    def __init__(self, waiting: Callable[[], int]) -> None:
+    def __init__(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()
         self._state = Enum("crypten_llm_state", "of the session", states=STATES, registry=registry)
-        gauge = Gauge("crypten_llm_waiting_requests", "in the queue now", registry=registry)
-        gauge.set_function(lambda: float(waiting()))
+        for name, what, count in (("waiting", "in the queue", waiting), ("running", "being answered", running)):
+            gauge = Gauge(f"crypten_llm_{name}_requests", f"{what} now", registry=registry)
+            gauge.set_function(count)
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             return Counter(f"crypten_llm_{name}", what, labels, registry=registry)

@@ -38,10 +38,10 @@ class State(StrEnum):
 
 class Service:
     """open_session: starts or joins the parties and has the model shared. together: answers that grow at the same time.
-    reopens: whether the session can be opened again.
+    reopens: whether the session can be opened again. ends: whether its end is the endpoint's.
 
-    opened, ended: are called, from the service's thread, when requests are answered from now on, and when the session
-    cannot be opened at first.
+    opened, ended: are called, from the service's thread, when requests are answered from now on, and when the endpoint
+    is to end: the session cannot be opened at first, or has ended and ``ends`` says so.
     """
 
     def __init__(
@@ -52,13 +52,14 @@ class Service:
         pricer: Pricer,
         together: int = ROOM,
         reopens: bool = False,
+        ends: bool = False,
         opened: Callable[[PrivateLlama], None] = lambda llama: None,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
         self.queue, self.metrics, self.pricer = queue, metrics, pricer
         self.llama: PrivateLlama | None = None
-        self.error: BaseException | None = None  # what kept the session from being opened at first
-        self._open_session, self._together, self._reopens = open_session, together, reopens
+        self.error: BaseException | None = None  # why the endpoint is to end
+        self._open_session, self._together, self._reopens, self._ends = open_session, together, reopens, ends
         self._opened, self._ended = opened, ended
         self._stopping = False
         self._sharing: Sharing | None = None
@@ -124,8 +125,6 @@ class Service:
             self._open()
         except BaseException as error:
             self._fail(error)
-            self.error = error
-            self._ended()
             return
         while not self._stopping:
             try:
@@ -164,6 +163,9 @@ class Service:
         for job in self.queue.close():
             job.tell(Broken(refusals.of(error, is_open=False)))
             self.metrics.ended(job, "failed")
+        if self._ends or self.llama is None:
+            self.error = error
+            self._ended()
 
     def _set(self, state: State, reason: str) -> None:
         self.state, self.reason = state, reason

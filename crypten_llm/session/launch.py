@@ -100,6 +100,7 @@ def join(
         port,
         launch.timeout,
         launch.host or None,
+        own_port=launch.link_port,
         hub=int(env.get(HUB, OWNER)),
         listener=parties.listener if parties else None,
         run=rendezvous.run_of(env),
@@ -312,7 +313,7 @@ class LocalParties:
         # Of the client's own are the address that it gave, and the bars: the others' would be drawn over its own.
         text = self.launch.calibration_text if rank == OWNER else ""
         device = self.launch.device_of(rank)
-        launch = replace(self.launch, host="", progress=False, calibration_text=text, device=device)
+        launch = replace(self.launch, host="", link_port=0, progress=False, calibration_text=text, device=device)
         told = Child(replace(self.protocol, tape=self._tapes.get(rank, "")), launch, model_folder)
         process = self.processes[rank] = start_party(["party", "--child", told.to_json()], self.environment(rank))
         assert process.stdin is not None, "it was opened with the process"

@@ -153,7 +153,8 @@ class LaunchConfig:
     rank, with commas between (``device_of``).
     timeout: seconds any wait may last. network: "lan", "wan" or "RTTms,Mbit" to emulate between local parties.
     threads: of torch in each process; 0 divides this machine's cores among the local parties.
-    host: address at which the others reach this process (found by itself when empty).
+    host, link_port: address and port at which the others reach this process (found by itself when empty, 0). The
+    owner's port is that of the meeting.
     tls: folder of keys and certificates that put the links under TLS (see ``tls``); plain TCP when empty.
     calibration_text: a file that the owner measures its model on, in the clear and alone, before it shares it.
     policy_weights: a file of a policy's trained weights, which requests name and no other party's words can open.
@@ -173,6 +174,9 @@ class LaunchConfig:
     network: str = _setting("", "emulate a network between local parties", metavar="lan|wan|RTTms,Mbit")
     threads: int = _setting(0, "torch threads (default: cores / local processes)", metavar="N")
     host: str = _setting("", "address at which the other parties reach this process", metavar="ADDRESS")
+    link_port: int = _setting(
+        0, "port at which the dealer reaches the client (default: any that is free); the owner's is MASTER_PORT", "P"
+    )
     tls: str = _setting("", "this party's key and all certificates (see keys): encrypted links", metavar="DIR")
     calibration_text: str = _setting(
         "", "text like what clients ask, on which the owner measures its model (default: some prose)", metavar="FILE"
@@ -194,6 +198,8 @@ class LaunchConfig:
             raise UsageError(f"timeout is {self.timeout!r}; it must be a number of seconds above 0")
         if _not_integer(self.threads) or self.threads < 0:
             raise UsageError(f"threads is {self.threads!r}; give 1 or more, or 0 to divide the cores")
+        if _not_integer(self.link_port) or not 0 <= self.link_port < 1 << 16:
+            raise UsageError(f"link_port is {self.link_port!r}; it must be 0, for any that is free, to 65535")
         for name in ("session_tokens", "day_tokens"):
             value = getattr(self, name)
             if _not_integer(value) or value < 0:

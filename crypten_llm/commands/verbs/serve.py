@@ -31,6 +31,8 @@ def options(parser: Parser) -> None:
     add("--together", type=int, default=ROOM, metavar="N", help=f"answers that grow at the same time (default: {ROOM})")
     add("--name", default="", metavar="NAME", help="what the model is called in requests (default: its folder's name)")
     add("--open", action="store_true", help="show the page in a browser")
+    what = "end, with the error, where the parties have ended: for what starts it again (default: stay, and say so)"
+    add("--end-with-parties", action="store_true", help=what)
     shared.add_public_system(parser)
     length = parser.add_mutually_exclusive_group().add_argument
     what = "of requests that do not say: run all steps, so that only the client knows the answer's length"
@@ -59,4 +61,4 @@ def run(arguments: Any) -> None:
     https = tuple(arguments.https) if arguments.https else None
     usual = Usual(policy, arguments.chunk, arguments.hide_length, arguments.public_system)
     where = {"model": arguments.model, "tokenizer": arguments.tokenizer, **shared.settings(arguments)}
-    serve(Place(**same, https=https, opens=arguments.open), usual, **where)
+    serve(Place(**same, https=https, opens=arguments.open, ends=arguments.end_with_parties), usual, **where)

@@ -252,7 +252,8 @@ class Captured:
         """
         transport = self._runtime.transport
         if self._posted and self._runtime.mailbox:
-            wait(transport, self._runtime.mailbox, self._posted[0].other)
+            meanwhile = getattr(self._material, "receive_ahead", lambda: False)
+            wait(transport, self._runtime.mailbox, self._posted[0].other, meanwhile)
         for swap in self._posted:
             with transport.meter.within(swap.scope):
                 transport.count_swap(swap.message.numel(), swap.count, swap.cells)
