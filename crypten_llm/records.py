@@ -54,6 +54,11 @@ def encode(value: object) -> bytes:
     return msgspec.json.encode(value)
 
 
+def in_order(value: object) -> Any:
+    """A record, or what JSON knows, with the names of all objects sorted: of equal values the same text."""
+    return msgspec.to_builtins(value, order="sorted")
+
+
 def plain(value: object) -> Any:
     """A record as dicts, lists, numbers and texts."""
     return msgspec.to_builtins(value)

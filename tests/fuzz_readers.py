@@ -23,7 +23,7 @@ from public_configs import ACCEPTED
 
 from crypten_llm.errors import CryptenLLMError
 from crypten_llm.links import frames
-from crypten_llm.links.meter import Counters, Meter
+from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import Transport
 from crypten_llm.models import checkpoint, gguf_file, gguf_tokenizer, tokenizer
 from crypten_llm.models.config import LlamaConfig
@@ -32,6 +32,7 @@ from crypten_llm.records import Malformed, decode, plain
 from crypten_llm.roles import OWNER
 from crypten_llm.session import messages
 from crypten_llm.session.bench import Shape
+from crypten_llm.session.counting import Told
 from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.generation import Decision
 from crypten_llm.session.plan import Plan, Turn, check_turns
@@ -162,7 +163,7 @@ def message() -> Reader:
         ),
         {"rank": 0, "table": meter.counts(), "peak_bytes": 5, "dealer": {"rank": 2, "table": [], "peak_bytes": 1}},
     )
-    kinds = (messages.Request, messages.OwnerSays, Decision, Next, Agreement, Counters)
+    kinds = (messages.Request, messages.OwnerSays, Decision, Next, Agreement, Told)
     known = LlamaConfig.from_dict(SMALL)
 
     def read(data: bytes) -> None:

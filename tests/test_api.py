@@ -88,9 +88,9 @@ def test_with_a_hidden_length_nothing_is_sent_while_tokens_are_read(private):
     for event in private.stream(**request, hide_length=True):
         if isinstance(event, Step):
             tokens.append(event.token_id)
-            sent.add(sum(link.sent + link.received for link in private.party.transport._links.values()))
+            sent.add(sum(link.sent.frames + link.received.frames for link in private.party.transport._links.values()))
     assert tokens == expected
-    sent.add(sum(link.sent + link.received for link in private.party.transport._links.values()))
+    sent.add(sum(link.sent.frames + link.received.frames for link in private.party.transport._links.values()))
     assert len(sent) == 1
 
 

@@ -29,7 +29,7 @@ from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer.randomness import Stream, fresh_key
 from crypten_llm.protocols.dealer.roles import Owner
 from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.session import launch
+from crypten_llm.session import counting, launch
 from crypten_llm.session.party import Party
 from crypten_llm.session.settings import ProtocolConfig
 
@@ -299,7 +299,7 @@ def test_what_a_party_tells_of_itself_is_in_the_list():
     engine = SimpleNamespace(meter=Meter(), dealer=None, dealer_follows=True)
     for rank in (OWNER, CLIENT):
         party = Party(engine, SimpleNamespace(rank=rank), 2)
-        sent = party.statistics()
+        sent = counting.statistics(party)
         assert set(sent) == {"rank", "table", "peak_bytes"}
         assert any("seconds" in row for row in sent["table"]) == (rank == CLIENT)
         listed = [(entry["what"], entry["to"]) for entry in party.reveals.as_list()]

@@ -305,7 +305,9 @@ def test_crypten_chooses_by_its_own_comparisons(models, clear, mode):
         found = llama.generate(input_ids=IDS, max_new_tokens=2)
         assert found.token_ids == expected
         assert [entry["what"] for entry in found.revealed if entry["to"] == "client"] == [
+            "commitment to the weights",
             CHOICES[mode][0][0],
+            "digests of each party's messages, and its clock",
             "peak memory of each party",
         ]
         if mode == "tokens":

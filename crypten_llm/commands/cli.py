@@ -20,6 +20,7 @@ from crypten_llm.commands.verbs import (
     party,
     serve,
     trace,
+    verify,
 )
 
 COMMANDS = {
@@ -34,6 +35,7 @@ COMMANDS = {
     "trace": trace,
     "party": party,
     "keys": keys,
+    "verify": verify,
     "doctor": doctor,
 }
 

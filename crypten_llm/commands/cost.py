@@ -188,7 +188,7 @@ def _gone_through(party: Party, number: int, course: Course) -> Turn | None:
 class _Uncounted(Party):
     """Has nobody to ask for counters."""
 
-    def count(self) -> list[dict]:
+    def count(self, ended: Sequence[int]) -> list[dict]:
         return []
 
 

@@ -19,6 +19,7 @@ from crypten_llm.session.api import PrivateLlama, check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.defaults import FILE
 from crypten_llm.session.prompted import Progress, Step
+from crypten_llm.session.receipt import Receipts
 from crypten_llm.session.report import cost_table, revealed_table
 from crypten_llm.session.request import Asked, Request, Result
 from crypten_llm.session.settings import ProtocolConfig, split
@@ -38,8 +39,13 @@ def answer(text: str) -> None:
     print(shown(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
-def show_generation(request: Request, model: str, tokenizer: str | None, as_json: bool, **settings: Any) -> Result:
-    """Loads, streams the answer, prints what it cost and what it revealed; settings as for ``from_pretrained``."""
+def show_generation(
+    request: Request, model: str, tokenizer: str | None, as_json: bool, receipt: str | None = None, **settings: Any
+) -> Result:
+    """Loads, streams the answer, prints what it cost and what it revealed; settings as for ``from_pretrained``.
+
+    receipt: a file for what all parties sign of it.
+    """
     protocol, launched = split(settings)
     say(who(protocol))
     with PrivateLlama.from_pretrained(model, tokenizer=tokenizer, first=request, **settings) as llama:
@@ -59,6 +65,8 @@ def show_generation(request: Request, model: str, tokenizer: str | None, as_json
         say()
     say(revealed_table(result.revealed))
     say_outside(llama)
+    if receipt is not None and result.receipt is not None:
+        Receipts((result.receipt,)).write(receipt)
     if as_json:
         print(json.dumps(result.to_dict()), flush=True)
     return result

@@ -129,7 +129,7 @@ def another_frame(frame: Incoming, header: tuple, where: str) -> PartyError:
     if magic == MAGIC:
         came = _describe(kind, dtype, sequence, f"{size} bytes")
     most = f"{'at most ' if frame.kind in BOUNDED else ''}{frame.nbytes} bytes"
-    due = _describe(frame.kind, frame.dtype, frame.link.received & 0xFFFFFFFF, most, frame.specs)
+    due = _describe(frame.kind, frame.dtype, frame.link.received.frames & 0xFFFFFFFF, most, frame.specs)
     return PartyError(f"{frame.link.name} sent {came} during {where}, expected {due}: {SAME_PROGRAM}")
 
 

@@ -5,6 +5,7 @@ nothing but its header, which tells a peer that waits without end that this proc
 does nothing else, at fixed times and whatever is computed, between the frames of others.
 """
 
+import math
 import select
 import socket
 import ssl
@@ -17,6 +18,7 @@ import torch
 
 from crypten_llm.links.frames import BEAT, HEADER, MAGIC, MIXED
 from crypten_llm.links.sockets import set_up
+from crypten_llm.links.transcript import Chain, Frame
 from crypten_llm.process import Owned
 
 MAX_BUFFERS = 512  # of one system call; Linux allows 1024
@@ -33,7 +35,7 @@ class Link:
     def __init__(self, rank: int, name: str, sock: socket.socket) -> None:
         self.rank, self.name, self.fd = rank, name, sock.fileno()
         self.sock: Any = sock
-        self.sent = self.received = 0  # frames, the sequence numbers
+        self.sent, self.received = Chain(), Chain()  # whose numbers of frames are the sequence numbers
         self.mid_frame = False  # a frame is half sent: nothing else may follow on this link
         self.beats = 0  # signs of life that came
         self.owed = b""  # the rest of a sign of life that the kernel took a part of: it goes before all else
@@ -115,6 +117,16 @@ class Outgoing:
     views: list[memoryview]  # what is still to be sent
     size: int  # bytes on the socket
     broken: bool = False  # the link takes no more; the reason may still be in its input
+    whole: Frame = field(init=False)  # all of it, until it is in the transcript
+
+    def __post_init__(self) -> None:
+        self.whole = tuple(self.views)
+
+    def note(self, is_its_own: bool = False) -> None:
+        """Puts it into the transcript, once; see ``Chain.add``."""
+        if self.whole:
+            self.link.sent.add(self.whole, self.size, is_its_own)
+            self.whole = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -132,6 +144,7 @@ class Incoming:
     sent_at: int = 0  # send time that it announced
     room: torch.Tensor | None = None  # for the only tensor that is due; it gets memory of its own if not given
     payload: Any = None  # tensors or text, made when the header was found right
+    whole: Frame = ()  # all of it, once its header was found right
 
     def __post_init__(self) -> None:
         self.views = [memoryview(self.header)]
@@ -140,6 +153,26 @@ class Incoming:
         """What came was no part of this frame."""
         self.header = bytearray(HEADER.size)
         self.views = [memoryview(self.header)]
+
+
+def poll(sending: list[Outgoing], receiving: list[Incoming], seconds: float) -> None:
+    """Wait until a link can go on, so many seconds at most."""
+    events = dict.fromkeys((frame.link.fd for frame in receiving), select.POLLIN)
+    for out in sending:
+        events[out.link.fd] = events.get(out.link.fd, 0) | select.POLLOUT
+    poller = select.poll()
+    for fd, mask in events.items():
+        poller.register(fd, mask)
+    poller.poll(math.ceil(seconds * 1000))
+
+
+def after(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of `views` when their first `count` bytes are done; views without bytes go at once."""
+    for i, view in enumerate(views):
+        if count < view.nbytes:
+            return [view[count:], *views[i + 1 :]]
+        count -= view.nbytes
+    return []
 
 
 class Pulse:

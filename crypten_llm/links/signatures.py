@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 from pathlib import Path
 
 from cryptography import x509
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from crypten_llm.errors import UsageError
+from crypten_llm.links.tls import certificate_path, key_path
 
 LONGEST = 72  # bytes of a signature
 
@@ -36,7 +38,7 @@ class Signer:
     @classmethod
     def of_role(cls, folder: str | Path, role: str) -> Signer:
         """The key of a role's certificate. Raises UsageError for what cannot be read, or is no such key."""
-        path = Path(folder) / f"{role}.key"
+        path = key_path(Path(folder), role)
         try:
             key = serialization.load_pem_private_key(path.read_bytes(), None)
         except OSError as error:
@@ -47,6 +49,11 @@ class Signer:
             raise UsageError(f"--tls: {path} is no key of a party; {_made_by(role)}")
         return cls(key)
 
+    def derive(self, label: bytes) -> bytes:
+        """32 bytes that nobody knows who has not this key: HMAC-SHA256 under it."""
+        form = serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        return hmac.digest(self._key.private_bytes(*form), label, "sha256")
+
     def sign(self, data: bytes) -> bytes:
         """At most ``LONGEST`` bytes."""
         if isinstance(self._key, ed25519.Ed25519PrivateKey):
@@ -56,7 +63,7 @@ class Signer:
 
 def public_keys(folder: str | Path, role: str) -> list[str]:
     """Those of a role's certificates, as ``Signer.public``. Raises UsageError for what cannot be read."""
-    path = Path(folder) / f"{role}.crt"
+    path = certificate_path(Path(folder), role)
     try:
         return [_as_text(each.public_key()) for each in x509.load_pem_x509_certificates(path.read_bytes())]
     except OSError as error:
@@ -94,4 +101,4 @@ def _as_text(key: object) -> str:
 
 
 def _made_by(role: str) -> str:
-    return f"the {role} makes it with python -m crypten_llm keys {role}"
+    return f"the {role} makes it with python -m crypten_llm keys '{role}'"

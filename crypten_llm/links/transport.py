@@ -38,10 +38,11 @@ from crypten_llm.links.frames import (
     STREAM,
     TENSOR,
 )
-from crypten_llm.links.link import BEAT_SECONDS, WAITS, Incoming, Link, Outgoing, Pulse, Specs
+from crypten_llm.links.link import BEAT_SECONDS, WAITS, Incoming, Link, Outgoing, Pulse, Specs, after, poll
 from crypten_llm.links.meter import Cells, Meter
 from crypten_llm.links.staging import Staging
 from crypten_llm.links.stream import StreamReader
+from crypten_llm.links.transcript import Seen
 
 AWAKE = 3e-4
 """Seconds in which a wait asks again and again and offers its core to others in between. Who sends to a process that
@@ -199,6 +200,10 @@ class Transport:
         for fd, _ in poller.poll(0):
             raise faults.gone(by_fd[fd], self.meter.where)
 
+    def seen(self) -> dict[int, tuple[Seen, Seen]]:
+        """By peer, what was sent to it and received from it so far; for when no other thread uses the links."""
+        return {peer: (link.sent.seen(), link.received.seen()) for peer, link in self._links.items()}
+
     def abort(self, message: str) -> None:
         """Tell every peer why this party stops, then close. Best effort, never raises for a link that is gone.
 
@@ -235,7 +240,7 @@ class Transport:
     def _frame(self, link: Link, kind: int, dtype: int, views: list[memoryview]) -> Outgoing:
         size = sum([view.nbytes for view in views])
         sent_at = time.monotonic_ns() if self.network else 0
-        header = HEADER.pack(MAGIC, kind, dtype, link.sent & 0xFFFFFFFF, size, sent_at)
+        header = HEADER.pack(MAGIC, kind, dtype, link.sent.frames & 0xFFFFFFFF, size, sent_at)
         return Outgoing(link, [memoryview(header), *views], HEADER.size + size)
 
     def _incoming(self, src: int, specs: Specs) -> Incoming:
@@ -254,11 +259,11 @@ class Transport:
                 out.link.sending.release()
         sent = received = 0
         for out in outgoing:
+            out.note()
             out.link.mid_frame = False
-            out.link.sent += 1
             sent += out.size
         for frame in incoming:
-            frame.link.received += 1
+            frame.link.received.add(frame.whole, HEADER.size + frame.size, frame.kind in BOUNDED)
             received += HEADER.size + frame.size
         if self.network and incoming:
             self.network.hold_back(incoming, HEADER.size)
@@ -288,6 +293,12 @@ class Transport:
                     raise faults.gone(out.link, self.meter.where)
             if not (sending or receiving):
                 return
+            for out in outgoing:
+                if not out.views:
+                    out.note(is_its_own=True)  # as long as this call lasts, and that is long enough
+                    out.link.sent.catch_up()  # while others compute
+            for frame in receiving:
+                frame.link.received.catch_up()
             now = time.perf_counter()
             waited, turned = waited + min(now - turned, TURN_SECONDS), now
             progress_at = now if moved > before[2] else progress_at
@@ -300,7 +311,7 @@ class Transport:
             if now - progress_at < AWAKE:
                 os.sched_yield()
             else:
-                _poll(sending, receiving, min(TURN_SECONDS, timeout - waited))
+                poll(sending, receiving, min(TURN_SECONDS, timeout - waited))
 
     def _push(self, out: Outgoing) -> int:
         """Send what the kernel takes now; how many bytes that was."""
@@ -313,7 +324,7 @@ class Transport:
             except OSError:
                 out.broken, out.views = True, []
                 break
-            out.views = _after(out.views, sent)
+            out.views = after(out.views, sent)
             moved += sent
         return moved
 
@@ -331,7 +342,7 @@ class Transport:
                 received = 0
             if received == 0:
                 raise faults.gone(frame.link, self.meter.where)
-            frame.views = _after(frame.views, received)
+            frame.views = after(frame.views, received)
             moved += received
             if frame.header is not None and not frame.views and self._open(frame):
                 return moved - HEADER.size  # a storm of them must not keep this from counting its time
@@ -344,13 +355,14 @@ class Transport:
 
         True for a sign of life: it was not due, and the header is still to come.
         """
-        header, frame.header = HEADER.unpack(frame.header), None
+        raw, header = frame.header, HEADER.unpack(frame.header)
+        frame.header = None
         magic, kind, dtype, sequence, frame.size, frame.sent_at = header
         if (magic, kind, frame.size) == (MAGIC, BEAT, 0):
             frame.link.beats += 1
             frame.await_header()
             return True
-        due = frame.kind, frame.dtype, frame.link.received & 0xFFFFFFFF
+        due = frame.kind, frame.dtype, frame.link.received.frames & 0xFFFFFFFF
         fits = frame.size <= frame.nbytes if kind in BOUNDED else frame.size == frame.nbytes
         if magic == MAGIC and kind == ABORT and frame.size <= MAX_ABORT_BYTES:
             frame.kind = ABORT
@@ -365,18 +377,8 @@ class Transport:
         else:
             frame.payload = bytearray(frame.size)
             frame.views = [memoryview(frame.payload)] if frame.size else []
+        frame.whole = (raw, *frame.views)
         return False
-
-
-def _poll(sending: list[Outgoing], receiving: list[Incoming], seconds: float) -> None:
-    """Wait until a link can go on, so many seconds at most."""
-    events = dict.fromkeys((frame.link.fd for frame in receiving), select.POLLIN)
-    for out in sending:
-        events[out.link.fd] = events.get(out.link.fd, 0) | select.POLLOUT
-    poller = select.poll()
-    for fd, mask in events.items():
-        poller.register(fd, mask)
-    poller.poll(math.ceil(seconds * 1000))
 
 
 def encode_json(obj: object) -> bytes:
@@ -387,12 +389,3 @@ def encode_json(obj: object) -> bytes:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on a processor as writable bytes, no copy."""
     return tensor.numpy().data.cast("B") if tensor.numel() else memoryview(b"")
-
-
-def _after(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of `views` when their first `count` bytes are done; views without bytes go at once."""
-    for i, view in enumerate(views):
-        if count < view.nbytes:
-            return [view[count:], *views[i + 1 :]]
-        count -= view.nbytes
-    return []

@@ -93,6 +93,7 @@ class Writer:
             "beside": max(0, max(result.prompts for result in ended.results) - len(ended.results)),
             "revealed": ended.revealed,
             "outside": first.outside,
+            "receipt": None if first.receipt is None else f"/v1/receipts/{self.id}",
         }
 
     @property

@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -30,6 +31,7 @@ from crypten_llm.serving.job import Broken, Ended, Job
 from crypten_llm.serving.kept import Talk
 from crypten_llm.serving.refusals import Refusal
 from crypten_llm.serving.service import Service, State
+from crypten_llm.serving.shelf import Shelf
 from crypten_llm.session.request import Asked
 
 DEADLINE = "x-deadline"  # seconds from now
@@ -39,12 +41,15 @@ Answer = Callable[[Request], Awaitable[Response]]
 
 @dataclass
 class Endpoint:
-    """service: the session. guard: who may ask. model: the name that it goes by. usual: of requests that do not say."""
+    """service: the session. guard: who may ask. model: the name that it goes by. usual: of requests that do not say.
+    shelf: receipts of the last answers.
+    """
 
     service: Service
     guard: Guard
     model: str
     usual: asking.Usual = field(default_factory=asking.Usual)
+    shelf: Shelf = field(default_factory=Shelf)
 
     def app(self) -> Starlette:
         posts = {
@@ -58,6 +63,7 @@ class Endpoint:
             "/metrics": self.metrics,
             "/v1/models": self.models,
             "/v1/models/{name:path}": self.one_model,
+            "/v1/receipts/{name}": self.receipt,
         }
         routes = [Route(path, self._guarded(run), methods=["POST"]) for path, run in posts.items()]
         routes += [Route(path, self._guarded(run), methods=["GET"]) for path, run in gets.items()]
@@ -67,14 +73,22 @@ class Endpoint:
         """An answer, whole or streamed."""
         body, asked, talk = await self._asked(request, kind)
         await self._check_deadline(request, asked)
-        job = Job(asked, _caller(request, body), talk)
+        caller = _caller(request, body)
+        job = Job(asked, caller, talk)
         self.service.submit(job)
         writer = Writer(body, self.service.ready(), self.model)
+        keep = partial(self.shelf.put, request.state.key, writer.id)
         if body.stream:
-            events = streams.events(job, writer, self.service.leave)
+            events = streams.events(job, writer, self.service.leave, keep)
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        return _json(writer.whole(await self._wait(request, job)))
+        ended = await self._wait(request, job)
+        keep(ended.results)
+        return _json(writer.whole(ended))
+
+    async def receipt(self, request: Request) -> Response:
+        """What the parties have signed of an answer, by its id."""
+        return _json(self.shelf.get(request.state.key, request.path_params["name"]))
 
     async def _asked(
         self, request: Request, kind: type[ChatBody] | type[TextBody] | None

@@ -5,7 +5,7 @@ Owns the format of a stream and its end. Who stops reading ends the answer at it
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from crypten_llm import records
@@ -13,12 +13,15 @@ from crypten_llm.serving import refusals
 from crypten_llm.serving.answers import Writer
 from crypten_llm.serving.job import Broken, Ended, Job
 from crypten_llm.session.prompted import Progress, Step
+from crypten_llm.session.request import Result
 
 QUIET_SECONDS = 10.0  # between two signs of life; proxies cut what is idle for a minute
 
 
-async def events(job: Job, writer: Writer, leave: Callable[[Job], None]) -> AsyncIterator[bytes]:
-    """The bytes of the stream; leave: is called when it ends, whoever ended it."""
+async def events(
+    job: Job, writer: Writer, leave: Callable[[Job], None], keep: Callable[[Sequence[Result]], None]
+) -> AsyncIterator[bytes]:
+    """The bytes of the stream; leave: is called when it ends, whoever ended it; keep: with all answers."""
     begun: set[int] = set()
     try:
         while True:
@@ -31,6 +34,7 @@ async def events(job: Job, writer: Writer, leave: Callable[[Job], None]) -> Asyn
                     for piece in _pieces(writer, step, begun):
                         yield _data(piece)
                 case Ended() as ended:
+                    keep(ended.results)
                     for piece in writer.ending(ended):
                         yield _data(piece)
                     yield b"data: [DONE]\n\n"

@@ -260,7 +260,8 @@ class PrivateLlama:
         """What came of the last request, which has ended."""
         ranks = taken.ranks or self.party.collect_statistics()
         cost, revealed = Cost(ranks, self.party.compute_parties), self.party.reveals.as_list()
-        facts = self.protocol.engine, self.load_seconds, cost, revealed, len(asked), self.party.outside
+        party, engine = self.party, self.protocol.engine
+        facts = engine, self.load_seconds, cost, revealed, len(asked), party.outside, party.notary.take(0)
         made = zip(asked, taken.answers, taken.steps, strict=True)
         return [each.result(answer, steps, *facts) for each, answer, steps in made]
 

@@ -28,6 +28,7 @@ from crypten_llm.links.network import parse_network
 from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session.admission import WARNING, Admission
+from crypten_llm.session.notary import Notary
 from crypten_llm.session.party import Party
 from crypten_llm.session.quota import Quota
 from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
@@ -185,11 +186,13 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
             tape = _tape(protocol, launch, transport)
         if tape:
             tape.compare(asdict(config))
+        own["notary"] = Notary.of(transport, protocol, launch.tls, tape.manifest.id if tape else "")
         engine: Engine = WireEngine(transport, config, tape, device=device, peer_memory=protocol.peer_memory)
         return Party(engine, transport, protocol.compute_parties, **own)
     from crypten_llm.engines.crypten.domain import CryptenConfig
     from crypten_llm.engines.crypten.engine import CryptenEngine
 
+    own["notary"] = Notary.of(transport, protocol, launch.tls)
     settings = CryptenConfig(precision_bits=protocol.precision_bits)
     engine = CryptenEngine(transport, protocol.compute_parties, settings)
     return Party(engine, transport, protocol.compute_parties, **own)

@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 
 def read_weights(
-    folder: str | Path, config: LlamaConfig, progress: bool, beat: Callable[[int, int], None]
+    folder: str | Path,
+    config: LlamaConfig,
+    progress: bool,
+    beat: Callable[[int, int], None],
+    seen: Callable[[str, torch.Tensor], None],
 ) -> dict[str, torch.Tensor]:
-    """By name, as ``prepare`` makes them; beat: is told how far it is, ``(loaded, total)``."""
+    """By name, as ``prepare`` makes them; beat: hears how far it is, ``(loaded, total)``; seen: each as it was read."""
     total = len(checkpoint.expected_shapes(config))
     weights = {}
     with loading_bar(total, progress) as bar:
         for name, value in checkpoint.load_weights(folder, config):
+            seen(name, value)
             weights[name] = prepare(name, value, config)
             bar.update()
             beat(len(weights), total)

@@ -150,5 +150,6 @@ class OpenBatch:
             yield from inside.steps
         passed = counters.since(inside.before, llama.party.load_reveals.as_list())
         cost = Cost(passed.ranks, llama.party.compute_parties)
-        facts = llama.protocol.engine, llama.load_seconds, cost, passed.revealed, inside.most, llama.party.outside
+        party, engine = llama.party, llama.protocol.engine
+        facts = engine, llama.load_seconds, cost, passed.revealed, inside.most, party.outside, party.notary.take(place)
         yield Done(place, inside.asked.result(inside.answer, inside.steps, *facts), counters)

@@ -19,15 +19,16 @@ import eviction
 from crypten_llm import limits, memory
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import PartyError, UsageError, unheard
-from crypten_llm.links.meter import Counters, Meter, peak_bytes
+from crypten_llm.links.meter import Meter
 from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER, role_names
-from crypten_llm.session import bench, generation, messages, scheduler, sizes
+from crypten_llm.session import bench, counting, generation, messages, scheduler, sizes
 from crypten_llm.session.admission import Admission
 from crypten_llm.session.loading import loading_bar, read_weights
 from crypten_llm.session.mode import Mode
+from crypten_llm.session.notary import Notary
 from crypten_llm.session.padded import Padded
 from crypten_llm.session.plan import Plan, Turn, Turns, check_turns, parse_policy
 from crypten_llm.session.prefix import Prefixes
@@ -51,7 +52,7 @@ class Party:
     transport is ``None`` on engine ``plain``, where one process is owner and client at once. make_policy: of a request,
     from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner,
     whether its model is shared. mode: what this party lets the client learn of each step, all logits by default.
-    quota: at the owner, how many tokens it answers with.
+    quota: at the owner, how many tokens it answers with. notary: what makes its part of receipts; by default nothing.
     """
 
     model: Llama  # once it has been loaded
@@ -69,6 +70,7 @@ class Party:
         admission: Admission | None = None,
         mode: Mode | None = None,
         quota: Quota | None = None,
+        notary: Notary | None = None,
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -85,6 +87,7 @@ class Party:
         self.make_policy, self.make_model, self.admission = make_policy, make_model, admission or Admission()
         self.mode = mode or Mode()
         self.quota = quota if quota and self.is_owner else Quota()
+        self.notary = notary or Notary()
         self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
     @property
@@ -112,6 +115,7 @@ class Party:
         """Counts from zero, and lists reveals from where the loaded model left them."""
         self.fresh_meter()
         self.requests += 1
+        self.notary.start()
         self.reveals = self.load_reveals.copy()
 
     def fresh_meter(self) -> None:
@@ -184,6 +188,7 @@ class Party:
                 self.reveals.public("one power of four per RMSNorm, near the size of its input", why)
             if self.outside:
                 self.reveals.public("which ranges of the engine the model leaves", "--force: it is shared all the same")
+            self.notary.stand_for(config, announced, self.reveals)
             with self.engine.meter.operation("sharing of the weights", "weights"), self.engine.section("weights"):
                 handles = {}
                 for name, shape in checkpoint.expected_shapes(config).items():
@@ -238,7 +243,7 @@ class Party:
             config = LlamaConfig.from_folder(folder)
             tokens = tokenizer.digest(Path(folder))
             beat = self._heartbeat()
-            weights = read_weights(folder, config, progress, beat)
+            weights = read_weights(folder, config, progress, beat, self.notary.weigher())
         alive = partial(beat, len(weights), len(weights))
         found, outside = self.admission.decide(self.engine, Path(folder), config, weights, alive, progress)
         announced = messages.Announced(config.to_dict(), found.norm_scales, tokens, outside)
@@ -293,7 +298,7 @@ class Party:
                         events = (
                             scheduler.follow(self, scheduler.joining(plans, turns))
                             if is_open
-                            else generation.together(self, plans, turns=turns)
+                            else self._together(plans, None, turns)
                         )
                         for _ in events:
                             pass
@@ -304,7 +309,7 @@ class Party:
                         memory.check(sizes.of_bench(shape, self.engine.number_bytes), "a bench of these sizes")
                     bench.run(self, shape)
                 case messages.Statistics():
-                    self.count()
+                    self.count(self.notary.running)
 
     def request_load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """At the client: has the model shared; ``folder`` is opened on engine ``plain`` alone."""
@@ -327,6 +332,10 @@ class Party:
         """
         self.from_client(messages.Generate(tuple(plans), tuple(turns)))
         self.start_request()
+        return self._together(plans, answers, turns)
+
+    def _together(self, plans: Sequence[Plan], answers: Sequence[Answer] | None, turns: Turns) -> Any:
+        self.notary.begin(self, plans, turns[0] if len(turns) == 1 else None)
         return generation.together(self, plans, answers, turns)
 
     def request_open(
@@ -362,36 +371,11 @@ class Party:
     def collect_statistics(self) -> list[dict]:
         """At the client, after a request: every rank's counters; the dealer's last, if one takes part."""
         self.from_client(messages.Statistics())
-        return self.count()
+        return self.count(self.notary.running)
 
-    def count(self) -> list[dict]:
-        """The same where all parties know that it is due; at others than the client nothing."""
-        if self.transport is None:
-            return [self.statistics()]
-        if not self.is_client:
-            self.transport.send_json(self.client, self.statistics())
-            return []
-        ranks = {self.rank: self.statistics()}
-        for rank in self.peers:
-            ranks[rank] = self.transport.recv_json(rank, Counters)
-        if "dealer" in ranks[self.owner]:
-            ranks[self.compute_parties] = ranks[self.owner].pop("dealer")
-        return [ranks[rank] for rank in sorted(ranks)]
-
-    def statistics(self) -> dict:
-        """This party's public counters since ``fresh_meter``, without clocks but at the client; party 0 adds the
-        dealer's.
-
-        Reveals: each party's peak memory, to the client.
-        """
-        meter = self.engine.meter
-        table = meter.table() if self.is_client else meter.counts()
-        entry = {"rank": self.rank, "table": table, "peak_bytes": peak_bytes()}
-        if self.transport is not None:
-            self.reveals.told("peak memory of each party", "client", "its report names it")
-        if self.rank == OWNER and self.engine.dealer is not None:
-            entry["dealer"] = self.engine.dealer.ask_statistics()
-        return entry
+    def count(self, ended: Sequence[int]) -> list[dict]:
+        """The same where all parties know that it is due: ``counting.count``."""
+        return counting.count(self, ended)
 
     def close(self) -> None:
         """Ends the others' ``serve``; at the client only."""

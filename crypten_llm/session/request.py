@@ -19,6 +19,7 @@ from crypten_llm.session.mode import ID, Mode
 from crypten_llm.session.plan import DEFAULT_CHUNK, Course, Plan, Turn, parse_policy
 from crypten_llm.session.prompted import Answer, Step
 from crypten_llm.session.public import cut, cut_chat
+from crypten_llm.session.receipt import Receipt
 from crypten_llm.session.report import Cost
 from crypten_llm.session.sampling import Logprobs, Sampler, SamplingConfig
 from crypten_llm.session.settings import check_names
@@ -244,7 +245,7 @@ class Result:
     prompts: how many shared its rounds; ``seconds``, ``cost`` and ``revealed`` are of all these together.
     outside: why the answer is not to be trusted, where the model was shared although it leaves the engine's ranges.
     cached_tokens: of its conversation, that the cache held already. decoding: how tokens were chosen, in words.
-    stop_ids: what would have ended it.
+    stop_ids: what would have ended it. receipt: of all these together; ``None`` on engine ``plain``.
     """
 
     text: str
@@ -263,11 +264,12 @@ class Result:
     cached_tokens: int = 0
     public_tokens: int = 0
     outside: str = ""
+    receipt: Receipt | None = None
 
     def to_dict(self) -> dict:
         """The JSON object that ``generate --json`` prints."""
         likely = None if self.logprobs is None else [asdict(step) for step in self.logprobs]
-        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "cost"}
+        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _APART}
         return {
             **plain,
             "logprobs": likely,
@@ -276,6 +278,9 @@ class Result:
             "peak_memory_bytes": self.cost.peak_bytes(),
             "table": self.cost.table(),
         }
+
+
+_APART = ("cost", "receipt")
 
 
 @dataclass
@@ -329,6 +334,7 @@ class Asked:
         revealed: list[dict],
         prompts: int,
         outside: str,
+        receipt: Receipt | None,
     ) -> Result:
         """What came of it; steps: those that were read, of which the last ends the answer if it was read to its end."""
         decode = [step.seconds for step in steps[1:]]
@@ -353,6 +359,7 @@ class Asked:
             cached_tokens=len(self.before),
             public_tokens=len(self.plan.public_prefix),
             outside=outside,
+            receipt=receipt,
         )
 
 

@@ -98,10 +98,11 @@ def follow(party: Party, first: Sequence[Newcomer], door: Door | None = None) ->
         if index and (ended or coming):
             places = tuple(range(taken, taken + len(coming)))
             with meter.phase("counters"):  # which are no part of what they count
-                ranks = party.count()
+                ranks = party.count(ended)
             if ranks:
                 yield Counted(ended, places, Counters(ranks, party.reveals.as_list()))
         for plan, turn, answer in coming:
+            party.notary.begin(party, [plan], turn, taken)
             inside[taken] = Prompted(party, plan, answer, party.cache(turn), taken, turn)
             inside[taken].begin()
             taken += 1

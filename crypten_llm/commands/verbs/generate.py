@@ -31,6 +31,7 @@ def options(parser: Parser) -> None:
     what = "end with the answer, whose length the others then learn (default where it is streamed)"
     length("--show-length", dest="hide_length", action="store_false", default=None, help=what)
     shared.add_policy(parser)
+    add("--receipt", metavar="F.json", help="write what all parties sign of this answer (see verify)")
     parser.add_json()
     shared.add_settings(parser)
 
@@ -47,13 +48,17 @@ def run(arguments: Any) -> None:
     if arguments.prompts is not None:
         _answer_file(arguments, asked, where)
         return
+    if arguments.receipt is not None and arguments.engine == "plain":
+        raise UsageError("--receipt is what parties sign, and engine 'plain' has one alone; leave it out")
     for option in ("out", "batch_size"):
         if getattr(arguments, option) is not None:
             raise UsageError(f"--{option.replace('_', '-')} belongs to a file of prompts; give that with --prompts")
     from crypten_llm.commands.show import show_generation
     from crypten_llm.session.request import Request
 
-    show_generation(Request(**shared.prompt(arguments), **asked), as_json=arguments.json, **where)
+    show_generation(
+        Request(**shared.prompt(arguments), **asked), as_json=arguments.json, receipt=arguments.receipt, **where
+    )
 
 
 def _answer_file(arguments: Any, asked: dict, where: dict) -> None:
@@ -63,6 +68,8 @@ def _answer_file(arguments: Any, asked: dict, where: dict) -> None:
         raise UsageError("--prompts needs --out F.jsonl, where the answers go")
     if arguments.json:
         raise UsageError("--json is of one answer; those of --prompts are in --out")
+    if arguments.receipt is not None:
+        raise UsageError("--receipt is of one answer; leave it out with --prompts")
     from crypten_llm.commands.prompts import answer_file
 
     answer_file(arguments.prompts, arguments.out, asked, arguments.batch_size, **where)
