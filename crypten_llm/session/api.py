@@ -201,7 +201,8 @@ class PrivateLlama:
         if request.stops and not self.has_tokenizer:
             raise UsageError("stop is a text, and there is no tokenizer to make text of tokens; give one (--tokenizer)")
         sampling, stop_ids = request.sampling(self.defaults), request.stop_ids(self.defaults)
-        return Asked(request, ids, plan, sampling, stop_ids, before)
+        grammar = self._folder.grammar(request.within, self.party.tokens_digest)
+        return Asked(request, ids, plan, sampling, stop_ids, before, grammar)
 
     def run(
         self, asked: Sequence[Asked], first: int = 0, turn: Turn | None = None, taken: Taken | None = None
