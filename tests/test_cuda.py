@@ -3,24 +3,24 @@
 Needs a GPU (`make test-cuda`). Sizes are such that several programs share the work, and its last one is not full.
 """
 
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import kernel_cases
 import pytest
 import torch
-from kernel_twins import called, same, table_words, tensors, wide_words, words
+from kernel_twins import called, same, tensors, words
 
 from crypten_llm.kernels import cpu, cuda, ring
-from crypten_llm.kernels.ring import Comparison, Group
+from crypten_llm.kernels.ring import Group
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-cuda on a machine that has one"),
 ]
-FLOATS = torch.linspace(-3, 3, 7, dtype=torch.float64) * 2**20
-EIGHTHS = torch.tensor([(k << 61) + step for k in range(4) for step in (-1, 0, 1)][1:])
 
 
 def moved(value, device):
@@ -67,7 +67,7 @@ def test_products_of_the_largest_limbs():
 @pytest.mark.parametrize("start", [0, 2**38 - 128, 2**45])
 def test_key_streams(start):
     mine, theirs = (kernels.KeyStream(bytes(range(32))) for kernels in (cuda, cpu))
-    mine._position = theirs._position = start
+    mine.place = theirs._position = start
     theirs._start()
     for count in (1, 63, 64, 8, 5000, 1 << 20):
         assert same(mine.fill(count).cpu(), theirs.fill(count))
@@ -78,95 +78,67 @@ def test_key_streams(start):
 @pytest.mark.parametrize("bits", [1, 7, 8, 24, 35, 40, 63, 64])
 @pytest.mark.parametrize("count", [0, 1, 511, 5001])
 def test_what_travels(bits, count):
-    x, mask = words(count), words(count, seed=1)
-    check("unpack", check("pack", x, bits), bits, (count,))
-    value, packed = check("hide", x, mask, 1 << max(0, bits - 2), bits)
-    for skipped in (0, 3):
-        message = torch.cat([torch.zeros(skipped, dtype=torch.uint8), packed])
-        check("show", value, message[skipped:], bits, (count,))
-    if 1 < bits < 64:
-        check("unwrap", value, bits)
-    check("pack", x.int(), min(bits, 31))
+    kernel_cases.travel(check, bits, count)
 
 
 @pytest.mark.parametrize("bits", [65, 79, 128, 132, 256, 300])
 def test_limbs(bits):
-    x, y = wide_words(bits, 40, 30), wide_words(bits, 40, 30, seed=1)
-    check("unpack", check("pack", x, bits), bits, (40, 30))
-    for ones in (False, True):
-        value, packed = check("hide_wide", x, y, 1 << (bits - 2), bits, ones)
-        check("show_wide", value, packed, bits, ones, (40, 30))
-    check("reduce_wide", x, bits - 3)
-    check("widen", words(40, 30), bits, True)
-    for name in ("add_wide", "subtract_wide", "multiply_wide"):
-        check(name, x, y, bits)
-        check(name, x, y[:1], bits)
-    check("sum_wide", x, bits)
-    for count in (1, 64, 70, -9):
-        check("shift_wide", x, count, bits)
-    for up in (False, True):
-        check("drop_wide", x, bits, 36, up)
-    bit = words(40, 30) & 1
-    check("lift_mask", words(40, 30, bound=2**30) & (2**30 - 1), x, y, bit, 31, bits)
-    check("dot_wide", words(40, 30), x, bits)
-    check("scale_lifted", words(40, 30), bit, x, y[:, 0], y[:, 1], x, y, 35, 32, bits)
+    for rows, size in ((40, 30), (1, 1), (0, 5), (1, 2500), (257, 3)):
+        kernel_cases.limbs(check, bits, rows, size)
+        kernel_cases.lifted(check, bits, rows, size)
 
 
-@pytest.mark.parametrize("q", [64, 104, 256, 300])
+@pytest.mark.parametrize("q", [64, 104, 128, 256, 300, 512])
 def test_modulo_ones(q):
-    x, y, turns = wide_words(q, 600), wide_words(q, 600, seed=1), words(600)
-    for name in ("add_ones", "subtract_ones", "multiply_ones"):
-        check(name, x, y, q)
-    starts = torch.tensor([0, 300, 300, 600])
-    check("sum_ones", x, starts, q)
-    check("power_ones", turns, q)
-    check("rotate_ones", x, turns, q)
-    for up in (False, True):
-        check("window_ones", x, turns[:3], starts, q, 40, up)
-    check("turned_exponents", turns, words(600, seed=2) % q, 16, q, x)
-    check("read_exponents", x, turns, 126, 16, q)
+    for count in (0, 1, 600, 5001):
+        kernel_cases.ones(check, q, count)
+
+
+def test_any_layout():
+    kernel_cases.any_layout(check)
 
 
 @pytest.mark.parametrize("shift", [0, 29, 46])
 def test_waves(shift):
-    angle = torch.cat([EIGHTHS, EIGHTHS >> shift, words(20000)])
-    n, scale = angle.numel(), 2.0**31 * 1.1
-    check("waves", angle, shift, scale, 7)
-    check("coefficients", angle, shift, scale, FLOATS / 2**20, FLOATS.flip(0) / 2**20)
-    check("combine", angle, shift, scale, FLOATS / 2**20, FLOATS.flip(0) / 2**20, words(14, n), -5)
-    check("cosines", angle, shift, words(7), FLOATS)
-    check("add_cosines", angle, shift, words(7), FLOATS, torch.arange(7) * 9, words(7, 2, n), 77)
+    kernel_cases.waves(check, shift, 20000)
 
 
-def test_tables_and_places():
-    rows, places = table_words(8, 500, 32), words(500)
-    sets = words(3, 256) & 1 == 1
-    check("flip_places", places, rows)
-    check("parities", rows, places, sets)
-    check("xor_rows", table_words(32, 130, 40), words(5, 3))
-    check("multiply_field", words(3, 50), words(50, seed=1))
-    for bits in (8, 32, 64):
-        check("turn_table", words(64), places, table_words(bits, 500, 64))
-        check("read_table", table_words(bits, 500, 64), places, words(7))
-    check("turn_signs", words(500), 5, table_words(16, 500, 32))
-    check("read_signs", table_words(16, 500, 32), words(500, 9), 5)
-    check("turn_bits", words(500, 3) & 31, places & 1, table_words(16, 500, 3, 32))
-    check("read_bits", table_words(16, 500, 3, 32), words(500, 3) & 31, words(500, 3, seed=1) & 1, 1)
+@pytest.mark.parametrize("count", [0, 1, 500, 4097])
+def test_tables_and_places(count):
+    kernel_cases.tables(check, count)
 
 
-@pytest.mark.parametrize(
-    "group", [Group.residues(256), Group(2, 88), Group(2, 64), Group(1, 64), Group(1, 90), Group(2, 20)], ids=str
-)
+def test_rows_chosen_by_bits_and_a_field():
+    kernel_cases.rows_and_fields(check)
+
+
+@pytest.mark.parametrize("group", kernel_cases.GROUPS, ids=str)
 def test_comparison_keys(group):
-    comparison = Comparison(79, (0, 1 << 30, 1 << 60), (0, 20, 50), group)
-    limbs = (wide_words(group.bits, 70, group.count), wide_words(group.bits, 70, group.count, seed=1))
-    if group.modulus:
-        limbs = tuple(x % group.modulus for x in limbs)
-    mask, opened = wide_words(79, 70), wide_words(79, 70, seed=1)
-    seeds = words(70, 2), words(70, 2, seed=1)
-    common = check("compare_keys", comparison, mask, limbs[0], *seeds)
-    for party in (0, 1):
-        check("compare", comparison, seeds[party], common, party, opened, limbs[1])
+    kernel_cases.keys(check, group, 70)
+
+
+def test_nothing_is_copied_from_the_processor():
+    """So that it can be captured in a CUDA graph: each is launched once before, as what is captured is."""
+
+    def captured(name, *arguments):
+        given = moved(arguments, "cuda")
+        expected = called(cuda, name, given)
+        again = copy.deepcopy(given)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = getattr(cuda, name)(*again)
+        graph.replay()
+        assert all(same(*pair) for pair in zip(tensors(found), tensors(expected), strict=True)), name
+        return moved(expected, "cpu")
+
+    kernel_cases.travel(captured, 40, 511)
+    kernel_cases.limbs(captured, 98, 3, 300)
+    kernel_cases.lifted(captured, 98, 3, 300)
+    kernel_cases.ones(captured, 104, 300)
+    kernel_cases.waves(captured, 29, 300)
+    kernel_cases.tables(captured, 300)
+    kernel_cases.rows_and_fields(captured)
+    kernel_cases.keys(captured, Group(2, 88), 20)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda,cpu,cpu", "cpu,cuda,cuda"])
@@ -184,6 +156,6 @@ def test_a_private_answer(device):
 
 
 def test_every_kernel_of_the_list_is_here():
-    text = Path(__file__).read_text("utf-8")
+    text = "".join(Path(path).read_text("utf-8") for path in (__file__, kernel_cases.__file__))
     listed = [name for name in vars(ring.Kernels) if name[0] != "_"]
     assert [name for name in listed if f'"{name}"' not in text and name != "KeyStream"] == []

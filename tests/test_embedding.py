@@ -8,7 +8,7 @@ from wire_parties import CLIENT, OWNER, check_cost, joined, open_wires, play, ru
 
 from crypten_llm.kernels import places
 from crypten_llm.kernels.ring import packed_size
-from crypten_llm.protocols.embedding import look_up, own_table
+from crypten_llm.protocols.embedding import look_up, one_hot, own_table
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Rounds
 from crypten_llm.protocols.secret import Overflow, as_secret
@@ -31,7 +31,8 @@ def held(runtime, value, bits, scale):
 def rows(runtime, ids, table):
     rounds = Rounds(runtime)
     sketches = Sketches(runtime, rounds)
-    return rounds.run(look_up(runtime, runtime.held_by(CLIENT, ids), len(ids), table, sketches))
+    hot = runtime.held_by(CLIENT, one_hot(ids, len(ids), table.shape[0]))
+    return rounds.run(look_up(runtime, hot, len(ids), table, sketches))
 
 
 def looked_up(value, ids, bits, scale):

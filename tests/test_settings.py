@@ -24,6 +24,7 @@ CHANGED = {
         "progress": True,
         "shielded": True,
         "force": True,
+        "peer_memory": True,
         "insecure_links": True,
         "calibration_text": "asked.txt",
         "reveal": "top-7",
@@ -34,7 +35,7 @@ CHANGED = {
     },
 }
 """Another value than the default for each setting."""
-ALONE = {"tape": "wire", "device": "plain"}
+ALONE = {"tape": "wire", "peer_memory": "wire", "device": "plain"}
 """Settings that one engine alone has."""
 
 

@@ -13,7 +13,7 @@ from crypten_llm.protocols.sketch import NOT_ITS_SUMS, NOT_ONE_ROW, Labels, Sket
 
 ROWS = 70  # two words of bits, of which the second has some to spare
 PASSED = ""
-ONE_ROW = embedding._one_hot
+ONE_ROW = embedding.one_hot
 
 
 def sets(*rows):
@@ -35,8 +35,8 @@ def verdicts(chosen, alter=lambda runtime, sketches: None, times=1):
         table = rounds.run(embedding.own_table(runtime, value, (ROWS, 3), 8, 1))
         told = []
         for _ in range(times):
-            ids = runtime.held_by(CLIENT, torch.zeros(len(chosen), dtype=torch.int64))
-            rounds.run(embedding.look_up(runtime, ids, len(chosen), table, sketches))
+            hot = runtime.held_by(CLIENT, chosen.clone())
+            rounds.run(embedding.look_up(runtime, hot, len(chosen), table, sketches))
             alter(runtime, sketches)
             try:
                 rounds.run(sketches.checked())
@@ -45,9 +45,7 @@ def verdicts(chosen, alter=lambda runtime, sketches: None, times=1):
                 told.append(str(error))
         return told
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(embedding, "_one_hot", lambda *_: chosen.clone())
-        owner, client, dealer = run(job).results
+    owner, client, dealer = run(job).results
     assert dealer == [PASSED] * times
     return list(zip(owner, client, strict=True))
 
@@ -172,7 +170,7 @@ def test_a_run_ends_at_the_owner(model, monkeypatch, second):
         except PartyError:
             pass
 
-    monkeypatch.setattr(embedding, "_one_hot", two_rows)
+    monkeypatch.setattr(embedding, "one_hot", two_rows)
     monkeypatch.setattr(Sketches, "checked", ignored)
     with PrivateLlama.from_pretrained(model, threads=1) as llama:
         tokens = []

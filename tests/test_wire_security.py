@@ -10,7 +10,7 @@ from crypten_llm.insecure.audit import MaskReused
 from crypten_llm.kernels.ring import Comparison, Group, packed_size
 from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.dealer.randomness import Stream
-from crypten_llm.protocols.embedding import look_up, own_table
+from crypten_llm.protocols.embedding import look_up, one_hot, own_table
 from crypten_llm.protocols.ladder import below
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Rounds
@@ -65,7 +65,8 @@ def embedded(runtime, integers):
     ids = integers.clamp(min=0) % 8
     table = play(runtime, own_table(runtime, runtime.held_by(OWNER, torch.eye(8)), (8, 8), 8, 1))
     rounds = Rounds(runtime)
-    rounds.run(look_up(runtime, runtime.held_by(CLIENT, ids), len(ids), table, Sketches(runtime, rounds)))
+    hot = runtime.held_by(CLIENT, one_hot(ids, len(ids), 8))
+    rounds.run(look_up(runtime, hot, len(ids), table, Sketches(runtime, rounds)))
 
 
 def weights(runtime, integers):

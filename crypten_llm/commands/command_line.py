@@ -46,6 +46,12 @@ class Parser(argparse.ArgumentParser):
         what = "prompt tokens per prefill pass (default: 128)"
         self.add_argument("--chunk", type=int, default=128, metavar="T", help=what)
 
+    def add_padded(self, default: int | None = 0) -> None:
+        """default: ``None`` where a device says it."""
+        usual = "256 on a GPU, else 0" if default is None else default
+        what = f"count the answer's cache as a multiple of N rows, 0 for those there are (default: {usual})"
+        self.add_argument("--padded", type=int, default=default, metavar="N", help=what)
+
     def add_json(self) -> None:
         self.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
 

@@ -16,6 +16,7 @@ from crypten_llm.session.settings import LaunchConfig, ProtocolConfig
 if TYPE_CHECKING:
     from crypten_llm.session.bench import Shape
 
+PADDED_ON_A_GPU = 256
 BENCH_SIZES = {
     "hidden": 256,
     "heads": 8,
@@ -65,6 +66,7 @@ def add_model_and_prompt(parser: Parser) -> None:
     prompt.add_argument("--prompt-file", metavar="F", help=file)
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="the client's token ids; a file of ids after @")
     parser.add_chunk()
+    parser.add_padded(None)
 
 
 def add_public_prefix(parser: Parser) -> None:
@@ -151,7 +153,10 @@ def answer(arguments: Any) -> dict:
         found["json_schema"] = _schema(arguments.json_schema)
     if arguments.greedy or sampling:
         found["do_sample"] = not arguments.greedy
-    return {**found, **sampling, "stop": arguments.stop, "prefill_chunk": arguments.chunk, "policy": policy(arguments)}
+    found |= {"prefill_chunk": arguments.chunk, "padded": arguments.padded}
+    if arguments.padded is None:
+        found["padded"] = PADDED_ON_A_GPU if "cuda" in arguments.device else 0
+    return {**found, **sampling, "stop": arguments.stop, "policy": policy(arguments)}
 
 
 def _schema(path: str) -> dict[str, Any]:

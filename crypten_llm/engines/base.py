@@ -43,6 +43,7 @@ class Engine(ABC):
     number_bytes: int = 8  # that a party but the owner keeps of a weight, and any of a cached number, at least
     softmax_base: float = math.e  # scores are exponents of this
     tells_range: bool = False  # whether it tells both parties, with each value that is opened, if any left its range
+    pads: bool = False  # whether it has ``padded`` caches
     dealer_follows: bool = False  # whether the dealer runs the same program, ahead of the parties' need
     dealer: Any = None  # or the engine's link to a dealer that answers requests
     rounds: Any = None  # where programs can share rounds: what runs them side by side
@@ -190,6 +191,32 @@ class Engine(ABC):
         They share rounds where the engine has such; elsewhere one runs after another.
         """
         return self.rounds.side_by_side(programs) if self.rounds else [program() for program in programs]
+
+    def repeated(self, program: Callable[..., Handle]) -> Callable[..., Handle]:
+        """The program of sections that are alike, for an engine that runs it faster from the second or third time on.
+
+        To be called once a section, right behind its begin, with handles of the same shapes. What it returns is gone
+        with the next call; so is what it keeps, but for what it writes into tensors that were there before.
+        """
+        return program
+
+    # Of engines that ``pads``: caches in which a decode step is the same at every length.
+
+    def places(self, size: int) -> Any:
+        """Room for ``size`` rows, the same of all layers; ``put`` says how many are there."""
+        raise UsageError(f"engine {self.name!r} has no padded caches")
+
+    def padded(self, rows: Handle, places: Any, room: Handle = None) -> Handle:
+        """Cached rows in such room: new room, or that which other rows are in."""
+        raise UsageError(f"engine {self.name!r} has no padded caches")
+
+    def unpadded(self, rows: Handle, count: int) -> Handle:
+        """The first ``count`` of padded rows, as rows of their own."""
+        raise UsageError(f"engine {self.name!r} has no padded caches")
+
+    def turning(self, table: torch.Tensor) -> torch.Tensor:
+        """A table of ``rotate``'s as an input of what is ``repeated``."""
+        return table
 
     def section(self, label: str) -> AbstractContextManager[None]:
         """Context around a stretch of the program whose randomness starts afresh: a prefill, a decode step."""

@@ -1,9 +1,8 @@
 """Kernels for device cuda (signatures and meanings: ``kernels.ring``).
 
-Owns which implementation does what. What is hot is in Triton (``triton_words``, ``triton_chacha``, ``triton_waves``,
-``triton_products``, ``triton_keys``), which tensors on a GPU go to. All else, and everything for tensors of the
-processor, is in torch's own operations, which run on any device: so they are held against the readable twins where
-there is no GPU.
+Owns the list. Tensors on a GPU go to programs in Triton (``triton_words`` and beside it), which a CUDA graph can hold
+once they were launched before. Tensors of the processor go to torch's own operations, which run on any device: so these
+are held against the readable twins where there is no GPU.
 """
 
 import torch
@@ -24,15 +23,19 @@ DEVICE = "cuda"  # where key streams are made: the process's current one (torch.
 
 
 class KeyStream:
-    """ChaCha20 under ``key``, 32 bytes, made on the current CUDA device. Its position only moves forward."""
+    """ChaCha20 under ``key``, 32 bytes, made on the current CUDA device. Its place, in bytes, only moves forward."""
 
     def __init__(self, key: bytes) -> None:
         self._key = torch.frombuffer(bytearray(key), dtype=torch.int32).to(DEVICE)
-        self._position = 0
+        self.place = 0
+
+    def take_key(self, other: "KeyStream") -> None:
+        """Puts another's key where kernels that were captured of this one read theirs."""
+        self._key.copy_(other._key)
 
     def fill(self, count: int, over: Tensor | None = None) -> Tensor:
-        first, skipped = divmod(self._position, cuda_streams.BYTES)
-        self._position += count
+        first, skipped = divmod(self.place, cuda_streams.BYTES)
+        self.place += count
         blocks = -(-(skipped + count) // cuda_streams.BYTES)
         made = cuda_streams.stream(self._key, first, blocks)[skipped : skipped + count]
         return made if over is None else made ^ over

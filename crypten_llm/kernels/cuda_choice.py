@@ -19,7 +19,9 @@ def triton(name: str) -> Any:
 
 
 def hot(module: str, place: int = 0) -> Callable[[Kernel], Kernel]:
-    """A function in torch's operations that a module has in Triton too: where the argument at ``place`` is on a GPU."""
+    """A function in torch's operations that a module has in Triton too: where the argument at ``place`` is on a GPU.
+    Its ``module`` says which.
+    """
 
     def decorate(in_torch: Kernel) -> Kernel:
         @wraps(in_torch)
@@ -27,6 +29,7 @@ def hot(module: str, place: int = 0) -> Callable[[Kernel], Kernel]:
             chosen = getattr(triton(module), in_torch.__name__) if given[place].is_cuda else in_torch
             return chosen(*given)
 
+        cast(Any, kernel).module = module
         return cast(Kernel, kernel)
 
     return decorate

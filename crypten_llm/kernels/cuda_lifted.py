@@ -5,6 +5,7 @@
 from torch import Tensor
 
 from crypten_llm.kernels import ring
+from crypten_llm.kernels.cuda_choice import hot
 from crypten_llm.kernels.cuda_limbs import (
     HALF,
     LOW,
@@ -27,6 +28,7 @@ def _scaled(words: Tensor, numbers: Limbs) -> Limbs:
     return minus(multiplied([words], numbers, len(numbers)), above)
 
 
+@hot("triton_lifted")
 def lift_mask(mask: Tensor, carry: Tensor, bit: Tensor, unwrapped: Tensor, size: int, bits: int) -> Tensor:
     count = ring.limbs(bits)
     chosen = -unwrapped
@@ -36,12 +38,14 @@ def lift_mask(mask: Tensor, carry: Tensor, bit: Tensor, unwrapped: Tensor, size:
     return stacked(cut(out, bits), mask.shape)
 
 
+@hot("triton_lifted")
 def dot_wide(words: Tensor, numbers: Tensor, bits: int) -> Tensor:
     terms = stacked(_scaled(words, listed(numbers, ring.limbs(bits))), words.shape)
     limbs, _ = of_halves((terms & LOW).sum(-2), ring.shift_right(terms, HALF).sum(-2))
     return stacked(cut(limbs, bits), words.shape[:-1])
 
 
+@hot("triton_lifted")
 def scale_lifted(
     public: Tensor,
     unwrapped: Tensor,

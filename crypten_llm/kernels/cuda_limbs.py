@@ -218,6 +218,7 @@ def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return opened - (1 << (bits - 2)), (1 - ring.top_bit(opened, bits)) << bits
 
 
+@hot("triton_wide")
 def hide_wide(share: Tensor, mask: Tensor, offset: int, bits: int, ones: bool) -> tuple[Tensor, Tensor]:
     size = share.shape[-1]
     rest = offset % ((1 << bits) - ones)
@@ -228,6 +229,7 @@ def hide_wide(share: Tensor, mask: Tensor, offset: int, bits: int, ones: bool) -
     return value, pack(value, bits)
 
 
+@hot("triton_wide")
 def show_wide(value: Tensor, packed: Tensor, bits: int, ones: bool, shape: Sequence[int]) -> Tensor:
     count = ring.limbs(bits)
     theirs = unpack(packed, bits, (value.shape[0],))
@@ -239,24 +241,29 @@ def show_wide(value: Tensor, packed: Tensor, bits: int, ones: bool, shape: Seque
 # Arithmetic.
 
 
+@hot("triton_wide")
 def reduce_wide(words: Tensor, bits: int) -> Tensor:
     return stacked(cut(listed(words, ring.limbs(bits)), bits), words.shape[:-1])
 
 
+@hot("triton_wide")
 def widen(words: Tensor, bits: int, signed: bool) -> Tensor:
     above = words >> 63 if signed else torch.zeros_like(words)
     return stacked(cut([words, *[above] * (ring.limbs(bits) - 1)], bits), words.shape)
 
 
+@hot("triton_wide")
 def add_wide(a: Tensor, b: Tensor, bits: int) -> Tensor:
     limbs, _ = plus(*_pair(a, b, bits))
     return _wide(limbs, a, b, bits)
 
 
+@hot("triton_wide")
 def subtract_wide(a: Tensor, b: Tensor, bits: int) -> Tensor:
     return _wide(minus(*_pair(a, b, bits)), a, b, bits)
 
 
+@hot("triton_wide")
 def multiply_wide(a: Tensor, b: Tensor, bits: int) -> Tensor:
     shape = ring.broadcast(a.shape[:-1], b.shape[:-1])
     x, y = (listed(v.expand(*shape, v.shape[-1]), min(v.shape[-1], ring.limbs(bits))) for v in (a, b))
@@ -272,10 +279,12 @@ def _wide(limbs: Limbs, a: Tensor, b: Tensor, bits: int) -> Tensor:
     return stacked(cut(limbs, bits), ring.broadcast(a.shape[:-1], b.shape[:-1]))
 
 
+@hot("triton_wide")
 def shift_wide(a: Tensor, count: int, bits: int) -> Tensor:
     return shifted(a, -count, False, bits)
 
 
+@hot("triton_wide")
 def drop_wide(a: Tensor, bits: int, count: int, up: bool) -> Tensor:
     dropped = shifted(a, count, up, bits - count)
     return dropped[..., 0] if bits - count <= 64 else dropped
@@ -305,6 +314,7 @@ def of_halves(low: Tensor, high: Tensor) -> tuple[Limbs, Tensor]:
     return out, carry
 
 
+@hot("triton_wide")
 def sum_wide(a: Tensor, bits: int) -> Tensor:
     limbs, _ = of_halves((a & LOW).sum(-2, keepdim=True), ring.shift_right(a, HALF).sum(-2, keepdim=True))
     return torch.stack(cut(limbs, bits), -1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import exponents, ring
+from crypten_llm.kernels.cuda_choice import hot
 from crypten_llm.kernels.cuda_limbs import (
     HALF,
     LOW,
@@ -36,16 +37,19 @@ def _complement(limbs: Limbs, q: int) -> Limbs:
     return cut([~limb for limb in limbs], q)
 
 
+@hot("triton_ones")
 def add_ones(a: Tensor, b: Tensor, q: int) -> Tensor:
     x, y, shape = _pair(a, b, q)
     return stacked(folded(*plus(x, y), q), shape)
 
 
+@hot("triton_ones")
 def subtract_ones(a: Tensor, b: Tensor, q: int) -> Tensor:
     x, y, shape = _pair(a, b, q)
     return stacked(folded(*plus(x, _complement(y, q)), q), shape)
 
 
+@hot("triton_ones")
 def multiply_ones(a: Tensor, b: Tensor, q: int) -> Tensor:
     x, y, shape = _pair(a, b, q)
     count = len(x)
@@ -54,6 +58,7 @@ def multiply_ones(a: Tensor, b: Tensor, q: int) -> Tensor:
     return stacked(folded(*plus(low, high), q), shape)
 
 
+@hot("triton_ones")
 def sum_ones(words: Tensor, starts: Tensor, q: int) -> Tensor:
     """As differences of running sums, whose overflows cancel."""
     places = starts.to(words.device)
@@ -62,6 +67,7 @@ def sum_ones(words: Tensor, starts: Tensor, q: int) -> Tensor:
     return torch.stack(folded(*of_halves(*halves.chunk(2, -1)), q), -1)
 
 
+@hot("triton_ones")
 def power_ones(exponents: Tensor, q: int) -> Tensor:
     turn = exponents % q
     one = torch.ones_like(turn) << (turn & 63)
@@ -82,10 +88,12 @@ def _rotated(limbs: Limbs, turns: Tensor, q: int) -> Limbs:
     return cut(out, q)
 
 
+@hot("triton_ones")
 def rotate_ones(words: Tensor, turns: Tensor, q: int) -> Tensor:
     return stacked(_rotated(listed(words, ring.limbs(q)), turns % q, q), words.shape[:-1])
 
 
+@hot("triton_ones")
 def window_ones(words: Tensor, turns: Tensor, starts: Tensor, q: int, bits: int, up: bool) -> Tensor:
     device = words.device
     stretch = torch.searchsorted(
@@ -105,14 +113,20 @@ def mantissas(e: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rising, falling
 
 
+def spare_of(bits: int, q: int) -> int:
+    """The factors 2 of q, which need no place in a table of 2^bits mantissas: at most ``bits``."""
+    return min(bits, (q & -q).bit_length() - 1)
+
+
 def split(value: Tensor, bits: int, q: int, sign: int) -> tuple[Tensor, Tensor]:
     """The whole exponents of q value / 2^bits, and the mantissas of what is left, or of minus that."""
-    spare = min(bits, (q & -q).bit_length() - 1)  # factors 2 of q, which need no place in the table
+    spare = spare_of(bits, q)
     scaled = (value & kept(bits)) * q
     table = mantissas(bits - spare, value.device)[sign]
     return scaled >> bits, table[(scaled & kept(bits)) >> spare]
 
 
+@hot("triton_ones")
 def turned_exponents(mask: Tensor, rotation: Tensor, bits: int, q: int, words: Tensor) -> Tensor:
     whole, factor = split(mask, bits, q, 1)
     turned = _rotated([factor, *[factor * 0] * (words.shape[-1] - 1)], (rotation - whole) % q, q)
@@ -120,6 +134,7 @@ def turned_exponents(mask: Tensor, rotation: Tensor, bits: int, q: int, words: T
     return words.copy_(torch.stack(limbs, -1))
 
 
+@hot("triton_ones")
 def read_exponents(words: Tensor, opened: Tensor, low: int, bits: int, q: int) -> Tensor:
     whole, factor = split(opened, bits, q, 0)
     count = words.shape[-1]

@@ -5,6 +5,7 @@ by bits, and a field (``kernels.ring`` says what each does).
 import torch
 from torch import Tensor
 
+from crypten_llm.kernels.cuda_choice import hot
 from crypten_llm.kernels.ring import DIGITS, SIGNS
 
 _AT_ONCE = 1 << 27  # bytes of a step's largest tensor, about
@@ -17,12 +18,14 @@ def _places(count: int, like: Tensor) -> Tensor:
 # Tables.
 
 
+@hot("triton_tables", 2)
 def turn_table(table: Tensor, places: Tensor, words: Tensor) -> Tensor:
     size = words.shape[1]
     at = (_places(size, words) - places.reshape(-1, 1)) & (size - 1)
     return words.copy_(table.to(words.device)[at] - words)
 
 
+@hot("triton_tables")
 def read_table(words: Tensor, opened: Tensor, steps: Tensor) -> Tensor:
     at = (opened.reshape(-1, 1) - steps.to(words.device)) & (words.shape[1] - 1)
     return words.gather(1, at).long()
@@ -33,6 +36,7 @@ def read_table(words: Tensor, opened: Tensor, steps: Tensor) -> Tensor:
 _FIELDS = [(j, SIGNS - j, sum(SIGNS - i for i in range(j))) for j in range(DIGITS)]  # digit, bits, place
 
 
+@hot("triton_tables")
 def turn_signs(masks: Tensor, digit_bits: int, words: Tensor) -> Tensor:
     size, given = words.shape[1], words.long()
     values, made = _places(size, words), torch.zeros_like(given)
@@ -43,6 +47,7 @@ def turn_signs(masks: Tensor, digit_bits: int, words: Tensor) -> Tensor:
     return words.copy_(made)
 
 
+@hot("triton_tables")
 def read_signs(words: Tensor, points: Tensor, digit_bits: int) -> Tensor:
     total = torch.zeros_like(points, memory_format=torch.contiguous_format)
     for j, bits, place in _FIELDS:
@@ -51,12 +56,14 @@ def read_signs(words: Tensor, points: Tensor, digit_bits: int) -> Tensor:
     return total
 
 
+@hot("triton_tables")
 def turn_bits(masks: Tensor, tops: Tensor, words: Tensor) -> Tensor:
     size = words.shape[2]
     below = ((_places(size, words) - masks[..., None]) & (size - 1)) >= size // 2
     return words.copy_((below.long() ^ tops.reshape(-1, 1, 1)) - words)
 
 
+@hot("triton_tables")
 def read_bits(words: Tensor, opened: Tensor, flips: Tensor, one: int) -> Tensor:
     bit = words.gather(2, opened[..., None])[..., 0].long()
     return torch.where(flips != 0, one - bit, bit)
@@ -65,6 +72,7 @@ def read_bits(words: Tensor, opened: Tensor, flips: Tensor, one: int) -> Tensor:
 # Bits at secret places.
 
 
+@hot("triton_tables")
 def flip_places(places: Tensor, words: Tensor) -> Tensor:
     place = places.reshape(-1, 1) & (8 * words.shape[1] - 1)
     byte = place >> 3
@@ -72,6 +80,7 @@ def flip_places(places: Tensor, words: Tensor) -> Tensor:
     return words.scatter_(1, byte, words.gather(1, byte) ^ bit.to(torch.uint8))
 
 
+@hot("triton_tables")
 def parities(words: Tensor, turns: Tensor, sets: Tensor) -> Tensor:
     """A product of bits, in floats that hold every whole number up to their sum."""
     (many, size), count = sets.shape, words.shape[0]
@@ -88,6 +97,7 @@ def parities(words: Tensor, turns: Tensor, sets: Tensor) -> Tensor:
 # Rows chosen by bits.
 
 
+@hot("triton_tables")
 def xor_rows(table: Tensor, chosen: Tensor) -> Tensor:
     rows, columns = table.shape
     out = torch.zeros((chosen.shape[0], columns), dtype=torch.int32, device=table.device)
@@ -102,6 +112,7 @@ def xor_rows(table: Tensor, chosen: Tensor) -> Tensor:
     return out
 
 
+@hot("triton_tables")
 def multiply_field(a: Tensor, b: Tensor) -> Tensor:
     """By Horner's rule, the highest bit first; nothing branches on a bit."""
     a, b = torch.broadcast_tensors(a, b)

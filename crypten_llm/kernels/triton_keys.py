@@ -14,9 +14,10 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.kernels.cuda_keys import BITS
-from crypten_llm.kernels.cuda_limbs import listed, minus, top_of, word
+from crypten_llm.kernels.cuda_limbs import top_of, word
 from crypten_llm.kernels.ring import Comparison, Group
 from crypten_llm.kernels.triton_chacha import ND_1, SIX_BY, block
+from crypten_llm.kernels.triton_wide import subtract_wide
 from crypten_llm.kernels.triton_words import flat, pack_rows, unpack_rows
 
 _LANES = 32
@@ -318,7 +319,7 @@ def compare(
     )
     flags = unpack_rows(packed_flags, 2, levels)
     walks = _walks(comparison, opened.device)
-    points = torch.stack(minus([x[:, None] for x in listed(opened, limbs)], list(walks.words.unbind(-1))), -1)
+    points = subtract_wide(opened[:, None], walks.words, 64 * limbs)
     numbers, static = _group(group)
     lanes = count * many
     _compare[(triton.cdiv(lanes, _LANES),)](

@@ -5,6 +5,7 @@ the last bit would be another than a processor's.
 """
 
 import math
+import struct
 
 import torch
 import triton
@@ -39,6 +40,12 @@ def _cos_sin(m, shift):
 
 
 @triton.jit
+def _double(bits):
+    """The double of these bits: a number as an argument would be cut to a float."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def _rounded(x):
     """To the nearest whole number, half to even: what is below 2^52 loses its fraction where 2^52 is added."""
     size = tl.abs(x)
@@ -46,12 +53,12 @@ def _rounded(x):
     return tl.where(x < 0, -whole, whole).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["shift", "n", "modes"])
+@triton.jit(do_not_specialize=["shift", "scale", "n", "modes"])
 def _waves(mask, shift, scale, out, n, modes, B: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     ok = i < n
     c1, s1 = _cos_sin(tl.load(mask + i, ok, 0), shift)
-    factor = tl.load(scale)
+    factor = _double(scale)
     c, s = c1, s1
     for j in range(modes):
         tl.store(out + j * n.to(tl.int64) + i, _rounded(factor * c), ok)
@@ -59,13 +66,13 @@ def _waves(mask, shift, scale, out, n, modes, B: tl.constexpr):
         c, s = c * c1 - s * s1, s * c1 + c * s1
 
 
-@triton.jit(do_not_specialize=["shift", "n", "modes", "constant"])
+@triton.jit(do_not_specialize=["shift", "scale", "n", "modes", "constant"])
 def _combine(m, shift, scale, cosine, sine, shares, constant, out, n, modes, SUM: tl.constexpr, B: tl.constexpr):
     """``combine``, or the factors alone: ``coefficients``."""
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     ok = i < n
     c1, s1 = _cos_sin(tl.load(m + i, ok, 0), shift)
-    factor = tl.load(scale)
+    factor = _double(scale)
     c, s = c1, s1
     total = tl.zeros((B,), dtype=tl.int64) + constant
     for j in range(modes):
@@ -108,9 +115,10 @@ def _add_cosines(m, shift, frequencies, factors, ups, shares, constant, out, n, 
     tl.store(out + i, total, ok)
 
 
-def _scale(scale: float, like: Tensor) -> Tensor:
-    """A number as a double: as an argument it would be cut to a float."""
-    return torch.full((1,), scale, dtype=torch.float64, device=like.device)
+def _bits(scale: float) -> int:
+    """Of a double, as a program takes it."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", scale))
+    return bits
 
 
 def _there(x: Tensor, like: Tensor) -> Tensor:
@@ -121,9 +129,7 @@ def waves(mask: Tensor, shift: int, scale: float, modes: int) -> Tensor:
     n = mask.numel()
     out = torch.empty((2 * modes, n), dtype=torch.int64, device=mask.device)
     if out.numel():
-        _waves[(triton.cdiv(n, BLOCK),)](
-            flat(mask), shift, _scale(scale, mask), out, n, modes, BLOCK, enable_fp_fusion=False
-        )
+        _waves[(triton.cdiv(n, BLOCK),)](flat(mask), shift, _bits(scale), out, n, modes, BLOCK, enable_fp_fusion=False)
     return out
 
 
@@ -153,7 +159,7 @@ def _combined(
     sums: bool,
 ) -> None:
     n, modes = opened.numel(), len(cosine)
-    factors = _scale(scale, opened), _there(cosine, opened), _there(sine, opened)
+    factors = _bits(scale), _there(cosine, opened), _there(sine, opened)
     if n:
         _combine[(triton.cdiv(n, BLOCK),)](
             flat(opened), shift, *factors, shares, word(constant), out, n, modes, sums, BLOCK, enable_fp_fusion=False

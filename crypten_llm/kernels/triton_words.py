@@ -15,14 +15,9 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.kernels.cuda_limbs import word
+from crypten_llm.kernels.triton_limbs import kept
 
 BLOCK = 512  # numbers of a program; a multiple of 64, so that its last bit ends a word
-
-
-@triton.jit
-def _keep(top):
-    """A mask of the lowest ``top`` bits, 1 to 64."""
-    return tl.full((), 0xFFFFFFFFFFFFFFFF, tl.uint64) >> (64 - top).to(tl.uint64)
 
 
 @triton.jit
@@ -36,7 +31,7 @@ def _word(words, number, limb, ok, keep, LIMBS: tl.constexpr):
 def _pack(words, out, numbers, bits, size, LIMBS: tl.constexpr, B: tl.constexpr):
     """Rows of ``numbers`` numbers as rows of ``size`` words."""
     row = tl.program_id(1).to(tl.int64)
-    keep = _keep(bits - (LIMBS - 1) * 64)
+    keep = kept(bits - (LIMBS - 1) * 64)
     at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     ok = at < size
     start = at * 64
@@ -55,7 +50,7 @@ def _pack(words, out, numbers, bits, size, LIMBS: tl.constexpr, B: tl.constexpr)
 
 
 @triton.jit
-def _read(data, place, ok, end):
+def window_at(data, place, ok, end):
     """64 bits from a place on; words that begin at ``end`` or behind it are not read."""
     at, shift = place >> 6, (place & 63).to(tl.uint64)
     words = data.to(tl.pointer_type(tl.int64))
@@ -71,11 +66,11 @@ def _unpack(
     """Numbers of rows of ``row`` bits, behind ``skipped`` bits, plus a value if it is added, which has one limb."""
     at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     ok = at < many
-    keep = _keep(bits - (LIMBS - 1) * 64)
+    keep = kept(bits - (LIMBS - 1) * 64)
     line = at // numbers
     start = skipped + line * row + (at - line * numbers) * bits
     for j in tl.static_range(LIMBS):
-        found = _read(data, start + 64 * j, ok, end)
+        found = window_at(data, start + 64 * j, ok, end)
         if j == LIMBS - 1:
             found &= keep
         if ADDED:
@@ -92,12 +87,12 @@ def _hidden(share, mask, offset, at, ok, keep):
 def _hide(share, mask, offset, value, out, many, bits, B: tl.constexpr):
     """share + mask + offset, and the same packed: both of a program's numbers, which begin and end with a word."""
     start = tl.program_id(0).to(tl.int64) * B
-    keep = _keep(bits)
+    keep = kept(bits)
     at = start + tl.arange(0, B)
     tl.store(value + at, _hidden(share, mask, offset, at, at < many, keep).to(tl.int64, bitcast=True), at < many)
     place = tl.arange(0, B)
     to = start // 64 * bits + place
-    ok = (place < B // 64 * bits) & (to * 64 < many * bits)
+    ok = (place < B // 64 * bits) & (to * 64 < many.to(tl.int64) * bits)
     bit = to * 64
     first = bit // bits
     shift = bit - first * bits
@@ -145,16 +140,22 @@ def unpack_rows(data: Tensor, bits: int, many: int) -> Tensor:
     return out
 
 
-def _unpacked(data: Tensor, bits: int, numbers: int, row: int, out: Tensor, value: Tensor | None) -> None:
-    """Memory that begins inside a word is read from where the word begins: it belongs to the same storage."""
-    limbs = ring.limbs(bits)
-    many = out.numel() // limbs
+def aligned(data: Tensor) -> tuple[Tensor, int, int]:
+    """Bytes, one or more in one piece, as memory that begins with a word; how many of its bits are before them; and how
+    many words have some of them. What begins inside a word is read from where that begins: it is of the same storage.
+    """
     inside = data.data_ptr() % 8
     if inside > data.storage_offset():
         data, inside = data.clone(), 0
-    words = data.as_strided((1,), (1,), data.storage_offset() - inside) if many else data
-    end = -(-(inside + data.numel()) // 8)
+    words = data.as_strided((1,), (1,), data.storage_offset() - inside)
+    return words, 8 * inside, -(-(inside + data.numel()) // 8)
+
+
+def _unpacked(data: Tensor, bits: int, numbers: int, row: int, out: Tensor, value: Tensor | None) -> None:
+    limbs = ring.limbs(bits)
+    many = out.numel() // limbs
     if many:
+        words, skipped, end = aligned(data)
         _unpack[(triton.cdiv(many, BLOCK),)](
             words,
             out if value is None else value,
@@ -162,7 +163,7 @@ def _unpacked(data: Tensor, bits: int, numbers: int, row: int, out: Tensor, valu
             many,
             numbers,
             bits,
-            8 * inside,
+            skipped,
             row,
             end,
             limbs,

@@ -5,6 +5,7 @@ nothing but its header, which tells a peer that waits without end that this proc
 does nothing else, at fixed times and whatever is computed, between the frames of others.
 """
 
+import select
 import socket
 import ssl
 import threading
@@ -30,7 +31,8 @@ class Link:
     """One connected socket and what is known of its two directions."""
 
     def __init__(self, rank: int, name: str, sock: socket.socket) -> None:
-        self.rank, self.name, self.sock, self.fd = rank, name, sock, sock.fileno()
+        self.rank, self.name, self.fd = rank, name, sock.fileno()
+        self.sock: Any = sock
         self.sent = self.received = 0  # frames, the sequence numbers
         self.mid_frame = False  # a frame is half sent: nothing else may follow on this link
         self.beats = 0  # signs of life that came
@@ -77,6 +79,13 @@ class Link:
         beats, self.beats = self.beats, 0
         return bool(beats)
 
+    @property
+    def is_speaking(self) -> bool:
+        """Whether anything that the peer sent can be read now."""
+        poller = select.poll()
+        poller.register(self.fd, select.POLLIN)
+        return bool(poller.poll(0)) or (self._tls and self.sock.pending() > 0)
+
     def _send(self, views: list[memoryview]) -> int:
         if not self._tls:
             return self.sock.sendmsg(views[:MAX_BUFFERS])
@@ -121,6 +130,7 @@ class Incoming:
     views: list[memoryview] = field(init=False)  # what is still to be filled
     size: int = 0  # payload bytes that the header announced
     sent_at: int = 0  # send time that it announced
+    room: torch.Tensor | None = None  # for the only tensor that is due; it gets memory of its own if not given
     payload: Any = None  # tensors or text, made when the header was found right
 
     def __post_init__(self) -> None:

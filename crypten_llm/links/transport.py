@@ -118,13 +118,25 @@ class Transport:
         """Send uint8 `data` and return `count` bytes of the peer's, both at once: one message each way where there is
         something to send, a round where there is something to receive. cells: see `Meter.count`.
         """
-        link, data = self._link(peer), self.staging.to_host(data)
+        return self.staging.to_device(self.swap_here(peer, self.staging.to_host(data), count, cells))
+
+    def swap_here(
+        self, peer: int, data: Tensor, count: int, cells: Cells | None = None, room: Tensor | None = None
+    ) -> Tensor:
+        """`swap` of what is in the processor's memory, to it. room: `count` bytes of it, new ones if not given."""
+        link = self._link(peer)
         outgoing = [self._frame(link, TENSOR, DTYPES[torch.uint8], [bytes_of(data)])] if data.numel() else []
         frames = [Incoming(link, TENSOR, DTYPES[torch.uint8], count, [((count,), torch.uint8)])] if count else []
+        for frame in frames:
+            frame.room = room
         if outgoing or frames:
             self._transfer(outgoing, frames, "online", cells=cells)
-        theirs = frames[0].payload[0] if frames else torch.empty(0, dtype=torch.uint8)
-        return self.staging.to_device(theirs)
+        return frames[0].payload[0] if frames else torch.empty(0, dtype=torch.uint8)
+
+    def count_swap(self, sent: int, received: int, cells: Cells | None = None) -> None:
+        """Count a `swap` of as many bytes each way that went another way."""
+        out, back = (count and HEADER.size + count for count in (sent, received))
+        self.meter.count("online", bool(received), bool(sent), out, back, 0.0, cells)
 
     # The control plane: public facts only.
 
@@ -170,7 +182,7 @@ class Transport:
             self._transfer([], [frame], channel)
             return memoryview(frame.payload)
 
-        return StreamReader(next_piece, self.name(src), self.staging)
+        return StreamReader(next_piece, lambda: self._link(src).is_speaking, self.name(src), self.staging)
 
     # Signs of life, for those who wait for this party without end.
 
@@ -347,7 +359,8 @@ class Transport:
         elif bool(frame.sent_at) != bool(self.network):
             raise faults.emulated_by_one(frame.link.name)
         if frame.kind == TENSOR:
-            frame.payload = [self.staging.empty(shape, dtype) for shape, dtype in frame.specs]
+            new = frame.room is None
+            frame.payload = [self.staging.empty(*spec) for spec in frame.specs] if new else [frame.room]
             frame.views = [view for view in map(bytes_of, frame.payload) if view.nbytes]
         else:
             frame.payload = bytearray(frame.size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -67,6 +67,7 @@ class LayerCache:
         self.policy = policy
         self.window, self.sinks = window, sinks
         self._groups: list[LayerCache] = []
+        self.places: Any = None  # of padded rows
         self.prefilled = False
         self._seen = 0
 
@@ -147,9 +148,11 @@ class LayerCache:
         index = torch.arange(len(self))
         take(self.engine, self.layer, torch.cat([index[: self.sinks], index[len(self) - self.window + 1 :]]))
 
-    def mask(self, rows: int) -> torch.Tensor | None:
-        """Which rows each of the last ``rows`` sees, see ``causal_mask``; ``None`` where a single one sees all."""
-        return causal_mask(rows, len(self), self.window, self.sinks) if rows > 1 else None
+    def mask(self, rows: int) -> Any:
+        """Which rows each of the last ``rows`` sees, see ``causal_mask``; ``None`` where a single one sees all, and of
+        padded rows, which a single one is behind, their places.
+        """
+        return causal_mask(rows, len(self), self.window, self.sinks) if rows > 1 else self.places
 
     def append(self, keys: Handle, values: Handle) -> None:
         """Adds rows [kv_heads, T, head_dim] at the end."""

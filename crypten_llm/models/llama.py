@@ -280,9 +280,7 @@ def score_factors(engine: Engine, head_dim: int) -> tuple[float, float]:
 
 
 class Pass(NamedTuple):
-    """One sequence's rows in a pass: as many, which join its cache. seq_len: the length of the whole prompt when they
-    are a chunk of it (dynamic RoPE depends on it).
-    """
+    """One sequence's rows in a pass, which join its cache. seq_len: as of ``Llama.forward``."""
 
     cache: KVCache
     rows: int
@@ -336,15 +334,27 @@ class Llama(EngineModule):
 
         All that a layer does apart from attention it does to all rows at once; attention shares its rounds.
         """
+        return self._extend(one_hot, rotary_for(self.engine, self._next_tables(passes)), passes)
+
+    def _extend(self, one_hot: Handle, rotary: Rotary, passes: Sequence[Pass]) -> Handle:
         with self.engine.meter.operation("embedding", "embedding"):
             x = self.engine.embed(one_hot, self.embed_tokens)
-        rotary = rotary_for(self.engine, self._next_tables(passes))
         for index in range(len(self.blocks)):
             stretches = [Stretch(each.cache.layers[index], each.rows) for each in passes]
             for cache, _ in stretches:
                 cache.slide()
             x = self.through(index, x, rotary, stretches)
         return x
+
+    def step(self, cache: KVCache, one_hot: Handle, *tables: torch.Tensor) -> Handle:
+        """Logits [1, V] of one token behind a padded cache; tables: of its position, as ``turning`` gives them."""
+        cos, sin, *of_keys = tables
+        return self.logits(self._extend(one_hot, Rotary((cos, sin), (of_keys[0], of_keys[1])), [Pass(cache, 1)]))
+
+    def turning(self, cache: KVCache) -> list[torch.Tensor]:
+        """The rotary tables of the next token behind ``cache``, which now counts as seen, for ``step``."""
+        rotary = rotary_for(self.engine, self._next_tables([Pass(cache, 1)]))
+        return [self.engine.turning(table) for table in (*rotary.query, *rotary.key)]
 
     def through(self, index: int, x: Handle, rotary: Rotary, stretches: Sequence[Stretch]) -> Handle:
         """Hidden states [T, H] through the layer of that index."""

@@ -85,9 +85,10 @@ def _narrow(words: Tensor | None, columns: int, width: int) -> Tensor | None:
 
 
 def look_up(
-    runtime: Runtime, ids: Tensor | None, count: int, table: OwnedTable, sketches: Sketches
+    runtime: Runtime, hot: Tensor | None, count: int, table: OwnedTable, sketches: Sketches
 ) -> Protocol[Secret]:
-    """Rows [count, H] for token ids [count] that only the client holds; ids is ``None`` elsewhere.
+    """Rows [count, H] for tokens that only the client knows; hot: their bits (``one_hot``), on its device; ``None``
+    elsewhere.
 
     Whatever bits a client sends choose some set of rows, whose xor it would get. That each set is of one row is noted
     with ``sketches``, to be checked before anything is revealed.
@@ -95,7 +96,6 @@ def look_up(
     Reveals: one-hot vectors xor a uniform mask, to the owner; then rows xor a uniform mask, to both.
     Error: none. Cost: 2 rounds; the client sends V bits a token (in whole words), each party b = ``table.width`` bits
     an element; dealer b bits an element, and b (b + 1) / 2; and a sketch (``Sketches.note``), in these rounds.
-    Raises: ValueError at the client for an id outside the vocabulary.
     Source: private information retrieval by xor (Chor et al., FOCS 1995) with a second database that is hidden;
     daBits (Rotaru and Wood, INDOCRYPT 2019), dealt modulo what each bit counts for.
     """
@@ -103,9 +103,9 @@ def look_up(
     shape, words = (count, hidden), (count, ring.limbs(vocabulary))
     mask = runtime.mask_of(CLIENT, words)
     asked = None
-    if ids is not None:
+    if hot is not None:
         assert mask is not None, "the client draws the mask of its tokens"
-        asked = mask ^ runtime.moved(_one_hot(ids, count, vocabulary))
+        asked = mask ^ hot
     (seen,) = yield [Message(CLIENT, words, 64, asked)]
 
     def rows(entries: Tensor | None, chosen: Tensor | None) -> Tensor:
@@ -152,8 +152,10 @@ def _as_words(runtime: Runtime, share: Tensor, table: OwnedTable) -> Protocol[Se
     return Secret(runtime.share(shape, words), table.scale, width, table.bits)
 
 
-def _one_hot(ids: Tensor, count: int, vocabulary: int) -> Tensor:
-    """Words [count, V / 64 rounded up] in which the bit of each token is set."""
+def one_hot(ids: Tensor, count: int, vocabulary: int) -> Tensor:
+    """Words [count, V / 64 rounded up] in which the bit of each token is set. Raises: ValueError for an id outside the
+    vocabulary.
+    """
     assert len(ids) == count, f"{len(ids)} token ids, {count} announced"
     for token in ids.tolist():
         if not 0 <= token < vocabulary:

@@ -27,6 +27,20 @@ class Flags:
         self._runtime, self._rounds = runtime, rounds
         self._words = torch.zeros(len(TELLS), dtype=torch.int64, device=runtime.device)
 
+    @property
+    def current(self) -> Tensor:
+        """The words so far."""
+        return self._words
+
+    def take(self) -> Tensor:
+        """The words so far; from now on there are new ones."""
+        words, self._words = self._words, torch.zeros_like(self._words)
+        return words
+
+    def join(self, words: Tensor) -> None:
+        """Notes what other words note."""
+        self._words = self._words ^ words
+
     def note(self, bits: Tensor) -> None:
         """XOR shares of flags, words 0 or 1: opened behind a mask with the next message, and noted."""
         self._rounds.start(self._opened(bits))
@@ -59,8 +73,7 @@ class Flags:
 
         Reveals: that one bit, to both parties. Cost: 1 round of 8 bytes each way.
         """
-        words, self._words = self._words, torch.zeros_like(self._words)
-        return any((yield from differ(words)))
+        return any((yield from differ(self.take())))
 
 
 def differ(words: Tensor) -> Protocol[list[bool]]:

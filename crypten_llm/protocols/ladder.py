@@ -82,6 +82,7 @@ def exponent(
         (low, *(max(low, power - FINE) for power in powers)),
         Group.residues(q if q % 2 == 0 else 2 * q),
     )
+    places = _places(tuple(1 + powers.index(step) for step in steps))
     count = mask.shape[0]
     ones = torch.ones((count, 1, 1), dtype=torch.int64, device=runtime.device)
     found = below(runtime, comparison, raw, mask, lambda: ones, lambda: runtime.plus(torch.zeros_like(ones), 1))
@@ -92,7 +93,7 @@ def exponent(
 
     def share_of_k() -> Tensor:
         assert found is not None, "parties have compared"
-        passed = -found[:, [1 + powers.index(step) for step in steps], 0, 0].sum(1)
+        passed = -found[:, runtime.constant(places), 0, 0].sum(1)
         return runtime.plus(2 * passed, base + 2 * len(steps)) % q
 
     def share_of_flags() -> Tensor:
@@ -170,6 +171,11 @@ def normalized(
         Secret(runtime.share(shape, power), 0, bits + 2, bits),
         runtime.share((*shape, 1), flag),
     )
+
+
+@lru_cache(maxsize=64)
+def _places(places: tuple[int, ...]) -> Tensor:
+    return torch.tensor(places)
 
 
 @lru_cache(maxsize=64)

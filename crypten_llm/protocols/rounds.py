@@ -88,6 +88,11 @@ class Rounds:
         return bool(self._strands)
 
     @property
+    def is_busy(self) -> bool:
+        """Whether any protocol waits for a round."""
+        return bool(self._running)
+
+    @property
     def _meter(self) -> Meter:
         return self.runtime.transport.meter
 

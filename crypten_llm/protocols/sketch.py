@@ -80,6 +80,20 @@ class Sketches:
         self._runtime, self._rounds = runtime, rounds
         self._words = torch.zeros(len(TELLS), dtype=torch.int64, device=runtime.device)
 
+    @property
+    def current(self) -> Tensor:
+        """The words so far."""
+        return self._words
+
+    def take(self) -> Tensor:
+        """The words so far; from now on there are new ones."""
+        words, self._words = self._words, torch.zeros_like(self._words)
+        return words
+
+    def join(self, words: Tensor) -> None:
+        """Notes what other words note."""
+        self._words = self._words ^ words
+
     def note(self, labels: Labels | None, count: int, seen: Tensor | None, mask: Tensor | None) -> None:
         """What a client asked for: bits xor a mask, words [count, V / 64 rounded up]; the sums go with the next
         message. seen: the bits so hidden, at the owner. mask: at the dealer.
@@ -126,7 +140,6 @@ class Sketches:
         Reveals: that, to each party; nothing while both follow the program, for it is so. Cost: 1 round of 8 bytes each
         way. Raises: PartyError, at the owner where it was not, at the client where the owner's sums were others.
         """
-        words, self._words = self._words, torch.zeros_like(self._words)
-        for is_other, failed in zip((yield from differ(words)), _FAILED, strict=True):
+        for is_other, failed in zip((yield from differ(self.take())), _FAILED, strict=True):
             if is_other:
                 raise PartyError(failed)

@@ -75,12 +75,20 @@ class Rows:
 
 
 def weigh(
-    runtime: Runtime, scores: Tensor, drop: int, counts: Tensor, exponents: Exponents, fraction: int, width: int
+    runtime: Runtime,
+    scores: Tensor,
+    drop: int,
+    counts: Tensor,
+    exponents: Exponents,
+    fraction: int,
+    width: int,
+    seen: Tensor | None = None,
 ) -> Protocol[Rows]:
     """Softmax weights, up to their sum, of rows of ``counts`` scores, one behind the other.
 
     scores: shares [n] of y, valid modulo 2^(OPENED + drop) at ``drop`` bits more than ``MANTISSA``. counts: public
-    int64 [R]. fraction, width: bits of the weights, and of their ring.
+    int64 [R]. fraction, width: bits of the weights, and of their ring. seen: public words [n], 0 where a score is none:
+    its weight is 0 then, whatever it is, and the sum is of the others.
 
     Reveals: openings behind fresh uniform masks: y; a row's sum, rotated by a secret rho, modulo 2^q - 1; that sum
     without rho and without its low bits; and K = k + rho modulo q, rho being K's mask, uniform and used for this row.
@@ -109,6 +117,8 @@ def weigh(
 
     def summed() -> Tensor:
         held.append(kernels.read_exponents(dealt, wire.seen, exponents.low, OPENED, q))
+        if seen is not None:
+            held[0] = held[0] * seen[:, None]
         return kernels.sum_ones(held[0], starts, q)
 
     limbs = ring.limbs(q)
@@ -136,6 +146,7 @@ def weigh(
 
     def windowed() -> Tensor:
         turns = (q - width + fraction - 2 - turn.seen) % q
-        return kernels.window_ones(held[0], turns, starts, q, width, runtime.rounds_up)
+        found = kernels.window_ones(held[0], turns, starts, q, width, runtime.rounds_up)
+        return found if seen is None else found * seen
 
     return Rows(Secret(runtime.share((total,), windowed), fraction, width, 0), beyond_wire)

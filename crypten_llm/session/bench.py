@@ -142,6 +142,12 @@ class _Built:
     caches: list[KVCache]
     model: Llama | None
 
+    def __post_init__(self) -> None:
+        newest = torch.full((len(self.caches),), self.config.max_position_embeddings - 1)
+        self._rotary = _rotary(self.engine, self.config, newest)
+        self._alike = self.engine.repeated(partial(self._through, grows=False))
+        self._acts = any(part.policy.acts for cache in self.caches for layer in cache.layers for part in layer.parts)
+
     def source(self, owner: int, client: int) -> int:
         """Who gives what a step begins with."""
         return owner if self.model is None else client
@@ -154,17 +160,21 @@ class _Built:
         if self.model is None:
             x = self.engine.secret(given, (sequences, self.config.hidden_size), OWNER)
         else:
+            x = self.engine.tokens(given, sequences, self.config.vocab_size)
+        # A policy that acts looks at public places, which come from the processor each time.
+        return self._through(x, grows) if grows or self._acts else self._alike(x)
+
+    def _through(self, x: Handle, grows: bool) -> Handle:
+        sequences = len(self.caches)
+        if self.model is not None:
             with self.engine.meter.operation("embedding", "embedding"):
-                one_hot = self.engine.tokens(given, sequences, self.config.vocab_size)
-                x = self.engine.embed(one_hot, self.model.embed_tokens)
-        newest = torch.full((sequences,), self.config.max_position_embeddings - 1)
-        rotary = _rotary(self.engine, self.config, newest)
+                x = self.engine.embed(x, self.model.embed_tokens)
         before: list[Layer | None] = [None] * sequences
         for layer, *caches in zip(self.layers, *(cache.layers for cache in self.caches), strict=True):
             used = caches if grows else [cache.copy(layer) for cache, layer in zip(caches, before, strict=True)]
             for cache in used:
                 cache.slide()
-            x, before = layer(x, rotary, [Stretch(cache, 1) for cache in used]), [cache.layer for cache in used]
+            x, before = layer(x, self._rotary, [Stretch(cache, 1) for cache in used]), [cache.layer for cache in used]
         return x if self.model is None else self.model.logits(x)
 
 

@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from crypten_llm import limits
 from crypten_llm.records import Record
-from crypten_llm.session.prompted import Answer, Progress, Prompted, Step, draw, extend, side_by_side
+from crypten_llm.session.prompted import Answer, Progress, Prompted, Step, draw, extend, given, side_by_side
 
 if TYPE_CHECKING:
     from crypten_llm.models.cache import KVCache
@@ -54,13 +54,13 @@ def together(
     engine, meter = party.engine, party.engine.meter
     caches = [party.model.new_cache() for _ in plans] if caches is None else caches
     known: Sequence[Answer | None] = [None] * len(plans) if answers is None else answers
-    given = zip(plans, known, caches, strict=True)
-    live = {place: Prompted(party, *each, place) for place, each in enumerate(given)}
+    each = zip(plans, known, caches, strict=True)
+    live = {place: Prompted(party, *its, place) for place, its in enumerate(each)}
     if len(plans) > 1:
         party.reveals.public(f"{len(plans)} prompts at once", "they share rounds")
     for prompted in live.values():
         prompted.begin()
-    index = 0
+    index, padded = 0, None
     while live:
         started = perf_counter()
         section = engine.section(f"request {party.requests} token {index}")
@@ -69,9 +69,14 @@ def together(
                 for prompted in live.values():
                     prompted.begin_with_prefix()
                 hidden = yield from _prefill(party, list(live.values()))
+                values = draw(party, list(live.values()), hidden)
+                if len(plans) == 1:
+                    padded = party.padded_for(plans[0], live[0].cache)
+            elif padded is not None:
+                values = [live[0].open(padded.step(given(party, [live[0].newest()])))]
             else:
                 hidden = extend(party, [prompted.newest() for prompted in live.values()])
-            values = draw(party, list(live.values()), hidden)
+                values = draw(party, list(live.values()), hidden)
         asked, ending = {}, set()
         for (place, prompted), value in zip(list(live.items()), values, strict=True):
             if step := prompted.take(value, started):
@@ -85,6 +90,8 @@ def together(
             with meter.phase("decode"), meter.operation("whether the answer goes on", "stop or go"):
                 ending |= agree(party, asked)
         for place in sorted(ending):
+            if padded is not None:
+                padded.end()
             live.pop(place).end()
 
 

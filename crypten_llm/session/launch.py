@@ -184,7 +184,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
             tape = _tape(protocol, launch, transport)
         if tape:
             tape.compare(asdict(config))
-        engine: Engine = WireEngine(transport, config, tape, device=device)
+        engine: Engine = WireEngine(transport, config, tape, device=device, peer_memory=protocol.peer_memory)
         return Party(engine, transport, protocol.compute_parties, **own)
     from crypten_llm.engines.crypten.domain import CryptenConfig
     from crypten_llm.engines.crypten.engine import CryptenEngine

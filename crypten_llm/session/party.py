@@ -28,6 +28,7 @@ from crypten_llm.session import bench, generation, messages, scheduler, sizes
 from crypten_llm.session.admission import Admission
 from crypten_llm.session.loading import loading_bar, read_weights
 from crypten_llm.session.mode import Mode
+from crypten_llm.session.padded import Padded
 from crypten_llm.session.plan import Plan, Turn, parse_policy
 from crypten_llm.session.prefix import Prefixes
 from crypten_llm.session.prompted import Answer, Progress, Step
@@ -79,6 +80,7 @@ class Party:
         self.reveals = self.load_reveals = RevealLog()
         self.tokens_digest: str | None = None  # of the owner's tokenizer, where its model has one
         self.requests = 0
+        self._padded: Padded | None = None  # room for the caches of answers, one after another
         self.kept: dict[int, KVCache] = {}  # by conversation, what its next turn goes on with
         self.make_policy, self.make_model, self.admission = make_policy, make_model, admission or Admission()
         self.mode = mode or Mode()
@@ -144,6 +146,16 @@ class Party:
             )
         return [cache]
 
+    def padded_for(self, plan: Plan, cache: KVCache) -> Padded | None:
+        """Room in which the answer's cache grows from now on, where the plan says that it is padded."""
+        size = plan.room(cache.length - len(plan.public_prefix) - plan.prompt_tokens) if self.engine.pads else 0
+        if not size or any(layer.window is not None for layer in cache.layers):
+            return None
+        if self._padded is None or self._padded.size != size:
+            self._padded = Padded(self.model, size)
+        self._padded.begin(cache)
+        return self._padded
+
     def forget(self, conversation: int) -> None:
         """Drops the cache of a conversation, if there is one."""
         self.kept.pop(conversation, None)
@@ -155,7 +167,7 @@ class Party:
         Reveals: the configuration and the norms' scales, to all; of a model that is shared although the engine would be
         wrong, which of its ranges the model leaves.
         """
-        self.reveals, self.kept = RevealLog(), {}
+        self.reveals, self.kept, self._padded = RevealLog(), {}, None
         self.quota.begin(folder or "")
         with self.engine.meter.phase("load"):
             announced, weights = self._open_model(folder, progress) if self.is_owner else (self._await(progress), {})

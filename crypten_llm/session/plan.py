@@ -32,7 +32,8 @@ class Plan:
     policy: the eviction policy as text, such as "mpcache" or "mpcache(static=0.25)"; kept in one canonical form, which
     parties compare. public_prefix: ids of tokens before the prompt, which are no secret (see ``prefix``). reveal: what
     the client learns of each step, a ``Mode`` as text; every party has its own, and refuses another. temperature: of
-    what is drawn on shares (mode "tokens"), 0 for the likeliest.
+    what is drawn on shares (mode "tokens"), 0 for the likeliest. padded: while the answer grows, a cache that no policy
+    acts on is counted as of a multiple of so many rows (``padded``); 0 for those that there are.
 
     Raises UsageError for a policy or a mode that there is not, and a temperature that cannot be.
     """
@@ -45,9 +46,12 @@ class Plan:
     public_prefix: Annotated[tuple[Count, ...], Meta(max_length=limits.TOKENS)] = ()
     reveal: Word = ALL
     temperature: float = 0.0
+    padded: Annotated[int, Meta(ge=0, le=limits.PADDED)] = 0
 
     def __post_init__(self) -> None:
         mode, temperature = Mode.parse(self.reveal), self.temperature
+        if not isinstance(self.padded, int) or not 0 <= self.padded <= limits.PADDED:
+            raise UsageError(f"padded is {self.padded!r}; it must be 0 to {limits.PADDED:,} rows")
         is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
         if not is_number or not 0 <= temperature <= (HOTTEST if mode.kind == ID else 0):
             raise UsageError(
@@ -59,6 +63,15 @@ class Plan:
     def facts(self) -> dict:
         """What decides how all messages look: of a public prefix, that is its length."""
         return {**asdict(self), "public_prefix": len(self.public_prefix)}
+
+    def room(self, behind: int = 0) -> int:
+        """Places for the rows of a padded cache, behind as many tokens that it holds before the prompt, but for the
+        last token, which no step sees; 0 for a cache that grows.
+        """
+        if not self.padded or self.max_new_tokens == 1 or parse_policy(self.policy).acts:
+            return 0
+        most = behind + len(self.public_prefix) + self.prompt_tokens + self.max_new_tokens - 1
+        return -(-most // self.padded) * self.padded
 
     def check(self, config: LlamaConfig, behind: int = 0) -> Plan:
         """Itself, if the model ``config`` can run it after ``behind`` tokens; raises UsageError otherwise."""

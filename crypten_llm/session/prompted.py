@@ -144,6 +144,8 @@ class Prompted:
         more = f", after {self.behind} that the cache holds" if self.behind else ""
         reveals.public(f"prompt length: {plan.prompt_tokens} tokens{more}", "shapes and rounds depend on it")
         limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
+        if self.plan.room(self.behind):
+            limits += f", cache counted as a multiple of {self.plan.padded} rows"
         for fact in filter(None, (f"request: {limits}", self.party.mode.fact(plan.temperature))):
             reveals.public(fact, "all parties run the same program")
 
@@ -228,13 +230,16 @@ def go_on(cache: KVCache, prompt_tokens: int) -> None:
 
 def extend(party: Party, rows: Sequence[Rows]) -> Handle:
     """Hidden states [T, H] of all these rows, which join their caches."""
+    return party.model.extend_together(given(party, rows), [each.part for each in rows])
+
+
+def given(party: Party, rows: Sequence[Rows]) -> Handle:
+    """The tokens of all these rows, [T, V]."""
     ids: list[int] | None = []
     for each in rows:
         ids = None if ids is None or each.ids is None else ids + each.ids
     count = sum(each.part.rows for each in rows)
-    given = None if ids is None else torch.tensor(ids)
-    one_hot = party.engine.tokens(given, count, party.model.config.vocab_size)
-    return party.model.extend_together(one_hot, [each.part for each in rows])
+    return party.engine.tokens(None if ids is None else torch.tensor(ids), count, party.model.config.vocab_size)
 
 
 def draw(party: Party, prompted: Sequence[Prompted], hidden: Handle) -> list[torch.Tensor | None]:

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from crypten_llm.errors import UsageError
+from crypten_llm.limits import PADDED
 from crypten_llm.models.tokenizer import encode_prompt, encode_rendered, render_chat
 from crypten_llm.session.conversation import check_messages, system_of
 from crypten_llm.session.defaults import Defaults
@@ -58,7 +59,8 @@ class Request:
 
     hide_length: run all steps alike and show the answer after the last, so that only the client knows where it ended;
     not given, where it is asked for as a whole and not streamed (``PrivateLlama.generate``).
-    prefill_chunk: prompt tokens per pass. policy: a KV-cache eviction policy.
+    prefill_chunk: prompt tokens per pass. padded: rows of which the answer's cache is counted as a multiple, so that a
+    GPU does every step alike; 0 for as many as there are. policy: a KV-cache eviction policy.
 
     Raises UsageError for a value out of range.
     """
@@ -73,6 +75,7 @@ class Request:
     seed: int | None = None
     hide_length: bool | None = None
     prefill_chunk: int = DEFAULT_CHUNK
+    padded: int = 0
     policy: str = "full"
     chat: bool = False
     messages: list[dict] | None = None
@@ -117,6 +120,8 @@ class Request:
             raise UsageError(
                 f"logprobs is {self.logprobs!r}; it must be a number of tokens, 0 for the chosen one alone"
             )
+        if type(self.padded) is not int or not 0 <= self.padded <= PADDED:
+            raise UsageError(f"padded is {self.padded!r}; it must be 0 to {PADDED:,} rows")
         check_policy(self.policy)
         check_stops(self.stop)
         if self.tools is not None and (not self.templated or self.public_system):
@@ -211,7 +216,7 @@ class Request:
         usual = defaults.max_new_tokens or (NEW_TOKENS_OF_CHAT if self.templated else NEW_TOKENS)
         new = usual if self.max_new_tokens is None else self.max_new_tokens
         limits = prompt_tokens, new, self.prefill_chunk, bool(self.hide_length), self.policy, tuple(public)
-        return Plan(*limits, str(mode), mode.temperature(sampling))
+        return Plan(*limits, str(mode), mode.temperature(sampling), self.padded)
 
 
 _DRAWN = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")

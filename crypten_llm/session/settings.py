@@ -44,6 +44,7 @@ class Agreement:
     precision_bits: int | None
     force: bool
     reveal: str
+    peer_memory: bool
 
 
 def _setting(default: Any, help: str, metavar: str | None = None, option: str = "") -> Any:
@@ -57,7 +58,8 @@ class ProtocolConfig:
     precision_bits: fractional bits of a share on engine ``crypten``. tape: this party's file of a tape that was dealt
     for engine ``wire``, or the folder that holds it; there is no dealer then. force: share a model that leaves the
     engine's ranges by the owner's measurement; every answer is marked. reveal: what the client learns of each step
-    (``mode.Mode``). insecure_links: leave links between hosts without TLS all the same.
+    (``mode.Mode``). peer_memory: messages of repeated steps go from the owner's card to the client's, of one host.
+    insecure_links: leave links between hosts without TLS all the same.
     """
 
     engine: str = _setting(DEFAULT_ENGINE, f"plain (no privacy), crypten or wire (default: {DEFAULT_ENGINE})")
@@ -80,6 +82,9 @@ class ProtocolConfig:
         ALL, "what the client learns of each step: tokens, top-K or logits (default: logits)", metavar="MODE"
     )
 
+    peer_memory: bool = _setting(
+        False, "owner and client are on two GPUs of this host: what is repeated goes from card to card, past --tls"
+    )
     insecure_links: bool = _setting(
         False, "leave links between hosts plain TCP: whoever is between reads everything (a tunnel must protect them)"
     )
@@ -89,6 +94,8 @@ class ProtocolConfig:
         Mode.parse(self.reveal)
         if self.force and self.engine == "plain":
             raise UsageError("engine 'plain' has no range that a model could leave; leave --force out (force=False)")
+        if self.peer_memory and self.engine != "wire":
+            raise UsageError(f"engine {self.engine!r} has no use for --peer-memory; leave it out (peer_memory=False)")
         if self.tape and self.engine != "wire":
             raise UsageError(f"engine {self.engine!r} reads no tape; use engine 'wire' (--engine wire), or no tape")
         if _not_integer(self.compute_parties) or self.compute_parties < 2:
@@ -128,7 +135,15 @@ class ProtocolConfig:
 
         code, tensors = program.digest()[:16], str(torch.__version__).partition("+")[0]
         return Agreement(
-            crypten_llm.__version__, code, tensors, self.engine, self.compute_parties, bits, self.force, self.reveal
+            crypten_llm.__version__,
+            code,
+            tensors,
+            self.engine,
+            self.compute_parties,
+            bits,
+            self.force,
+            self.reveal,
+            self.peer_memory,
         )
 
 

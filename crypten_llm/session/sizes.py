@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def of_requests(config: LlamaConfig, plans: Sequence[Plan], held: int, number_bytes: int) -> int:
-    """The caches after these prompts, beside ``held`` tokens of conversations, and in each prompt's largest pass the
-    attention scores of one layer among the tokens of the pass.
+    """The caches after these prompts, and room for the whole of padded ones, beside ``held`` tokens of conversations;
+    and in each prompt's largest pass the attention scores of one layer among the tokens of the pass.
     """
     row = 2 * config.num_key_value_heads * config.head_dim * number_bytes
     windows = config.windows or (None,) * config.num_hidden_layers
@@ -29,6 +29,7 @@ def of_requests(config: LlamaConfig, plans: Sequence[Plan], held: int, number_by
         prompt = len(plan.public_prefix) + plan.prompt_tokens
         if not parse_policy(plan.policy).cuts_prompts:
             total += sum(row * (prompt if window is None else min(prompt, window)) for window in windows)
+        total += row * config.num_hidden_layers * plan.room()
         total += config.num_attention_heads * min(plan.chunk, plan.prompt_tokens) ** 2 * number_bytes
     return total
 

@@ -14,6 +14,7 @@ def options(parser: Parser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a message of the system before all turns")
     shared.add_public_system(parser)
     parser.add_chunk()
+    parser.add_padded(None)
     shared.add_answer(parser)
     shared.add_policy(parser)
     shared.add_settings(parser)

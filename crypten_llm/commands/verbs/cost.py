@@ -26,6 +26,7 @@ def options(parser: Parser) -> None:
     shared.add_public_count(parser)
     add("--new-tokens", type=int, default=2, metavar="N", help="length of the answer (default: 2)")
     parser.add_chunk()
+    parser.add_padded()
     shared.add_policy(parser)
     shared.add_policy_weights(parser)
     shared.add_reveal(parser)
@@ -42,7 +43,7 @@ def run(arguments: Any) -> None:
 
     policy = shared.policy(arguments)
     prefix = shared.counted_prefix(arguments)
-    facts = {"policy": policy, "public_prefix": prefix, **shared.revealed(arguments)}
+    facts = {"policy": policy, "public_prefix": prefix, "padded": arguments.padded, **shared.revealed(arguments)}
     plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, **facts)
     network = parse_network(arguments.network) if arguments.network else None
     show_cost(predict(_config(arguments), plan, network), arguments.json)

@@ -17,6 +17,7 @@ def options(parser: Parser) -> None:
     shared.add_public_count(parser)
     add("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_chunk()
+    parser.add_padded()
     add("--requests", type=int, default=1, metavar="K", help="how many such requests in one session (default: 1)")
     add("--out", required=True, metavar="DIR", help="the new folder: 'owner' and 'client', each for that party alone")
     add("--tls", default="", metavar="DIR", help="sign with the dealer's key in this folder (see keys), for --tls")
@@ -46,7 +47,7 @@ def run(arguments: Any) -> None:
     else:
         policy = shared.policy(arguments)
         prefix = shared.counted_prefix(arguments)
-        facts = {"policy": policy, "public_prefix": prefix, **shared.revealed(arguments)}
+        facts = {"policy": policy, "public_prefix": prefix, "padded": arguments.padded, **shared.revealed(arguments)}
         work = Plan(arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, **facts)
         config = LlamaConfig.from_folder(checkpoint.resolve_config(arguments.model, arguments.offline))
     device = computing.usable(arguments.device)

@@ -27,6 +27,7 @@ from crypten_llm.engines.wire.handles import (
 )
 from crypten_llm.engines.wire.numbers import DRAWN, FACTOR, ROOM, WireConfig, as_units, bits_for, times
 from crypten_llm.engines.wire.operations import Domain, operation, unit
+from crypten_llm.engines.wire.padding import Places
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.opening import Opening
@@ -37,6 +38,8 @@ from crypten_llm.protocols.softmax import MANTISSA, OPENED, weigh
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
     from crypten_llm.insecure.tracked import Tracked, TrackedEngine
+
+Mask = torch.Tensor | Places | None
 
 
 def _rotated(engine: TrackedEngine, out: Tracked, x: Tracked, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -55,11 +58,17 @@ def rotate(engine: WireEngine, x: Handle, cos: torch.Tensor, sin: torch.Tensor) 
     half = x.shape[-1] // 2
 
     def share() -> torch.Tensor:
-        cosine, sine = (engine.runtime.constant(_integers(table, p)) for table in (cos, sin))
+        cosine, sine = (turned_by(engine, table) for table in (cos, sin))
         turned = torch.cat([-x.share[..., half:], x.share[..., :half]], -1)
         return x.share * cosine + turned * sine
 
     return Secret(engine.runtime.share(x.shape, share), x.scale + p, x.width, x.bits)
+
+
+def turned_by(engine: WireEngine, table: torch.Tensor) -> torch.Tensor:
+    """A table of ``rotate``'s in integers, on the device; one that is so already."""
+    whole = table.dtype == torch.int64
+    return table if whole else engine.runtime.constant(_integers(table, engine.config.rope))
 
 
 @lru_cache(maxsize=32)
@@ -123,11 +132,12 @@ def _scored(engine: TrackedEngine, out: Tracked, query: Tracked, keys: Tracked) 
 
 
 @operation(bound=_scored)
-def scores(engine: WireEngine, query: Handle, keys: Rows, mask: torch.Tensor | None = None) -> Protocol[Secret]:
+def scores(engine: WireEngine, query: Handle, keys: Rows, mask: Mask = None) -> Protocol[Secret]:
     """Right modulo their ring, which is all that softmax reads; a policy's are declared below 2^7.
 
     Error: a unit of the query. Cost: 1 round for a query that was not scored before; keys that wait come along.
-    mask: public bool [M, N], repeated for all heads: entries that are false will not be read.
+    mask: public bool [M, N], repeated for all heads: entries that are false will not be read. Of padded rows all
+    scores are computed.
     """
     c, query = engine.config, (yield from value(engine, query))
     if query.opened is None:
@@ -137,7 +147,7 @@ def scores(engine: WireEngine, query: Handle, keys: Rows, mask: torch.Tensor | N
     operand = keys.operand
     scale = query.opened.scale + operand.scale
     room = min(query.opened.width, operand.width) - scale - 2
-    visible = None if mask is None else mask.expand(query.shape[0], *mask.shape)
+    visible = mask.expand(query.shape[0], *mask.shape) if isinstance(mask, torch.Tensor) else None
     drop = max(0, scale - MANTISSA)
     return products.matmul(
         engine.runtime, query.opened, operand, transposed=True, bits=room, dropped=drop, visible=visible
@@ -163,11 +173,12 @@ def _weighed(engine: TrackedEngine, out: Tracked, scores: Tracked, mask: torch.T
     domain=Domain("attention scores", lambda c: c.scores[0], lambda c: c.scores[1]),
     row=Domain("logarithms of a row's sum of exp(score)", lambda c: c.row_logarithms[0], lambda c: c.row_logarithms[1]),
 )
-def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None) -> Protocol[Weights]:
+def softmax(engine: WireEngine, scores: Secret, mask: Mask = None) -> Protocol[Weights]:
     """Scores are exponents of ``softmax_base``. Error, Cost: ``softmax.weigh``'s, for what the mask does not hide."""
     c, shape = engine.config, scores.shape
     heads, rows, length = shape[:-2].numel(), shape[-2], shape[-1]
-    if mask is None:
+    seen = mask.seen.repeat(heads * rows) if isinstance(mask, Places) else None
+    if not isinstance(mask, torch.Tensor):
         flat, counts = scores.share.reshape(-1), torch.full((heads * rows,), length, device=engine.runtime.device)
         places = None
     else:
@@ -179,7 +190,7 @@ def softmax(engine: WireEngine, scores: Secret, mask: torch.Tensor | None = None
         raise Overflow(f"softmax: scores valid modulo 2^{scores.width - scores.scale} do not tell their exponents")
     if drop < 0:
         flat, drop = flat << -drop, 0
-    found = yield from weigh(engine.runtime, flat, drop, counts, c.exponents, c.attention, c.mixed_width)
+    found = yield from weigh(engine.runtime, flat, drop, counts, c.exponents, c.attention, c.mixed_width, seen)
     engine.checks.note_opened(found.beyond)
     return Weights(found.weights, shape, places)
 

@@ -17,10 +17,12 @@ import torch
 from crypten_llm.engines.base import Engine
 from crypten_llm.engines.domain import Calibration
 from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, drawing, gathering, keeping, layers  # noqa: F401
+from crypten_llm.engines.wire.captured import Repeated
 from crypten_llm.engines.wire.handles import Handle, OneHot, Rows, Weight, value
 from crypten_llm.engines.wire.known import known_rows
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
+from crypten_llm.engines.wire.padding import PaddedRows, Places
 from crypten_llm.errors import LeftRange, UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import embedding, products
@@ -49,7 +51,7 @@ class WireEngine(Engine):
     """One role over a connected transport: two parties and a dealer, or two parties with a tape each."""
 
     name = "wire"
-    is_private = True
+    is_private = pads = True
     tells_range = True
     layer_error = 0.01
     shown_dtype = torch.float32  # of values that are opened
@@ -62,8 +64,10 @@ class WireEngine(Engine):
         material: Any = None,
         runtime: Runtime | None = None,
         device: torch.device | str = "cpu",
+        peer_memory: bool = False,
     ) -> None:
-        """config: the defaults unless given.
+        """config: the defaults unless given. peer_memory: whether what two parties on GPUs of one host repeat goes from
+        card to card (``peer``).
 
         material: a ``Tape``, or where a dealer that runs alone writes; ``None`` where a dealer runs along. runtime:
         made from transport and material, on ``device``, unless given.
@@ -75,6 +79,8 @@ class WireEngine(Engine):
         self.dealer_follows = material is None
         self._material = material
         self.runtime = runtime or roles.make(transport, material, device)
+        if peer_memory:
+            self.runtime.open_mailbox()
         self.rounds = Rounds(self.runtime)
         self.checks = Flags(self.runtime, self.rounds)
         self.sketches = Sketches(self.runtime, self.rounds)
@@ -91,6 +97,24 @@ class WireEngine(Engine):
         self.runtime.begin(label)
         yield
         self.runtime.end()  # not after an error, which leaves a section half done
+
+    def repeated(self, program: Callable[..., Secret]) -> Callable[..., Secret]:
+        return program if self.runtime.device.type == "cpu" else Repeated(self, program)
+
+    def places(self, size: int) -> Places:
+        return Places(self.runtime, size)
+
+    def padded(self, rows: Rows, places: Places, room: PaddedRows | None = None) -> PaddedRows:
+        self.rounds.run(attention.settled(rows))
+        made = PaddedRows(places, rows.shape, rows.values) if room is None else room
+        made.fill(rows.operand)
+        return made
+
+    def unpadded(self, rows: PaddedRows, count: int) -> Rows:
+        return Rows.opened(rows.taken(count), rows.values)
+
+    def turning(self, table: torch.Tensor) -> torch.Tensor:
+        return attention.turned_by(self, table).clone()
 
     def expect(self, verb: str, facts: dict, request: int) -> None:
         if self._material is not None:
@@ -165,7 +189,9 @@ class WireEngine(Engine):
         return weight.table
 
     def tokens(self, ids: torch.Tensor | None, count: int, vocab_size: int) -> OneHot:
-        return OneHot(self.runtime.held_by(CLIENT, ids), count, vocab_size)
+        mine = self.runtime.held_by(CLIENT, ids)
+        bits = None if mine is None else self.runtime.moved(embedding.one_hot(mine, count, vocab_size))
+        return OneHot(mine, bits, count, vocab_size)
 
     def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Secret:
         scale = self.config.hidden

@@ -51,9 +51,10 @@ class Weight:
 
 @dataclass
 class OneHot:
-    """The client's token ids; everybody else knows how many."""
+    """The client's token ids, and their bits on its device (``embedding.one_hot``); everybody else knows how many."""
 
     ids: torch.Tensor | None
+    bits: torch.Tensor | None
     count: int
     vocab_size: int
 
@@ -178,8 +179,12 @@ class Rows:
 
     def behind(self, before: Rows) -> Rows:
         """Opened rows with these, which wait, behind them: what these were to be told, the result is told."""
-        self._joined = Rows(self.pending, before)
+        self._joined = before.joined_by(self.pending)
         return self._joined
+
+    def joined_by(self, pending: Secret | None) -> Rows:
+        """These rows with others behind them, which wait to be opened."""
+        return Rows(pending, self)
 
     def settle(self, rows: products.Operand) -> None:
         """Takes over the opened rows."""

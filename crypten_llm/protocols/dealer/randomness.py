@@ -10,9 +10,12 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from crypten_llm.errors import OneTimeError
 from crypten_llm.kernels import ring
 from crypten_llm.process import Owned
 
@@ -31,6 +34,17 @@ def derive_key(key: bytes, label: str) -> bytes:
     return hashlib.sha256(key + label.encode()).digest()
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where a stream is behind a program whose kernels were captured. bytes: where these read their key."""
+
+    bytes: Any
+    place: int
+    kept: torch.Tensor
+    used: int
+    position: int
+
+
 class Stream:
     """A key stream that two processes holding the same key read alike, as tensors on ``device``.
 
@@ -44,7 +58,7 @@ class Stream:
         if len(key) != KEY_BYTES:
             raise ValueError(f"a stream's key has {KEY_BYTES} bytes, not {len(key)}")
         self.device = torch.device(device)
-        self._bytes = ring.on(device).KeyStream(key)
+        self._bytes: Any = ring.on(device).KeyStream(key)  # of a device with graphs, one that can lend its key
         self._kept = torch.empty(0, dtype=torch.int64, device=self.device)  # words of key stream for small draws
         self._used = 0  # of those
         self._owned = Owned()
@@ -60,6 +74,24 @@ class Stream:
             self._kept, self._used = self._bytes.fill(8 * _BUFFER).view(torch.int64), 0
         start, self._used = self._used, self._used + count
         return self._kept[start : self._used]
+
+    # Of programs whose kernels were captured (``captured``): they draw what they drew then, under the key that is lent.
+
+    def mark(self) -> Mark:
+        """Where it is, for streams with which the captured kernels run again."""
+        return Mark(self._bytes, self._bytes.place, self._kept, self._used, self.position)
+
+    def lend_key(self, mark: Mark) -> None:
+        """To the captured kernels, which are about to run. Raises OneTimeError where anything was drawn before."""
+        self._owned.check("a stream of masks")
+        if self.position:
+            raise OneTimeError("captured kernels draw from the beginning of a section, of which some is drawn already")
+        mark.bytes.take_key(self._bytes)
+
+    def go_on(self, mark: Mark) -> None:
+        """Behind what the captured kernels have drawn."""
+        self._bytes.place, self.position = mark.place, mark.position
+        self._kept, self._used = mark.kept.clone(), mark.used
 
     def draw(self, count: int) -> torch.Tensor:
         """``count`` uniform bytes, uint8; whole words are taken for them."""

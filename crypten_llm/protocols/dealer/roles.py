@@ -17,6 +17,7 @@ from torch import Tensor
 from crypten_llm.errors import OneTimeError
 from crypten_llm.kernels import ring
 from crypten_llm.links.staging import Staging
+from crypten_llm.protocols.dealer import peer
 from crypten_llm.protocols.dealer.material import CHANNEL, FRAME, Sending
 from crypten_llm.protocols.dealer.randomness import fresh_key
 from crypten_llm.protocols.dealer.runtime import PARTIES, Parts, Piece, Public, Runtime, Size, Words
@@ -40,6 +41,9 @@ class Party(Runtime):
         super().__init__(transport, keys, given, device)
         if material is None:
             self.begin("setup")
+
+    def open_mailbox(self) -> None:
+        self.mailbox = peer.connect(self.transport, self.other, self.device)
 
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         return Parts(self._streams[0].ring(shape, bits))
@@ -68,7 +72,8 @@ class Party(Runtime):
         packed = [data for _, data in hidden if data is not None]
         message = packed[0] if len(packed) == 1 else torch.cat(packed or [_NOTHING])
         due = [piece.size if piece.sender is None else piece.sent_by(self.other) for piece in pieces]
-        theirs = self.transport.swap(self.other, message, sum(due), self._cells(pieces))
+        swap = self._swap or self.transport.swap
+        theirs = swap(self.other, message, sum(due), self._cells(pieces))
         results, start = [], 0
         for piece, (value, _), size in zip(pieces, hidden, due, strict=True):
             results.append(self._incoming(piece, value, theirs[start : start + size]))
@@ -191,6 +196,9 @@ class Dealer(Runtime):
         super().__init__(transport, keys, material or Sending(transport), device)
         if material is None:
             self.begin("setup")
+
+    def open_mailbox(self) -> None:
+        """It has nobody to exchange messages with."""
 
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         owner, client = (stream.ring(shape, bits) for stream in self._streams)

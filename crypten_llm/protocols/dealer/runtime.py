@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -28,11 +29,13 @@ from crypten_llm.protocols.dealer.randomness import Stream, derive_key
 from crypten_llm.roles import CLIENT, OWNER
 
 if TYPE_CHECKING:
+    from crypten_llm.kernels.mailbox import Mailbox
     from crypten_llm.links.transport import Transport
 
 PARTIES = (OWNER, CLIENT)
 Size = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
 Public = int | Tensor | Callable[[], Tensor] | None  # see ``Runtime.plus``
+Swap = Callable[[int, Tensor, int, Any], Tensor]  # as ``Transport.swap``
 Held = TypeVar("Held")
 Words = TypeVar("Words", int, Tensor)
 
@@ -109,6 +112,8 @@ class Runtime(ABC):
         self.section = ""
         self._keys = keys
         self._material = material
+        self._swap: Swap | None = None  # in the place of the transport's
+        self.mailbox: Mailbox | None = None  # of a party whose captured messages go from card to card
         self._streams: list[Stream] = []
         self._begun: set[str] = set()
         self._owned = Owned()
@@ -137,6 +142,32 @@ class Runtime(ABC):
 
     def _stream(self, key: bytes, label: str) -> Stream:
         return Stream(derive_key(key, label), self.device)
+
+    @abstractmethod
+    def open_mailbox(self) -> None:
+        """At a party: what is captured from now on is exchanged from card to card (``peer``)."""
+
+    # What ``captured`` puts others in the place of.
+
+    @property
+    def material(self) -> Any:
+        """Where material comes from, or goes."""
+        return self._material
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The section's: a party's own, at the dealer of both."""
+        return self._streams
+
+    @contextmanager
+    def replaced(self, material: Any, swap: Swap) -> Iterator[None]:
+        """A with block with another source or sink of material, and another way to exchange a message."""
+        before = self._material, self._swap
+        self._material, self._swap = material, swap
+        try:
+            yield
+        finally:
+            self._material, self._swap = before
 
     # Masks and correlations.
 

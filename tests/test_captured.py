@@ -1,0 +1,155 @@
+"""Steps that are captured once and run again, on graphs that record what a GPU's capture (``recorded_graphs``)."""
+
+import pytest
+import torch
+from recorded_graphs import RecordedGraphs, RecordedKernels
+from wire_parties import CLIENT, OWNER
+
+from crypten_llm.commands.cost import predict
+from crypten_llm.commands.doctor import write_tiny
+from crypten_llm.engines.plain.engine import PlainEngine
+from crypten_llm.engines.wire.captured import Repeated
+from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.errors import OneTimeError
+from crypten_llm.insecure.one_process import run_roles
+from crypten_llm.kernels import graphs, ring
+from crypten_llm.models.config import LlamaConfig
+from crypten_llm.protocols.dealer.randomness import Stream, derive_key
+from crypten_llm.roles import DEALER
+from crypten_llm.session.bench import Shape
+from crypten_llm.session.bench import run as bench
+from crypten_llm.session.party import Party
+from crypten_llm.session.plan import Plan
+from crypten_llm.session.prompted import Answer
+
+AS_IT_IS = WireEngine.repeated  # on a processor
+IDS = list(range(3, 17))
+SHAPE = Shape(hidden=16, heads=2, kv_heads=1, ffn=16, layers=1, kv_len=5, steps=3, vocab=70)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(ring, "on", lambda device: RecordedKernels())
+    monkeypatch.setattr(graphs, "Graphs", RecordedGraphs)
+    monkeypatch.setattr(WireEngine, "repeated", lambda self, program: Repeated(self, program))
+    monkeypatch.setattr(RecordedGraphs, "launches", 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("model"))
+
+
+def counted(table):
+    """Of a meter's, what was exchanged by kind of operation, and all that came of the dealer."""
+    names = "rounds", "bytes_sent", "bytes_received"
+    online = {row["kind"]: [row[name] for name in names] for row in table if row["phase"] == "decode" and row["rounds"]}
+    return online, [sum(row[f"dealer_{name}"] for row in table if row["phase"] == "decode") for name in names]
+
+
+def test_a_bench(recorded):
+    """Right at every step (``bench`` compares each with ``plain``), and counted as where nothing is captured."""
+
+    def job(transport):
+        figures = bench(Party(WireEngine(transport), transport, compute_parties=2), SHAPE)
+        return figures, counted(transport.meter.table())
+
+    captured = run_roles(job, timeout=60.0)
+    assert RecordedGraphs.launches > 3 * 2 * 22, "each step has some twenty messages a layer at each of two parties"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(WireEngine, "repeated", AS_IT_IS)
+        plain = run_roles(job, timeout=60.0)
+    assert captured[CLIENT][0]["max_abs_err"] < 0.02
+    assert [counts for _, counts in captured] == [counts for _, counts in plain]
+
+
+def shown(party, plan):
+    """The logits of each step."""
+    logits = []
+    for _ in party.request_generate(plan, Answer(IDS[: plan.prompt_tokens], lambda x: logits.append(x) or 3)):
+        pass
+    return torch.stack(logits)
+
+
+def answers(folder, plans):
+    """At the client: the logits of each step of each request of one session."""
+
+    def job(transport):
+        party = Party(WireEngine(transport), transport, compute_parties=2)
+        if not party.is_client:
+            party.serve(folder)
+            return None
+        party.request_load()
+        found = [shown(party, plan) for plan in plans]
+        party.close()
+        return found
+
+    return run_roles(job, timeout=60.0)[CLIENT]
+
+
+def expected(folder, plan):
+    party = Party(PlainEngine())
+    party.load(folder)
+    return shown(party, plan)
+
+
+PLANS = [Plan(5, 4, padded=8), Plan(4, 3, padded=8), Plan(8, 1, padded=8), Plan(9, 2, padded=5)]
+
+
+def test_answers_in_room_that_serves_one_after_another(recorded, folder):
+    """The first fills its room to the last place; the second begins with what was captured; and another size."""
+    found = answers(folder, PLANS)
+    assert RecordedGraphs.launches
+    for plan, logits in zip(PLANS, found, strict=True):
+        assert (logits - expected(folder, plan)).abs().max() < 0.02, plan
+
+
+def test_one_party_captures_and_the_other_does_not(recorded, folder, monkeypatch):
+    """They draw the same, each in its way, also behind what was captured."""
+    alike = {OWNER: AS_IT_IS, CLIENT: Repeated, DEALER: Repeated}
+    monkeypatch.setattr(WireEngine, "repeated", lambda self, program: alike[self.rank](self, program))
+    plans = [Plan(5, 4, padded=8)]
+    for plan, logits in zip(plans, answers(folder, plans), strict=True):
+        assert (logits - expected(folder, plan)).abs().max() < 0.02
+
+
+def test_streams_go_on_behind_what_was_captured(recorded):
+    """Under the section's own key, at the place where one is that has drawn it all by itself."""
+    keys = [derive_key(bytes(32), label) for label in "abc"]
+    captured, own, alike = (Stream(key) for key in (*keys[:2], keys[1]))
+    graph = RecordedGraphs(None)
+    graph.begin()
+    drawn = captured.words(5), captured.words(1000)
+    launch, mark = graph.end(), captured.mark()
+    own.lend_key(mark)
+    launch()
+    own.go_on(mark)
+    for given in drawn:
+        assert torch.equal(given, alike.words(len(given)))
+    assert own.position == alike.position
+    for count in (3, 700, 2):
+        assert torch.equal(own.words(count), alike.words(count))
+    used = Stream(keys[2])
+    used.words(1)
+    with pytest.raises(OneTimeError, match="of which some is drawn already"):
+        used.lend_key(mark)
+
+
+@pytest.mark.parametrize("plan", [Plan(5, 4, padded=8), Plan(6, 5, padded=300), Plan(6, 3)], ids=str)
+def test_the_price_of_padded_steps(folder, plan):
+    """Every counter of the owner's, as a run has it: what a step costs follows from its room."""
+
+    def job(transport):
+        party = Party(WireEngine(transport), transport, compute_parties=2)
+        if not party.is_client:
+            party.serve(folder)
+            return None
+        party.request_load()
+        shown(party, plan)
+        table = transport.meter.table()
+        party.close()
+        return counted(table)
+
+    ran = run_roles(job, timeout=60.0)[CLIENT]
+    priced = predict(LlamaConfig.from_folder(folder), plan).cost.ranks[CLIENT]["table"]
+    assert counted(priced) == ran
