@@ -68,7 +68,8 @@ def answered(tokenizer, grammar, logits, config, most=MOST_TOKENS):
         answer.take(logits(), last=step == most - 1)
         if answer.finished:
             break
-    assert answer.failed is None
+    if answer.failed is not None:
+        raise answer.failed
     return answer
 
 
