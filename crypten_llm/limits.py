@@ -22,5 +22,6 @@ COUNT = 1 << 62  # of bytes, rounds and all else that is only shown
 MESSAGE_BYTES = 16 << 20  # of one between parties
 SETTINGS_BYTES = 16 << 20  # of a file of settings: config.json and its like, a chat template
 TEXT = 64 << 20  # characters of a text that a person gives
+GRAMMAR = 1 << 18  # characters of the schemas and tools that an answer has to follow
 POLICY_BYTES = 1 << 30  # of a policy's trained weights
 TOKENIZER_BYTES = 512 << 20  # of tokenizer.json or an index of weights

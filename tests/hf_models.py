@@ -147,9 +147,9 @@ GOES_ON += "{% if add_generation_prompt %}[assistant]{% endif %}"
 """A chat template that writes an answer as it was given."""
 
 
-def with_template(folder: Path, template: str = GOES_ON, layers: int = 1) -> Path:
-    """The folder of a tiny model of 400 tokens of context whose tokenizer, the shipped one's, has a chat template."""
-    folder, _ = tiny(folder, vocab_size=2048, num_hidden_layers=layers, seed=3, max_position_embeddings=400)
+def with_template(folder: Path, template: str = GOES_ON, layers: int = 1, context: int = 400) -> Path:
+    """The folder of a tiny model whose tokenizer, the shipped one's, has a chat template; context: in tokens."""
+    folder, _ = tiny(folder, vocab_size=2048, num_hidden_layers=layers, seed=3, max_position_embeddings=context)
     shutil.copy(SHIPPED / "tokenizer.json", folder)
     config = json.loads((SHIPPED / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))

@@ -9,8 +9,9 @@ from hf_models import with_template
 
 from crypten_llm import PrivateLlama
 from crypten_llm.errors import UsageError
+from crypten_llm.session.batches import requests_of
 from crypten_llm.session.prompted import Progress, Step
-from crypten_llm.session.request import Request, requests_of
+from crypten_llm.session.request import Request
 
 MARGIN = 0.1  # of logits, between the chosen token and the next: many times what a private engine is off
 

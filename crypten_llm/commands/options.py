@@ -130,6 +130,7 @@ def add_answer(parser: Parser) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; repeatable")
     eos = "token ids that end the answer (default: the client's tokenizer's and folder's)"
     add("--eos-token-id", metavar="1,2", help=eos)
+    add("--json-schema", metavar="FILE", help="a JSON schema that the answer follows")
     add("--greedy", action="store_true", help="take the likeliest token, whatever the model's own defaults are")
     add("--temperature", type=float, metavar="T", help="sample with this temperature")
     add("--top-k", type=int, metavar="K", help="sample among the K best tokens")
@@ -148,12 +149,23 @@ def answer(arguments: Any) -> dict:
     found = {name: getattr(arguments, name) for name in ("max_new_tokens", "repetition_penalty", "seed")}
     if arguments.eos_token_id is not None:
         found["eos_token_id"] = whole_numbers("--eos-token-id", arguments.eos_token_id)
+    if arguments.json_schema is not None:
+        found["json_schema"] = _schema(arguments.json_schema)
     if arguments.greedy or sampling:
         found["do_sample"] = not arguments.greedy
     found |= {"prefill_chunk": arguments.chunk, "padded": arguments.padded}
     if arguments.padded is None:
         found["padded"] = PADDED_ON_A_GPU if "cuda" in arguments.device else 0
     return {**found, **sampling, "stop": arguments.stop, "policy": policy(arguments)}
+
+
+def _schema(path: str) -> dict[str, Any]:
+    from crypten_llm import records
+
+    try:
+        return records.decode(read_text("--json-schema", path), dict[str, Any])
+    except records.Malformed as error:
+        raise UsageError(f"--json-schema: {path} is {error}; give a file that holds a JSON schema") from None
 
 
 def prompt(arguments: Any) -> dict:

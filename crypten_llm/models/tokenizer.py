@@ -231,15 +231,17 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return ids[1:] if encode(tokenizer, "")[:1] == first and ids[:2] == first * 2 else ids
 
 
-def render_chat(tokenizer: Any, messages: list[dict]) -> str:
-    """A conversation as the tokenizer's chat template writes it, up to where the answer begins.
+def render_chat(tokenizer: Any, messages: list[dict], tools: list[dict] | None = None, opens: bool = True) -> str:
+    """A conversation as the tokenizer's chat template writes it, with what it says of ``tools``; opens: up to where the
+    next answer begins.
 
     Raises UsageError when there is no template, or it refuses the messages.
     """
     if not has_chat_template(tokenizer):
         raise UsageError("the tokenizer has no chat template; ask without --chat (chat=, messages=), as text")
     with a_library("the chat template", "ask without --chat"):  # it is a program, and raises what it likes
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        given = {} if tools is None else {"tools": tools}
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens, **given)
 
 
 def encode_rendered(tokenizer: Any, text: str) -> list[int]:

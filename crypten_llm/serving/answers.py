@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crypten_llm.serving.bodies import ChatBody, TextBody
+from crypten_llm.serving.calling import Calling
+from crypten_llm.serving.calls import Part, Piece, Reader
 from crypten_llm.serving.job import Ended
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.prompted import Step
@@ -21,11 +23,12 @@ from crypten_llm.session.sampling import Logprobs
 
 @dataclass
 class Writer:
-    """Writes the answer to one body. model: the name that it goes by."""
+    """Writes the answer to one body. model: the name that it goes by. calling: where functions may be called."""
 
     body: ChatBody | TextBody
     llama: PrivateLlama
     model: str
+    calling: Calling | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(init=False)
 
@@ -33,6 +36,7 @@ class Writer:
         self.is_chat = isinstance(self.body, ChatBody)
         self.id = ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(12)
         self._offsets: dict[int, int] = {}  # characters of each choice so far
+        self._readers: dict[int, Reader] = {}
         self._count = self.body.n or 1
 
     def whole(self, ended: Ended) -> dict[str, Any]:
@@ -51,18 +55,25 @@ class Writer:
 
     def piece(self, step: Step) -> dict[str, Any] | None:
         """What a token adds; None where that is nothing yet."""
-        if not step.text and step.logprobs is None:
-            return None
         likely = None if step.logprobs is None else [step.logprobs]
-        return self._piece(step.prompt, {"content": step.text} if self.is_chat else step.text, likely)
+        if (reader := self._reader(step.prompt)) is None:
+            what: dict | str = {"content": step.text} if self.is_chat else step.text
+            return None if not step.text and likely is None else self._piece(step.prompt, what, likely)
+        read = reader.read(step.text)
+        return None if not read and likely is None else self._piece(step.prompt, _delta(read), likely)
 
     def ending(self, ended: Ended) -> list[dict[str, Any]]:
         """The last pieces: why each choice ended, with the last of them what all cost and revealed; then usage, where
         that was asked for.
         """
         results = ended.results
-        nothing: dict | str = {} if self.is_chat else ""
-        pieces = [self._piece(i, nothing, reason=result.finish_reason) for i, result in enumerate(results)]
+        pieces = []
+        for index, result in enumerate(results):
+            rest = Piece() if (reader := self._reader(index)) is None else reader.read("", last=True)
+            if rest:
+                pieces.append(self._piece(index, _delta(rest)))
+            nothing: dict | str = {} if self.is_chat else ""
+            pieces.append(self._piece(index, nothing, reason=self._reason(result, reader)))
         pieces[-1]["crypten_llm"] = self.facts(ended)
         if self.body.stream_options and self.body.stream_options.include_usage:
             pieces.append({**self._head(self._kind), "choices": [], "usage": self.usage(results)})
@@ -111,10 +122,26 @@ class Writer:
 
     def _choice(self, index: int, result: Result) -> dict[str, Any]:
         said: dict[str, Any] = {"text": result.text}
+        reader = self._reader(index)
         if self.is_chat:
             said = {"message": {"role": "assistant", "content": result.text, "refusal": None}}
+        if reader is not None:
+            read = reader.read(result.text, last=True)
+            said["message"]["content"] = read.content or (None if read.calls else "")
+            if read.calls:
+                said["message"]["tool_calls"] = [_call(part) for part in read.calls]
         likely = self._likely(index, result.logprobs)
-        return {"index": index, **said, "logprobs": likely, "finish_reason": result.finish_reason}
+        return {"index": index, **said, "logprobs": likely, "finish_reason": self._reason(result, reader)}
+
+    def _reader(self, index: int) -> Reader | None:
+        """Of this choice, where it may call functions."""
+        if self.calling is None or not self.calling.functions:
+            return None
+        return self._readers.setdefault(index, Reader(self.calling.format, self.calling.leads))
+
+    def _reason(self, result: Result, reader: Reader | None) -> str:
+        called = reader is not None and reader.count and result.finish_reason == "stop"
+        return "tool_calls" if called else result.finish_reason
 
     def _likely(self, index: int, steps: list[Logprobs] | None) -> dict[str, Any] | None:
         if steps is None:
@@ -141,3 +168,18 @@ class Writer:
 
     def _text(self, token_id: int) -> str:
         return self.llama.tokenizer.decode([token_id]) if self.llama.has_tokenizer else str(token_id)
+
+
+def _delta(read: Piece) -> dict[str, Any]:
+    found: dict[str, Any] = {"content": read.content} if read.content else {}
+    if read.calls:
+        found["tool_calls"] = [{"index": part.index, **_call(part)} for part in read.calls]
+    return found
+
+
+def _call(part: Part) -> dict[str, Any]:
+    """A call, or what is added to one."""
+    function = {"arguments": part.arguments}
+    if part.name is None:
+        return {"function": function}
+    return {"id": part.id, "type": "function", "function": {"name": part.name, **function}}

@@ -25,6 +25,7 @@ from crypten_llm.models.tokenizer import has_chat_template
 from crypten_llm.serving import asking, bodies, page, refusals, streams
 from crypten_llm.serving.answers import Writer
 from crypten_llm.serving.bodies import ChatBody, TextBody
+from crypten_llm.serving.calling import Calling
 from crypten_llm.serving.fair_queue import Caller
 from crypten_llm.serving.guard import Guard
 from crypten_llm.serving.job import Broken, Ended, Job
@@ -71,12 +72,12 @@ class Endpoint:
 
     async def complete(self, request: Request, kind: type[ChatBody] | type[TextBody]) -> Response:
         """An answer, whole or streamed."""
-        body, asked, talk = await self._asked(request, kind)
+        body, asked, talk, calling = await self._asked(request, kind)
         await self._check_deadline(request, asked)
         caller = _caller(request, body)
         job = Job(asked, caller, talk)
         self.service.submit(job)
-        writer = Writer(body, self.service.ready(), self.model)
+        writer = Writer(body, self.service.ready(), self.model, calling)
         keep = partial(self.shelf.put, request.state.key, writer.id)
         if body.stream:
             events = streams.events(job, writer, self.service.leave, keep)
@@ -92,18 +93,17 @@ class Endpoint:
 
     async def _asked(
         self, request: Request, kind: type[ChatBody] | type[TextBody] | None
-    ) -> tuple[ChatBody | TextBody, list[Asked], Talk | None]:
-        """What is asked, as it would be run now; the conversation that it may go on with."""
+    ) -> tuple[ChatBody | TextBody, list[Asked], Talk | None, Calling | None]:
+        """What is asked, as it would be run now; what conversation it may go on with, how its answers are read."""
         llama = self.service.ready()
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, "the body must be JSON; send Content-Type: application/json")
         body = bodies.read(await _read(request), kind)
         if body.model not in (None, self.model):
             raise Refusal(404, f"there is no model {body.model[:80]!r} here; it is {self.model!r}", "model_not_found")
-        requests = asking.requests_of(body, self.usual, llama.protocol.is_private)
-        asked = await run_in_threadpool(asking.prepare, llama, requests)
+        asked, calling = await run_in_threadpool(asking.prepare, llama, body, self.usual)
         talk = await run_in_threadpool(self.service.kept.talk, llama, _caller(request, body), asked)
-        return body, [talk.asked] if talk else asked, talk
+        return body, [talk.asked] if talk else asked, talk, calling
 
     async def _check_deadline(self, request: Request, asked: Sequence[Asked]) -> None:
         if (text := request.headers.get(DEADLINE)) is None:
@@ -123,7 +123,7 @@ class Endpoint:
 
     async def price(self, request: Request) -> Response:
         """Of a request, from its very body, before it is sent."""
-        _, asked, _ = await self._asked(request, None)
+        _, asked, *_ = await self._asked(request, None)
         return _json(await self._price(asked))
 
     async def _wait(self, request: Request, job: Job) -> Ended:

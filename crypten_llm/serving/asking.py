@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crypten_llm.serving.bodies import Body, ChatBody, TextBody
+from crypten_llm.serving.calling import Calling
 from crypten_llm.serving.refusals import Refusal
 from crypten_llm.session.request import Request, rows_of
 
@@ -30,16 +31,35 @@ class Usual:
     public_system: bool = False
 
 
-def requests_of(body: ChatBody | TextBody, usual: Usual, is_private: bool) -> list[Request]:
+def prepare(llama: PrivateLlama, body: ChatBody | TextBody, usual: Usual) -> tuple[list[Asked], Calling | None]:
+    """What is to be run, and for a conversation how its answers are read.
+
+    Raises UsageError or Refusal for what cannot be asked, or what this model or this machine cannot run.
+    """
+    calling = None
+    if isinstance(body, ChatBody):
+        calling = Calling.of(body, llama.tokenizer if llama.has_tokenizer else None)
+    asked = [llama.prepare(request) for request in _requests(body, usual, llama.protocol.is_private, calling)]
+    for each in asked:
+        llama.party.check_plans([each.plan])
+    return asked, calling
+
+
+def _requests(body: ChatBody | TextBody, usual: Usual, is_private: bool, calling: Calling | None) -> list[Request]:
     """One for each choice of the answer, those of a prompt after one another.
 
     Raises UsageError or Refusal for what cannot be asked.
     """
     count = body.n or 1
     if isinstance(body, ChatBody):
-        messages = [{"role": _role(message.role), "content": message.text} for message in body.messages]
+        assert calling is not None, "it is made of every conversation"
         public = body.public_system or usual.public_system
-        prompts: list[dict[str, Any]] = [{"messages": messages, "public_system": public}]
+        if public and calling.functions:
+            raise Refusal(400, "the system message is public here, and tools would stand in it; leave one of them out")
+        within = {"grammar": calling.grammar(), "tools": calling.tools()}
+        prompts: list[dict[str, Any]] = [
+            {"messages": calling.messages(body.messages), "public_system": public, **within}
+        ]
     else:
         prompts = [{**prompt, "public_prefix": body.public_prefix} for prompt in _prompts(body.prompt)]
     if len(prompts) * count > MOST_ANSWERS:
@@ -51,14 +71,6 @@ def requests_of(body: ChatBody | TextBody, usual: Usual, is_private: bool) -> li
             seed = None if body.seed is None else (body.seed + number) % 2**63
             made.append(Request(**prompt, **shared, seed=seed))
     return made
-
-
-def prepare(llama: PrivateLlama, requests: list[Request]) -> list[Asked]:
-    """What they come down to. Raises UsageError for what this model or this machine cannot run."""
-    asked = [llama.prepare(request) for request in requests]
-    for each in asked:
-        llama.party.check_plans([each.plan])
-    return asked
 
 
 def _shared(body: ChatBody | TextBody, usual: Usual, is_private: bool) -> dict[str, Any]:
@@ -91,10 +103,6 @@ def _logprobs(body: ChatBody | TextBody) -> int | None:
     if body.top_logprobs is not None and not body.logprobs:
         raise Refusal(400, "top_logprobs belongs to logprobs; say logprobs true as well, or leave it out")
     return (body.top_logprobs or 0) if body.logprobs else None
-
-
-def _role(role: str) -> str:
-    return "system" if role == "developer" else role
 
 
 def _prompts(prompt: Any) -> list[dict[str, Any]]:

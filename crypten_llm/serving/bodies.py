@@ -16,16 +16,14 @@ from crypten_llm.serving.refusals import Refusal
 
 Choices = Annotated[int, Meta(ge=1, le=16)]
 Best = Annotated[int, Meta(ge=0, le=20)]
+Name = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
 # What asks for nothing, by the field; every other value would be left out in silence.
 NEUTRAL: dict[str, tuple] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -84,26 +82,95 @@ class Part(Extract, frozen=True):
     text: str | None = None
 
 
+class Called(Extract, frozen=True):
+    """A function and, as JSON, what it is called with."""
+
+    name: Name
+    arguments: str
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments. Raises Refusal where they are no JSON object."""
+        try:
+            return records.decode(self.arguments, dict[str, Any])
+        except Malformed as error:
+            raise Refusal(400, f"the arguments of a call of {self.name} are {error}") from None
+
+
+class Call(Extract, frozen=True):
+    id: Word
+    function: Called
+    type: Literal["function"] = "function"
+
+
 class Message(Extract, frozen=True):
     """Of a conversation; answers come back with fields that say nothing, which are passed over."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: Word | None = None
 
     @property
     def text(self) -> str:
         """Raises Refusal for what is no text."""
-        if self.tool_calls:
-            raise Refusal(400, "a message has tool_calls, which are not supported; leave them out")
-        if self.content is None:
+        if self.tool_calls and self.role != "assistant":
+            raise Refusal(400, f"a message of the {self.role} has tool_calls, which are the assistant's to make")
+        if self.content is None and not self.tool_calls:
             raise Refusal(400, f"a message of the {self.role} has no content; give a text")
+        if self.content is None:
+            return ""
         if isinstance(self.content, str):
             return self.content
         for part in self.content:
             if part.type != "text" or part.text is None:
                 raise Refusal(400, f"a message has a part of type {part.type[:40]!r}; text is all that is supported")
         return "".join(part.text or "" for part in self.content)
+
+
+class Function(Extract, frozen=True):
+    """parameters: a JSON schema of what it is called with; not given, it is called with nothing."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Extract, frozen=True):
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class Named(Extract, frozen=True):
+    name: str
+
+
+class Chosen(Extract, frozen=True):
+    """The one function that is to be called."""
+
+    function: Named
+    type: Literal["function"] = "function"
+
+
+class Schema(Extract, frozen=True, rename={"content": "schema"}):
+    name: str | None = None
+    content: dict[str, Any] | None = None
+
+
+class Format(Record, frozen=True):
+    """What an answer is: any text, a JSON object, or the JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """Of the answer, if it has to be JSON. Raises Refusal where one is announced and not given."""
+        if self.type != "json_schema":
+            return {"type": "object"} if self.type == "json_object" else None
+        if self.json_schema is None or self.json_schema.content is None:
+            raise Refusal(400, "response_format is a json_schema without one; give json_schema.schema")
+        return self.json_schema.content
 
 
 class ChatBody(Body, frozen=True, kw_only=True):
@@ -115,12 +182,13 @@ class ChatBody(Body, frozen=True, kw_only=True):
     top_logprobs: Best | None = None
     public_system: bool = False
 
-    tools: Any = None
-    tool_choice: Any = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Chosen | None = None
     parallel_tool_calls: bool | None = None
+    response_format: Format | None = None
+
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None

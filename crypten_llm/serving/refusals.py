@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from crypten_llm.errors import CryptenLLMError, LeftRange, PartyError, UsageError, last_words
+from crypten_llm.session.grammar import NotFollowed
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -44,6 +45,8 @@ def of(error: BaseException, is_open: bool = True) -> Refusal:
         return error
     if isinstance(error, LeftRange):
         return Refusal(422, last_words(error), "left_range")
+    if isinstance(error, NotFollowed):
+        return Refusal(422, last_words(error), "schema_not_followed")
     if not is_open or isinstance(error, PartyError):
         return Refusal(503, last_words(error), "parties_failed")
     if isinstance(error, UsageError):

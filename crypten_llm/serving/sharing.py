@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from crypten_llm.serving import refusals
 from crypten_llm.serving.job import Broken, Ended
+from crypten_llm.session.grammar import NotFollowed
 from crypten_llm.session.open_batch import Done, Joined, Refused
 from crypten_llm.session.prompted import Progress, Step
 from crypten_llm.session.report import Cost, Counters
@@ -133,7 +134,10 @@ class Sharing:
                     each, number = self._places.pop(place)
                     self._metrics.passed(self._cost(self._seen, counters))
                     self._seen = counters
-                    self._done(each, number, result, counters)
+                    if isinstance(result, NotFollowed):
+                        self._end(each, Broken(refusals.of(result)), "refused")
+                    else:
+                        self._done(each, number, result, counters)
             for place, (each, _) in self._places.items():
                 if each.job.left or each not in self._open:
                     leave(place)

@@ -22,6 +22,7 @@ from crypten_llm.models import checkpoint
 from crypten_llm.models import tokenizer as tokenizers
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import launch
+from crypten_llm.session.batches import requests_of
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.chat import Chat
 from crypten_llm.session.defaults import Defaults
@@ -31,7 +32,7 @@ from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan, Turn, Turns, turns_of
 from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.report import Cost
-from crypten_llm.session.request import Asked, Request, Result, Taken, check_policy, requests_of, result_of
+from crypten_llm.session.request import Asked, Request, Result, Taken, check_policy, result_of
 from crypten_llm.session.running import Events, Running
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 from crypten_llm.session.weights import know_weights
@@ -72,7 +73,7 @@ class PrivateLlama:
             return
         if launch.is_distributed() and (rank := launch.own_rank(protocol)) != CLIENT:
             raise UsageError(
-                f"this process is rank {rank}; the client is rank {CLIENT}. Call PrivateLlama.serve() here"
+                f"this process is rank {rank}; the client is rank {CLIENT}: call PrivateLlama.serve() here"
             )
         launch.check_ready(protocol, launched)
         environment: Mapping[str, str] = os.environ
@@ -204,8 +205,8 @@ class PrivateLlama:
         self.party.engine.check_sampling(plan.temperature)
         if request.stops and not self.has_tokenizer:
             raise UsageError("stop is a text, and there is no tokenizer to make text of tokens; give one (--tokenizer)")
-        chosen = request.sampling(self.defaults), request.stop_ids(self.defaults)
-        return Asked(request, ids, plan, *chosen, before, turn)
+        chosen, grammar = request.chosen(self.defaults), self._folder.grammar(request.within, self.party.tokens_digest)
+        return Asked(request, ids, plan, *chosen, before, turn, grammar=grammar)
 
     def run(
         self, asked: Sequence[Asked], first: int = 0, taken: Taken | None = None
@@ -216,8 +217,7 @@ class PrivateLlama:
         """
         tokenizer, taken = self.tokenizer if self.has_tokenizer else None, taken or Taken()
         taken.answers = answers = [each.answer(tokenizer) for each in asked]
-        steps: list[list[Step]] = [[] for _ in asked]
-        taken.steps = steps
+        taken.steps = steps = [list[Step]() for _ in asked]
         plans, turns = [each.plan for each in asked], turns_of([each.turn for each in asked])
         events = self._events(plans, answers, taken.ranks, turns)
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import encode_rendered, render_chat
+from crypten_llm.session.conversation import system_of
 from crypten_llm.session.plan import Turn, parse_policy
 from crypten_llm.session.prompted import Answer, Progress, Step, check_chat
 from crypten_llm.session.public import cut_chat
-from crypten_llm.session.request import Request, Result, Taken, result_of, system_of
+from crypten_llm.session.request import Request, Result, Taken, result_of
 from crypten_llm.session.settings import check_names
 from crypten_llm.session.spoken import Spoken
 from crypten_llm.units import size
@@ -156,7 +157,7 @@ class Chat:
 
     def _note(self, said: list[dict], rendered: str, ids: list[int], answer: Answer | None, text: str) -> None:
         """Takes what was said into the conversation, and notes what the parties' cache holds of it."""
-        drawn = [] if answer is None else answer.token_ids
+        drawn = [] if answer is None or answer.failed else answer.token_ids
         if drawn:
             self.messages = [*said, {"role": "assistant", "content": text}]
         cache, held = self._llama.party.kept.get(self._number), len([*ids, *drawn[:-1]])

@@ -11,6 +11,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.models import checkpoint
 from crypten_llm.models import tokenizer as tokenizers
 from crypten_llm.session.defaults import Defaults
+from crypten_llm.session.grammar import Grammar, Grammars
 
 
 class ClientFolder:
@@ -25,6 +26,7 @@ class ClientFolder:
         self._has_none = False
         self._compared: str | None = None
         self._defaults: Defaults | None = None
+        self._grammars: Grammars | None = None
 
     def tokenizer(self, theirs: str | None) -> Any:
         """theirs: digest of the owner's vocabulary. Raises UsageError when there is none, or it is another one's."""
@@ -57,6 +59,14 @@ class ClientFolder:
             else:
                 self._defaults = Defaults.of_folder(folder, tokenizer)
         return self._defaults
+
+    def grammar(self, text: str | None, theirs: str | None) -> Grammar | None:
+        """``text`` compiled for its tokenizer. Raises UsageError without one, and for a grammar that cannot be used."""
+        if text is None:
+            return None
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer(theirs))
+        return self._grammars.compiled(text)
 
     def _compare(self, theirs: str | None) -> None:
         """Raises UsageError when the client's ids stand for other tokens than the owner's, where both are known."""

@@ -55,10 +55,17 @@ class Mode:
     def __str__(self) -> str:
         return f"top-{self.count}" if self.count else self.kind
 
-    def check(self, sampling: SamplingConfig, logprobs: int | None = None) -> None:
-        """Raises UsageError where the client would need more of the logits to choose as it is asked to."""
+    def check(self, sampling: SamplingConfig, logprobs: int | None = None, within: bool = False) -> None:
+        """Raises UsageError where the client would need more of the logits to choose as it is asked to; within: a
+        grammar, which it can among the best of them too.
+        """
         if self.kind == ALL:
             return
+        if within and self.kind == ID:
+            raise UsageError(
+                "a JSON schema, a grammar or tools are followed by choosing among logits, and --reveal tokens does not "
+                "show the client any; leave them out, or use --reveal logits or top-K"
+            )
         needs = {
             "logprobs": logprobs,
             "repetition_penalty": None if sampling.repetition_penalty == 1 else sampling.repetition_penalty,

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from crypten_llm.errors import UsageError
+from crypten_llm.session.grammar import NotFollowed
 from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.report import Cost, Counters
 from crypten_llm.session.scheduler import Counted, Newcomer, said
@@ -33,10 +34,12 @@ class Joined:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer at this place has ended. ``Result.prompts`` is how many were in at most while it was."""
+    """The answer at this place has ended. ``Result.prompts`` is how many were in at most while it was; an answer that
+    could not be held to its grammar has none.
+    """
 
     place: int
-    result: Result
+    result: Result | NotFollowed
     counters: Counters  # of the batch so far
 
 
@@ -152,4 +155,4 @@ class OpenBatch:
         cost = Cost(passed.ranks, llama.party.compute_parties)
         party, engine = llama.party, llama.protocol.engine
         facts = engine, llama.load_seconds, cost, passed.revealed, inside.most, party.outside, party.notary.take(place)
-        yield Done(place, inside.asked.result(inside.answer, inside.steps, *facts), counters)
+        yield Done(place, inside.answer.failed or inside.asked.result(inside.answer, inside.steps, *facts), counters)

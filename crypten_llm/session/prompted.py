@@ -18,6 +18,7 @@ import eviction
 from crypten_llm.errors import UsageError
 from crypten_llm.models.llama import Pass
 from crypten_llm.models.tokenizer import check_ids
+from crypten_llm.session.grammar import Guide, NotFollowed
 from crypten_llm.session.plan import Plan, Turn
 from crypten_llm.session.sampling import Logprobs
 
@@ -67,8 +68,9 @@ class Answer:
 
     choose: the sampler, [V] logits to an id, or ``int`` where an id is all that is shown. stop_ids: tokens that end the
     answer. text: makes text of it and ends it at a stop string, where there is a tokenizer. logprobs: how many of the
-    best tokens each step tells, ``None`` for nothing. abandoned: set when nobody reads on; the answer then ends at the
-    next token, as the others see it.
+    best tokens each step tells, ``None`` for nothing. guide: what ``choose`` is held to, which ends the answer when it
+    is whole. abandoned: set when nobody reads on; the answer then ends at the next token, as the others see it. failed:
+    why it is none, where the guide could not be followed; it has ended then.
     """
 
     prompt_ids: list[int]
@@ -76,9 +78,11 @@ class Answer:
     stop_ids: tuple[int, ...] = ()
     text: Detokenizer | None = None
     logprobs: int | None = None
+    guide: Guide | None = None
     abandoned: bool = False
     token_ids: list[int] = field(default_factory=list)  # those drawn; the model has seen all but the last
     finished: bool = False
+    failed: NotFollowed | None = None
 
     @property
     def token_id(self) -> int:
@@ -90,14 +94,20 @@ class Answer:
 
         A finished answer keeps its tokens, and does all this for nothing: it takes as long.
         """
-        drawn = int(self.choose(shown))
+        try:
+            drawn, failed = int(self.choose(shown)), None
+        except NotFollowed as error:  # the others take their step all the same
+            drawn, failed = int(shown.argmax()), error
         likely = None if self.logprobs is None else Logprobs.of(shown, drawn, self.logprobs)
         if self.finished:
             if self.text:
                 self.text.again()
             return "", None
         self.token_ids.append(drawn)
-        self.finished = drawn in self.stop_ids
+        self.finished = drawn in self.stop_ids or (self.guide is not None and self.guide.is_complete)
+        if failed is not None:
+            self.finished, self.failed = True, failed
+            return "", None
         if self.text is None:
             return "", likely
         text = self.text.push(drawn, self.finished or last)

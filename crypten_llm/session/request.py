@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from statistics import median
 from typing import Any
 
 from crypten_llm.errors import UsageError
 from crypten_llm.limits import PADDED
 from crypten_llm.models.tokenizer import encode_prompt, encode_rendered, render_chat
+from crypten_llm.session.conversation import check_messages, system_of
 from crypten_llm.session.defaults import Defaults
+from crypten_llm.session.grammar import Grammar, text_of
 from crypten_llm.session.mode import ID, Mode
 from crypten_llm.session.plan import DEFAULT_CHUNK, Course, Plan, Turn, parse_policy
 from crypten_llm.session.prompted import Answer, Step
@@ -22,7 +25,6 @@ from crypten_llm.session.public import cut, cut_chat
 from crypten_llm.session.receipt import Receipt
 from crypten_llm.session.report import Cost
 from crypten_llm.session.sampling import Logprobs, Sampler, SamplingConfig
-from crypten_llm.session.settings import check_names
 from crypten_llm.session.text import Detokenizer, check_stops
 
 NEW_TOKENS, NEW_TOKENS_OF_CHAT = 32, 256
@@ -46,6 +48,10 @@ class Request:
     stop: text that ends the answer, which ends before it; or several. eos_token_id: ids that end it, one or several;
     not given, those of the client's own tokenizer and folder. Another party's announcement ends nothing: it would
     decide how much is revealed.
+
+    json_schema: what the answer has to be, as JSON. grammar: or as any text, in the form of Lark's that llguidance
+    reads. An answer that is whole ends; one that max_new_tokens ends may be a part. tools: functions of which the chat
+    template tells the model, as transformers takes them.
 
     public_prefix: text or token ids before the prompt that are no secret: all parties see them, and the owner computes
     them in the clear. public_system: the same of what a chat template writes before a user's first word, ``system``
@@ -81,6 +87,9 @@ class Request:
     logprobs: int | None = None
     public_prefix: str | list[int] | None = None
     public_system: bool = False
+    json_schema: dict | None = None
+    grammar: str | None = None
+    tools: list[dict] | None = None
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.prompt, self.input_ids, self.messages)) != 1:
@@ -92,7 +101,7 @@ class Request:
         if self.system is not None and not self.chat:
             raise UsageError("system is a message of a chat; say chat as well (--chat), or put it first in messages")
         if self.messages is not None:
-            _check_messages(self.messages)
+            check_messages(self.messages)
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise UsageError(
                 f"the prompt is a {type(self.prompt).__name__}; give a text, or a list of texts (token ids are "
@@ -115,6 +124,9 @@ class Request:
             raise UsageError(f"padded is {self.padded!r}; it must be 0 to {PADDED:,} rows")
         check_policy(self.policy)
         check_stops(self.stop)
+        if self.tools is not None and (not self.templated or self.public_system):
+            raise UsageError("tools are of a chat, whose system message is no public one; leave tools or that out")
+        self.within  # noqa: B018  (for what it raises)
         self.stop_ids(NONE)
         SamplingConfig(**{"do_sample": True, **self._given(("do_sample", *_DRAWN))})
         if self.do_sample is False:
@@ -131,6 +143,11 @@ class Request:
             raise UsageError("public_system is of a chat; say chat as well (--chat), or give public_prefix")
         if self.public_prefix is not None and not len(self.public_prefix):
             raise UsageError("the public prefix is empty; give some text or ids, or leave it out (--public-prefix)")
+
+    @cached_property
+    def within(self) -> str | None:
+        """The grammar that the answer follows, if any. Raises UsageError for what an answer cannot be held to."""
+        return text_of(self.json_schema, self.grammar, bool(self.stops))
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -150,7 +167,7 @@ class Request:
         """The same in two: of what is public, and of what follows it."""
         if self.templated:
             messages = self.conversation
-            rendered = render_chat(tokenizer(), messages)
+            rendered = render_chat(tokenizer(), messages, self.tools)
             if self.public_system:
                 return cut_chat(tokenizer(), rendered, system_of(messages))
             return [], encode_rendered(tokenizer(), rendered)
@@ -189,13 +206,17 @@ class Request:
             raise UsageError(f"eos_token_id is {self.eos_token_id!r}; give a token id, or several")
         return tuple(given)
 
+    def chosen(self, defaults: Defaults = NONE) -> tuple[SamplingConfig, tuple[int, ...]]:
+        """How tokens are chosen, and those that end the answer."""
+        return self.sampling(defaults), self.stop_ids(defaults)
+
     def plan(
         self, prompt_tokens: int, defaults: Defaults = NONE, public: Sequence[int] = (), mode: Mode = ALL_LOGITS
     ) -> Plan:
         """prompt_tokens: of what is secret, after the ids that are ``public``. Raises UsageError for what cannot be
         chosen from what the client learns in ``mode``."""
         sampling = self.sampling(defaults)
-        mode.check(sampling, self.logprobs)
+        mode.check(sampling, self.logprobs, self.within is not None)
         usual = defaults.max_new_tokens or (NEW_TOKENS_OF_CHAT if self.templated else NEW_TOKENS)
         new = usual if self.max_new_tokens is None else self.max_new_tokens
         limits = prompt_tokens, new, self.prefill_chunk, bool(self.hide_length), self.policy, tuple(public)
@@ -203,38 +224,6 @@ class Request:
 
 
 _DRAWN = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")
-
-
-def requests_of(prompt: Any, arguments: dict[str, Any]) -> tuple[list[Request], bool]:
-    """The requests that arguments of ``generate`` make, and whether there are several, which one in a list is too.
-
-    prompt: a text, a list of texts or a list of ``Request``. input_ids: a row of ids, or rows. messages: a
-    conversation, or a list of them. All other arguments hold for each.
-
-    Raises UsageError for an argument that there is not, and for what ``Request`` refuses.
-    """
-    check_names("argument", arguments, [each.name for each in fields(Request)])
-    several: list[Any] | None = None
-    if isinstance(prompt, list | tuple):
-        if all(isinstance(each, Request) for each in prompt) and not arguments:
-            several = list(prompt)
-        elif not any(isinstance(each, Request) for each in prompt):
-            several = [Request(each, **arguments) for each in prompt]
-        else:
-            raise UsageError("a list of prompts holds texts alone, or Requests alone, which bring their own arguments")
-    elif isinstance(messages := arguments.get("messages"), list | tuple) and _is_nested(messages):
-        several = [Request(prompt, **{**arguments, "messages": each}) for each in messages]
-    elif prompt is None and (ids := arguments.get("input_ids")) is not None and len(rows := rows_of(ids)) > 1:
-        several = [Request(**{**arguments, "input_ids": row}) for row in rows]
-    if several is None:
-        return [Request(prompt, **arguments)], False
-    if not several:
-        raise UsageError("the list of prompts is empty; give at least one")
-    return several, True
-
-
-def _is_nested(messages: list | tuple) -> bool:
-    return bool(messages) and all(isinstance(each, list | tuple) for each in messages)
 
 
 @dataclass(frozen=True)
@@ -297,7 +286,7 @@ class Asked:
     """A request that can be run: its ids after the public prefix, its public plan, and what decides its tokens.
 
     before: ids that the conversation's cache holds already, of which the first ``before_public`` are a public prefix.
-    turn: of that conversation, at all parties.
+    turn: of that conversation, at all parties. grammar: that the answer follows.
     """
 
     request: Request
@@ -308,6 +297,7 @@ class Asked:
     before: Sequence[int] = ()
     turn: Turn | None = None
     before_public: int = 0
+    grammar: Grammar | None = None
 
     @property
     def course(self) -> Course:
@@ -320,9 +310,10 @@ class Asked:
     def answer(self, tokenizer: Any) -> Answer:
         """Where the answer grows; tokenizer: the client's, if it has one."""
         seen = [*self.before, *self.plan.public_prefix, *self.ids]
-        choose = int if self.plan.reveal == ID else Sampler(self.sampling, seen)
+        guide = None if self.grammar is None else self.grammar.guide(self.stop_ids)
+        choose = int if self.plan.reveal == ID else Sampler(self.sampling, seen, guide)
         text = None if tokenizer is None else Detokenizer(tokenizer, self.request.stops)
-        return Answer(self.ids, choose, self.stop_ids, text, self.request.logprobs)
+        return Answer(self.ids, choose, self.stop_ids, text, self.request.logprobs, guide)
 
     def result(
         self,
@@ -336,7 +327,12 @@ class Asked:
         outside: str,
         receipt: Receipt | None,
     ) -> Result:
-        """What came of it; steps: those that were read, of which the last ends the answer if it was read to its end."""
+        """What came of it; steps: those that were read, of which the last ends the answer if it was read to its end.
+
+        Raises NotFollowed for an answer that could not be held to its grammar.
+        """
+        if answer.failed is not None:
+            raise answer.failed
         decode = [step.seconds for step in steps[1:]]
         return Result(
             text="" if answer.text is None else answer.text.text,
@@ -390,18 +386,3 @@ def _row(ids: Any, what: str) -> list[int]:
     if len(rows) > 1:
         raise UsageError(f"{what} holds {len(rows)} prompts; a request is one, ask for several with generate()")
     return rows[0]
-
-
-def _check_messages(messages: Any) -> None:
-    """Raises UsageError for what is no conversation."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise UsageError(f"messages is {messages!r}; give a list of {{'role': ..., 'content': ...}}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UsageError(f"{message!r} is no message; give {{'role': 'user', 'content': TEXT}}")
-
-
-def system_of(messages: Sequence[dict]) -> str | None:
-    """The text before all turns of a conversation, if there is one."""
-    first = next(iter(messages), {})
-    return first["content"] if first.get("role") == "system" else None

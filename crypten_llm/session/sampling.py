@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from crypten_llm.errors import CryptenLLMError, UsageError
 from crypten_llm.models.fields import short
+
+if TYPE_CHECKING:
+    from crypten_llm.session.grammar import Guide
 
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 """What greedy decoding has no use for."""
@@ -89,9 +92,11 @@ class SamplingConfig:
 class Sampler:
     """Draws one token a call; a fresh one with the same seed, ids and logits repeats the same tokens."""
 
-    def __init__(self, config: SamplingConfig, ids: Iterable[int] = ()) -> None:
-        """ids: of the prompt, and of all before it that the model has seen; the drawn tokens join them."""
-        self.config = config
+    def __init__(self, config: SamplingConfig, ids: Iterable[int] = (), guide: Guide | None = None) -> None:
+        """ids: of the prompt, and of all before it that the model has seen; the drawn tokens join them. guide: says
+        which tokens may be drawn, before temperature and filters.
+        """
+        self.config, self._guide = config, guide
         self._seen = set(ids)
         self._generator = torch.Generator()
         if config.seed is None:
@@ -100,16 +105,23 @@ class Sampler:
             self._generator.manual_seed(config.seed)
 
     def __call__(self, logits: torch.Tensor) -> int:
-        """Token id for logits [vocab_size]. Ties go to the lower id. Raises CryptenLLMError on NaN or +inf."""
+        """Token id for logits [vocab_size]. Ties go to the lower id.
+
+        Raises CryptenLLMError on NaN or +inf, and NotFollowed where the guide allows none.
+        """
         drawn = self._draw(logits)
         self._seen.add(drawn)
+        if self._guide is not None:
+            self._guide.take(drawn)
         return drawn
 
     def _draw(self, logits: torch.Tensor) -> int:
         if not (logits < float("inf")).all():
             raise CryptenLLMError("the logits hold NaN or infinite values: the model's computation overflowed")
         # A stable order on the CPU in float64 makes a draw the same on every machine.
-        scores, tokens = self._penalized(logits.detach().cpu().double()).sort(descending=True, stable=True)
+        penalized = self._penalized(logits.detach().cpu().double())
+        allowed = penalized if self._guide is None else self._guide.mask(penalized)
+        scores, tokens = allowed.sort(descending=True, stable=True)
         if self.config.greedy:
             return int(tokens[0])
         probabilities = self._filtered(scores)
