@@ -72,9 +72,7 @@ class PrivateLlama:
             self.party = Party(PlainEngine.on(launched.device), mode=protocol.mode)
             return
         if launch.is_distributed() and (rank := launch.own_rank(protocol)) != CLIENT:
-            raise UsageError(
-                f"this process is rank {rank}; the client is rank {CLIENT}: call PrivateLlama.serve() here"
-            )
+            raise UsageError(f"this is rank {rank}, and the client is rank {CLIENT}: call PrivateLlama.serve() here")
         launch.check_ready(protocol, launched)
         environment: Mapping[str, str] = os.environ
         if not launch.is_distributed():
