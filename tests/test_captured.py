@@ -10,16 +10,19 @@ from crypten_llm.commands.doctor import write_tiny
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire.captured import Repeated
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.errors import OneTimeError
+from crypten_llm.errors import OneTimeError, PartyError
 from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.kernels import graphs, ring
+from crypten_llm.links import stream
+from crypten_llm.links.staging import Staging
+from crypten_llm.links.stream import StreamReader
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key
 from crypten_llm.roles import DEALER
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.bench import run as bench
 from crypten_llm.session.party import Party
-from crypten_llm.session.plan import Plan
+from crypten_llm.session.plan import Plan, Turn
 from crypten_llm.session.prompted import Answer
 
 AS_IT_IS = WireEngine.repeated  # on a processor
@@ -63,15 +66,16 @@ def test_a_bench(recorded):
     assert [counts for _, counts in captured] == [counts for _, counts in plain]
 
 
-def shown(party, plan):
-    """The logits of each step."""
+def shown(party, plan, ids=IDS, turns=()):
+    """The logits of each step, in which 3 is always chosen."""
     logits = []
-    for _ in party.request_generate(plan, Answer(IDS[: plan.prompt_tokens], lambda x: logits.append(x) or 3)):
+    answer = Answer(ids[: plan.prompt_tokens], lambda x: logits.append(x) or 3)
+    for _ in party.request_together([plan], [answer], turns):
         pass
     return torch.stack(logits)
 
 
-def answers(folder, plans):
+def answers(folder, plans, turns=((),) * 9, ids=(IDS,) * 9):
     """At the client: the logits of each step of each request of one session."""
 
     def job(transport):
@@ -80,17 +84,17 @@ def answers(folder, plans):
             party.serve(folder)
             return None
         party.request_load()
-        found = [shown(party, plan) for plan in plans]
+        found = [shown(party, *each) for each in zip(plans, ids, turns, strict=False)]
         party.close()
         return found
 
     return run_roles(job, timeout=60.0)[CLIENT]
 
 
-def expected(folder, plan):
+def expected(folder, plan, ids=IDS):
     party = Party(PlainEngine())
     party.load(folder)
-    return shown(party, plan)
+    return shown(party, plan, ids)
 
 
 PLANS = [Plan(5, 4, padded=8), Plan(4, 3, padded=8), Plan(8, 1, padded=8), Plan(9, 2, padded=5)]
@@ -111,6 +115,35 @@ def test_one_party_captures_and_the_other_does_not(recorded, folder, monkeypatch
     plans = [Plan(5, 4, padded=8)]
     for plan, logits in zip(plans, answers(folder, plans), strict=True):
         assert (logits - expected(folder, plan)).abs().max() < 0.02
+
+
+def test_a_conversation_goes_on_with_what_its_room_gave_back(recorded, folder):
+    """Of the first turn's answer the last token was never seen: the second begins with it."""
+    plans, more = [Plan(5, 4, padded=8), Plan(3, 3, padded=8)], [3, 9, 11]
+    found = answers(folder, plans, turns=[[Turn(1)], [Turn(1, 8)]], ids=[IDS, more])
+    whole = expected(folder, Plan(11, 3), [*IDS[:5], 3, 3, 3, *more])
+    assert (found[0] - expected(folder, plans[0])).abs().max() < 0.02
+    assert (found[1] - whole).abs().max() < 0.02
+
+
+def test_what_is_received_ahead_is_read_in_its_order():
+    """Sections end where a message does, however many there are already; and no more is held than has room."""
+    pieces = [memoryview(bytes([k] * 5)) for k in range(4)]
+    reader = StreamReader(lambda: pieces.pop(0), lambda: bool(pieces), "the dealer", Staging())
+    assert reader.receive_ahead() and reader.receive_ahead()
+    assert reader.read(7).tolist() == [0] * 5 + [1] * 2
+    assert reader.receive_ahead() and reader.read(3).tolist() == [1] * 3
+    reader.end()
+    assert reader.read(10).tolist() == [2] * 5 + [3] * 5
+    reader.end()
+    assert not reader.receive_ahead()
+    pieces += [memoryview(bytes(5))] * 2
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stream, "AHEAD", 5)
+        assert [reader.receive_ahead() for _ in range(2)] == [True, False]
+    reader.read(4)
+    with pytest.raises(PartyError, match="sent more than this section needs"):
+        reader.end()
 
 
 def test_streams_go_on_behind_what_was_captured(recorded):
