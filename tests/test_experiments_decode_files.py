@@ -1,6 +1,6 @@
 """The count of files that a decode step runs: it sees what runs and nothing else.
 
-A step on ``wire`` runs 39: each of a layer's protocols is a file, and so is each of the kernels under them. The bound
+A step on ``wire`` runs 48: each of a layer's protocols is a file, and so is each of the kernels under them. The bound
 is there for who adds one to the way of every step.
 """
 
@@ -15,7 +15,7 @@ from experiments.tools.decode_files import ROOT, RUNS, files_of_a_step
 
 def test_what_runs_is_listed_and_what_does_not_is_not():
     plain, wire, chosen = (set(map(str, files_of_a_step(*run))) for run in RUNS.values())
-    assert len(plain) <= 9 and len(wire) <= 47, "a step's way through the code has become longer"
+    assert len(plain) <= 9 and len(wire) <= 48, "a step's way through the code has become longer"
     both = {"crypten_llm/models/llama.py", "crypten_llm/session/generation.py"}
     assert plain >= both | {"crypten_llm/engines/plain/engine.py"} and wire >= both
     assert not any("wire" in name or "links/transport" in name for name in plain)

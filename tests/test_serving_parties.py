@@ -56,7 +56,7 @@ def test_a_private_answer_and_a_party_that_dies_in_the_next(served):
     waiting = []
     waiter = threading.Thread(target=lambda: waiting.append(http.post("/v1/completions", json=body)))
     waiter.start()
-    until(lambda: health(http)["waiting"] == 1)
+    until(lambda: sum(health(http)[name] for name in ("waiting", "running")) == 2)  # it may have joined already
     os.kill(started.pid_of(0), signal.SIGKILL)
     reader.join(30)
     waiter.join(30)

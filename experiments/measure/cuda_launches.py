@@ -10,6 +10,7 @@ draw), nor copies of arguments that are in several pieces.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from crypten_llm.protocols.dealer.runtime import Runtime
 from crypten_llm.protocols.rounds import Protocol, Rounds
 from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import DEALER
+from experiments.tools.command import command
 from experiments.tools.tables import print_table
 
 HIDDEN, HEADS, PAST = 576, 9, 512  # SmolLM2-135M's
@@ -105,6 +107,7 @@ def counted(what: Callable[[Runtime], Protocol]) -> list[Counter[str]]:
     return run_roles(run, timeout=60.0)[:DEALER]
 
 
+@command
 def main() -> None:
     argparse.ArgumentParser(prog="cuda_launches", description=__doc__).parse_args()
     rows: list[dict] = []
@@ -118,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
