@@ -6,6 +6,7 @@ from recorded_graphs import RecordedGraphs, RecordedKernels
 from wire_parties import CLIENT, OWNER
 
 from crypten_llm.commands.cost import predict
+from crypten_llm.commands.deal import deal
 from crypten_llm.commands.doctor import write_tiny
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire.captured import Repeated
@@ -17,7 +18,9 @@ from crypten_llm.links import stream
 from crypten_llm.links.staging import Staging
 from crypten_llm.links.stream import StreamReader
 from crypten_llm.models.config import LlamaConfig
+from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key
+from crypten_llm.protocols.dealer.tape import Tape
 from crypten_llm.roles import DEALER
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.bench import run as bench
@@ -30,11 +33,16 @@ IDS = list(range(3, 17))
 SHAPE = Shape(hidden=16, heads=2, kv_heads=1, ffn=16, layers=1, kv_len=5, steps=3, vocab=70)
 
 
+def captured(engine, program):
+    """As on a GPU; who counts has none."""
+    return program if isinstance(engine.runtime, Counting) else Repeated(engine, program)
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     monkeypatch.setattr(ring, "on", lambda device: RecordedKernels())
     monkeypatch.setattr(graphs, "Graphs", RecordedGraphs)
-    monkeypatch.setattr(WireEngine, "repeated", lambda self, program: Repeated(self, program))
+    monkeypatch.setattr(WireEngine, "repeated", captured)
     monkeypatch.setattr(RecordedGraphs, "launches", 0)
 
 
@@ -57,13 +65,13 @@ def test_a_bench(recorded):
         figures = bench(Party(WireEngine(transport), transport, compute_parties=2), SHAPE)
         return figures, counted(transport.meter.table())
 
-    captured = run_roles(job, timeout=60.0)
+    found = run_roles(job, timeout=60.0)
     assert RecordedGraphs.launches > 3 * 2 * 22, "each step has some twenty messages a layer at each of two parties"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(WireEngine, "repeated", AS_IT_IS)
         plain = run_roles(job, timeout=60.0)
-    assert captured[CLIENT][0]["max_abs_err"] < 0.02
-    assert [counts for _, counts in captured] == [counts for _, counts in plain]
+    assert found[CLIENT][0]["max_abs_err"] < 0.02
+    assert [counts for _, counts in found] == [counts for _, counts in plain]
 
 
 def shown(party, plan, ids=IDS, turns=()):
@@ -108,6 +116,39 @@ def test_answers_in_room_that_serves_one_after_another(recorded, folder):
         assert (logits - expected(folder, plan)).abs().max() < 0.02, plan
 
 
+@pytest.mark.parametrize("dealt", ["captured", "as it is"])
+def test_a_tape(recorded, folder, monkeypatch, tmp_path, dealt):
+    """Its pieces take whole words, wherever it was dealt and is read; what is counted is what is in them."""
+    plan = Plan(5, 4, padded=8)
+    if dealt != "captured":
+        monkeypatch.setattr(WireEngine, "repeated", AS_IT_IS)
+    deal(plan, tmp_path / "tape", LlamaConfig.from_folder(folder), say=lambda line: None)
+    launches = RecordedGraphs.launches
+    assert bool(launches) == (dealt == "captured")
+    at_the_client = {CLIENT: captured, OWNER: AS_IT_IS}
+    monkeypatch.setattr(WireEngine, "repeated", lambda self, program: at_the_client[self.rank](self, program))
+
+    def job(transport):
+        if transport.rank == DEALER:
+            return None
+        tape = Tape(tmp_path / "tape", transport.rank, transport, is_local=True)
+        party = Party(WireEngine(transport, material=tape), transport, compute_parties=2)
+        if not party.is_client:
+            party.serve(folder)
+            return transport.meter.table()
+        party.request_load()
+        logits, table = shown(party, plan), transport.meter.table()
+        party.close()
+        return logits, table
+
+    _, (logits, table), _ = run_roles(job, timeout=60.0)
+    assert RecordedGraphs.launches > launches
+    assert (logits - expected(folder, plan)).abs().max() < 0.02
+    monkeypatch.setattr(WireEngine, "repeated", AS_IT_IS)
+    priced = predict(LlamaConfig.from_folder(folder), plan).cost.ranks[CLIENT]["table"]
+    assert counted(table)[0] == counted(priced)[0]
+
+
 def test_one_party_captures_and_the_other_does_not(recorded, folder, monkeypatch):
     """They draw the same, each in its way, also behind what was captured."""
     alike = {OWNER: AS_IT_IS, CLIENT: Repeated, DEALER: Repeated}
@@ -149,11 +190,11 @@ def test_what_is_received_ahead_is_read_in_its_order():
 def test_streams_go_on_behind_what_was_captured(recorded):
     """Under the section's own key, at the place where one is that has drawn it all by itself."""
     keys = [derive_key(bytes(32), label) for label in "abc"]
-    captured, own, alike = (Stream(key) for key in (*keys[:2], keys[1]))
+    first, own, alike = (Stream(key) for key in (*keys[:2], keys[1]))
     graph = RecordedGraphs(None)
     graph.begin()
-    drawn = captured.words(5), captured.words(1000)
-    launch, mark = graph.end(), captured.mark()
+    drawn = first.words(5), first.words(1000)
+    launch, mark = graph.end(), first.mark()
     own.lend_key(mark)
     launch()
     own.go_on(mark)

@@ -20,6 +20,8 @@ class StreamReader:
     staging: to where what is read goes.
     """
 
+    unit = 1  # bytes of which what is read at once takes a whole number
+
     def __init__(
         self, next_piece: Callable[[], memoryview], there_is: Callable[[], bool], name: str, staging: Staging
     ) -> None:
@@ -39,8 +41,8 @@ class StreamReader:
     def begin(self, label: str) -> None:
         """The next section, whatever its label: it is what comes next."""
 
-    def read(self, count: int) -> torch.Tensor:
-        """The next `count` bytes, a uint8 tensor."""
+    def read(self, count: int, counted: int | None = None) -> torch.Tensor:
+        """The next `count` bytes, a uint8 tensor; counted: of them, where there is more between them, which is not."""
         out, filled = self._staging.empty((count,), torch.uint8), 0
         target = out.numpy().data
         while filled < count:

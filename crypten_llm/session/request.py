@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -144,7 +143,7 @@ class Request:
         if self.public_prefix is not None and not len(self.public_prefix):
             raise UsageError("the public prefix is empty; give some text or ids, or leave it out (--public-prefix)")
 
-    @cached_property
+    @property
     def within(self) -> str | None:
         """The grammar that the answer follows, if any. Raises UsageError for what an answer cannot be held to."""
         return text_of(self.json_schema, self.grammar, bool(self.stops))

@@ -63,6 +63,7 @@ class PaddedRows(Rows):
 
     def fill(self, rows: products.Operand) -> None:
         """Begins with these rows, and with zeros behind them."""
+        self.pending = None
         if self._operand is None:
             public: Any = None if rows.public is None else rows.public.new_zeros(self._shape)
             own = rows.own.new_zeros(self._shape)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,11 +34,12 @@ ALIGNED = 16  # bytes at whose multiples numbers of any kind may begin
 
 @dataclass(frozen=True)
 class _Part:
-    """Bytes ``start`` to ``stop`` of a chunk of the device's memory."""
+    """Bytes ``start`` to ``stop`` of a chunk of the device's memory, of which ``counted`` are material."""
 
     chunk: Tensor
     start: int
     stop: int
+    counted: int
 
     @property
     def memory(self) -> Tensor:
@@ -50,26 +51,28 @@ class _Part:
 
     def and_then(self, other: _Part) -> _Part | None:
         """Both as one, where the other lies right behind this one."""
-        return (
-            _Part(self.chunk, self.start, other.stop)
-            if self.chunk is other.chunk and self.stop == other.start
-            else None
-        )
+        if self.chunk is not other.chunk or self.stop != other.start:
+            return None
+        return _Part(self.chunk, self.start, other.stop, self.counted + other.counted)
 
 
 class _Room:
-    """Memory of the device in which material lies without gaps; it stays where it is."""
+    """Memory of the device in which pieces of material lie as they travel, each in whole units of bytes; it stays where
+    it is. zeros: what a piece does not fill of its last unit.
+    """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, unit: int, zeros: bool) -> None:
+        self._device, self._unit = device, unit
+        self._make = torch.zeros if zeros and unit > 1 else torch.empty
         self._chunk, self._used = torch.empty(0, dtype=torch.uint8, device=device), 0
 
     def take(self, count: int) -> _Part:
-        """The next ``count`` bytes."""
-        if self._chunk.numel() - self._used < count:
-            self._chunk, self._used = torch.empty(max(CHUNK, count), dtype=torch.uint8, device=self._device), 0
-        start, self._used = self._used, self._used + count
-        return _Part(self._chunk, start, self._used)
+        """For the next piece, of ``count`` bytes."""
+        size = -(-count // self._unit) * self._unit
+        if self._chunk.numel() - self._used < size:
+            self._chunk, self._used = self._make(max(CHUNK, size), dtype=torch.uint8, device=self._device), 0
+        start, self._used = self._used, self._used + size
+        return _Part(self._chunk, start, self._used, count)
 
 
 class _InOneSection:
@@ -89,12 +92,12 @@ class _Reads(_InOneSection):
     earlier one. new: what the stretch that is being captured will read.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._room = _Room(device)
+    def __init__(self, device: torch.device, unit: int) -> None:
+        self._room = _Room(device, unit, zeros=False)
         self.windows: list[_Part] = []
         self.new: list[_Part] = []
 
-    def read(self, count: int) -> Tensor:
+    def read(self, count: int, counted: int | None = None) -> Tensor:
         part = self._room.take(count)
         if count:
             self.new.append(part)
@@ -104,19 +107,20 @@ class _Reads(_InOneSection):
                 self.windows.append(part)
             else:
                 self.windows[-1] = longer
-        return part.memory.clone() if part.start % ALIGNED else part.memory
+        given = part.memory[:count]
+        return given.clone() if part.start % ALIGNED else given
 
 
 class _Writes(_InOneSection):
     """At the dealer: where captured kernels leave material. parts: in its order; ``None`` where it is flushed."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._rooms = {party: _Room(device) for party in (OWNER, CLIENT)}
+    def __init__(self, device: torch.device, unit: int) -> None:
+        self._rooms = {party: _Room(device, unit, zeros=True) for party in (OWNER, CLIENT)}
         self.parts: list[tuple[int, _Part | None]] = []
 
     def write(self, party: int, data: Tensor) -> None:
         part = self._rooms[party].take(data.numel())
-        part.memory.copy_(data)
+        part.memory[: data.numel()].copy_(data)
         before, last = self.parts[-1] if self.parts else (party, None)
         longer = last.and_then(part) if before == party and last is not None else None
         if longer is None:
@@ -162,7 +166,9 @@ class Captured:
     def __init__(self, runtime: Runtime, graphs: Graphs) -> None:
         self._runtime, self._graphs = runtime, graphs
         self._posted: list[_Swap] = []  # messages that captured kernels exchange themselves
-        self._reads, self._writes = _Reads(runtime.device), _Writes(runtime.device)
+        self._material: Any = runtime.material
+        unit = self._material.unit
+        self._reads, self._writes = _Reads(runtime.device, unit), _Writes(runtime.device, unit)
         self._stretches: list[_Stretch] = []
         self._loaded = 0  # windows, in the section that is run
         self._marks: list[Mark] = []
@@ -170,7 +176,6 @@ class Captured:
     def capture(self, program: Callable[[], Result]) -> Result:
         """What the program returns."""
         runtime = self._runtime
-        self._material = runtime.material
         mine = self._writes if runtime.role == DEALER else self._reads
         with self._graphs.apart(), runtime.replaced(mine, self._post if runtime.mailbox else self._swap):
             try:
@@ -189,7 +194,7 @@ class Captured:
     def replay(self) -> None:
         """The program's kernels and messages, with what belongs to the section that has begun."""
         runtime = self._runtime
-        self._material, self._loaded = runtime.material, 0
+        self._loaded = 0
         for stream, mark in zip(runtime.streams, self._marks, strict=True):
             stream.lend_key(mark)
         with self._graphs.apart():
@@ -207,7 +212,7 @@ class Captured:
         stretch = _Stretch(self._graphs.end(), len(self._reads.windows))
         self._stretches.append(stretch)
         for part in self._reads.new:
-            part.memory.copy_(self._material.read(part.size))
+            part.memory.copy_(self._material.read(part.size, part.counted))
         self._reads.new.clear()
         stretch.launch()
         return stretch
@@ -243,7 +248,7 @@ class Captured:
 
     def _load(self, windows: int) -> None:
         for window in self._reads.windows[self._loaded : windows]:
-            window.memory.copy_(self._material.read(window.size), non_blocking=True)
+            window.memory.copy_(self._material.read(window.size, window.counted), non_blocking=True)
         self._loaded = max(self._loaded, windows)
 
     def _finish(self) -> None:

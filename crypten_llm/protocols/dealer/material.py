@@ -21,20 +21,24 @@ CHANNEL = "dealer"
 
 
 class Given(Protocol):
-    """At a party: where its material comes from."""
+    """At a party: where its material comes from. unit: bytes of which each piece takes a whole number."""
+
+    unit: int
 
     def begin(self, label: str) -> None:
         """Goes to the section of that label."""
 
-    def read(self, count: int) -> torch.Tensor:
-        """The next ``count`` bytes, in memory of their own."""
+    def read(self, count: int, counted: int | None = None) -> torch.Tensor:
+        """The next ``count`` bytes, in memory of their own. counted: of them, where they are several pieces."""
 
     def end(self) -> None:
         """All of the section has been used."""
 
 
 class Taken(Protocol):
-    """At the dealer: where its material goes."""
+    """At the dealer: where its material goes. unit: as of ``Given``."""
+
+    unit: int
 
     def begin(self, label: str) -> None:
         """Starts a section."""
@@ -135,6 +139,8 @@ class Sending:
     Within a section the dealer waits only for room in a queue, and nobody can wait for the dealer then: a party that
     does not read waits for the other party, whose material up to that step has left the dealer (``flush``).
     """
+
+    unit = 1
 
     def __init__(self, transport: Transport) -> None:
         self._couriers = [_Courier(transport, party) for party in (OWNER, CLIENT)]

@@ -20,7 +20,17 @@ from crypten_llm import records
 from crypten_llm.errors import OneTimeError, UsageError
 from crypten_llm.links.signatures import Signer
 from crypten_llm.links.transport import bytes_of
-from crypten_llm.protocols.dealer.layout import MAX_HEADER, Header, begin, material_key, padded, path_in, room_for, sync
+from crypten_llm.protocols.dealer.layout import (
+    MAX_HEADER,
+    WORD,
+    Header,
+    begin,
+    material_key,
+    padded,
+    path_in,
+    room_for,
+    sync,
+)
 from crypten_llm.protocols.dealer.manifest import NAMES, PARTIES, Manifest
 from crypten_llm.protocols.dealer.randomness import Cipher, fresh_key
 from crypten_llm.units import size as for_people
@@ -33,6 +43,8 @@ _NO_DIGEST = "0" * 64
 
 class _Written:
     """What is written has no needs: it takes any program, at any pace."""
+
+    unit = WORD
 
     def expect(self, verb: str, facts: dict, request: int) -> None:
         pass

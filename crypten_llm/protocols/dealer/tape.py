@@ -27,6 +27,7 @@ from crypten_llm.links.signatures import fingerprint as fingerprint_of_key
 from crypten_llm.links.transport import bytes_of
 from crypten_llm.process import Owned
 from crypten_llm.protocols.dealer.layout import (
+    WORD,
     Begin,
     Header,
     NotATape,
@@ -166,6 +167,8 @@ def _short(value: object, longest: int = _SHOWN) -> str:
 class Tape:
     """At a party: material from its file."""
 
+    unit = WORD
+
     def __init__(
         self, path: str | Path, party: int, transport: Transport, is_local: bool = False, signers: Sequence[str] = ()
     ) -> None:
@@ -291,8 +294,10 @@ class Tape:
         size = self._stop - self._position
         os.posix_fadvise(self._fd, self._stop, size, os.POSIX_FADV_WILLNEED)  # the next one is probably alike
 
-    def read(self, count: int) -> torch.Tensor:
-        """The next bytes of the section. Raises OneTimeError where it has no more."""
+    def read(self, count: int, counted: int | None = None) -> torch.Tensor:
+        """The next bytes of the section; counted: of them, where they are several pieces. Raises OneTimeError where it
+        has no more.
+        """
         self._owned.check("a tape")
         size, start = padded(count), self._used
         if self._position + size > self._stop:
@@ -301,7 +306,7 @@ class Tape:
             self._read_ahead(size)
             start = 0
         self._used, self._position = start + size, self._position + size
-        self._transport.meter.count(CHANNEL, 0, 0, 0, count, 0.0)
+        self._transport.meter.count(CHANNEL, 0, 0, 0, count if counted is None else counted, 0.0)
         return self._ahead[start : start + count]
 
     def _read_ahead(self, least: int) -> None:
