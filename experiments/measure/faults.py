@@ -34,6 +34,7 @@ from crypten_llm.serving.app import Endpoint
 from crypten_llm.serving.fair_queue import FairQueue
 from crypten_llm.serving.guard import Guard
 from crypten_llm.serving.job import Job
+from crypten_llm.serving.kept import Keeping, Kept
 from crypten_llm.serving.metrics import Metrics
 from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.server import Server, listen
@@ -152,7 +153,9 @@ def served(model: str, timeout: float) -> Iterator[tuple[Service, int]]:
     """An endpoint that answers, and its port."""
     queue: FairQueue[Job] = FairQueue(16)
     opening = lambda: PrivateLlama.from_pretrained(model, engine="wire", timeout=timeout, threads=1)  # noqa: E731
-    service = Service(opening, queue, Metrics(lambda: len(queue)), Pricer(None, "wire"))
+    kept = Kept(Keeping(), queue)
+    metrics = Metrics(lambda: len(queue), lambda: len(service.running), lambda: len(kept))
+    service: Service = Service(opening, queue, metrics, Pricer(None, "wire"), kept)
     sock = listen("127.0.0.1", 0, False, False)
     server = Server(Endpoint(service, Guard(), "model").app(), service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
