@@ -18,6 +18,7 @@ from crypten_llm.links import stream
 from crypten_llm.links.staging import Staging
 from crypten_llm.links.stream import StreamReader
 from crypten_llm.models.config import LlamaConfig
+from crypten_llm.protocols.dealer import captured as dealer_captured
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key
 from crypten_llm.protocols.dealer.tape import Tape
@@ -106,6 +107,17 @@ def expected(folder, plan, ids=IDS):
 
 
 PLANS = [Plan(5, 4, padded=8), Plan(4, 3, padded=8), Plan(8, 1, padded=8), Plan(9, 2, padded=5)]
+
+
+def test_material_in_many_chunks(recorded, monkeypatch):
+    """Of the device's memory, and read in many windows."""
+    monkeypatch.setattr(dealer_captured, "CHUNK", 3000)
+    monkeypatch.setattr(dealer_captured, "WINDOW", 500)
+
+    def job(transport):
+        return bench(Party(WireEngine(transport), transport, compute_parties=2), SHAPE)
+
+    assert run_roles(job, timeout=60.0)[CLIENT]["max_abs_err"] < 0.02
 
 
 def test_answers_in_room_that_serves_one_after_another(recorded, folder):

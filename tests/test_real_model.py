@@ -7,6 +7,7 @@ minute or two on two cores.
 import gc
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from programs import GENERATE, Program
@@ -107,6 +108,8 @@ def test_prompts_side_by_side_have_the_answers_of_each_alone(model):
     gc.collect()
     with PrivateLlama.from_pretrained(model, engine="wire", threads=1, timeout=SECONDS, progress=False) as llama:
         assert [found.token_ids for found in llama.generate(BESIDE)] == expected
+        padded = [replace(request, padded=96) for request in BESIDE]
+        assert [llama.generate([request])[0].token_ids for request in padded] == expected
         asked = [llama.prepare(request) for request in BESIDE]
         first, coming, found = asked[:1], asked[1:], {}
         with closing(llama.open_batch(first, lambda inside: [coming.pop(0)] if coming else []).run()) as events:

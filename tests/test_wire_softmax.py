@@ -17,8 +17,11 @@ FRACTION, WIDTH = 18, 40
 Q = Exponents()
 
 
-def weighed(rows, exponents=Q, drop=12, seed=0):
-    """(weights of each row, [negative or not, outside or not] of each), of rows of scores in bits; the outcome."""
+def weighed(rows, exponents=Q, drop=12, seed=0, seen=None):
+    """(weights of each row, [negative or not, outside or not] of each), of rows of scores in bits; the outcome.
+
+    seen: of each score whether it is one, words 0 or 1.
+    """
     unit = exponents.size / 2**OPENED
     counts = torch.tensor([len(row) for row in rows])
     scores = torch.tensor([y for row in rows for y in row], dtype=torch.float64)
@@ -26,7 +29,7 @@ def weighed(rows, exponents=Q, drop=12, seed=0):
 
     def job(runtime):
         held = share(runtime, whole, width=OPENED + drop, bits=0).share
-        made = play(runtime, weigh(runtime, held, drop, counts, exponents, FRACTION, WIDTH))
+        made = play(runtime, weigh(runtime, held, drop, counts, exponents, FRACTION, WIDTH, seen))
         return made.weights, made.beyond
 
     outcome = run(job, seed=seed)
@@ -76,6 +79,31 @@ def test_any_rows(size, drop, data):
     rows = data.draw(st.lists(st.lists(score, min_size=0, max_size=20), min_size=1, max_size=6), "rows")
     top = data.draw(st.floats(max(least + 1, low + 1), most - 6), "one that is large enough in each row")
     check([[*row, top] for row in rows], exponents, drop=drop, seed=size + drop)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.sampled_from([256, 128]), st.integers(0, 12), st.data())
+def test_scores_that_are_none_weigh_nothing(size, drop, data):
+    """Whatever stands in their places, beyond the domain too: the others weigh as alone, and nothing is flagged."""
+    exponents = Exponents(size)
+    (low, _), (least, most) = exponents.scores, exponents.sums
+    score, any_score = st.floats(low + 1, most - 6), st.floats(-500.0, 500.0)
+    rows = data.draw(
+        st.lists(st.lists(st.tuples(score, st.booleans(), any_score), max_size=12), min_size=1, max_size=5)
+    )
+    top = data.draw(st.floats(max(least + 1, low + 1), most - 6), "one that is large enough in each row")
+    rows = [[*row, (top, True, 0.0)] for row in rows]
+    seen = torch.tensor([int(is_one) for row in rows for _, is_one, _ in row])
+    given_rows = [[y if is_one else other for y, is_one, other in row] for row in rows]
+    found, flags, _ = weighed(given_rows, exponents, drop, size + drop, seen)
+    alone, _, _ = weighed([[y for y, is_one, _ in row if is_one] for row in rows], exponents, drop, size + drop)
+    for row, weights, expected, flag in zip(rows, found, alone, flags, strict=True):
+        is_one = torch.tensor([one for _, one, _ in row])
+        assert flag == [0, 0] and not weights[~is_one].any()
+        exact = 2.0 ** torch.tensor([y for y, one, _ in row if one], dtype=torch.float64)
+        for made in (weights[is_one], expected):
+            error = (made / made.sum() - exact / exact.sum()).abs()
+            assert (error <= 2**-12 * exact / exact.sum() + 8 * len(row) * 2.0**-FRACTION).all()
 
 
 def test_sizes_of_rings():

@@ -50,13 +50,13 @@ class Graphs:
 
     # What travels: pinned memory of the processor, from and to which captured kernels copy.
 
-    def make_room(self, count: int) -> bool:
-        """Before ``sent`` of as many bytes; whether there was room. Not while anything is captured, unless there is."""
-        if self._room.numel() >= count:
-            return True
-        if self._graph is None:
-            self._room = torch.empty(max(ROOM, count), dtype=torch.uint8, pin_memory=True)
-        return False
+    def has_room(self, count: int) -> bool:
+        """Whether as many bytes may be ``sent``."""
+        return self._room.numel() >= count
+
+    def make_room(self, count: int) -> None:
+        """For so many bytes; not while anything is captured."""
+        self._room = torch.empty(max(ROOM, count), dtype=torch.uint8, pin_memory=True)
 
     def sent(self, message: Tensor) -> Tensor:
         """Bytes of the device where the processor will find them, once they were launched and waited for."""

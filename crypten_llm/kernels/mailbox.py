@@ -7,6 +7,7 @@ allocated by itself: a handle opens all of an allocation to whoever has it, so n
 from __future__ import annotations
 
 import ctypes
+import weakref
 from functools import cache
 
 import torch
@@ -36,6 +37,13 @@ def _call(name: str, *arguments: object) -> None:
         raise RuntimeError(f"{name}: {describe(code).decode()}")
 
 
+def _free(mine: ctypes.c_void_p, theirs: ctypes.c_void_p) -> None:
+    """Lets both go. What CUDA says to it is no matter: nobody uses them any more."""
+    if theirs.value:
+        _runtime().cudaIpcCloseMemHandle(theirs)
+    _runtime().cudaFree(mine)
+
+
 class Mailbox:
     """One's own mailbox and the other party's. seconds: how long a message may take.
 
@@ -50,6 +58,7 @@ class Mailbox:
         _call("cudaMemset", self._mine, 0, ctypes.c_size_t(self._kernels.BYTES))
         handle = _Handle()
         _call("cudaIpcGetMemHandle", ctypes.byref(handle), self._mine)
+        weakref.finalize(self, _free, self._mine, self._theirs).atexit = False  # then the driver frees it
         self.handle = ctypes.string_at(ctypes.byref(handle), HANDLE_BYTES)
         self._state = torch.zeros(2, dtype=torch.int64, device=device)
         self._nothing = torch.empty(0, dtype=torch.uint8, device=device)

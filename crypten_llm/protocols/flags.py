@@ -20,8 +20,8 @@ from crypten_llm.roles import CLIENT, OWNER
 TELLS = (CLIENT, OWNER)  # who tells the other its share of each word
 
 
-class Flags:
-    """One role's shares of what has been noted since it was last shown."""
+class Gathered:
+    """One role's shares of words into which something is gathered by xor; each party tells its share of one of them."""
 
     def __init__(self, runtime: Runtime, rounds: Rounds) -> None:
         self._runtime, self._rounds = runtime, rounds
@@ -40,6 +40,10 @@ class Flags:
     def join(self, words: Tensor) -> None:
         """Notes what other words note."""
         self._words = self._words ^ words
+
+
+class Flags(Gathered):
+    """One role's shares of what has been noted since it was last shown."""
 
     def note(self, bits: Tensor) -> None:
         """XOR shares of flags, words 0 or 1: opened behind a mask with the next message, and noted."""

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from crypten_llm.errors import PartyError
 from crypten_llm.protocols.dealer.runtime import Runtime
-from crypten_llm.protocols.flags import TELLS, differ, folded
+from crypten_llm.protocols.flags import TELLS, Gathered, differ, folded
 from crypten_llm.protocols.opening import Message
-from crypten_llm.protocols.rounds import Protocol, Rounds
+from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.roles import CLIENT, OWNER
 
 NOT_ONE_ROW = (
@@ -73,26 +73,8 @@ def labels_of(runtime: Runtime, rows: int) -> Labels | None:
     return Labels(torch.stack([label, cubes ^ kappa], 1).view(torch.int32), kappa)
 
 
-class Sketches:
+class Sketches(Gathered):
     """One role's words of what has been asked for since they were last checked."""
-
-    def __init__(self, runtime: Runtime, rounds: Rounds) -> None:
-        self._runtime, self._rounds = runtime, rounds
-        self._words = torch.zeros(len(TELLS), dtype=torch.int64, device=runtime.device)
-
-    @property
-    def current(self) -> Tensor:
-        """The words so far."""
-        return self._words
-
-    def take(self) -> Tensor:
-        """The words so far; from now on there are new ones."""
-        words, self._words = self._words, torch.zeros_like(self._words)
-        return words
-
-    def join(self, words: Tensor) -> None:
-        """Notes what other words note."""
-        self._words = self._words ^ words
 
     def note(self, labels: Labels | None, count: int, seen: Tensor | None, mask: Tensor | None) -> None:
         """What a client asked for: bits xor a mask, words [count, V / 64 rounded up]; the sums go with the next

@@ -158,6 +158,7 @@ class Party:
         if self._padded is None or self._padded.size != size:
             self._padded = Padded(self.model, size)
         self._padded.begin(cache)
+        self.reveals.public(f"room for the answer's cache: {size} rows", "each of its steps is counted as of so many")
         return self._padded
 
     def forget(self, conversation: int) -> None:

@@ -157,8 +157,6 @@ class Prompted:
                 f"conversation {self.turn.conversation}, whose cache is kept", "its next turn goes on with it"
             )
         limits = f"at most {plan.max_new_tokens} new tokens, prefill by {plan.chunk}, policy {plan.policy}"
-        if self.plan.room(self.behind):
-            limits += f", cache counted as a multiple of {self.plan.padded} rows"
         for fact in filter(None, (f"request: {limits}", self.party.mode.fact(plan.temperature))):
             reveals.public(fact, "all parties run the same program")
 

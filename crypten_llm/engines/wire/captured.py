@@ -14,9 +14,8 @@ import torch
 from crypten_llm.engines.wire.handles import OneHot
 from crypten_llm.kernels import graphs
 from crypten_llm.protocols.dealer.captured import Captured
-from crypten_llm.protocols.flags import Flags
+from crypten_llm.protocols.flags import Gathered
 from crypten_llm.protocols.secret import Secret
-from crypten_llm.protocols.sketch import Sketches
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -48,7 +47,7 @@ class Repeated:
             return self._program(*inputs)
         for place, new in zip(self._inputs, inputs, strict=True):
             _put(place, new)
-        gathered: tuple[Flags | Sketches, ...] = self._engine.checks, self._engine.sketches
+        gathered: tuple[Gathered, ...] = self._engine.checks, self._engine.sketches
         before = [words.take() for words in gathered]
         if self._captured is None:
             self._none = [words.current for words in gathered]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from crypten_llm.errors import OneTimeError
+from crypten_llm.errors import OneTimeError, UsageError
 from crypten_llm.protocols.dealer.peer import wait
 from crypten_llm.roles import CLIENT, DEALER, OWNER
 
@@ -220,7 +220,7 @@ class Captured:
     def _swap(self, other: int, message: Tensor, count: int, cells: Cells) -> Tensor:
         """Over the link: it ends a stretch."""
         graphs, transport = self._graphs, self._runtime.transport
-        if not graphs.make_room(message.numel()):
+        if not graphs.has_room(message.numel()):
             self._end()
             graphs.make_room(message.numel())
             graphs.begin()
@@ -236,7 +236,10 @@ class Captured:
         """From card to card: captured with all else."""
         mailbox, scope = self._runtime.mailbox, self._runtime.transport.meter.scope
         assert mailbox is not None, "the parties have mailboxes"
-        arrived = mailbox.swap(message, count, len(self._posted))
+        try:
+            arrived = mailbox.swap(message, count, len(self._posted))
+        except ValueError as error:
+            raise UsageError(f"--peer-memory: {error}; leave it out") from None
         self._posted.append(_Swap(other, message, count, cells, scope))
         return arrived
 
@@ -257,8 +260,7 @@ class Captured:
         """
         transport = self._runtime.transport
         if self._posted and self._runtime.mailbox:
-            meanwhile = getattr(self._material, "receive_ahead", lambda: False)
-            wait(transport, self._runtime.mailbox, self._posted[0].other, meanwhile)
+            wait(transport, self._runtime.mailbox, self._posted[0].other, self._material.receive_ahead)
         for swap in self._posted:
             with transport.meter.within(swap.scope):
                 transport.count_swap(swap.message.numel(), swap.count, swap.cells)

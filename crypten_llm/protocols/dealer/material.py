@@ -31,6 +31,9 @@ class Given(Protocol):
     def read(self, count: int, counted: int | None = None) -> torch.Tensor:
         """The next ``count`` bytes, in memory of their own. counted: of them, where they are several pieces."""
 
+    def receive_ahead(self) -> bool:
+        """For who waits for something else: takes in what is coming; whether there was anything."""
+
     def end(self) -> None:
         """All of the section has been used."""
 

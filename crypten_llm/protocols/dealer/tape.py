@@ -309,6 +309,10 @@ class Tape:
         self._transport.meter.count(CHANNEL, 0, 0, 0, count if counted is None else counted, 0.0)
         return self._ahead[start : start + count]
 
+    def receive_ahead(self) -> bool:
+        """Nothing is coming: it is all here."""
+        return False
+
     def _read_ahead(self, least: int) -> None:
         """The next bytes of the section, in new memory of this party's device: what was read before belongs to those
         who read it. In the file they become zeros, which the disk has at the latest when the tape is closed.
