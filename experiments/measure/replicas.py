@@ -139,7 +139,7 @@ def main() -> None:
     add("--hours", type=float, default=2.0, metavar="H", help="that the load lasts (default: 2)")
     add("--deadline", type=float, default=300.0, metavar="S", help="of every request, in seconds (default: 300)")
     add("--start", type=float, default=90.0, metavar="S", help="until a new group answers (default: 90)")
-    add("--affinity", type=float, default=60.0, metavar="S", help="for which a user stays with a group (default: 60)")
+    add("--affinity", type=float, default=300.0, metavar="S", help="for which a user stays with a group (default: 300)")
     add("--chunk", type=int, default=DEFAULT_CHUNK, metavar="T", help=f"of a prompt in a pass ({DEFAULT_CHUNK})")
     add("--network", default="lan", metavar="lan|wan|RTTms,Mbit", help="between the parties (default: lan)")
     add("--seed", type=int, default=1, help="of the load (default: 1)")

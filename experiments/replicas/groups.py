@@ -68,7 +68,7 @@ class Simulation:
         scaler: Scaler | None = None,
         start: float = 90.0,
         deadline: float = 0.0,
-        affinity: float = 60.0,
+        affinity: float = 300.0,
         live: bool = True,
         seed: int = 0,
     ) -> None:
