@@ -3,6 +3,7 @@
 import itertools
 import json
 import threading
+from time import monotonic
 
 import pytest
 from endpoints import Paced, client, endpoint, listening, opened, predicted, send, service, until
@@ -14,11 +15,15 @@ from crypten_llm.errors import UsageError
 from crypten_llm.models.tokenizer import render_chat
 from crypten_llm.serving.fair_queue import Caller, FairQueue
 from crypten_llm.serving.job import Job
-from crypten_llm.serving.kept import Keeping, Kept
+from crypten_llm.serving.kept import Held, Keeping, Kept
 from crypten_llm.session.plan import Plan, Turn, check_turns
 from crypten_llm.session.request import Request
+from crypten_llm.session.spoken import Spoken
 
 CHAT, PRICE = "/v1/chat/completions", "/v1/price"
+TOLD = """{% if tools %}[tools]{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}
+{%- for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}
+{%- if add_generation_prompt %}[assistant]{% endif %}"""
 SAID = {"role": "user", "content": "The passkey is 4711."}
 MORE = {"role": "user", "content": "What is it?"}
 
@@ -313,6 +318,25 @@ def test_what_is_kept_is_bounded_in_time_and_memory_and_what_waits_is_not_droppe
     queue.discard(waits)
     kept.expire(llama)
     assert not len(kept) and not llama.party.kept
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_conversation_with_other_tools_is_another(tmp_path, same):
+    """Though all that was said is alike, in tokens that are not the tokenizer's: its cache has the tools."""
+    first, other = ([{"type": "function", "function": {"name": name}}] for name in ("now", "then"))
+    kept, caller = Kept(Keeping(), FairQueue(9)), Caller()
+    with PrivateLlama.from_pretrained(str(with_template(tmp_path, TOLD)), engine="plain", threads=1) as llama:
+        asked = llama.prepare(Request(messages=[SAID], max_new_tokens=3, tools=first))
+        talk = kept.talk(llama, caller, [asked])
+        drawn = [llama.tokenizer("a")["input_ids"][-1]] * 2  # of a text that the tokenizer writes otherwise
+        text = llama.tokenizer.decode(drawn)
+        held = [*asked.ids, *drawn]
+        spoken = Spoken.after(llama.tokenizer, talk.rendered, asked.ids, drawn, text, len(held))
+        kept._held.append(Held(1, caller, spoken, 0, monotonic()))
+        said = [SAID, {"role": "assistant", "content": text}, MORE]
+        more = llama.prepare(Request(messages=said, max_new_tokens=3, tools=first if same else other))
+        talk = kept.talk(llama, caller, [more])
+    assert (talk.held is not None) == same
 
 
 def test_turns_that_no_client_says():

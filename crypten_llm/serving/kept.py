@@ -95,7 +95,7 @@ class Kept:
         (fresh,) = asked
         if parse_policy(fresh.plan.policy).acts:
             return None
-        rendered = render_chat(llama.tokenizer, fresh.request.conversation)
+        rendered = render_chat(llama.tokenizer, fresh.request.conversation, fresh.request.tools)
         found = self._longest(llama, caller, rendered, [*fresh.plan.public_prefix, *fresh.ids])
         if found is not None:
             held, ids = found
