@@ -34,6 +34,8 @@ def import_crypten() -> Any:
         import crypten.nn
 
         logging.root.setLevel(level)
+    # Its tensors on a GPU override torch's functions in a way that torch warns of, and follows.
+    warnings.filterwarnings("ignore", message="Defining your `__torch_function__` as a plain method")
     if crypten.cfg.mpc.provider == "TFP":
         crypten.cfg.mpc.provider = "TTP"
     return crypten
@@ -47,8 +49,12 @@ def install_communicator(communicator_class: Any, instance: Any) -> None:
     comm.DistributedCommunicator = communicator_class
 
 
-def install_generators(ring_element: Callable, kbit_tensor: Callable, streams: dict) -> None:
+def install_generators(
+    ring_element: Callable, kbit_tensor: Callable, streams: dict, device: torch.device | str = "cpu"
+) -> None:
     """Replaces CrypTen's random number functions wherever one of its modules imported them by name.
+
+    streams: of ``device``, by CrypTen's names for them.
 
     Its own generator is MT19937 behind a 32-bit seed: a party that sees 624 outputs predicts the rest, and with
     it the other party's shares.
@@ -63,7 +69,7 @@ def install_generators(ring_element: Callable, kbit_tensor: Callable, streams: d
             if hasattr(module, "generate_kbit_random_tensor"):
                 module.generate_kbit_random_tensor = kbit_tensor
     for which, stream in streams.items():
-        crypten.generators[which] = {torch.device("cpu"): stream}
+        crypten.generators[which] = {torch.device(device): stream}
 
 
 def install_ttp_client(client: Any) -> None:

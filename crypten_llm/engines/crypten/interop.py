@@ -61,6 +61,8 @@ class CryptenBeside:
         if bridge.is_started():
             raise UsageError("CrypTen already runs in this process; give owner, client and dealer a process each")
         engine = self.engine
+        if engine.runtime.device.type != "cpu":
+            raise UsageError("CrypTen runs beside engine 'wire' on the processor alone; leave --device out")
         crypten.cfg.encoder.precision_bits = self.precision_bits
         crypten.CrypTensor.set_grad_enabled(False)
         if engine.rank == DEALER:
