@@ -42,6 +42,25 @@ def usable(name: str) -> torch.device:
     return found
 
 
+def card(name: str) -> str:
+    """What the driver calls the GPU of that name; nothing where this machine has none.
+
+    Raises UsageError for what names no device, and for a GPU that is not among those of this machine.
+    """
+    if not is_name(name):
+        raise UsageError(f"device is {name!r}; it must be cpu, cuda, or one of several by cuda:N")
+    import torch
+
+    if name == "cpu" or not (count := torch.cuda.device_count()):
+        return ""
+    index = int(name.partition(":")[2] or 0)
+    if index >= count:
+        raise UsageError(
+            f"device is {name!r}, and this machine has {count} GPUs; name one of cuda:0 to cuda:{count - 1}"
+        )
+    return torch.cuda.get_device_name(index)
+
+
 def found() -> dict[str, str]:
     """What this machine has beside the processor: by name, what it is and its memory."""
     import torch

@@ -9,7 +9,9 @@ from crypten_llm.commands.command_line import Parser
 from crypten_llm.errors import UsageError
 
 if TYPE_CHECKING:
+    from crypten_llm.commands.machine import Card, Machine
     from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.plan import Plan
 
 HELP = "count what a request will cost on engine wire, from a model's sizes"
 
@@ -26,10 +28,12 @@ def options(parser: Parser) -> None:
     shared.add_public_count(parser)
     add("--new-tokens", type=int, default=2, metavar="N", help="length of the answer (default: 2)")
     parser.add_chunk()
-    parser.add_padded()
+    parser.add_padded(None)
     shared.add_policy(parser)
     shared.add_policy_weights(parser)
     shared.add_reveal(parser)
+    shared.add_device(parser)
+    add("--peer-memory", action="store_true", help="with --device cuda: owner and client are on GPUs of one host")
     add("--network", default="", metavar="lan|wan|RTTms,Mbit", help="the links between the parties (default: none)")
     parser.add_json()
     parser.add_offline_and_verbose()
@@ -43,10 +47,22 @@ def run(arguments: Any) -> None:
 
     policy = shared.policy(arguments)
     prefix = shared.counted_prefix(arguments)
-    facts = {"policy": policy, "public_prefix": prefix, "padded": arguments.padded, **shared.revealed(arguments)}
+    padded = shared.padded(arguments)
+    facts = {"policy": policy, "public_prefix": prefix, "padded": padded, **shared.revealed(arguments)}
     plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, **facts)
     network = parse_network(arguments.network) if arguments.network else None
-    show_cost(predict(_config(arguments), plan, network), arguments.json)
+    show_cost(predict(_config(arguments), plan, network, _machine(arguments, plan)), arguments.json)
+
+
+def _machine(arguments: Any, plan: Plan) -> Machine | Card:
+    """Whose seconds are predicted. Raises UsageError for a card that nobody measured."""
+    from crypten_llm import devices
+    from crypten_llm.commands import machine
+
+    if "cuda" not in arguments.device:
+        return machine.Machine()
+    card = machine.card(devices.card(arguments.device), arguments.peer_memory)
+    return card if plan.room() else card.from_python()
 
 
 def _config(arguments: Any) -> LlamaConfig:
