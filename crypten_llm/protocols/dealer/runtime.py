@@ -160,7 +160,7 @@ class Runtime(ABC):
         return self._streams
 
     @contextmanager
-    def replaced(self, material: Any, swap: Swap) -> Iterator[None]:
+    def replaced(self, material: Any, swap: Swap | None) -> Iterator[None]:
         """A with block with another source or sink of material, and another way to exchange a message."""
         before = self._material, self._swap
         self._material, self._swap = material, swap
