@@ -111,7 +111,7 @@ PLANS = [Plan(5, 4, padded=8), Plan(4, 3, padded=8), Plan(8, 1, padded=8), Plan(
 
 def test_material_in_many_windows(recorded, monkeypatch):
     """In memory that is none of the captured kernels', which they would write on before it is read."""
-    monkeypatch.setattr(dealer_captured, "WINDOW", 500)
+    monkeypatch.setattr(StreamReader, "window", 500)
     made = []
 
     def room(*given, **named):

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from crypten_llm.protocols.dealer.runtime import Runtime
 
 Result = TypeVar("Result")
-WINDOW = 1 << 20  # bytes of material that are read at a time, about
 ALIGNED = 16  # bytes at whose multiples numbers of any kind may begin
 
 
@@ -119,8 +118,8 @@ class _Reads(_InOneSection):
     earlier one. new: what the stretch that is being captured will read.
     """
 
-    def __init__(self, device: torch.device, unit: int, size: int) -> None:
-        self._room = _Room(device, unit, size, zeros=False)
+    def __init__(self, device: torch.device, unit: int, size: int, window: int) -> None:
+        self._room, self._window = _Room(device, unit, size, zeros=False), window
         self.windows: list[_Part] = []
         self.new: list[_Part] = []
 
@@ -129,7 +128,7 @@ class _Reads(_InOneSection):
         if count:
             self.new.append(part)
             last = self.windows[-1] if self.windows else None
-            longer = last.and_then(part) if last is not None and last.size < WINDOW else None
+            longer = last.and_then(part) if last is not None and last.size < self._window else None
             if longer is None:
                 self.windows.append(part)
             else:
@@ -208,7 +207,7 @@ class Captured:
     def capture(self, program: Callable[[], Result]) -> Result:
         """What the program returns."""
         runtime, unit = self._runtime, self._material.unit
-        self._reads = _Reads(runtime.device, unit, self._gauge.taken)
+        self._reads = _Reads(runtime.device, unit, self._gauge.taken, self._material.window)
         self._writes = _Writes(runtime.device, unit, self._gauge.written)
         mine = self._writes if runtime.role == DEALER else self._reads
         with self._graphs.apart(), runtime.replaced(mine, self._post if runtime.mailbox else self._swap):
@@ -293,8 +292,8 @@ class Captured:
         as the program gave it.
         """
         transport = self._runtime.transport
-        if self._posted and self._runtime.mailbox:
-            wait(transport, self._runtime.mailbox, self._posted[0].other, self._material.receive_ahead)
+        if self._posted and self._runtime.waiting:
+            wait(transport, self._runtime.waiting, self._posted[0].other, self._material.receive_ahead)
         for swap in self._posted:
             with transport.meter.within(swap.scope):
                 transport.count_swap(swap.message.numel(), swap.count, swap.cells)
