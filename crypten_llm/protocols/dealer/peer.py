@@ -36,15 +36,11 @@ PATIENCE = 0.2  # seconds of a wait for the device after which the links are loo
 
 class Offer(Record, frozen=True):
     """A process's card, by the number that the driver gives it, and the handle of memory that it opens, in hexadecimal
-    digits.
+    digits; neither of a dealer that is on no card, and sends what it deals over the links.
     """
 
     card: Annotated[str, Meta(max_length=100)]
-    handle: Annotated[str, Meta(pattern=f"^[0-9a-f]{{{2 * HANDLE_BYTES}}}$")]
-
-
-class NoCard(Record, frozen=True):
-    """A dealer's that is not on one. It sends what it deals over the links."""
+    handle: Annotated[str, Meta(pattern=f"^([0-9a-f]{{{2 * HANDLE_BYTES}}})?$")]
 
 
 def connect(transport: Transport, other: int, device: torch.device, waiting: Waiting) -> Mailbox:
@@ -79,8 +75,8 @@ def waiting_on(device: torch.device, seconds: float) -> Waiting:
 
 def tap(transport: Transport, device: torch.device, waiting: Waiting) -> Tapped | None:
     """At a party: what a live dealer on this host pours into its card's memory; none of a dealer without a card."""
-    offer = transport.recv_json(DEALER, Offer | NoCard)
-    if isinstance(offer, NoCard):
+    offer = transport.recv_json(DEALER, Offer)
+    if not offer.handle:
         return None
     with _telling():
         outlet = Outlet(device, waiting)
@@ -93,7 +89,7 @@ def pour(transport: Transport, device: torch.device) -> Pouring | None:
     """At a live dealer, as ``tap`` at both parties."""
     if device.type != "cuda":
         for party in PARTIES:
-            transport.send_json(party, NoCard())
+            transport.send_json(party, Offer("", ""))
         return None
     inlets, waits = {}, []
     for party in PARTIES:
