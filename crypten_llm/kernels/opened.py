@@ -1,7 +1,8 @@
 """Memory of a GPU that is open to a process on a GPU of the same host, and kernels that wait for what comes there.
 
-Owns how it is opened, how long a kernel waits, and what did not come. It is allocated by itself: a handle opens all of
-an allocation to whoever has it, so none of torch's may be handed out.
+Owns how it is opened, how long a kernel waits, and what did not come. It is allocated by itself, in whole pages: a
+handle opens all of an allocation to whoever has it, so none of torch's may be handed out, and CUDA puts what is smaller
+than a page with others on one, of which the handle then opens the beginning.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 HANDLE_BYTES = 64
 POLLS_A_SECOND = 1_000_000  # at least so many
+_PAGE = 2 << 20  # bytes
 _PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 
 
@@ -48,7 +50,7 @@ def card_of(device: torch.device) -> str:
 
 
 class OpenedMemory:
-    """Bytes of ``device``, 0 at first, and those that another process has opened. handle: opens one's own to it.
+    """Bytes of ``device``, ``size`` at least, 0 at first, and those that another process has opened. handle: opens one's own to it.
 
     Methods raise RuntimeError where CUDA does.
     """
@@ -56,6 +58,7 @@ class OpenedMemory:
     def __init__(self, device: torch.device, size: int) -> None:
         self._device = device
         self._mine, self._theirs = ctypes.c_void_p(), ctypes.c_void_p()
+        size = -(-size // _PAGE) * _PAGE
         _call("cudaMalloc", ctypes.byref(self._mine), ctypes.c_size_t(size))
         _call("cudaMemset", self._mine, 0, ctypes.c_size_t(size))
         handle = _Handle()
