@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from crypten_llm import files
 from crypten_llm.errors import UsageError
-from crypten_llm.records import Record
+from crypten_llm.records import Record, Word
 
 if TYPE_CHECKING:
     from crypten_llm.links.network import Network
@@ -95,9 +95,10 @@ class Constants(Record, frozen=True):
 
 
 class Known(Record, frozen=True):
-    """A card's sets of constants, and what made them."""
+    """A card's sets of constants, where the parties were that they were measured with, by rank, and what made them."""
 
     constants: dict[str, Constants]
+    device: Word
     made_by: list[dict[str, Any]] = []
 
 
@@ -119,4 +120,9 @@ def card(name: str = "", peer_memory: bool = False) -> Card:
             "python -m experiments.measure.card_seconds --save"
         )
     of = {which: constants.machine() for which, constants in cards[name].constants.items()}
-    return Card(name, of[PEER_MEMORY if peer_memory else CAPTURED], of[PREFILL], of[DEALER])
+    return Card(
+        f"{name}, the parties on {cards[name].device},",
+        of[PEER_MEMORY if peer_memory else CAPTURED],
+        of[PREFILL],
+        of[DEALER],
+    )

@@ -3,7 +3,8 @@
     python -m experiments.measure.card_seconds --json runs/card_seconds.json --save
     python -m experiments.measure.card_seconds --json runs/card_seconds.json --runs checked
 
-Needs a GPU, on which all parties are: start ``nvidia-cuda-mps-control -d`` before. Runs of engine ``wire`` with a live
+Needs a GPU; where parties share one (``--device cuda``; ``cuda:0,cuda:1,cuda:0`` gives the client one of its own), start
+``nvidia-cuda-mps-control -d`` before. Runs of engine ``wire`` with a live
 dealer, over sockets and from card to card: decode steps of ``bench``, and requests of the shipped model, each twice, of
 which the second counts: the first compiles kernels. Of a request these are measured: the prefill, a token of an answer
 that is asked for as a whole, and how much longer a streamed one takes, for which the dealer waits. Each is the median
@@ -41,7 +42,7 @@ from experiments.measure.predicted_seconds import CONSTANTS, NOTHING, Point, fit
 from experiments.measure.token_seconds import SETTLED, asked
 from experiments.tools import kept
 from experiments.tools.command import command
-from experiments.tools.provenance import card, provenance, sign
+from experiments.tools.provenance import card, sign
 from experiments.tools.tables import print_table
 
 SHAPES = {
@@ -143,14 +144,14 @@ def known_sets(name: str) -> dict[str, Machine]:
     return {which: found.machine() for which, found in cards[name].constants.items()} if name in cards else {}
 
 
-def save(name: str, fitted: dict[str, Machine], made_by: list[dict]) -> None:
-    """Keeps the constants of that card with the program."""
+def save(name: str, device: str, fitted: dict[str, Machine], made_by: list[dict]) -> None:
+    """Keeps the constants of that card with the program, and where the parties were."""
     cards = json.loads(machine.CARDS.read_text("utf-8")) if machine.CARDS.exists() else {}
     constants = {
         which: {constant: float(f"{getattr(found, constant):.3g}") for constant in CONSTANTS}
         for which, found in fitted.items()
     }
-    kept.save(machine.CARDS, cards | {name: {"constants": constants, "made_by": made_by}})
+    kept.save(machine.CARDS, cards | {name: {"device": device, "constants": constants, "made_by": made_by}})
 
 
 def beyond(points: dict[str, list[Point]], machines: dict[str, Machine]) -> list[str]:
@@ -166,7 +167,7 @@ def beyond(points: dict[str, list[Point]], machines: dict[str, Machine]) -> list
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="of all parties (default: cuda)")
+    parser.add_argument("--device", default="cuda", help="of all parties, or owner's,client's,dealer's (default: cuda)")
     parser.add_argument("--runs", nargs="+", default=["fitted"], choices=["fitted", "checked", "none"], help="(fitted)")
     parser.add_argument("--links", nargs="+", default=list(LINKS), choices=list(LINKS), metavar="L", help="(both)")
     parser.add_argument(
@@ -175,14 +176,16 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="keep the fitted constants with the program")
     arguments = parser.parse_args()
     result = kept.load(arguments.json)
-    runs = result.setdefault("runs", {})
+    runs, device = result.setdefault("runs", {}), result.setdefault("device", arguments.device)
+    if device != arguments.device:
+        parser.error(f"{arguments.json} is of parties on {device}; give --device {device}, or another file")
     for which in arguments.runs:
         for links in arguments.links if which != "none" else ():
             there = runs.setdefault(links, {})
             todo = {name: work for name, work in works(which).items() if name not in there}
-            for name, run in measured(arguments.device, links, todo):
+            for name, run in measured(device, links, todo):
                 there[name] = run
-                sign(result, "numba", device=arguments.device)
+                sign(result, "numba", device=device)
                 kept.save(arguments.json, result)
                 print(f"{name}, {links}: {json.dumps(run)}", flush=True)
     name = result["made_by"][-1]["card"] if "made_by" in result else card()
@@ -191,8 +194,8 @@ def main() -> None:
     print_table(shown(fits, known_sets(name), fitted) + shown(checks, known_sets(name), fitted))
     for which, found in fitted.items():
         print(which, {constant: float(f"{getattr(found, constant):.3g}") for constant in CONSTANTS})
-    if arguments.save:
-        save(name, fitted, result.get("made_by") or [provenance("numba", device=arguments.device)])
+    if arguments.save and "made_by" in result:
+        save(name, result["device"], fitted, result["made_by"])
     if wrong := beyond(checks, fitted if arguments.save else known_sets(name)):
         raise CryptenLLMError(f"predictions beyond {WITHIN:.0%}: {'; '.join(wrong)}")
 
