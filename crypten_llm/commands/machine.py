@@ -120,9 +120,5 @@ def card(name: str = "", peer_memory: bool = False) -> Card:
             "python -m experiments.measure.card_seconds --save"
         )
     of = {which: constants.machine() for which, constants in cards[name].constants.items()}
-    return Card(
-        f"{name}, the parties on {cards[name].device},",
-        of[PEER_MEMORY if peer_memory else CAPTURED],
-        of[PREFILL],
-        of[DEALER],
-    )
+    label = f"{name}, the parties on {cards[name].device},"
+    return Card(label, of[PEER_MEMORY if peer_memory else CAPTURED], of[PREFILL], of[DEALER])
