@@ -3,12 +3,11 @@
     python -m experiments.measure.card_seconds --json runs/card_seconds.json --save
     python -m experiments.measure.card_seconds --json runs/card_seconds.json --runs checked
 
-Needs a GPU; where parties share one (``--device cuda``; ``cuda:0,cuda:1,cuda:0`` gives the client one of its own), start
-``nvidia-cuda-mps-control -d`` before. Runs of engine ``wire`` with a live
-dealer, over sockets and from card to card: decode steps of ``bench``, and requests of the shipped model, each twice, of
-which the second counts: the first compiles kernels. Of a request these are measured: the prefill, a token of an answer
-that is asked for as a whole, and how much longer a streamed one takes, for which the dealer waits. Each is the median
-of the tokens behind the fourth.
+Needs a GPU. Where parties share one (``--device cuda``; ``cuda:0,cuda:1,cuda:0`` gives the client one of its own),
+``nvidia-cuda-mps-control -d`` comes before. Runs of engine ``wire`` with a live dealer, over sockets and from card to
+card: decode steps of ``bench``, and requests of the shipped model, each twice, of which the second counts: the first
+compiles kernels. Of a request these are measured: the prefill, a token of an answer that is asked for as a whole, and
+how much longer a streamed one takes, for which the dealer waits. Each is the median of the tokens behind the fourth.
 
 The constants of a card (``commands.machine``) are four sets, fitted as ``predicted_seconds`` does: of prefills, of
 captured steps over sockets and from card to card, and of the dealer. Runs that are ``checked`` are fitted to none. All
