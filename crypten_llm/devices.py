@@ -21,6 +21,11 @@ def is_name(text: object) -> bool:
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
+def numbered(name: str) -> str:
+    """The name with a GPU's number: "cuda" is the first."""
+    return "cuda:0" if name == "cuda" else name
+
+
 def usable(name: str) -> torch.device:
     """The device of that name, which becomes this thread's own of its kind.
 

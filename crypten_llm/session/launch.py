@@ -172,6 +172,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
         "admission": Admission(launch.calibration_text, protocol.force, _show),
         "mode": protocol.mode,
         "quota": Quota(launch.session_tokens, launch.day_tokens),
+        "sharing": launch.beside(transport.rank, protocol.world, not is_distributed()),
     }
     with unheard():
         device, tape = _device(transport.rank, protocol, launch), _tape(protocol, launch, transport)
@@ -314,7 +315,7 @@ class LocalParties:
     def _start(self, rank: int, model_folder: str) -> None:
         # Of the client's own are the address that it gave, and the bars: the others' would be drawn over its own.
         text = self.launch.calibration_text if rank == OWNER else ""
-        device = self.launch.device_of(rank)
+        device = self.launch.of_all(self.protocol.world)
         launch = replace(self.launch, host="", link_port=0, progress=False, calibration_text=text, device=device)
         told = Child(replace(self.protocol, tape=self._tapes.get(rank, "")), launch, model_folder)
         process = self.processes[rank] = start_party(["party", "--child", told.to_json()], self.environment(rank))

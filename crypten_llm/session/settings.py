@@ -214,6 +214,21 @@ class LaunchConfig:
         named = self.device.split(",")
         return named[rank] if len(named) > 1 else self.device
 
+    def of_all(self, world: int) -> str:
+        """The device of each party, by rank, where one is a GPU: who shares it shares its memory."""
+        return ",".join(map(self.device_of, range(world))) if "cuda" in self.device else self.device
+
+    def beside(self, rank: int, world: int, is_starter: bool) -> tuple[int, ...]:
+        """The ranks that are known to compute on the device of ``rank``, itself among them.
+
+        is_starter: whether this process starts the others. One that does not, and is told its own device alone, knows
+        of none.
+        """
+        if "," not in self.device and not is_starter:
+            return ()
+        mine = devices.numbered(self.device_of(rank))
+        return tuple(other for other in range(world) if devices.numbered(self.device_of(other)) == mine)
+
     def thread_count(self, local_processes: int) -> int:
         return self.threads or max(1, cores() // local_processes)
 

@@ -212,7 +212,8 @@ class Dealer(TTPServer):
         """The correction. Raises PartyError for shapes that do not fit together, or not into this machine."""
         args = [torch.Size(a) if isinstance(a, list) else a for a in asked.args]
         try:
-            memory.check(8 * math.prod(_result_shape(asked.function, tuple(args))), "the correlation")
+            needed = 8 * math.prod(_result_shape(asked.function, tuple(args)))
+            memory.check(needed, "the correlation", self.device)
         except (UsageError, ValueError) as error:
             raise PartyError(
                 f"{self.transport.name(0)} asked the dealer for {asked.function} of {list(asked.args)}: {error}"
