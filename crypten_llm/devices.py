@@ -47,16 +47,16 @@ def usable(name: str) -> torch.device:
     return found
 
 
-def card(name: str) -> str:
-    """What the driver calls the GPU of that name; nothing where this machine has none.
+def card(name: str) -> str | None:
+    """What the driver calls the GPU of that name, "" where this machine has none; None for a processor.
 
-    Raises UsageError for what names no device, and for a GPU that is not among those of this machine.
+    Raises UsageError for a GPU that is not among those of this machine.
     """
-    if not is_name(name):
-        raise UsageError(f"device is {name!r}; it must be cpu, cuda, or one of several by cuda:N")
+    if name == "cpu":
+        return None
     import torch
 
-    if name == "cpu" or not (count := torch.cuda.device_count()):
+    if not (count := torch.cuda.device_count()):
         return ""
     index = int(name.partition(":")[2] or 0)
     if index >= count:

@@ -37,10 +37,15 @@ def of_card(device: torch.device | str) -> tuple[int, int]:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
-def check(needed: int, what: str, device: torch.device | str = "cpu") -> None:
-    """Raises UsageError when ``what`` needs more bytes than there are where this process computes."""
+def left(device: torch.device | str) -> int:
+    """Bytes that this process may still take on a device."""
+    return of_card(device)[0] if str(device).startswith("cuda") else available()
+
+
+def check(needed: int, what: str, device: torch.device | str = "cpu", there: int | None = None) -> None:
+    """Raises UsageError when ``what`` needs more bytes than there are on a device, by default those ``left`` on it."""
     on_a_card = str(device).startswith("cuda")
-    there = of_card(device)[0] if on_a_card else available()
+    there = left(device) if there is None else there
     if needed > there:
         where, advice = (str(device), ON_A_CARD) if on_a_card else ("this machine", "use a machine with more")
         raise UsageError(

@@ -7,12 +7,13 @@ and cache; seconds come from a model of three terms, and are an estimate.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from crypten_llm import memory
 from crypten_llm.commands.machine import PROCESSOR, Card, Machine
 from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.engines.wire.handles import Rows
@@ -24,6 +25,7 @@ from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation, scheduler
 from crypten_llm.session.api import check_policy
+from crypten_llm.session.fits import by_role
 from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
@@ -114,6 +116,18 @@ def predict(
     cost = Cost(counted, len(counted))
     memory = _memory(party.model, cache, alike)
     return Prediction(cost, memory, plan.max_new_tokens - 1, _dealing(links, cost, machine), plan, machine)
+
+
+def check_fits(held: Mapping[str, Mapping[str, int]], named: Sequence[str], left: Callable[[str], int]) -> None:
+    """Raises UsageError where weights and caches are more than a device has for the roles that are on it.
+
+    held: a prediction's memory. named: a device for all roles, or one for each. left: bytes of a device.
+    """
+    placed = dict(zip(held, named if len(named) > 1 else [named[0]] * len(held), strict=True))
+    for device in dict.fromkeys(placed.values()):
+        needed = {rank: sum(held[role].values()) for rank, role in enumerate(held) if placed[role] == device}
+        what = f"weights and caches{by_role(needed, 2)}"
+        memory.check(sum(needed.values()), what, device, left(device))
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from crypten_llm import files
 from crypten_llm.errors import UsageError
-from crypten_llm.records import Record, Word
+from crypten_llm.records import Count, Record, Word
 
 if TYPE_CHECKING:
     from crypten_llm.links.network import Network
@@ -59,13 +59,14 @@ class Machine:
 @dataclass(frozen=True)
 class Card:
     """A GPU that all parties compute on: ``other`` is for programs that run from Python, ``decode`` for captured steps,
-    ``dealer`` for its part of such steps.
+    ``dealer`` for its part of such steps. memory: bytes.
     """
 
     name: str
     decode: Machine
     other: Machine
     dealer: Machine
+    memory: int
     dealer_waits = True
 
     def of(self, phase: str) -> Machine:
@@ -99,6 +100,7 @@ class Known(Record, frozen=True):
 
     constants: dict[str, Constants]
     device: Word
+    memory: Count
     made_by: list[dict[str, Any]] = []
 
 
@@ -121,4 +123,5 @@ def card(name: str = "", peer_memory: bool = False) -> Card:
         )
     of = {which: constants.machine() for which, constants in cards[name].constants.items()}
     label = f"{name}, the parties on {cards[name].device},"
-    return Card(label, of[PEER_MEMORY if peer_memory else CAPTURED], of[PREFILL], of[DEALER])
+    decode = of[PEER_MEMORY if peer_memory else CAPTURED]
+    return Card(label, decode, of[PREFILL], of[DEALER], cards[name].memory)

@@ -201,8 +201,8 @@ def add_policy(parser: Parser) -> None:
 
 
 def add_device(parser: Parser) -> None:
-    """Of commands that run without parties, for all of whom one device stands."""
-    what = "where all parties compute: cpu, cuda or cuda:N (default: cpu)"
+    """Of commands that run without parties."""
+    what = "where all parties compute: cpu, cuda or cuda:N; or owner's,client's,dealer's (default: cpu)"
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help=what)
 
 

@@ -26,6 +26,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from crypten_llm.commands import machine
 from crypten_llm.commands.cost import count_bench, predict
 from crypten_llm.commands.machine import CAPTURED, DEALER, PEER_MEMORY, PREFILL, Machine
@@ -143,14 +145,15 @@ def known_sets(name: str) -> dict[str, Machine]:
     return {which: found.machine() for which, found in cards[name].constants.items()} if name in cards else {}
 
 
-def save(name: str, device: str, fitted: dict[str, Machine], made_by: list[dict]) -> None:
-    """Keeps the constants of that card with the program, and where the parties were."""
+def save(name: str, result: dict, fitted: dict[str, Machine]) -> None:
+    """Keeps the constants of that card with the program, its memory, and where the parties were."""
     cards = json.loads(machine.CARDS.read_text("utf-8")) if machine.CARDS.exists() else {}
     constants = {
         which: {constant: float(f"{getattr(found, constant):.3g}") for constant in CONSTANTS}
         for which, found in fitted.items()
     }
-    kept.save(machine.CARDS, cards | {name: {"device": device, "constants": constants, "made_by": made_by}})
+    facts = {what: result[what] for what in ("device", "memory", "made_by")}
+    kept.save(machine.CARDS, cards | {name: {"constants": constants, **facts}})
 
 
 def beyond(points: dict[str, list[Point]], machines: dict[str, Machine]) -> list[str]:
@@ -184,6 +187,7 @@ def main() -> None:
             todo = {name: work for name, work in works(which).items() if name not in there}
             for name, run in measured(device, links, todo):
                 there[name] = run
+                result["memory"] = torch.cuda.get_device_properties(0).total_memory
                 sign(result, "numba", device=device)
                 kept.save(arguments.json, result)
                 print(f"{name}, {links}: {json.dumps(run)}", flush=True)
@@ -194,7 +198,7 @@ def main() -> None:
     for which, found in fitted.items():
         print(which, {constant: float(f"{getattr(found, constant):.3g}") for constant in CONSTANTS})
     if arguments.save and "made_by" in result:
-        save(name, result["device"], fitted, result["made_by"])
+        save(name, result, fitted)
     if wrong := beyond(checks, fitted if arguments.save else known_sets(name)):
         raise CryptenLLMError(f"predictions beyond {WITHIN:.0%}: {'; '.join(wrong)}")
 
