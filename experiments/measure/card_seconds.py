@@ -97,8 +97,8 @@ def counted(work: Shape | Plan) -> dict[str, tuple[float, ...]]:
     for constant in CONSTANTS:
         one = replace(NOTHING, **{constant: 1.0}, deal=float(constant == "material"))
         if isinstance(work, Shape):
-            table = count_bench(work, one).table()
-            found["decode"].append(sum(row["seconds"] for row in table if row["phase"] == "decode") / work.steps)
+            table = count_bench(replace(work, steps=1), one).table()
+            found["decode"].append(sum(row["seconds"] for row in table if row["phase"] == "decode"))
             continue
         prediction = predict(LlamaConfig.from_folder(SHIPPED), work, machine=one)
         step = prediction.phase("decode", prediction.decode_steps)
