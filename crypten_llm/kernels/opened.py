@@ -50,7 +50,8 @@ def card_of(device: torch.device) -> str:
 
 
 class OpenedMemory:
-    """Bytes of ``device``, ``size`` at least, 0 at first, and those that another process has opened. handle: opens one's own to it.
+    """Bytes of ``device``, ``size`` at least and 0 at first, and those that another process has opened. handle: opens
+    one's own to it.
 
     Methods raise RuntimeError where CUDA does.
     """

@@ -153,7 +153,7 @@ class Owner(Party):
         return share + known
 
     def drop(self, share: Words, count: int) -> Words:
-        return -(-share >> count) if count else share
+        return (share + ((1 << count) - 1)) >> count if count else share
 
     def _offset(self, piece: Piece) -> int:
         return piece.offset
