@@ -60,9 +60,7 @@ def card(name: str) -> str | None:
         return ""
     index = int(name.partition(":")[2] or 0)
     if index >= count:
-        raise UsageError(
-            f"device is {name!r}, and this machine has {count} GPUs; name one of cuda:0 to cuda:{count - 1}"
-        )
+        raise UsageError(f"device is {name!r}, and the last of this machine's GPUs is cuda:{count - 1}; name another")
     return torch.cuda.get_device_name(index)
 
 

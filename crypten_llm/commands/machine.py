@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from crypten_llm.links.network import Network
 
 CARDS = Path(__file__).with_name("cards.json")
-PREFILL, CAPTURED, PEER_MEMORY, DEALER = "prefill", "captured", "captured, peer memory", "dealer"  # sets of a card
+SOCKETS, PEER_MEMORY = "sockets", "peer memory"  # the links of a card's parties
+PREFILL, CAPTURED, DEALER = "prefill", "captured", "dealer"  # its sets of constants over each
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ class Constants(Record, frozen=True):
 
 
 class Known(Record, frozen=True):
-    """A card's sets of constants, where the parties were that they were measured with, by rank, and what made them."""
+    """A card's constants, by link and set; where the parties were that they were measured with, and what made them."""
 
-    constants: dict[str, Constants]
+    constants: dict[str, dict[str, Constants]]
     device: Word
     memory: Count
     made_by: list[dict[str, Any]] = []
@@ -121,7 +122,7 @@ def card(name: str = "", peer_memory: bool = False) -> Card:
             f"nothing is known of how fast {name!r} is; there are constants of {', '.join(cards)}. Measure it: "
             "python -m experiments.measure.card_seconds --save"
         )
-    of = {which: constants.machine() for which, constants in cards[name].constants.items()}
-    label = f"{name}, the parties on {cards[name].device},"
-    decode = of[PEER_MEMORY if peer_memory else CAPTURED]
-    return Card(label, decode, of[PREFILL], of[DEALER], cards[name].memory)
+    there, link = cards[name], PEER_MEMORY if peer_memory else SOCKETS
+    of = {which: constants.machine() for which, constants in there.constants[link].items()}
+    label = f"{name}, the parties on {there.device} and {link},"
+    return Card(label, of[CAPTURED], of[PREFILL], of[DEALER], there.memory)

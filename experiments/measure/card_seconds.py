@@ -9,8 +9,8 @@ card: decode steps of ``bench``, and requests of the shipped model, each twice, 
 compiles kernels. Of a request these are measured: the prefill, a token of an answer that is asked for as a whole, and
 how much longer a streamed one takes, for which the dealer waits. Each is the median of the tokens behind the fourth.
 
-The constants of a card (``commands.machine``) are four sets, fitted as ``predicted_seconds`` does: of prefills, of
-captured steps over sockets and from card to card, and of the dealer. Runs that are ``checked`` are fitted to none. All
+The constants of a card (``commands.machine``) are three sets for each kind of links, fitted as ``predicted_seconds``
+does: of prefills, of captured steps, and of the dealer. Runs that are ``checked`` are fitted to none. All
 runs are shown beside the constants that are known and those fitted here; ``--save`` keeps these with the program. A
 checked run beyond a quarter of what was measured ends the command with an error.
 """
@@ -30,7 +30,7 @@ import torch
 
 from crypten_llm.commands import machine
 from crypten_llm.commands.cost import count_bench, predict
-from crypten_llm.commands.machine import CAPTURED, DEALER, PEER_MEMORY, PREFILL, Machine
+from crypten_llm.commands.machine import CAPTURED, DEALER, PEER_MEMORY, PREFILL, SOCKETS, Machine
 from crypten_llm.commands.options import PADDED_ON_A_GPU
 from crypten_llm.errors import CryptenLLMError
 from crypten_llm.models.checkpoint import SHIPPED
@@ -57,9 +57,12 @@ CHECKED = {
 }
 PROMPTS, CHECKED_PROMPTS = (64, 256, 1024), (512,)  # tokens, of the shipped model
 NEW_TOKENS = 14
-LINKS = {"sockets": CAPTURED, "peer memory": PEER_MEMORY}  # and the set of constants of a step over them
+LINKS = SOCKETS, PEER_MEMORY
+SETS = {"prefill": PREFILL, "decode": CAPTURED, "dealer": DEALER}  # of constants, by what is measured
 WITHIN = 0.25
 Run = dict[str, float]  # seconds, by what was measured
+Points = dict[tuple[str, str], list[Point]]  # by links and set of constants
+Machines = dict[tuple[str, str], Machine]
 
 
 def plan_of(length: int) -> Plan:
@@ -68,7 +71,7 @@ def plan_of(length: int) -> Plan:
 
 def measured(device: str, links: str, works: dict[str, Shape | Plan]) -> Iterator[tuple[str, Run]]:
     """Seconds of decode steps of shapes, in one session, and of requests, in another."""
-    settings = {"engine": "wire", "device": device, "peer_memory": links != "sockets"}
+    settings = {"engine": "wire", "device": device, "peer_memory": links == PEER_MEMORY}
     shapes = {name: work for name, work in works.items() if isinstance(work, Shape)}
     plans = {name: work for name, work in works.items() if isinstance(work, Plan)}
     if shapes:
@@ -113,57 +116,62 @@ def works(which: str) -> dict[str, Shape | Plan]:
     return shapes | {f"shipped model, {length} tokens": plan_of(length) for length in prompts}
 
 
-def points_of(runs: dict[str, dict[str, Run]], which: str) -> dict[str, list[Point]]:
-    """What was measured of the fitted runs, or of the checked ones, by the set of constants that it belongs to."""
-    points: dict[str, list[Point]] = defaultdict(list)
+def points_of(runs: dict[str, dict[str, Run]], which: str) -> Points:
+    """What was measured of the fitted runs, or of the checked ones, by links and by the set of constants of each."""
+    points: Points = defaultdict(list)
     for name, work in works(which).items():
         there = {links: runs[links][name] for links in LINKS if name in runs.get(links, {})}
         counts = counted(work) if there else {}
         for links, run in there.items():
-            sets = {"prefill": PREFILL, "decode": LINKS[links], "dealer": DEALER}
             for what, seconds in run.items():
                 if seconds > 0:  # a dealer that was never waited for says nothing
-                    points[sets[what]].append(Point(f"{name}, {links}: {what}", seconds, counts[what]))
+                    points[links, SETS[what]].append(Point(name, seconds, counts[what]))
     return points
 
 
-def shown(points: dict[str, list[Point]], known: dict[str, Machine], fitted: dict[str, Machine]) -> list[dict]:
+def shown(points: Points, known: Machines, fitted: Machines) -> list[dict]:
     """The rows of the table: predicted over measured, by the constants that are known and by those fitted here."""
     rows = []
     for which, found in points.items():
         for point in found:
-            row = {"constants": which, "run": point.name, "seconds": f"{point.seconds:.4f}"}
+            row = {"links": which[0], "of": which[1], "run": point.name, "seconds": f"{point.seconds:.4f}"}
             for label, machines in (("predicted / measured", known), ("fitted", fitted)):
                 row[label] = f"{point.predicted(machines[which]) / point.seconds:.2f}" if which in machines else ""
             rows.append(row)
     return rows
 
 
-def known_sets(name: str) -> dict[str, Machine]:
+def known_sets(name: str) -> Machines:
     """The constants of that card that the program has; none where it has none."""
     cards = machine.known() if machine.CARDS.exists() else {}
-    return {which: found.machine() for which, found in cards[name].constants.items()} if name in cards else {}
+    by_links = cards[name].constants if name in cards else {}
+    return {(links, of): each.machine() for links, sets in by_links.items() for of, each in sets.items()}
 
 
-def save(name: str, result: dict, fitted: dict[str, Machine]) -> None:
+def save(name: str, result: dict, fitted: Machines) -> None:
     """Keeps the constants of that card with the program, its memory, and where the parties were."""
     cards = json.loads(machine.CARDS.read_text("utf-8")) if machine.CARDS.exists() else {}
-    constants = {
-        which: {constant: float(f"{getattr(found, constant):.3g}") for constant in CONSTANTS}
-        for which, found in fitted.items()
-    }
+    constants: dict[str, dict] = {links: {} for links, _ in fitted}
+    for (links, of), found in fitted.items():
+        constants[links][of] = rounded(found)
     facts = {what: result[what] for what in ("device", "memory", "made_by")}
     kept.save(machine.CARDS, cards | {name: {"constants": constants, **facts}})
 
 
-def beyond(points: dict[str, list[Point]], machines: dict[str, Machine]) -> list[str]:
+def rounded(found: Machine) -> dict[str, float]:
+    return {constant: float(f"{getattr(found, constant):.3g}") for constant in CONSTANTS}
+
+
+def beyond(points: Points, machines: Machines) -> list[str]:
     """The runs whose prediction is off by more than ``WITHIN`` of what was measured."""
-    return [
-        f"{point.name}: {point.predicted(machines[which]):.3g} s predicted, {point.seconds:.3g} s measured"
-        for which, found in points.items()
-        for point in found
-        if which in machines and abs(point.predicted(machines[which]) / point.seconds - 1) > WITHIN
-    ]
+    found = []
+    for which, measured in points.items():
+        for point in measured if which in machines else ():
+            predicted = point.predicted(machines[which])
+            if abs(predicted / point.seconds - 1) > WITHIN:
+                where = f"{point.name}, {', '.join(which)}"
+                found.append(f"{where}: {predicted:.3g} s predicted, {point.seconds:.3g} s measured")
+    return found
 
 
 @command
@@ -196,7 +204,7 @@ def main() -> None:
     fitted = {which: fit(points) for which, points in fits.items()}
     print_table(shown(fits, known_sets(name), fitted) + shown(checks, known_sets(name), fitted))
     for which, found in fitted.items():
-        print(which, {constant: float(f"{getattr(found, constant):.3g}") for constant in CONSTANTS})
+        print(*which, rounded(found))
     if arguments.save and "made_by" in result:
         save(name, result, fitted)
     if wrong := beyond(checks, fitted if arguments.save else known_sets(name)):
