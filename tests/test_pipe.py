@@ -1,6 +1,8 @@
 """The pipe between two cards (``kernels.pipe``) on a machine without any: its order, its room, and who waits."""
 
 import threading
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ import torch
 from crypten_llm.errors import PartyError
 from crypten_llm.kernels import pipe
 from crypten_llm.links.meter import Meter
+from crypten_llm.protocols.dealer import peer
 from crypten_llm.protocols.dealer.piped import Pouring, Tapped
-from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.roles import CLIENT
 
 ROOM = 64 * 8  # bytes
 
@@ -24,6 +27,9 @@ class Memory:
     def open(self, handle):
         return handle, self
 
+    def word(self):
+        return self.far
+
 
 class Kernels:
     """Stands for ``triton_pipe``: what waits there waits here, in a thread of its own for each end."""
@@ -31,7 +37,12 @@ class Kernels:
     WORD, ROOM, HEADER = 8, ROOM, 256
 
     def __init__(self):
-        self.moved, self.waits = threading.Condition(), 0
+        self.moved, self.waits, self.pauses = threading.Condition(), 0, 0
+
+    def pause(self, seconds):
+        assert seconds < 20, "waits for room that never comes"
+        self.pauses += 1
+        time.sleep(1e-5)
 
     def wait(self, addresses, failures, due, polls):
         with self.moved:
@@ -65,7 +76,7 @@ def ends(monkeypatch):
     kernels = Kernels()
     monkeypatch.setattr(pipe, "triton", lambda name: kernels)
     monkeypatch.setattr(pipe, "OpenedMemory", Memory)
-    inlet, outlet = pipe.Inlet("cpu", Never), pipe.Outlet("cpu", Never)
+    inlet, outlet = pipe.Inlet("cpu", kernels.pause), pipe.Outlet("cpu", Never)
     inlet.open(outlet.handle)
     outlet.open(inlet.handle)
     return inlet, outlet, kernels
@@ -78,7 +89,7 @@ def test_all_that_is_poured_is_tapped_in_its_order(ends, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     sizes = [*torch.randint(0, 90, (60,), generator=generator).tolist(), 5 * ROOM + 3, 0, ROOM, 8, 1]
     pieces = [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator) for size in sizes]
-    poured = Pouring({CLIENT: inlet}, [lambda: None])
+    poured = Pouring({CLIENT: inlet})
 
     def pour():
         for k, piece in enumerate(pieces):
@@ -95,16 +106,33 @@ def test_all_that_is_poured_is_tapped_in_its_order(ends, monkeypatch):
         assert torch.equal(tapped.read(piece.numel()), piece)
     tapped.end()
     writer.join(20)
-    assert not writer.is_alive() and kernels.waits, "one end waited for the other now and then"
+    assert not writer.is_alive() and kernels.waits and kernels.pauses, "each end waited for the other now and then"
     assert sum(row["dealer_bytes_received"] for row in meter.table()) == sum(sizes)
 
 
 def test_what_never_came_is_said_where_a_section_ends(ends):
-    inlet, outlet, _ = ends
-
     def check():
         raise PartyError("the dealer wrote nothing")
 
-    for end in (Tapped(outlet, Meter(), check).end, Pouring({OWNER: inlet}, [check]).end):
-        with pytest.raises(PartyError, match="wrote nothing"):
-            end()
+    with pytest.raises(PartyError, match="wrote nothing"):
+        Tapped(ends[1], Meter(), check).end()
+
+
+def test_a_reader_that_stays_away_is_named(ends, monkeypatch):
+    """Once it has read nothing for as long as the timeout, however much it had read before."""
+
+    class Links:
+        timeout, meter = 0.05, Meter()
+
+        def check_open(self):
+            pass
+
+        def name(self, rank):
+            return f"rank {rank} (client)"
+
+    inlet, _, _ = ends
+    inlet._pause = partial(peer._pause, Links(), CLIENT)
+    started = time.perf_counter()
+    with pytest.raises(PartyError, match=r"rank 1 \(client\) took nothing out of its card's memory for 0.05 s"):
+        inlet.write(torch.zeros(ROOM + 8, dtype=torch.uint8))
+    assert 0.05 < time.perf_counter() - started < 5

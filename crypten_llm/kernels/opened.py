@@ -49,6 +49,13 @@ def card_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
+class _Raw:
+    """A word at an address, as torch is told of other libraries' memory."""
+
+    def __init__(self, address: int | None) -> None:
+        self.__cuda_array_interface__ = {"shape": (1,), "typestr": "<i8", "data": (address, False), "version": 3}
+
+
 class OpenedMemory:
     """Bytes of ``device``, ``size`` at least and 0 at first, and those that another process has opened. handle: opens
     one's own to it.
@@ -67,6 +74,13 @@ class OpenedMemory:
         weakref.finalize(self, _free, self._mine, self._theirs).atexit = False  # then the driver frees it
         self.handle = ctypes.string_at(ctypes.byref(handle), HANDLE_BYTES)
         torch.cuda.synchronize(device)
+        self._word = torch.as_tensor(_Raw(self._mine.value), device=device)
+        self._aside = torch.cuda.Stream(device)
+
+    def word(self) -> int:
+        """The first of one's own, int64, as it is now: whatever has been launched is not waited for."""
+        with torch.cuda.stream(self._aside):
+            return int(self._word.item())
 
     def open(self, handle: bytes) -> Tensor:
         """Opens what this handle is of; where that is, and one's own: int64 [2], for kernels."""

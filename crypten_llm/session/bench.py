@@ -39,7 +39,7 @@ from crypten_llm.models.llama import (
 from crypten_llm.models.rope import rope_frequencies
 from crypten_llm.protocols.dealer.randomness import KEY_BYTES, Stream, derive_key
 from crypten_llm.records import Count, Tokens
-from crypten_llm.roles import OWNER
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 from crypten_llm.session.plan import parse_policy
 
 if TYPE_CHECKING:
@@ -133,6 +133,16 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
             f"declares {bound:.2g}: its results cannot be used here; please report the command"
         )
     return {"seconds_per_step": median(seconds[WARM_UP:]), "max_abs_err": error, "steps": shape.steps}
+
+
+def _wait_for_the_client(party: Party) -> None:
+    """At the dealer, which has nothing to load: it would be ahead of the client for longer than a step may take."""
+    transport = party.transport
+    if transport is not None and transport.world > DEALER:
+        if transport.rank == CLIENT:
+            transport.send_json(DEALER, True)
+        elif transport.rank == DEALER:
+            transport.recv_json(CLIENT, bool, timeout=math.inf)
 
 
 @dataclass

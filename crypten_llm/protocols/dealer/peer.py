@@ -31,6 +31,7 @@ PARTIES = (OWNER, CLIENT)
 LEAVE = "give each a card of its own (--device cuda:0,cuda:1), or leave --peer-memory out"
 MESSAGES = 50  # with which a card that both are on is tried
 SLOWEST = 2e-4  # seconds of one; of processes that take turns, a turn has a millisecond or two
+PAUSE = 2e-4  # seconds until a dealer looks again whether there is room
 PATIENCE = 0.2  # seconds of a wait for the device after which the links are looked at, now and then
 
 
@@ -91,15 +92,26 @@ def pour(transport: Transport, device: torch.device) -> Pouring | None:
         for party in PARTIES:
             transport.send_json(party, Offer("", ""))
         return None
-    inlets, waits = {}, []
+    inlets = {}
     for party in PARTIES:
-        waiting = waiting_on(device, transport.timeout)
         with _telling():
-            inlets[party] = Inlet(device, waiting)
+            inlets[party] = Inlet(device, partial(_pause, transport, party))
             transport.send_json(party, Offer(card_of(device), inlets[party].handle.hex()))
             inlets[party].open(bytes.fromhex(transport.recv_json(party, Offer).handle))
-        waits.append(partial(wait, transport, waiting, party))
-    return Pouring(inlets, waits)
+    return Pouring(inlets)
+
+
+def _pause(transport: Transport, party: int, seconds: float) -> None:
+    """Of a dealer that is as far ahead of a party as there is room. Raises PartyError where that has read nothing for
+    so long, or has gone.
+    """
+    transport.check_open()
+    if seconds > transport.timeout:
+        raise PartyError(
+            f"{transport.name(party)} took nothing out of its card's memory for {transport.timeout:g} s "
+            f"({transport.meter.where}); start all parties again"
+        )
+    time.sleep(PAUSE)
 
 
 @contextmanager

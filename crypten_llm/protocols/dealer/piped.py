@@ -5,7 +5,7 @@ Owns the two ends as a dealer and a party see them (``material``). Each piece ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,12 +47,12 @@ class Tapped:
 
 
 class Pouring:
-    """At the dealer. checks: as ``Tapped``'s, of each party's inlet."""
+    """At the dealer, which waits only where a party's room is full."""
 
     window = 0
 
-    def __init__(self, inlets: dict[int, Inlet], checks: Sequence[Callable[[], None]]) -> None:
-        self._inlets, self._checks = inlets, checks
+    def __init__(self, inlets: dict[int, Inlet]) -> None:
+        self._inlets = inlets
         self.unit = next(iter(inlets.values())).unit
         self._pieces: dict[int, list[Tensor]] = {party: [] for party in inlets}
         self._bytes = dict.fromkeys(inlets, 0)
@@ -75,8 +75,5 @@ class Pouring:
             self._inlets[party].write(torch.cat(pieces))
 
     def end(self) -> None:
-        """Raises PartyError where a party did not read in time."""
         for party in self._inlets:
             self.flush(party)
-        for check in self._checks:
-            check()
