@@ -198,3 +198,8 @@ def refused_policies(engine, policies):
         except UsageError as error:
             said.append(str(error))
     return said
+
+
+def held(engine):
+    """What each of three ranks keeps of a weight and of a cached number."""
+    return [tuple(engine.holds(rank)) for rank in range(3)]

@@ -41,6 +41,7 @@ def test_what_it_cannot_do_there_is_said():
         split({"engine": "crypten", "device": "cuda", "reveal": "tokens"})
     policies = "streaming_llm", "h2o"
     (found, _) = run(party_jobs.refused_policies, policies)
+    assert run(party_jobs.held)[0] == [(8, 8), (8, 8), (0, 0)]
     assert [text.partition(":")[0] for text in found] == [
         f"engine 'crypten' runs policy {name} on the processor alone" for name in policies
     ]

@@ -140,6 +140,15 @@ def test_kernels_that_do_not_load_fail_here(monkeypatch):
         doctor_device._kernels("cuda:99")
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-cuda on a machine that has one")
+def test_a_card_that_is_there(capsys):
+    assert main(["doctor", "--device", "cuda", "--model", "shipped", "--timeout", "250"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("torch and Triton", "cuda:0", "kernels of cuda:0", "cuda:0 and pinned", "link: sockets", "memory"):
+        assert any(line.startswith(f"ok  {name}") for line in lines), name
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
