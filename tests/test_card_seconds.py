@@ -136,7 +136,7 @@ def command(monkeypatch, tmp_path, cards):
         card_seconds, "SHAPES", {"a": Shape(32, 4, 2, 48, kv_len=20), "b": Shape(256, 4, 4, 96, kv_len=9)}
     )
     monkeypatch.setattr(card_seconds, "CHECKED", {"c": Shape(64, 4, 4, 400, layers=2, kv_len=40)})
-    monkeypatch.setattr(card_seconds, "PROMPTS", (16, 300, 600))
+    monkeypatch.setattr(card_seconds, "PROMPTS", (16, 60, 130))
     monkeypatch.setattr(card_seconds, "CHECKED_PROMPTS", (30,))
     monkeypatch.setattr(card_seconds, "counted", functools.cache(card_seconds.counted))
     monkeypatch.setattr(provenance, "card", lambda: "A Card")

@@ -42,25 +42,30 @@ def run(placement: str, timeout: float, config: LlamaConfig | None = None, token
     """
     named = [devices.numbered(name) for name in placement.split(",")]
     cards = list(dict.fromkeys(name for name in named if name != "cpu"))
-    needed: dict[str, Callable[[], Any]] = {"torch and Triton": _packages} if cards else {}
+    there: dict[str, Callable[[], Any]] = {"torch and Triton": _packages} if cards else {}
     for name in cards:
-        needed |= {name: partial(_card, name), f"kernels of {name}": partial(_kernels, name)}
-    useful: dict[str, Callable[[], Any]] = {}
-    for name in cards:
-        needed[f"{name} and pinned"] = partial(_pinned, name)
-        if len(named) == 1 or named.count(name) > 1:
-            useful[f"sharing {name}"] = partial(_sharing, name)
-    if torch.cuda.device_count() > 1:
-        useful["between cards"] = _between
+        there |= {name: partial(_card, name), f"kernels of {name}": partial(_kernels, name)}
+    if not _all(there):  # nothing can be measured of what cannot be used
+        print("not ready")
+        return False
+    needed: dict[str, Callable[[], Any]] = {f"{name} and pinned": partial(_pinned, name) for name in cards}
     needed["link: sockets"] = partial(_link, placement, timeout, False)
-    if all(name != "cpu" for name in (named * 2)[:2]):
-        useful["link: peer memory"] = partial(_link, placement, timeout, True)
     if config is not None:
         needed["memory"] = partial(_fits, named, config, tokens)
-    passed = all([line(name, check) for name, check in needed.items()])
-    spare = all([line(name, check) for name, check in useful.items()])
+    shared = [name for name in cards if len(named) == 1 or named.count(name) > 1]
+    useful: dict[str, Callable[[], Any]] = {f"sharing {name}": partial(_sharing, name) for name in shared}
+    if cards and torch.cuda.device_count() > 1:
+        useful["between cards"] = _between
+    if all(name != "cpu" for name in (named * 2)[:2]):
+        useful["link: peer memory"] = partial(_link, placement, timeout, True)
+    passed, spare = _all(needed), _all(useful)
     print("not ready" if not passed else "ready" if spare else "ready, but for what is marked NO")
     return passed
+
+
+def _all(checks: dict[str, Callable[[], Any]]) -> bool:
+    """Whether all pass; each is made."""
+    return all([line(name, check) for name, check in checks.items()])
 
 
 def _packages() -> str:
