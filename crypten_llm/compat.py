@@ -11,8 +11,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 
 def import_crypten() -> Any:
     """CrypTen, importable on current torch and without any of its insecure defaults.
@@ -49,15 +47,11 @@ def install_communicator(communicator_class: Any, instance: Any) -> None:
     comm.DistributedCommunicator = communicator_class
 
 
-def install_generators(
-    ring_element: Callable, kbit_tensor: Callable, streams: dict, device: torch.device | str = "cpu"
-) -> None:
+def install_generators(ring_element: Callable, kbit_tensor: Callable, streams: dict[str, dict]) -> None:
     """Replaces CrypTen's random number functions wherever one of its modules imported them by name.
 
-    streams: of ``device``, by CrypTen's names for them.
-
     Its own generator is MT19937 behind a 32-bit seed: a party that sees 624 outputs predicts the rest, and with
-    it the other party's shares.
+    it the other party's shares. streams: by CrypTen's names for them, and by device.
     """
     import crypten
 
@@ -68,8 +62,7 @@ def install_generators(
                 module.generate_random_ring_element = ring_element
             if hasattr(module, "generate_kbit_random_tensor"):
                 module.generate_kbit_random_tensor = kbit_tensor
-    for which, stream in streams.items():
-        crypten.generators[which] = {torch.device(device): stream}
+    crypten.generators.update(streams)
 
 
 def install_ttp_client(client: Any) -> None:

@@ -101,10 +101,11 @@ def _main(rank, parties, sockets, pipe, timeout, wire, elsewhere, work):
     from crypten_llm.roles import role_names
 
     torch.set_num_threads(1)
+    device = torch.device("cpu")
     if elsewhere:
         import crypten_elsewhere
 
-        crypten_elsewhere.put_in_place()
+        device = crypten_elsewhere.put_in_place()
     transport = Transport(rank, role_names(parties), sockets, timeout=timeout)
     try:
         job, arguments, config = pickle.loads(work)
@@ -112,10 +113,11 @@ def _main(rank, parties, sockets, pipe, timeout, wire, elsewhere, work):
             answer = job(WireEngine(transport), *arguments)
         elif rank == parties:
             result = job(transport) if job else lambda: None
-            bridge.start_dealer(transport, parties).serve()
+            bridge.start_dealer(transport, parties, device).serve()
             answer = result()
         else:
-            engine = CryptenEngine(transport, parties, CryptenConfig(**{"precision_bits": 16, **config}))
+            settings = CryptenConfig(**{"precision_bits": 16, **config})
+            engine = CryptenEngine(transport, parties, settings, device=device)
             answer = job(engine, *arguments)
             if rank == 0:
                 engine.dealer.ask_stop()

@@ -23,7 +23,7 @@ from torch.distributed import ReduceOp
 from crypten_llm import compat, limits, memory
 from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.links.meter import DealersCounters, Meter, peak_bytes
-from crypten_llm.protocols.dealer.randomness import KEY_BYTES, Stream, fresh_key
+from crypten_llm.protocols.dealer.randomness import KEY_BYTES, Stream, derive_key, fresh_key
 from crypten_llm.records import Record
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ from crypten.cuda import CUDALongTensor  # noqa: E402
 from crypten.mpc.provider.ttp_provider import TTPServer  # noqa: E402
 
 DEALER = "dealer"
+PROCESSOR = torch.device("cpu")
 _Shape = Annotated[list[Annotated[int, Meta(ge=0, le=limits.PARAMETERS)]], Meta(max_length=8)]
 _COMBINE: dict[Any, Callable[..., torch.Tensor]] = {
     ReduceOp.SUM: torch.add,
@@ -52,6 +53,11 @@ def bare(tensor: Any) -> torch.Tensor:
 def wrapped(tensor: torch.Tensor) -> Any:
     """A tensor as CrypTen keeps it: on a GPU within one of its own."""
     return CUDALongTensor(tensor) if tensor.is_cuda else tensor
+
+
+def placed(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    """What came over a link, where another tensor is."""
+    return tensor.to(like.device)
 
 
 class TransportCommunicator(DistributedCommunicator):
@@ -91,7 +97,7 @@ class TransportCommunicator(DistributedCommunicator):
 
     def _received(self, src: int, like: Any) -> Any:
         """What ``src`` sends next, of the shape and on the device of another tensor."""
-        return wrapped(self.transport.recv(src, like.shape, like.dtype).to(like.device))
+        return wrapped(placed(self.transport.recv(src, like.shape, like.dtype), like))
 
     def all_reduce(self, input: Any, op: Any = ReduceOp.SUM, batched: bool = False) -> Any:
         """Sum or xor over the compute parties, in one round; lists travel as one message."""
@@ -99,7 +105,7 @@ class TransportCommunicator(DistributedCommunicator):
         combine = _COMBINE[op]
         totals = list(tensors)
         for received in self.transport.all_exchange_many(self.peers, tensors).values():
-            totals = [combine(total, other) for total, other in zip(totals, received, strict=True)]
+            totals = [combine(total, placed(other, total)) for total, other in zip(totals, received, strict=True)]
         opened = [wrapped(total) for total in totals]
         return opened if batched else opened[0]
 
@@ -134,7 +140,8 @@ class TransportCommunicator(DistributedCommunicator):
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         received = self.transport.all_exchange_many(self.peers, [bare(tensor)])
-        return [tensor if rank == self.rank else wrapped(received[rank][0]) for rank in range(self.world_size)]
+        theirs = {rank: wrapped(placed(found, tensor)) for rank, (found,) in received.items()}
+        return [theirs.get(rank, tensor) for rank in range(self.world_size)]
 
     def _refuse(self, *_: Any, **__: Any) -> None:
         raise PartyError(
@@ -178,7 +185,7 @@ class DealerClient:
         shape = _result_shape(function, args)
         name: Any = function
         self.transport.send_json(self.dealer, Asked(name, tuple(_plain(a) for a in args)), channel=DEALER)
-        return wrapped(self.transport.recv(self.dealer, shape, torch.int64, channel=DEALER).to(self.stream.device))
+        return wrapped(placed(self.transport.recv(self.dealer, shape, torch.int64, channel=DEALER), self.stream))
 
 
 class Dealer(TTPServer):
@@ -233,7 +240,7 @@ def start(
     dealer = DealerClient(transport, compute_parties, device)
     compat.install_ttp_client(dealer)
     streams = agree_on_streams(transport, compute_parties, device)
-    compat.install_generators(ring_element, kbit_tensor, streams, device)
+    compat.install_generators(ring_element, kbit_tensor, streams)
     return dealer
 
 
@@ -260,22 +267,25 @@ def ring_element(
 ) -> torch.Tensor:
     """Replaces ``crypten.common.rng.generate_random_ring_element``."""
     assert ring_size == 2**64, "CrypTen's shares live in Z_2^64"
-    return wrapped(_stream(generator).ring(size))
+    return wrapped(_stream(generator, device).ring(size))
 
 
 def kbit_tensor(
     size: Sequence[int], bitlength: int | None = None, generator: Stream | None = None, device: Any = None
 ) -> torch.Tensor:
     """Replaces ``crypten.common.rng.generate_kbit_random_tensor``."""
-    return wrapped(_stream(generator).bits(size, bitlength or 64))
+    return wrapped(_stream(generator, device).bits(size, bitlength or 64))
 
 
-def _stream(generator: Stream | None) -> Stream:
-    return generator or next(iter(crypten.generators["local"].values()))
+def _stream(generator: Stream | None, device: Any) -> Stream:
+    return generator or crypten.generators["local"][torch.device(device or PROCESSOR)]
 
 
 def agree_on_streams(transport: Transport, parties: int, device: torch.device | str = "cpu") -> dict:
-    """CrypTen's four streams. ``next`` and ``prev`` are shared with the neighbours, so that zero is shared freely."""
+    """CrypTen's four streams. ``next`` and ``prev`` are shared with the neighbours, so that zero is shared freely.
+
+    Each is there on the processor too, under a key of its own: CrypTen begins some tensors there, of no number.
+    """
     rank, following, preceding = transport.rank, (transport.rank + 1) % parties, (transport.rank - 1) % parties
     next_key = fresh_key()
     _send_key(transport, following, next_key)
@@ -287,7 +297,11 @@ def agree_on_streams(transport: Transport, parties: int, device: torch.device | 
     else:
         global_key = _receive_key(transport, 0)
     keys = {"prev": prev_key, "next": next_key, "local": fresh_key(), "global": global_key}
-    return {name: Stream(key, device) for name, key in keys.items()}
+    there = torch.device(device)
+    streams = {name: {PROCESSOR: Stream(derive_key(key, "processor"))} for name, key in keys.items()}
+    for name, key in keys.items():
+        streams[name][there] = Stream(key, there)
+    return streams
 
 
 def _send_key(transport: Transport, dst: int, key: bytes) -> None:

@@ -67,7 +67,7 @@ class CryptenBeside:
         crypten.CrypTensor.set_grad_enabled(False)
         if engine.rank == DEALER:
             communicator = _FollowingCommunicator(engine)
-            streams = dict.fromkeys(("prev", "next", "local", "global"))
+            streams: dict[str, dict] = {name: {bridge.PROCESSOR: None} for name in ("prev", "next", "local", "global")}
             compat.install_generators(_zeros, _zeros, streams)
             for sender in (None, OWNER):  # the parties agree on their keys
                 communicator.pass_by(bridge.KEY_BYTES, sender)
