@@ -21,14 +21,14 @@ from experiments.tools import provenance
 
 MADE_OF = {
     SOCKETS: {
-        PREFILL: Machine(3e-3, 1e-13, 2e-9),
+        PREFILL: Machine(3e-3, card_seconds.MANY_ROWS, 2e-9),
         CAPTURED: Machine(2e-4, 2e-12, 1e-9),
-        DEALER: Machine(6e-5, 1e-12, 4e-10, 4e-10),
+        DEALER: Machine(6e-5, 2e-12, 4e-10, 4e-10),
     },
     PEER_MEMORY: {
-        PREFILL: Machine(3e-3, 1e-13, 1e-9),
+        PREFILL: Machine(3e-3, card_seconds.MANY_ROWS, 1e-9),
         CAPTURED: Machine(5e-5, 2e-12, 5e-10),
-        DEALER: Machine(5e-5, 1e-12, 4e-10, 4e-10),
+        DEALER: Machine(5e-5, 2e-12, 4e-10, 4e-10),
     },
 }
 WORDS = ["cost", "--model", "shipped", "--prompt-tokens", "40", "--new-tokens", "4", "--json"]
@@ -64,7 +64,7 @@ def test_a_card_has_a_set_for_each_phase(cards):
         assert constants(found.of("decode")) == constants(MADE_OF[links][CAPTURED])
         for each in (found.of("prefill"), found.of("load"), found.from_python().of("decode")):
             assert constants(each) == constants(MADE_OF[links][PREFILL])
-    assert sockets.dealing(10, {"products": 10**9, "material": 10**6}) == pytest.approx(6e-4 + 1e-3 + 4e-4)
+    assert sockets.dealing(10, {"products": 10**9, "material": 10**6}) == pytest.approx(6e-4 + 2e-3 + 4e-4)
     with pytest.raises(machine.UsageError, match="nothing is known of how fast 'Another' is; there are constants of"):
         machine.card("Another")
 
@@ -136,7 +136,7 @@ def command(monkeypatch, tmp_path, cards):
         card_seconds, "SHAPES", {"a": Shape(32, 4, 2, 48, kv_len=20), "b": Shape(256, 4, 4, 96, kv_len=9)}
     )
     monkeypatch.setattr(card_seconds, "CHECKED", {"c": Shape(64, 4, 4, 400, layers=2, kv_len=40)})
-    monkeypatch.setattr(card_seconds, "PROMPTS", (16, 60, 130))
+    monkeypatch.setattr(card_seconds, "PROMPTS", (16, 60, 300))
     monkeypatch.setattr(card_seconds, "CHECKED_PROMPTS", (30,))
     monkeypatch.setattr(card_seconds, "counted", functools.cache(card_seconds.counted))
     monkeypatch.setattr(provenance, "card", lambda: "A Card")
@@ -170,8 +170,8 @@ def test_constants_come_back_and_a_prediction_beyond_a_quarter_is_an_error(comma
     assert code == 0 and len(made) == 2 * (2 + 3 + 1 + 1)
     known = json.loads(cards.read_text())["A Card"]
     assert known["memory"] == 9 and known["device"] == "cuda" and known["made_by"][0]["card"] == "A Card"
-    for links in MADE_OF:  # of one model alone the dealer's bytes and products are not told apart
-        for which in (PREFILL, CAPTURED):
+    for links in MADE_OF:
+        for which in MADE_OF[links]:
             assert known["constants"][links][which] == pytest.approx(constants(MADE_OF[links][which]), rel=0.02)
     assert isinstance(machine.card("A Card"), Card)
     assert command("--runs", "fitted", "checked")[1] == [], "nothing is measured twice"

@@ -10,14 +10,16 @@ compiles kernels. Of a request these are measured: the prefill, a token of an an
 how much longer a streamed one takes, for which the dealer waits. Each is the median of the tokens behind the fourth.
 
 The constants of a card (``commands.machine``) are three sets for each kind of links, fitted as ``predicted_seconds``
-does: of prefills, of captured steps, and of the dealer. Runs that are ``checked`` are fitted to none. All
-runs are shown beside the constants that are known and those fitted here; ``--save`` keeps these with the program. A
-checked run beyond a quarter of what was measured ends the command with an error.
+does: of prefills, of captured steps, and of the dealer. Runs that are ``checked`` are fitted to
+none, unless ``--fit-all`` says so. All runs are shown beside the constants that are known and those fitted here;
+``--save`` keeps these with the program. A checked run beyond a quarter of what was measured ends the command with an
+error. ``--runs whole`` is a token of Llama-2-7B's sizes, for which all of a model has to fit the cards.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -55,10 +57,13 @@ CHECKED = {
     "two layers of Llama-3-8B's sizes, after 1,024": Shape(4096, 32, 8, 14336, layers=2, kv_len=1024, steps=6),
     "a token of 12 layers, d = 768, after 256": Shape(768, 12, 12, 2048, layers=12, kv_len=256, steps=8, vocab=32000),
 }
+LLAMA = Shape(4096, 32, 32, 11008, layers=32, kv_len=2048, steps=6, vocab=32000)
+WHOLE = {"a token of Llama-2-7B's sizes, after 2,048": LLAMA}
 PROMPTS, CHECKED_PROMPTS = (64, 256, 1024), (512,)  # tokens, of the shipped model
 NEW_TOKENS = 14
 LINKS = SOCKETS, PEER_MEMORY
 SETS = {"prefill": PREFILL, "decode": CAPTURED, "dealer": DEALER}  # of constants, by what is measured
+MANY_ROWS = 1 / 9e12  # seconds of a multiplication in products of 512 rows (``cuda_kernels``)
 WITHIN = 0.25
 Run = dict[str, float]  # seconds, by what was measured
 Points = dict[tuple[str, str], list[Point]]  # by links and set of constants
@@ -112,14 +117,16 @@ def counted(work: Shape | Plan) -> dict[str, tuple[float, ...]]:
 
 
 def works(which: str) -> dict[str, Shape | Plan]:
+    if which == "whole":
+        return dict(WHOLE)
     shapes, prompts = (CHECKED, CHECKED_PROMPTS) if which == "checked" else (SHAPES, PROMPTS)
     return shapes | {f"shipped model, {length} tokens": plan_of(length) for length in prompts}
 
 
-def points_of(runs: dict[str, dict[str, Run]], which: str) -> Points:
-    """What was measured of the fitted runs, or of the checked ones, by links and by the set of constants of each."""
+def points_of(runs: dict[str, dict[str, Run]], *which: str) -> Points:
+    """What was measured of these runs, by links and by the set of constants of each."""
     points: Points = defaultdict(list)
-    for name, work in works(which).items():
+    for name, work in itertools.chain.from_iterable(works(each).items() for each in which):
         there = {links: runs[links][name] for links in LINKS if name in runs.get(links, {})}
         counts = counted(work) if there else {}
         for links, run in there.items():
@@ -130,18 +137,23 @@ def points_of(runs: dict[str, dict[str, Run]], which: str) -> Points:
 
 
 def constants_of(points: Points) -> Machines:
-    """Fits each set to its runs. The dealer multiplies as parties do, so its products take what theirs take in a step:
-    of one model alone they could not be told from its bytes, and would be taken for anything.
+    """Fits each set to its runs. Products of prefills take what the kernels need of many rows, and the dealer's what
+    parties' take in a step: by one model's runs they are not told from bytes, and would be taken for anything.
     """
-    found = {which: fit(measured) for which, measured in points.items() if which[1] != DEALER}
-    for links, measured in ((which[0], measured) for which, measured in points.items() if which[1] == DEALER):
-        product = found[links, CAPTURED].product
-        rest = [
-            Point(each.name, max(each.seconds - product * each.counts[1], 1e-9), (each.counts[0], 0.0, each.counts[2]))
-            for each in measured
-        ]
-        found[links, DEALER] = replace(fit(rest), product=product)
+    found: Machines = {}
+    for (links, of), measured in sorted(points.items()):  # steps come before the dealer's part of them
+        if of == CAPTURED:
+            found[links, of] = fit(measured)
+        else:
+            product = MANY_ROWS if of == PREFILL else found[links, CAPTURED].product
+            found[links, of] = replace(fit([without(each, product) for each in measured]), product=product)
     return found
+
+
+def without(point: Point, product: float) -> Point:
+    """The same less its products, of so many seconds each."""
+    rounds, products, material = point.counts
+    return Point(point.name, max(point.seconds - product * products, 1e-9), (rounds, 0.0, material))
 
 
 def shown(points: Points, known: Machines, fitted: Machines) -> list[dict]:
@@ -193,11 +205,13 @@ def beyond(points: Points, machines: Machines) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="of all parties, or owner's,client's,dealer's (default: cuda)")
-    parser.add_argument("--runs", nargs="+", default=["fitted"], choices=["fitted", "checked", "none"], help="(fitted)")
+    runs = ["fitted", "checked", "whole", "none"]
+    parser.add_argument("--runs", nargs="+", default=["fitted"], choices=runs, metavar="R", help=", ".join(runs))
     parser.add_argument("--links", nargs="+", default=list(LINKS), choices=list(LINKS), metavar="L", help="(both)")
     parser.add_argument(
         "--json", type=Path, metavar="F", help="keep the seconds; a run that is there is not made again"
     )
+    parser.add_argument("--fit-all", action="store_true", help="fit to the checked runs too")
     parser.add_argument("--save", action="store_true", help="keep the fitted constants with the program")
     arguments = parser.parse_args()
     result = kept.load(arguments.json)
@@ -215,7 +229,9 @@ def main() -> None:
                 kept.save(arguments.json, result)
                 print(f"{name}, {links}: {json.dumps(run)}", flush=True)
     name = result["made_by"][-1]["card"] if "made_by" in result else card()
-    fits, checks = points_of(runs, "fitted"), points_of(runs, "checked")
+    fits, checks = points_of(runs, "fitted", "whole"), points_of(runs, "checked")
+    if arguments.fit_all:
+        fits, checks = points_of(runs, "fitted", "whole", "checked"), {}
     fitted = constants_of(fits)
     print_table(shown(fits, known_sets(name), fitted) + shown(checks, known_sets(name), fitted))
     for which, found in fitted.items():
