@@ -53,7 +53,7 @@ def _dealt(
 
     def shares() -> Tensor:
         if places is None:
-            return held << cut
+            return held << cut if cut else held
         found = held.new_zeros(tuple(shape))
         found[places] = held << cut
         return found

@@ -101,7 +101,8 @@ class Stream:
         """Uniform elements of Z_2^bits of shape ``size``, as int64, non-negative below 64 bits; above, as limbs."""
         shape = (size,) if isinstance(size, int) else size
         if bits <= 64:
-            return ring.low_bits(self.words(math.prod(shape)).view(shape), bits)
+            words = self.words(math.prod(shape)).view(shape)
+            return words if bits == 64 else words.bitwise_and_((1 << bits) - 1)
         limbs = ring.limbs(bits)
         drawn = self.words(math.prod(shape) * limbs).view(*shape, limbs)
         if bits % 64:
