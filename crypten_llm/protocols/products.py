@@ -44,7 +44,7 @@ def _dealt(
 
     def short() -> Tensor:
         found = value() if places is None else value()[places]
-        return (found + ((1 << cut) >> 1)) >> cut
+        return (found + ((1 << cut) >> 1)) >> cut if cut else found
 
     count, places = shape, visible
     if visible is not None:

@@ -20,8 +20,8 @@ from crypten_llm.kernels import ring
 from crypten_llm.process import Owned
 
 KEY_BYTES = 32
-_BUFFER = 1 << 13  # words
-_SMALL = 1 << 9  # words: draws up to here are cut from a buffer, to save calls of the kernel
+_BUFFER = 1 << 14  # words
+_SMALL = 1 << 11  # words: draws up to here are cut from a buffer, to save calls of the kernel
 
 
 def fresh_key() -> bytes:
