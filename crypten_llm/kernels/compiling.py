@@ -1,6 +1,6 @@
 """How the compiled loops are compiled.
 
-Owns Numba's options, and an instruction that it does not offer. The products here are of 64-bit integers, which have a
+Owns Numba's options, and two instructions that Numba has not. The products here are of 64-bit integers, which have a
 vector instruction in AVX-512 alone; LLVM avoids vectors that wide unless it is told not to, and is told so before
 anything is compiled.
 """
@@ -42,3 +42,17 @@ def high_word(context: Any, x: Any, y: Any) -> tuple[Any, Callable]:
 
     word = numba.types.uint64
     return word(word, word), generate
+
+
+@cast(Any, intrinsic)
+def word_at(context: Any, data: Any, place: Any) -> tuple[Any, Callable]:
+    """The word in bytes ``place`` to ``place + 7`` of uint8 in one piece, wherever that begins: one load."""
+    assert data.layout == "C" and data.dtype == numba.types.uint8, f"bytes in one piece, not {data}"
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list) -> ir.Value:
+        bytes_of, where = arguments
+        first = context.make_array(signature.args[0])(context, builder, bytes_of).data
+        word = builder.bitcast(builder.gep(first, [where]), ir.PointerType(ir.IntType(64)))
+        return builder.load(word, align=1)
+
+    return numba.types.uint64(data, numba.types.int64), generate

@@ -7,6 +7,7 @@ and ``exponents``; the others are in ``trigonometry``, ``tables``, ``places`` an
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,9 +15,20 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
 from crypten_llm.kernels import dcf, exponents, field, lifted, limbs, ones, places, tables, trigonometry
-from crypten_llm.kernels.compiling import compiled
+from crypten_llm.kernels.compiling import compiled, word_at
 
 _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
+
+
+@compiled
+def _row_by_rows(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
+    """out[0, j] = sum_k x[0, k] w[j, k]: what is read once is read in its order, which memory is fastest in."""
+    row = x[0]
+    for j in range(w.shape[0]):
+        total, weights = np.int64(0), w[j]
+        for k in range(row.shape[0]):
+            total += row[k] * np.int64(weights[k])
+        out[0, j] = total
 
 
 @compiled
@@ -82,7 +94,7 @@ def _rows_by_columns(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
 
 
 def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
-    return _batched(_rows_by_rows, x, w, w.shape[-2])
+    return _batched(_row_by_rows if x.shape[-2] == 1 else _rows_by_rows, x, w, w.shape[-2])
 
 
 def matmul_nn(x: Tensor, w: Tensor) -> Tensor:
@@ -97,14 +109,22 @@ def _batched(
     batch, (rows, depth) = x.shape[:-2], x.shape[-2:]
     assert batch == w.shape[:-2], f"batches {tuple(x.shape)} and {tuple(w.shape)} differ"
     out = np.empty((*batch, rows, columns), dtype=np.int64)
+    if not batch:
+        kernel(_whole(x.numpy()), _whole(w.numpy()), out)
+        return torch.from_numpy(out)
     count = math.prod(batch)
     left, right, result = x.numpy(), w.numpy(), out
     if len(batch) != 1:
         left, result = left.reshape(count, rows, depth), out.reshape(count, rows, columns)
         right = right.reshape(count, *right.shape[-2:])
     for i in range(count):  # a view of a cache's first rows is contiguous head by head
-        kernel(np.ascontiguousarray(left[i]), np.ascontiguousarray(right[i]), result[i])
+        kernel(_whole(left[i]), _whole(right[i]), result[i])
     return torch.from_numpy(out)
+
+
+def _whole(matrix: np.ndarray) -> np.ndarray:
+    """In one piece."""
+    return matrix if matrix.flags.c_contiguous else np.ascontiguousarray(matrix)
 
 
 # Key streams.
@@ -163,18 +183,20 @@ def _pack(words: np.ndarray, bits: int, keep: np.uint64, out: np.ndarray) -> Non
 
 
 @compiled
-def _unpack(data: np.ndarray, bits: int, keep: np.uint64, out: np.ndarray) -> None:
-    """data: uint64, with a word more than is needed behind it."""
-    place, used = 0, 0
-    for i in range(out.shape[0]):
-        word = data[place] >> np.uint64(used)
-        if used + bits > 64:
-            word |= data[place + 1] << np.uint64(64 - used)
-        out[i] = np.int64(word & keep)
-        used += bits
-        if used >= 64:
-            used -= 64
-            place += 1
+def _unpack(data: np.ndarray, bits: int, keep: np.int64, out: np.ndarray) -> None:
+    """Adds what is packed to ``out``, modulo 2^bits."""
+    if not data.shape[0]:
+        out &= keep
+        return
+    inner = max(0, min(out.shape[0], (8 * data.shape[0] - 65) // bits))  # whose nine bytes are all there
+    for i in range(inner):
+        first = i * bits
+        word = word_at(data, first >> 3) >> np.uint64(first & 7)
+        if bits > 57:
+            word |= (np.uint64(data[(first >> 3) + 8]) << np.uint64(63 - (first & 7))) << np.uint64(1)
+        out[i] = (out[i] + np.int64(word)) & keep
+    for i in range(inner, out.shape[0]):
+        out[i] = (out[i] + np.int64(limbs.bits_from(data, i * bits, bits))) & keep
 
 
 @compiled
@@ -198,12 +220,6 @@ def _hide(
 
 
 @compiled
-def _show(value: np.ndarray, keep: np.int64, out: np.ndarray) -> None:
-    for i in range(value.shape[0]):
-        out[i] = (value[i] + out[i]) & keep
-
-
-@compiled
 def _unwrap(opened: np.ndarray, offset: np.int64, bits: int, shown: np.ndarray, wrap: np.ndarray) -> None:
     for i in range(opened.shape[0]):
         word = opened[i]
@@ -218,7 +234,7 @@ def pack(words: Tensor, bits: int) -> Tensor:
     if bits == 64:
         return torch.from_numpy(flat.copy().view(np.uint8))  # a strided view has no bytes of its own
     out = np.empty((flat.size * bits + 63) // 64, dtype=np.uint64)
-    _pack(flat, bits, np.uint64(_keep(bits)), out)
+    _pack(flat, bits, _keep(bits).view(np.uint64), out)
     return torch.from_numpy(out.view(np.uint8)[: (flat.size * bits + 7) // 8])
 
 
@@ -227,18 +243,9 @@ def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
         return limbs.unpack(data, bits, shape)
     if bits == 64 and data.storage_offset() % 8 == 0:
         return data.view(torch.int64).view(shape)
-    return torch.from_numpy(_unpacked(data, bits, math.prod(shape)).reshape(shape))
-
-
-def _unpacked(data: Tensor, bits: int, count: int) -> np.ndarray:
-    raw = data.numpy()
-    if bits == 64:
-        return raw.copy().view(np.int64)
-    padded = np.empty((count * bits + 63) // 64 + 1, dtype=np.uint64)
-    padded.view(np.uint8)[: raw.size] = raw
-    out = np.empty(count, dtype=np.int64)
-    _unpack(padded, bits, np.uint64(_keep(bits)), out)
-    return out
+    out = np.zeros(shape, dtype=np.int64)
+    _unpack(data.numpy(), bits, _keep(bits), out.reshape(-1))
+    return torch.from_numpy(out)
 
 
 def hide(share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -250,9 +257,9 @@ def hide(share: Tensor, mask: Tensor, offset: int, bits: int) -> tuple[Tensor, T
 
 
 def show(value: Tensor, packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-    out = _unpacked(packed, bits, value.numel())
-    _show(value.numpy(), _keep(bits), out)
-    return torch.from_numpy(out.reshape(shape))
+    out = value.numpy().reshape(shape).copy()
+    _unpack(packed.numpy(), bits, _keep(bits), out.reshape(-1))
+    return torch.from_numpy(out)
 
 
 def unwrap(opened: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -266,6 +273,7 @@ def _flat(words: Tensor) -> np.ndarray:
     return words.reshape(-1).numpy()
 
 
+@lru_cache(maxsize=64)
 def _keep(bits: int) -> np.int64:
     return np.int64(-1 if bits == 64 else (1 << bits) - 1)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crypten_llm.kernels import ring
-from crypten_llm.kernels.compiling import compiled, high_word
+from crypten_llm.kernels.compiling import compiled, high_word, word_at
 
 ZERO, ONE = np.uint64(0), np.uint64(1)
 HALF, HALF_MASK, ALL = np.uint64(32), np.uint64(2**32 - 1), np.uint64(2**64 - 1)
@@ -74,24 +74,25 @@ def _pack(rows: np.ndarray, top: int, out: np.ndarray) -> None:
 
 
 @compiled
+def bits_from(data: np.ndarray, first: int, count: int) -> np.uint64:
+    """The word whose lowest bit is bit ``first`` of packed bytes; only its lowest ``count`` bits need be right."""
+    place, used = first >> 3, first & 7
+    if place + 9 <= data.shape[0]:
+        return (word_at(data, place) >> np.uint64(used)) | ((np.uint64(data[place + 8]) << np.uint64(63 - used)) << ONE)
+    word = np.uint64(data[place]) >> np.uint64(used)
+    for i in range(1, (used + count + 7) >> 3):
+        word |= np.uint64(data[place + i]) << np.uint64(8 * i - used)
+    return word
+
+
+@compiled
 def _unpack(data: np.ndarray, top: int, out: np.ndarray) -> None:
-    """data: uint64, with a word more than is needed behind it."""
-    place, used = 0, 0
     last, keep = out.shape[1] - 1, ALL >> np.uint64(64 - top)
     for i in range(out.shape[0]):
-        for j in range(last + 1):
-            word = data[place] >> np.uint64(used)
-            if used:
-                word |= data[place + 1] << np.uint64(64 - used)
-            if j < last:
-                out[i, j] = word
-                place += 1
-                continue
-            out[i, j] = word & keep
-            used += top
-            if used >= 64:
-                used -= 64
-                place += 1
+        first = i * (64 * last + top)
+        for j in range(last):
+            out[i, j] = bits_from(data, first + 64 * j, 64)
+        out[i, last] = bits_from(data, first + 64 * last, top) & keep
 
 
 @compiled
@@ -146,10 +147,8 @@ def _unpacked(data: Tensor, bits: int, count: int) -> np.ndarray:
     raw = data.numpy()
     if bits % 64 == 0:
         return raw.copy().view(np.uint64).reshape(count, bits // 64)
-    padded = np.empty((count * bits + 63) // 64 + 1, dtype=np.uint64)
-    padded.view(np.uint8)[: raw.size] = raw
     out = np.empty((count, ring.limbs(bits)), dtype=np.uint64)
-    _unpack(padded, top_of(bits), out)
+    _unpack(raw, top_of(bits), out)
     return out
 
 
@@ -343,7 +342,7 @@ def top_of(bits: int) -> int:
 
 def rows_of(words: Tensor) -> np.ndarray:
     """Limbs [..., L] as uint64 [N, L] in one piece; the same memory where they are."""
-    return _unsigned(words.reshape(-1, words.shape[-1]).contiguous())
+    return np.ascontiguousarray(_unsigned(words).reshape(-1, words.shape[-1]))
 
 
 def flat_of(words: Tensor) -> np.ndarray:
@@ -366,9 +365,12 @@ def _result(a: Tensor, b: Tensor, bits: int) -> tuple[Sequence[int], np.ndarray]
 
 
 def _operand(x: Tensor, shape: Sequence[int]) -> tuple[np.ndarray, Lies]:
-    x, limbs = x.contiguous(), x.shape[-1]
-    if x.shape[:-1] == shape:
-        return _unsigned(x.view(-1)), (limbs * shape[-1] if shape else 0, limbs, limbs)
+    *own, limbs = x.shape
+    if own == list(shape):
+        return _unsigned(x).reshape(-1), (limbs * shape[-1] if shape else 0, limbs, limbs)
+    if math.prod(own[:-1]) == 1:  # one row for all, or one element
+        return _unsigned(x).reshape(-1), (0, limbs if own and own[-1] == shape[-1] else 0, limbs)
+    x = x.contiguous()
     x = x.expand(*shape, limbs).reshape(math.prod(shape[:-1]), shape[-1], limbs)  # a copy where rows do not merge
     extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
     row, step, _ = x.stride()

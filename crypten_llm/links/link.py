@@ -48,9 +48,13 @@ class Link:
 
     def take(self) -> None:
         """For a frame of which all must be sent before anything else is; `sending` is released by who called this."""
-        self.owned.check(f"the link to {self.name}")
+        self._check()
         self.sending.acquire()
         self.mid_frame = True
+
+    def _check(self) -> None:
+        if not self.owned.is_here:
+            self.owned.check(f"the link to {self.name}")
 
     def hush(self) -> None:
         """For a link that is broken: nothing is sent any more."""
@@ -100,7 +104,7 @@ class Link:
 
     def receive_into(self, views: list[memoryview]) -> int:
         """Bytes read into the first of these; 0 at the end, raises one of ``WAITS`` where there are none yet."""
-        self.owned.check(f"the link to {self.name}")
+        self._check()
         if self._tls:
             with self._using:
                 return self.sock.recv_into(views[0])
@@ -116,11 +120,8 @@ class Outgoing:
     link: Link
     views: list[memoryview]  # what is still to be sent
     size: int  # bytes on the socket
+    whole: Frame  # all of it, until it is in the transcript
     broken: bool = False  # the link takes no more; the reason may still be in its input
-    whole: Frame = field(init=False)  # all of it, until it is in the transcript
-
-    def __post_init__(self) -> None:
-        self.whole = tuple(self.views)
 
     def note(self, is_its_own: bool = False) -> None:
         """Puts it into the transcript, once; see ``Chain.add``."""
@@ -138,7 +139,7 @@ class Incoming:
     dtype: int
     nbytes: int  # exact for tensors, the most accepted for JSON and streams
     specs: Specs = ()  # of tensors: (shape, dtype)
-    header: Any = field(default_factory=lambda: bytearray(HEADER.size))  # None once it was checked
+    header: Any = field(init=False)  # None once it was checked
     views: list[memoryview] = field(init=False)  # what is still to be filled
     size: int = 0  # payload bytes that the header announced
     sent_at: int = 0  # send time that it announced
@@ -147,10 +148,10 @@ class Incoming:
     whole: Frame = ()  # all of it, once its header was found right
 
     def __post_init__(self) -> None:
-        self.views = [memoryview(self.header)]
+        self.await_header()
 
     def await_header(self) -> None:
-        """What came was no part of this frame."""
+        """At the beginning, and where what came was no part of this frame."""
         self.header = bytearray(HEADER.size)
         self.views = [memoryview(self.header)]
 
@@ -168,6 +169,8 @@ def poll(sending: list[Outgoing], receiving: list[Incoming], seconds: float) -> 
 
 def after(views: list[memoryview], count: int) -> list[memoryview]:
     """What is left of `views` when their first `count` bytes are done; views without bytes go at once."""
+    if len(views) == 1 and count == views[0].nbytes:
+        return []
     for i, view in enumerate(views):
         if count < view.nbytes:
             return [view[count:], *views[i + 1 :]]

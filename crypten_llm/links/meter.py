@@ -196,6 +196,17 @@ class Meter:
                     sent, received = sent - out, received - back
             self._add((scope.phase, scope.kind, channel), rounds, messages, sent, received, seconds)
 
+    def count_received(self, channel: str, received: int) -> None:
+        """Add bytes that have come before and are used now: no message, and no round."""
+        scope = self._scopes[-1]
+        key = scope.phase, scope.kind, channel
+        with self._lock:
+            cell = self._traffic.get(key)
+            if cell is None:
+                self._add(key, 0, 0, 0, received, 0.0)
+            else:
+                cell[3] += received
+
     def _add(
         self, key: tuple[str, str, str], rounds: int, messages: int, sent: int, received: int, seconds: float
     ) -> None:

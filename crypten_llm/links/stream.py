@@ -6,6 +6,7 @@ Owns what is left of the last message. Where messages end means nothing to the r
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from crypten_llm.errors import PartyError
@@ -27,7 +28,7 @@ class StreamReader:
         self, next_piece: Callable[[], memoryview], there_is: Callable[[], bool], name: str, staging: Staging
     ) -> None:
         self._next_piece, self._there_is, self._name, self._staging = next_piece, there_is, name, staging
-        self._left = memoryview(b"")  # of the last message
+        self._left = np.empty(0, np.uint8)  # of the last message
         self._ahead: deque[memoryview] = deque()  # messages that were received before they were asked for
         self._bytes_ahead = 0
 
@@ -45,14 +46,15 @@ class StreamReader:
     def read(self, count: int, counted: int | None = None) -> torch.Tensor:
         """The next `count` bytes, a uint8 tensor; counted: of them, where there is more between them, which is not."""
         out, filled = self._staging.empty((count,), torch.uint8), 0
-        target = out.numpy().data
+        target, left = out.numpy(), self._left
         while filled < count:
-            if not self._left:
-                self._left = self._next()
-            take = min(count - filled, len(self._left))
-            target[filled : filled + take] = self._left[:take]
-            self._left = self._left[take:]
+            if not left.size:
+                left = np.frombuffer(self._next(), np.uint8)
+            take = min(count - filled, left.size)
+            target[filled : filled + take] = left[:take]
+            left = left[take:]
             filled += take
+        self._left = left
         return self._staging.to_device(out)
 
     def _next(self) -> memoryview:
@@ -62,5 +64,5 @@ class StreamReader:
         return self._ahead.popleft()
 
     def end(self) -> None:
-        if self._left:
+        if self._left.size:
             raise PartyError(f"{self._name} sent more than this section needs: {SAME_PROGRAM}")

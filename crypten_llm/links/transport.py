@@ -241,7 +241,8 @@ class Transport:
         size = sum([view.nbytes for view in views])
         sent_at = time.monotonic_ns() if self.network else 0
         header = HEADER.pack(MAGIC, kind, dtype, link.sent.frames & 0xFFFFFFFF, size, sent_at)
-        return Outgoing(link, [memoryview(header), *views], HEADER.size + size)
+        whole = (memoryview(header), *views)
+        return Outgoing(link, list(whole), HEADER.size + size, whole)
 
     def _incoming(self, src: int, specs: Specs) -> Incoming:
         size = sum([math.prod(shape) * dtype.itemsize for shape, dtype in specs])
@@ -289,7 +290,7 @@ class Transport:
             sending = [out for out in sending if out.views]
             receiving = [frame for frame in receiving if frame.views]
             for out in outgoing:
-                if out.broken and not any(frame.link is out.link for frame in receiving):
+                if out.broken and not any([frame.link is out.link for frame in receiving]):
                     raise faults.gone(out.link, self.meter.where)
             if not (sending or receiving):
                 return
@@ -373,7 +374,7 @@ class Transport:
         if frame.kind == TENSOR:
             new = frame.room is None
             frame.payload = [self.staging.empty(*spec) for spec in frame.specs] if new else [frame.room]
-            frame.views = [view for view in map(bytes_of, frame.payload) if view.nbytes]
+            frame.views = [bytes_of(tensor) for tensor in frame.payload if tensor.numel()]
         else:
             frame.payload = bytearray(frame.size)
             frame.views = [memoryview(frame.payload)] if frame.size else []

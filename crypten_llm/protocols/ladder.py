@@ -73,17 +73,8 @@ def exponent(
     Cost: no message; dealer, to each party, a key of width - base - 3 + FINE levels at 16 + 1/4 bytes and the bits of
     q, and these again for each power.
     """
-    steps = range(base + 2, width - 1, 2)
-    low = max(0, base + 2 - FINE)
-    powers = sorted({base, top, *steps})
-    comparison = Comparison(
-        width,
-        (0, *(1 << power for power in powers)),
-        (low, *(max(low, power - FINE) for power in powers)),
-        Group.residues(q if q % 2 == 0 else 2 * q),
-    )
-    places = _places(tuple(1 + powers.index(step) for step in steps))
-    count = mask.shape[0]
+    comparison, powers, places = _exponents(width, base, top, q)
+    count, last = mask.shape[0], base + 2 * len(places)
     ones = torch.ones((count, 1, 1), dtype=torch.int64, device=runtime.device)
     found = below(runtime, comparison, raw, mask, lambda: ones, lambda: runtime.plus(torch.zeros_like(ones), 1))
 
@@ -94,7 +85,7 @@ def exponent(
     def share_of_k() -> Tensor:
         assert found is not None, "parties have compared"
         passed = -found[:, runtime.constant(places), 0, 0].sum(1)
-        return runtime.plus(2 * passed, base + 2 * len(steps)) % q
+        return runtime.plus(2 * passed, last) % q
 
     def share_of_flags() -> Tensor:
         assert found is not None, "parties have compared"
@@ -128,28 +119,22 @@ def normalized(
     """
     kernels = runtime.kernels
     last = max(1, -(-(top - 2 - least) // 2))  # the largest k
-    powers = [top - 2 * k for k in range(1, last + 1)]
-    comparison = Comparison(
-        width,
-        (1 << (top - 1), *(1 << power for power in powers)),
-        tuple(max(0, power - FINE) for power in (top - 1, *powers)),
-        Group(2, width),
-    )
+    comparison = _fours(width, top, last)
     one = runtime.constant(_constants((1,), width)).expand(mask.shape[0], -1)
+    payload: list[Tensor] = []  # (1, r), or a party's shares of it
 
-    def payload() -> Tensor:
-        """(1, r), or a party's shares of it."""
-        return torch.stack([runtime.plus(torch.zeros_like(one), one), mask], 1)
+    def share() -> Tensor:
+        payload.append(torch.stack([runtime.plus(torch.zeros_like(one), one), mask], 1))
+        return payload[0]
 
-    found = below(runtime, comparison, raw, mask, lambda: torch.stack([one, mask], 1), payload)
+    found = below(runtime, comparison, raw, mask, lambda: torch.stack([one, mask], 1), share)
 
-    def looked_up(base: int) -> Tensor:
-        """Shares of base^k (1, r): limbs [N, 2, L]."""
+    def looked_up(base: int, count: int = 2) -> Tensor:
+        """Shares of base^k (1, r), or of the first alone: limbs [N, count, L]."""
         assert found is not None, "parties have compared"
-        steps = tuple(base**k - base ** (k - 1) for k in range(1, last + 1))
-        apart = runtime.constant(_constants(steps, width))
-        terms = kernels.multiply_wide(found[:, 1:].transpose(1, 2), apart, width)
-        return kernels.add_wide(kernels.sum_wide(terms, width)[:, :, 0], payload(), width)
+        apart = runtime.constant(_constants(_steps(base, last), width))
+        terms = kernels.multiply_wide(found[:, 1:, :count].transpose(1, 2), apart, width)
+        return kernels.add_wide(kernels.sum_wide(terms, width)[:, :, 0], payload[0][:, :count], width)
 
     def scaled() -> Tensor:
         assert raw is not None, "parties have opened it"
@@ -158,7 +143,7 @@ def normalized(
         return kernels.drop_wide(total, width, top - fraction, runtime.rounds_up).view(tuple(shape))
 
     def power() -> Tensor:
-        return looked_up(base)[:, 0, 0].reshape(tuple(shape))
+        return looked_up(base, 1)[:, 0, 0].reshape(tuple(shape))
 
     def flag() -> Tensor:
         assert found is not None, "parties have compared"
@@ -173,9 +158,42 @@ def normalized(
     )
 
 
+# What a step asks for again in every layer.
+
+
 @lru_cache(maxsize=64)
-def _places(places: tuple[int, ...]) -> Tensor:
-    return torch.tensor(places)
+def _exponents(width: int, base: int, top: int, q: int) -> tuple[Comparison, list[int], Tensor]:
+    """What ``exponent`` compares with, the powers of two behind the first threshold, and where among the thresholds
+    those are that k is counted by.
+    """
+    steps = range(base + 2, width - 1, 2)
+    low = max(0, base + 2 - FINE)
+    powers = sorted({base, top, *steps})
+    comparison = Comparison(
+        width,
+        (0, *(1 << power for power in powers)),
+        (low, *(max(low, power - FINE) for power in powers)),
+        Group.residues(q if q % 2 == 0 else 2 * q),
+    )
+    return comparison, powers, torch.tensor([1 + powers.index(step) for step in steps], dtype=torch.int64)
+
+
+@lru_cache(maxsize=64)
+def _fours(width: int, top: int, last: int) -> Comparison:
+    """What ``normalized`` compares with."""
+    powers = [top - 2 * k for k in range(1, last + 1)]
+    return Comparison(
+        width,
+        (1 << (top - 1), *(1 << power for power in powers)),
+        tuple(max(0, power - FINE) for power in (top - 1, *powers)),
+        Group(2, width),
+    )
+
+
+@lru_cache(maxsize=64)
+def _steps(base: int, last: int) -> tuple[int, ...]:
+    """What base^k grows by up to each k."""
+    return tuple(base**k - base ** (k - 1) for k in range(1, last + 1))
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class _Plan:
     root: int
 
     @classmethod
+    @lru_cache(maxsize=64)
     def of(cls, size: int, scale: int, eps: float, limit: int, fraction: int, width: int) -> _Plan:
         top = 2 * (limit + scale)
         assert top >= FACTORS, "a sum of squares has the bits that its inverse root is made of"

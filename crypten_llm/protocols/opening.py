@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +30,7 @@ from crypten_llm.protocols.dealer.runtime import Parts, Piece, Runtime
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, Wrap
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Opening:
     """What to open: ``secret`` modulo 2^ring, of which ``truncate`` bits are dropped first; exact or lifted.
 
@@ -67,38 +68,40 @@ class Opening:
 
     def check(self) -> None:
         """Raises Overflow."""
-        size, secret = self.size, self.secret
-        if size + self.truncate > secret.width:
-            raise Overflow(f"a share valid modulo 2^{secret.width} cannot be opened modulo 2^{size + self.truncate}")
+        secret, truncate = self.secret, self.truncate
+        size = (self.ring or secret.width) - truncate
+        if size + truncate > secret.width:
+            raise Overflow(f"a share valid modulo 2^{secret.width} cannot be opened modulo 2^{size + truncate}")
         if self.function and self.lifted:
             raise Overflow("an opening for a function is not lifted")
         least = 1 if self.function else 2
-        if self.truncate < 0 or size < least:
+        if truncate < 0 or size < least:
             raise Overflow(
-                f"cannot drop {self.truncate} bits of an opening of {size + self.truncate}: give 0 to "
-                f"{size + self.truncate - least}"
+                f"cannot drop {truncate} bits of an opening of {size + truncate}: give 0 to {size + truncate - least}"
             )
-        needs = secret.bits + secret.scale - self.truncate + 2
+        needs = secret.bits + secret.scale - truncate + 2
         if not self.function and needs > size:
             raise Overflow(
-                f"|x| < 2^{secret.bits} at scale 2^{secret.scale - self.truncate} needs {needs} bits, but the opening "
+                f"|x| < 2^{secret.bits} at scale 2^{secret.scale - truncate} needs {needs} bits, but the opening "
                 f"has {size}"
             )
 
     def prepare(self, runtime: Runtime, cell: Cell) -> tuple[Piece, Callable[[Tensor | None], Wire]]:
         """What travels, and what makes a wire of the sum."""
         self.check()
-        size, secret = self.size, self.secret
-        mask = runtime.mask(secret.shape, size)
-        offset = 0 if self.is_exact else 1 << (size - 2)
-        share = runtime.drop(secret.share, self.truncate)
-        piece = Piece(tuple(secret.shape), size, cell, share, mask.held, offset)
-        return piece, lambda public: self._wire(runtime, mask, public)
+        size, share = self.size, self.secret.share
+        shape = tuple(share.shape)
+        mask = runtime.mask(shape, size)
+        offset = 0 if self.lifted <= size else 1 << (size - 2)
+        if self.truncate:
+            share = runtime.drop(share, self.truncate)
+        piece = Piece(shape, size, cell, share, mask.held, offset)
+        return piece, partial(self._wire, runtime, mask)
 
     def _wire(self, runtime: Runtime, mask: Parts, public: Tensor | None) -> Wire:
         secret, size = self.secret, self.size
         scale = secret.scale - self.truncate
-        if self.is_exact:
+        if self.lifted <= size:
             return Wire(public, mask, scale, size, secret.bits)
         wrapped = runtime.deal((2, *mask.shape), lambda: _carry_and_top(mask, size), self.lifted - size)
         carry, bit = wrapped.map(lambda t: t[0]), wrapped.map(lambda t: t[1])
@@ -115,7 +118,7 @@ def _carry_and_top(mask: Parts, size: int) -> Tensor:
     return torch.stack([(mask.held < mask.client).long(), ring.top_bit(mask.held, size)])
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Message:
     """What one party sends the other as it is: it must hide what it carries itself, or be meant for the other's eyes.
 

@@ -44,7 +44,7 @@ def _dealt(
 
     def short() -> Tensor:
         found = value() if places is None else value()[places]
-        return (found + ((1 << cut) >> 1)) >> cut
+        return (found + ((1 << cut) >> 1)) >> cut if cut else found
 
     count, places = shape, visible
     if visible is not None:
@@ -53,7 +53,7 @@ def _dealt(
 
     def shares() -> Tensor:
         if places is None:
-            return held << cut
+            return held << cut if cut else held
         found = held.new_zeros(tuple(shape))
         found[places] = held << cut
         return found

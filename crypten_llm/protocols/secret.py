@@ -72,7 +72,7 @@ class Secret:
         self.opened = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Wrap:
     """What a lifted wire adds where its mask has wrapped: ``coefficient``, 2^size or 0, times a dealt bit.
 
@@ -87,7 +87,7 @@ class Wrap:
         return Wrap(None if self.coefficient is None else change(self.coefficient), self.bit.map(change), self.size)
 
 
-@dataclass
+@dataclass(slots=True)
 class Wire:
     """An opened secret: x = public - mask, modulo 2^width, at ``scale``; of a lifted one, plus its ``wrap``.
 

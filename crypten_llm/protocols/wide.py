@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from crypten_llm.links.meter import Cell
 
 
-@dataclass
+@dataclass(slots=True)
 class Opened:
     """x = public - mask, modulo what it was opened in. public: ``None`` at the dealer. mask: whole at the dealer."""
 
@@ -36,7 +36,7 @@ class Opened:
         return self.public
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class WideOpening:
     """Shares of x modulo 2^bits, or 2^bits - 1 where ``ones``; bits > 64. share: limbs of ``shape``.
 
@@ -56,7 +56,7 @@ class WideOpening:
         return piece, lambda public: Opened(public, mask)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ResidueOpening:
     """Shares of x modulo a small number, behind a mask that was drawn before (``Runtime.mask_below``) and hides nothing
     else.
@@ -75,7 +75,7 @@ class ResidueOpening:
         return piece, lambda public: Opened(public, self.mask)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Lifted:
     """x = public - mask modulo 2^bits, of a number opened modulo 2^size behind r.
 

@@ -93,6 +93,10 @@ class _Courier:
 
     def _gather(self, data: torch.Tensor) -> None:
         source, start, size = bytes_of(data), 0, data.numel()
+        if size < FRAME - self._filled:  # most pieces are small
+            self._frame[self._filled : self._filled + size] = source
+            self._filled += size
+            return
         while start < size:
             take = min(size - start, FRAME - self._filled)
             self._frame[self._filled : self._filled + take] = source[start : start + take]

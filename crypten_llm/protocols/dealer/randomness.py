@@ -20,8 +20,8 @@ from crypten_llm.kernels import ring
 from crypten_llm.process import Owned
 
 KEY_BYTES = 32
-_BUFFER = 1 << 13  # words
-_SMALL = 1 << 9  # words: draws up to here are cut from a buffer, to save calls of the kernel
+_BUFFER = 1 << 14  # words
+_SMALL = 1 << 11  # words: draws up to here are cut from a buffer, to save calls of the kernel
 
 
 def fresh_key() -> bytes:
@@ -101,7 +101,8 @@ class Stream:
         """Uniform elements of Z_2^bits of shape ``size``, as int64, non-negative below 64 bits; above, as limbs."""
         shape = (size,) if isinstance(size, int) else size
         if bits <= 64:
-            return ring.low_bits(self.words(math.prod(shape)).view(shape), bits)
+            words = self.words(math.prod(shape)).view(shape)
+            return words if bits == 64 else words.bitwise_and_((1 << bits) - 1)
         limbs = ring.limbs(bits)
         drawn = self.words(math.prod(shape) * limbs).view(*shape, limbs)
         if bits % 64:

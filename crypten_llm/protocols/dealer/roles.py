@@ -205,10 +205,13 @@ class Dealer(Runtime):
         self._material = peer.pour(self.transport, self.device) or self._material
 
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
-        owner, client = (stream.ring(shape, bits) for stream in self._streams)
+        owner, client = self._streams
         if bits > 64:
-            return Parts(self.kernels.add_wide(owner, client, bits), client)
-        return Parts(ring.low_bits(owner + client, bits), client)
+            mine = client.ring(shape, bits)
+            return Parts(self.kernels.add_wide(owner.ring(shape, bits), mine, bits), mine)
+        mine, whole = client.ring(shape, bits), owner.ring(shape)  # of whose upper bits nothing is left in the sum
+        whole += mine
+        return Parts(whole if bits == 64 else whole.bitwise_and_((1 << bits) - 1), mine)
 
     def mask_ones(self, shape: Sequence[int], bits: int) -> Parts:
         owner, client = (stream.ring(shape, bits) for stream in self._streams)
@@ -279,7 +282,7 @@ class Dealer(Runtime):
 
 def _as_announced(dealt: Sequence[int], announced: Sequence[int]) -> None:
     """What the parties do not expect would put all that follows out of step."""
-    if tuple(dealt) != tuple(announced):
+    if dealt != announced and tuple(dealt) != tuple(announced):
         raise OneTimeError(f"dealt {tuple(dealt)}, announced {tuple(announced)}")
 
 

@@ -306,7 +306,7 @@ class Tape:
             self._read_ahead(size)
             start = 0
         self._used, self._position = start + size, self._position + size
-        self._transport.meter.count(CHANNEL, 0, 0, 0, count if counted is None else counted, 0.0)
+        self._transport.meter.count_received(CHANNEL, count if counted is None else counted)
         return self._ahead[start : start + count]
 
     def receive_ahead(self) -> bool:
