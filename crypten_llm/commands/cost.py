@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,9 @@ from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Course, Plan, Turn, parse_policy
-from crypten_llm.session.report import ONLINE, Cost
+from crypten_llm.session.report import ONLINE, WAYS, Cost
+from crypten_llm.session.thin import Side
+from crypten_llm.session.thin_count import CountedSide
 
 if TYPE_CHECKING:
     from crypten_llm.models.cache import KVCache
@@ -67,6 +69,7 @@ class Machine:
 class Prediction:
     """cost: counters as a run's report has them, with predicted seconds. memory: bytes of weights and of the cache
     after the last token, by role. decode_steps: steps after the prefill. dealing: seconds of the dealer, by phase.
+    thin: bytes that a thin client sends and receives, by phase, where there is a helper.
     """
 
     cost: Cost
@@ -74,6 +77,7 @@ class Prediction:
     decode_steps: int
     dealing: dict[str, float]
     plan: Plan
+    thin: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def phase(self, name: str, share: int = 1) -> dict:
         """Figures of a phase, or of the mean of its ``share`` steps: the cache grows from step to step."""
@@ -91,6 +95,8 @@ class Prediction:
         found = {"load": self.phase("load"), "prefill": self.phase("prefill")}
         if self.decode_steps:
             found |= {"decode": self.phase("decode"), "per_token": self.phase("decode", self.decode_steps)}
+        if self.thin:
+            found["thin_client"] = {name: dict(zip(WAYS, each, strict=True)) for name, each in self.thin.items()}
         return {"engine": "wire", "plan": self.plan.facts(), **found, "memory": self.memory, "table": self.cost.table()}
 
 
@@ -117,15 +123,21 @@ class _AlikeLayers(Llama):
 
 @torch.inference_mode()
 def predict(
-    config: LlamaConfig, plan: Plan, network: Network | None = None, machine: Machine = Machine()
+    config: LlamaConfig,
+    plan: Plan,
+    network: Network | None = None,
+    machine: Machine = Machine(),
+    helper: bool = False,
 ) -> Prediction:
     """What ``plan`` costs with a model of this configuration. A stop token may end an answer earlier.
+    helper: for a thin client.
 
     The load's bytes leave out the norms' scales, which are the weights' secret until the owner tells them.
 
     Raises UsageError for a plan that the model cannot run.
     """
-    links, party, alike = _loaded(config, [plan])
+    side = CountedSide() if helper else None
+    links, party, alike = _loaded(config, [plan], side=side)
     counted = _entries(links, machine, network)
     cache = party.model.new_cache()
     party.start_request()
@@ -135,7 +147,10 @@ def predict(
         entry["table"] += later["table"]
     cost = Cost(counted, len(counted))
     memory = _memory(party.model, cache, alike)
-    return Prediction(cost, memory, plan.max_new_tokens - 1, _dealing(links, cost, machine), plan)
+    thin = side.client_bytes(plan, config.vocab_size) if side else {}
+    if side:
+        memory["helper"] = memory.pop("client")
+    return Prediction(cost, memory, plan.max_new_tokens - 1, _dealing(links, cost, machine), plan, thin)
 
 
 @torch.inference_mode()
@@ -192,7 +207,9 @@ class _Uncounted(Party):
         return []
 
 
-def _loaded(config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = ()) -> tuple[Links, Party, bool]:
+def _loaded(
+    config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = (), side: Side | None = None
+) -> tuple[Links, Party, bool]:
     """Where ``plans`` are counted, the model loaded; whether the first two layers stand for all. cached: tokens that
     each goes on after.
 
@@ -209,7 +226,8 @@ def _loaded(config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = 
     make_model = Llama if differ else functools.partial(_AlikeLayers, links)
     there: Any = links  # stands for a transport
     mode = Mode.parse(plans[0].reveal)
-    party = _Uncounted(CostEngine(links, mode.wire()), there, compute_parties=2, make_model=make_model, mode=mode)
+    engine = CostEngine(links, mode.wire())
+    party = _Uncounted(engine, there, compute_parties=2, make_model=make_model, mode=mode, side=side)
     links.say(Announced(config.to_dict(), {}))
     party.load()
     return links, party, not differ

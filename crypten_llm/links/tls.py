@@ -79,8 +79,8 @@ def make(role: str) -> tuple[bytes, x509.Certificate]:
 
 def name_of(role: str) -> str:
     """Itself. Raises UsageError for a role that there is not."""
-    if not re.fullmatch(r"owner|client|dealer|compute \d+", role):
-        raise UsageError(f"there is no role {role!r}; give owner, client, dealer, or 'compute 2' and on")
+    if not re.fullmatch(r"owner|client|helper|dealer|compute \d+", role):
+        raise UsageError(f"there is no role {role!r}; give owner, client, helper, dealer, or 'compute 2' and on")
     return role
 
 

@@ -24,7 +24,7 @@ from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER, role_names
-from crypten_llm.session import bench, counting, generation, messages, scheduler, sizes
+from crypten_llm.session import bench, counting, generation, messages, scheduler, sizes, thin
 from crypten_llm.session.admission import Admission
 from crypten_llm.session.loading import loading_bar, read_weights
 from crypten_llm.session.mode import Mode
@@ -53,6 +53,7 @@ class Party:
     from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner,
     whether its model is shared. mode: what this party lets the client learn of each step, all logits by default.
     quota: at the owner, how many tokens it answers with. notary: what makes its part of receipts; by default nothing.
+    side: its side of thin clients, where a helper stands for them.
     """
 
     model: Llama  # once it has been loaded
@@ -71,6 +72,7 @@ class Party:
         mode: Mode | None = None,
         quota: Quota | None = None,
         notary: Notary | None = None,
+        side: thin.Side | None = None,
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -87,7 +89,7 @@ class Party:
         self.make_policy, self.make_model, self.admission = make_policy, make_model, admission or Admission()
         self.mode = mode or Mode()
         self.quota = quota if quota and self.is_owner else Quota()
-        self.notary = notary or Notary()
+        self.notary, self.thin = notary or Notary(), side
         self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
     @property
@@ -311,6 +313,8 @@ class Party:
                     bench.run(self, shape)
                 case messages.Statistics():
                     self.count(self.notary.running)
+                case messages.Enter() | messages.Leave() | messages.Where() as message:
+                    thin.heard(self, message)
 
     def request_load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """At the client: has the model shared; ``folder`` is opened on engine ``plain`` alone."""

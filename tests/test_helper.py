@@ -1,0 +1,225 @@
+"""Thin clients: answers without weights or shares, from an owner and a helper of whom neither reads the prompt."""
+
+import json
+import os
+import secrets
+import socket
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from hf_models import tiny
+from wire_parties import CLIENT, OWNER, run
+
+from crypten_llm.commands import cli
+from crypten_llm.commands.cost import predict
+from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.errors import PartyError, UsageError
+from crypten_llm.links import keyring
+from crypten_llm.protocols import points
+from crypten_llm.protocols.embedding import one_hot
+from crypten_llm.session import thin_client
+from crypten_llm.session.api import PrivateLlama
+from crypten_llm.session.doors import place_of
+from crypten_llm.session.local_helper import LocalHelper
+from crypten_llm.session.plan import Plan
+from crypten_llm.session.settings import split
+from crypten_llm.session.thin import pad_of, seed_of, token_bytes
+
+PROMPT = [5, 9, 2, 61, 7, 7, 30]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 97, 512, 513, 1600, 49152])
+def test_two_keys_are_one_token(vocabulary):
+    for token in {0, vocabulary // 2, min(511, vocabulary - 1), vocabulary - 1}:
+        seeds = secrets.token_bytes(16), secrets.token_bytes(16)
+        made = points.make(token, vocabulary, *seeds)
+        assert len(made) == points.corrections_size(vocabulary)
+        parts = [points.bits([(seed, made)], bool(which), vocabulary) for which, seed in enumerate(seeds)]
+        assert torch.equal(parts[0] ^ parts[1], one_hot(torch.tensor([token]), 1, vocabulary))
+    with pytest.raises(ValueError, match="not in a vocabulary"):
+        points.make(vocabulary, vocabulary, *seeds)
+
+
+def test_a_key_looks_alike_for_every_token():
+    """Each of a party's bits, and each bit of what both are sent, is set in half of the keys of one token."""
+    vocabulary, count, seen = 1100, 400, []
+    for token in (0, 1099):
+        keys, sent = [], []
+        for _ in range(count):
+            seeds = secrets.token_bytes(16), secrets.token_bytes(16)
+            made = points.make(token, vocabulary, *seeds)
+            keys.append((seeds[1], made))
+            sent.append(list(made))
+        words = points.bits(keys, True, vocabulary).view(torch.uint8)[:, : vocabulary // 8]
+        both = torch.cat([words, torch.tensor(sent, dtype=torch.uint8)], dim=1)
+        seen.append((both[:, :, None] >> torch.arange(8) & 1).double().mean(0).view(-1))
+    flags = [8 * (vocabulary // 8 + 17 * level + 16) + bit for level in range(2) for bit in range(2, 8)]
+    for rate in seen:
+        assert (rate[flags] == 0).all(), "of a byte with two bits"
+        rate[flags] = 0.5
+        assert (rate - 0.5).abs().max() < 6 * 0.5 / count**0.5
+
+
+def test_what_is_passed_on_is_the_value_behind_a_pad():
+    """For whoever has the pad, to a unit; for the helper, uniform words of as many bits."""
+    values = torch.tensor([[0.0, 1.5, -3.25, 700.0]])
+
+    def job(runtime, key):
+        engine = WireEngine(runtime.transport, runtime=runtime)
+        held = engine.secret(runtime.held_by(OWNER, values), values.shape, OWNER)
+        pad = (lambda shape, bits: pad_of(key, 1, shape)) if runtime.held_by(OWNER, key) else None
+        return engine.pass_on((held, held), CLIENT, pad)
+
+    key = bytes(32)
+    owner, client, dealer = run(lambda runtime: job(runtime, key)).results
+    assert [[each.words for each in seen] for seen in (owner, dealer)] == [[None, None]] * 2
+    for passed in client:
+        shown = replace(passed, words=None).value(passed.packed(), pad_of(key, 1, passed.shape))
+        assert (shown - values).abs().max() <= 2.0**-16
+        assert (passed.words != 0).all() and passed.nbytes == passed.packed().numel()
+    assert seed_of(key, 1) != seed_of(key, 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny(tmp_path_factory.mktemp("model"), num_hidden_layers=1)[0])
+
+
+@contextmanager
+def helper(model, **settings):
+    """Settings of a thin client for parties that run on this machine."""
+    protocol, launch = split({"helper_at": "local", "threads": 1, "timeout": 60, **settings})
+    children, before = LocalHelper(protocol, launch, model), os.environ.get(keyring.VARIABLE)
+    os.environ[keyring.VARIABLE] = children.secret
+    try:
+        children.meet()
+        at = {"helper_at": children.helper_at, "owner_at": children.owner_at}
+        yield {**settings, **at, "threads": 1, "timeout": 60}
+    finally:
+        os.environ.pop(keyring.VARIABLE)
+        if before is not None:
+            os.environ[keyring.VARIABLE] = before
+        children.stop()
+
+
+@pytest.fixture(scope="module")
+def parties(model):
+    with helper(model) as settings:
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    with PrivateLlama.from_pretrained(model, engine="plain") as llama:
+        yield lambda ids, **asked: llama.generate(input_ids=ids, **asked).token_ids
+
+
+def test_clients_come_one_after_another_and_their_bytes_are_counted(parties, model, expected):
+    asked = {"max_new_tokens": 4, "prefill_chunk": 3, "eos_token_id": []}
+    for hide_length in (False, True):
+        with PrivateLlama.from_pretrained(model, **parties) as llama:
+            result = llama.generate(input_ids=PROMPT, hide_length=hide_length, **asked)
+            assert result.token_ids == expected(PROMPT, **asked)
+            plan = Plan(len(PROMPT), 4, 3, hide_length)
+            found = predict(llama.config, plan, helper=True)
+            cost = result.cost
+            assert {phase: cost.thin_bytes((phase,)) for phase in found.thin} == found.thin
+            assert cost.rounds() == found.cost.rounds() == predict(llama.config, plan).cost.rounds()
+            assert cost.bytes_sent() == found.cost.bytes_sent()
+            assert [len(each.part.links) for each in result.receipt.parts] == [2, 2, 2]
+            assert cost.names(llama.protocol.roles) == ["owner", "helper", "dealer", "client"]
+
+
+def test_sampling_is_the_clients_own(parties, model, expected):
+    asked = {"do_sample": True, "temperature": 0.9, "top_k": 20, "seed": 4, "max_new_tokens": 5, "eos_token_id": []}
+    with PrivateLlama.from_pretrained(model, **parties) as llama:
+        assert llama.generate(input_ids=PROMPT, **asked).token_ids == expected(PROMPT, **asked)
+
+
+def test_who_leaves_in_the_midst_leaves_the_helper_to_others(parties, model, expected):
+    """With a hidden length its steps are run to their end, with the last token that it gave."""
+    for hide_length in (False, True):
+        llama = PrivateLlama.from_pretrained(model, **parties)
+        (plan, answer), ids = (Plan(len(PROMPT), 6, hide_length=hide_length), None), PROMPT
+        answer = thin_client.Answer(ids, lambda logits: int(logits.argmax()))
+        events = llama.party.request_together([plan], [answer])
+        while not answer.token_ids:
+            next(events)
+        llama.party.transport.close()
+    with PrivateLlama.from_pretrained(model, **parties) as llama:
+        assert llama.generate(input_ids=PROMPT, max_new_tokens=3).token_ids == expected(PROMPT, max_new_tokens=3)
+
+
+def test_a_conversation_is_its_clients_alone(parties, model):
+    from crypten_llm.session.plan import Turn
+
+    def turn(llama, cached):
+        request = llama.prepare(_request(), turn=Turn(1, cached))
+        return llama._events([request.plan], [request.answer(None)], [], (request.turn,))
+
+    def _request():
+        from crypten_llm.session.request import Request
+
+        return Request(input_ids=PROMPT, max_new_tokens=2, eos_token_id=[])
+
+    with PrivateLlama.from_pretrained(model, **parties) as llama:
+        list(turn(llama, 0))
+        held = llama.party.kept[1].length
+        assert held == len(PROMPT) + 1
+        list(turn(llama, held))
+    with PrivateLlama.from_pretrained(model, **parties) as llama:
+        with pytest.raises(UsageError, match="goes on with a conversation that is not here"):
+            list(turn(llama, held))
+        llama.close()
+
+
+def test_who_is_started_otherwise_is_refused(parties, model):
+    with pytest.raises(UsageError, match="the helper has reveal 'logits' and this client 'tokens'"):
+        PrivateLlama.from_pretrained(model, **parties, reveal="tokens")
+    with pytest.raises(UsageError, match="one prompt at a time"):
+        with PrivateLlama.from_pretrained(model, **parties) as llama:
+            llama.party.check_plans([Plan(3, 1)] * 2)
+    swapped = {**parties, "helper_at": parties["owner_at"], "owner_at": parties["helper_at"], "timeout": 0.5}
+    with pytest.raises(PartyError, match=r"rank 0 \(helper\) did not .* --helper and --owner may be swapped"):
+        PrivateLlama.from_pretrained(model, **swapped)
+    for text in ("host", "host:", ":1", "host:0", "host:70000", "host:1x"):
+        with pytest.raises(UsageError, match="as HOST:PORT"):
+            place_of("--helper", text)
+    assert place_of("--helper", "[::1]:29501") == ("::1", 29501)
+
+
+def test_a_stranger_is_turned_away(parties, model, monkeypatch, expected):
+    monkeypatch.setenv(keyring.VARIABLE, "another secret of thirty-two characters or more")
+    with pytest.raises(PartyError, match="did not complete the greeting"):
+        PrivateLlama.from_pretrained(model, **{**parties, "timeout": 0.5})
+    monkeypatch.undo()
+    with socket.create_connection(place_of("--helper", parties["helper_at"])) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with PrivateLlama.from_pretrained(model, **parties) as llama:
+            assert llama.generate(input_ids=PROMPT, max_new_tokens=2).token_ids == expected(PROMPT, max_new_tokens=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reveal", ["tokens", "top-5"])
+def test_less_than_all_logits(model, expected, reveal):
+    with helper(model, reveal=reveal) as settings:
+        with PrivateLlama.from_pretrained(model, **settings) as llama:
+            result = llama.generate(input_ids=PROMPT, max_new_tokens=3)
+            assert result.token_ids == expected(PROMPT, max_new_tokens=3)
+            found = predict(llama.config, Plan(len(PROMPT), 3, hide_length=True, reveal=reveal), helper=True)
+            assert {phase: result.cost.thin_bytes((phase,)) for phase in found.thin} == found.thin
+            assert result.cost.thin_bytes(("decode",))[1] < 2 * 300, "no logits of a vocabulary"
+
+
+@pytest.mark.slow
+def test_at_the_terminal(model, capsys):
+    words = ["generate", "--helper", "local", "--model", model, "--prompt-ids", "5,9,2", "--max-new-tokens", "2"]
+    assert cli.main([*words, "--json", "--threads", "1"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out.splitlines()[-1])
+    assert found["thin_client"]["bytes_sent"] > 3 * token_bytes(97) and "the thin client: prefill" in shown.err
+    assert cli.main(["cost", "--model", model, "--prompt-tokens", "3", "--helper", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert shown["thin_client"].keys() == {"prefill", "decode"} and "helper" in shown["memory"]
