@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import socket
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from crypten_llm.commands import cli
 from crypten_llm.commands.cost import predict
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import PartyError, UsageError
-from crypten_llm.links import keyring
+from crypten_llm.links import keyring, tls
 from crypten_llm.protocols import points
 from crypten_llm.protocols.embedding import one_hot
 from crypten_llm.session import thin_client
@@ -105,9 +106,26 @@ def helper(model, **settings):
 
 
 @pytest.fixture(scope="module")
-def parties(model):
-    with helper(model) as settings:
-        yield settings
+def keys(tmp_path_factory):
+    """Folders of all roles, and of two more clients, whose certificates one file holds."""
+    folders = [tmp_path_factory.mktemp("keys") for _ in range(3)]
+    for role in ("owner", "helper", "dealer"):
+        made = tls.make_key(folders[0], role)
+        for folder in folders[1:]:
+            shutil.copy(made.certificate, folder)
+    clients = [tls.make_key(folder, "client") for folder in folders]
+    clients[0].certificate.write_bytes(b"".join(made.certificate.read_bytes() for made in reversed(clients)))
+    tls.make_key(stranger := tmp_path_factory.mktemp("stranger"), "client")
+    for role in ("owner", "helper", "dealer"):
+        shutil.copy(folders[0] / f"{role}.crt", stranger)
+    return [*folders, stranger]
+
+
+@pytest.fixture(scope="module")
+def parties(model, keys):
+    """With TLS; whose settings these are is one of its clients."""
+    with helper(model, tls=str(keys[0])) as settings:
+        yield {**settings, "tls": str(keys[1])}
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +208,16 @@ def test_who_is_started_otherwise_is_refused(parties, model):
     assert place_of("--helper", "[::1]:29501") == ("::1", 29501)
 
 
-def test_a_stranger_is_turned_away(parties, model, monkeypatch, expected):
+def test_a_stranger_is_turned_away(parties, keys, model, monkeypatch, expected):
+    """One without a key that is pinned; one with another secret, or without TLS; and one of no protocol."""
+    for other in ({"tls": str(keys[3])}, {"tls": ""}):
+        with pytest.raises((PartyError, UsageError), match="did not complete the greeting|disagree on the links"):
+            PrivateLlama.from_pretrained(model, **{**parties, **other, "timeout": 0.5})
     monkeypatch.setenv(keyring.VARIABLE, "another secret of thirty-two characters or more")
     with pytest.raises(PartyError, match="did not complete the greeting"):
         PrivateLlama.from_pretrained(model, **{**parties, "timeout": 0.5})
     monkeypatch.undo()
+    parties = {**parties, "tls": str(keys[2])}
     with socket.create_connection(place_of("--helper", parties["helper_at"])) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
         with PrivateLlama.from_pretrained(model, **parties) as llama:

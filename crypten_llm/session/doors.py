@@ -132,7 +132,7 @@ def _greeter(
     if launch.tls:
         from crypten_llm.links import tls  # plain links need no X.509
 
-        links = tls.Links(launch.tls, roles, rank)
+        links = tls.Links(launch.tls, roles, rank, many="" if rank else ROLE)
     secret = keyring.find((host,), launch.tls, protocol.insecure_links, env)
     return Greeter(rank, roles, RUN, secret, links)
 

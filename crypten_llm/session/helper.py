@@ -202,6 +202,7 @@ class Helper:
         check_ids(list(plan.public_prefix), party.model.config.vocab_size)
         party.engine.check_policy(parse_policy(plan.policy))
         party.engine.check_sampling(plan.temperature)
+        party.expect("generate", plan)
         party.check_plans([plan], [turn] if turn else [])
         if turn is not None:
             held = party.kept.get(turn.conversation)
