@@ -7,14 +7,16 @@ import shutil
 import socket
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from endpoints import client, service
 from hf_models import tiny
 from wire_parties import CLIENT, OWNER, run
 
 from crypten_llm.commands import cli
-from crypten_llm.commands.cost import predict
+from crypten_llm.commands.cost import predict, predict_turns
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.links import keyring, tls
@@ -222,6 +224,26 @@ def test_a_stranger_is_turned_away(parties, keys, model, monkeypatch, expected):
         sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
         with PrivateLlama.from_pretrained(model, **parties) as llama:
             assert llama.generate(input_ids=PROMPT, max_new_tokens=2).token_ids == expected(PROMPT, max_new_tokens=2)
+
+
+def test_an_endpoint_in_front(parties, model):
+    """One answer after another, each with its own cost and the price that was told; a cache is gone on with."""
+    opening = partial(PrivateLlama.from_pretrained, model, **parties)
+    with service(opening, predict=predict_turns, engine="wire", together=1) as made:
+        http = client(made)
+        found = []
+        for prompt in ([5, 9, 2], PROMPT):
+            body = {"prompt": prompt, "max_tokens": 3, "n": 2, "seed": 1, "temperature": 0.8, "hide_length": True}
+            price = http.post("/v1/price", json=body).json()
+            assert "rounds" in price, price
+            answer = http.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            facts = answer.json()["crypten_llm"]
+            assert len(answer.json()["choices"]) == 2
+            assert (facts["rounds"], facts["bytes_sent"]) == (price["rounds"], price["bytes_sent"])
+            found.append(facts)
+        assert found[0]["bytes_sent"] < found[1]["bytes_sent"]
+        assert http.get("/health").json()["state"] == "Available"
 
 
 @pytest.mark.slow

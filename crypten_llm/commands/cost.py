@@ -7,6 +7,7 @@ and cache; seconds come from a model of three terms, and are an estimate.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Course, Plan, Turn, parse_policy
-from crypten_llm.session.report import ONLINE, WAYS, Cost
+from crypten_llm.session.report import ONLINE, WAYS, Cost, added
 from crypten_llm.session.thin import Side
 from crypten_llm.session.thin_count import CountedSide
 
@@ -187,6 +188,30 @@ def predict_open(
     cost = Cost(entries, len(entries))
     steps = max(plan.max_new_tokens for plan in plans) - 1
     return Prediction(cost, {}, steps, _dealing(links, cost, machine), plans[0])
+
+
+@torch.inference_mode()
+def predict_turns(
+    config: LlamaConfig, courses: Sequence[Course], network: Network | None = None, machine: Machine = Machine()
+) -> Prediction:
+    """What ``courses`` cost a thin client's parties, one after another. A stop token may end an answer earlier. Memory
+    and the client's own bytes are left out.
+
+    Raises: as ``predict``.
+    """
+    plans = [course.plan for course in courses]
+    links, party, _ = _loaded(config, plans, [course.cached_tokens for course in courses], CountedSide())
+    turns = [_gone_through(party, number, each) for number, each in enumerate(courses)]
+    entries, dealing = list[dict](), Counter[str]()
+    for plan, turn in zip(plans, turns, strict=True):
+        party.start_request()
+        for _ in generation.together(party, [plan], turns=[turn]):
+            pass
+        counted = _entries(links, machine, network)
+        dealing.update(_dealing(links, Cost(counted, 2), machine))
+        entries = added(entries, counted)
+    steps = sum(plan.max_new_tokens - 1 for plan in plans)
+    return Prediction(Cost(entries, 2), {}, steps, dict(dealing), plans[0])
 
 
 def _gone_through(party: Party, number: int, course: Course) -> Turn | None:

@@ -177,6 +177,17 @@ class Counters:
         return Counters(ranks, revealed)
 
 
+def added(before: list[dict], ranks: list[dict]) -> list[dict]:
+    """Counters of every rank with those ``before``, which may be empty."""
+    found = {entry["rank"]: {_names(row): dict(row) for row in entry["table"]} for entry in before}
+    for entry in ranks:
+        rows = found.setdefault(entry["rank"], {})
+        for row in entry["table"]:
+            held = rows.setdefault(_names(row), dict.fromkeys(row, 0) | {name: row[name] for name in _NAMES})
+            held |= {name: held.get(name, 0) + row[name] for name in row if name not in _NAMES}
+    return [{**entry, "table": list(found[entry["rank"]].values())} for entry in ranks]
+
+
 def _names(row: dict) -> tuple:
     return tuple(row[name] for name in _NAMES)
 

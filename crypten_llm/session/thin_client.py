@@ -22,13 +22,15 @@ from crypten_llm.errors import LeftRange, PartyError, UsageError, public_words
 from crypten_llm.links import keyring
 from crypten_llm.links.meter import Meter, peak_bytes
 from crypten_llm.models.config import LlamaConfig
+from crypten_llm.models.rope import unchanged_up_to
 from crypten_llm.protocols import points
 from crypten_llm.records import plain
-from crypten_llm.session import doors, messages, thin_words
+from crypten_llm.session import doors, messages, scheduler, thin_words
 from crypten_llm.session.doors import Introduction
 from crypten_llm.session.local_helper import LOCAL, LocalHelper
 from crypten_llm.session.plan import Plan, Turns
 from crypten_llm.session.prompted import Answer, Progress, Prompted, Step
+from crypten_llm.session.report import Counters, added, ledger
 from crypten_llm.session.reveal import choice_of
 from crypten_llm.session.thin import KEY, TOKENS, pad_of, seed_of
 from crypten_llm.session.thin_words import GO_ON, STOP
@@ -61,11 +63,12 @@ class ThinParty:
     rank = 1  # on its link
     compute_parties = 2
     is_client = True
-    quota = None
+    number_bytes = 8  # of what the parties keep
 
     def __init__(self, link: Transport, key: bytes, ready: thin_words.Ready, protocol: ProtocolConfig) -> None:
         self.transport, self.mode = link, protocol.mode
-        self.model = SimpleNamespace(config=LlamaConfig.from_dict(ready.config))
+        config = LlamaConfig.from_dict(ready.config)
+        self.model = SimpleNamespace(config=config, frequencies_hold=unchanged_up_to(config))
         self.engine = self.notary = self  # what a session asks of either is here
         self.tokens_digest, self.outside = ready.tokens, ready.outside
         self.reveals = self.load_reveals = Ledger(ready.revealed)
@@ -120,6 +123,28 @@ class ThinParty:
         if turn is not None:
             seen = prompted.steps - 1 if turn.keeps_answer else 0  # the last token no step has seen
             self.kept[turn.conversation] = SimpleNamespace(length=turn.cached_tokens + plan.prompt_tokens + seen)
+
+    def request_open(
+        self, first: Sequence[scheduler.Newcomer], door: scheduler.Door
+    ) -> Generator[scheduler.Event, None, None]:
+        """Requests that others may join: here they have their turns, one after another."""
+        coming, place, ranks, revealed = list(first), 0, list[dict](), list[list[dict]]()
+        loaded = self.load_reveals.as_list()
+        while coming:
+            plan, turn, answer = coming.pop(0)
+            assert answer is not None, "the client has it"
+            for event in self.request_together([plan], [answer], [turn] if turn else []):
+                yield replace(event, prompt=place)
+            ranks = added(ranks, self.collect_statistics())
+            revealed.append(self.reveals.as_list())
+            for conversation in door.dropped():
+                self.request_forget(conversation)
+            joining = door.newcomers(len(coming))
+            behind = place + 1 + len(coming)
+            coming += joining
+            taken = tuple(range(behind, behind + len(joining)))
+            yield scheduler.Counted((place,), taken, Counters(ranks, ledger(loaded, revealed)))
+            place += 1
 
     def _tokens(self, prompted: Prompted) -> Generator[Progress | Step, None, None]:
         answer, phase, started = prompted.answer, "prefill", perf_counter()
@@ -182,9 +207,12 @@ class ThinParty:
         receipt, self._receipt = self._receipt, None
         return receipt
 
+    def forget(self, conversation: int) -> None:
+        self.kept.pop(conversation, None)
+
     def request_forget(self, conversation: int) -> None:
-        if self.kept.pop(conversation, None) is not None:
-            self._send(messages.Forget(conversation))
+        self.forget(conversation)
+        self._send(messages.Forget(conversation))
 
     def request_bench(self, shape: Shape) -> dict:
         raise UsageError("a bench is of the parties; start it without --helper")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 from dataclasses import asdict
 from typing import Any
 
@@ -56,6 +57,8 @@ def _serve_parent(arguments: Any) -> None:
     os.environ[keyring.VARIABLE] = end_with_parent()
     told = Child.from_json(arguments.child)
     arguments.verbose = told.launch.verbose
+    if told.launch.shielded:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     from crypten_llm.commands.helper import serve
 
     serve(told.model, **asdict(told.protocol), **asdict(told.launch))
