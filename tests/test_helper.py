@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from endpoints import client, service
-from hf_models import tiny
+from hf_models import tiny, with_template
 from wire_parties import CLIENT, OWNER, run
 
 from crypten_llm.commands import cli
@@ -256,6 +256,29 @@ def test_less_than_all_logits(model, expected, reveal):
             found = predict(llama.config, Plan(len(PROMPT), 3, hide_length=True, reveal=reveal), helper=True)
             assert {phase: result.cost.thin_bytes((phase,)) for phase in found.thin} == found.thin
             assert result.cost.thin_bytes(("decode",))[1] < 2 * 300, "no logits of a vocabulary"
+
+
+@pytest.mark.slow
+def test_a_conversation_goes_on(tmp_path):
+    """In a chat, and in front of an endpoint, which keeps it between two requests."""
+    model, said = str(with_template(tmp_path)), ("The passkey is 4711.", "What is it?")
+    asked = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": []}
+    with PrivateLlama.from_pretrained(model, engine="plain") as llama, llama.chat(**asked) as chat:
+        expected = [chat.send(text).text for text in said]
+    with helper(model) as settings:
+        with PrivateLlama.from_pretrained(model, **settings) as llama, llama.chat(**asked) as chat:
+            assert [chat.send(text).text for text in said] == expected
+            first, second = chat.results
+            assert second.cached_tokens == first.prompt_tokens + 3 and second.prompt_tokens < first.prompt_tokens + 20
+        with service(partial(PrivateLlama.from_pretrained, model, **settings), engine="wire", together=1) as made:
+            http, messages, cached = client(made), [], []
+            for text in said:
+                messages.append({"role": "user", "content": text})
+                body = {"messages": messages, "max_tokens": 4, "temperature": 0, "hide_length": False}
+                found = http.post("/v1/chat/completions", json=body).json()
+                messages.append(found["choices"][0]["message"] | {"role": "assistant"})
+                cached.append(found["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0))
+            assert cached[0] == 0 < cached[1]
 
 
 @pytest.mark.slow
