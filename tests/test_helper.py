@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from endpoints import client, service
 from hf_models import tiny, with_template
+from programs import by_hand, error_line, free_port
 from wire_parties import CLIENT, OWNER, run
 
 from crypten_llm.commands import cli
@@ -287,7 +289,32 @@ def test_at_the_terminal(model, capsys):
     assert cli.main([*words, "--json", "--threads", "1"]) == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out.splitlines()[-1])
-    assert found["thin_client"]["bytes_sent"] > 3 * token_bytes(97) and "the thin client: prefill" in shown.err
+    assert found["thin_client"]["bytes_sent"] > 3 * token_bytes(97)
+    assert "the thin client: prefill" in shown.err and "peak memory: owner" in shown.err
     assert cli.main(["cost", "--model", model, "--prompt-tokens", "3", "--helper", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert shown["thin_client"].keys() == {"prefill", "decode"} and "helper" in shown["memory"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1, 2])
+def test_each_party_by_its_own_command(model, keys, capsys, who):
+    """Each takes clients at the port at which it met the others. The end of one ends all, which say whose it was."""
+    owner_at, helper_at = free_port(), free_port()
+    asked = ["helper", "--timeout", "60", "--threads", "1", "--model", model, "--link-port", str(helper_at)]
+    programs = by_hand(3, "-m", "crypten_llm", *asked, "--tls", str(keys[0]), port=owner_at)
+    with programs[0], programs[1], programs[2]:
+        programs[1].read_until(f"clients: --helper 127.0.0.1:{helper_at} --owner 127.0.0.1:{owner_at};")
+        places = ["--helper", f"127.0.0.1:{helper_at}", "--owner", f"127.0.0.1:{owner_at}", "--tls", str(keys[1])]
+        words = ["generate", *places, "--model", model, "--prompt-ids", "5,9,2", "--max-new-tokens", "2", "--json"]
+        found = []
+        for _ in range(2):
+            assert cli.main([*words, "--threads", "1", "--receipt", str(keys[1] / "receipt")]) == 0
+            found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["token_ids"])
+        assert found[0] == found[1]
+        assert cli.main(["verify", str(keys[1] / "receipt"), "--keys", str(keys[1])]) == 0
+        os.kill(programs[who].process.pid, signal.SIGKILL)
+        for rank in {0, 1, 2} - {who}:
+            code, _, err = programs[rank].finish()
+            assert code == 3 and f"rank {who} ({('owner', 'helper', 'dealer')[who]})" in error_line(err)
+        programs[who].finish()

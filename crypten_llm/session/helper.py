@@ -122,19 +122,23 @@ class Helper:
         return self.party.transport
 
     def serve(self) -> None:
-        """Serves one client after another. Raises what ends a party."""
-        while True:
-            link, said = self._entrance.guest(Wait(math.inf, self._look))
-            guest = Guest(link)
-            try:
-                link.beat([1])
-                self._turn(guest, said)
-            except BaseException as error:
-                link.abort(public_words(error))
-                raise
-            if guest.gone:
-                self.say(f"a client has gone: {guest.gone}")
-            link.close()
+        """Serves one client after another. Raises what ends a party, and tells the others."""
+        with self.llama._guarded():
+            while True:
+                self._serve(*self._entrance.guest(Wait(math.inf, self._look)))
+
+    def _serve(self, link: Transport, said: Knock) -> None:
+        """One client, which hears of what ends the parties too."""
+        guest = Guest(link)
+        try:
+            link.beat([1])
+            self._turn(guest, said)
+        except BaseException as error:
+            link.abort(public_words(error))
+            raise
+        if guest.gone:
+            self.say(f"a client has gone: {guest.gone}")
+        link.close()
 
     def _look(self) -> None:
         """Raises PartyError where another party has ended."""
