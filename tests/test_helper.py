@@ -140,6 +140,7 @@ def expected(model):
 
 def test_clients_come_one_after_another_and_their_bytes_are_counted(parties, model, expected):
     asked = {"max_new_tokens": 4, "prefill_chunk": 3, "eos_token_id": []}
+    asked |= {"do_sample": True, "temperature": 0.9, "top_k": 20, "seed": 4}  # the client's own affair
     for hide_length in (False, True):
         with PrivateLlama.from_pretrained(model, **parties) as llama:
             result = llama.generate(input_ids=PROMPT, hide_length=hide_length, **asked)
@@ -152,12 +153,6 @@ def test_clients_come_one_after_another_and_their_bytes_are_counted(parties, mod
             assert cost.bytes_sent() == found.cost.bytes_sent()
             assert [len(each.part.links) for each in result.receipt.parts] == [2, 2, 2]
             assert cost.names(llama.protocol.roles) == ["owner", "helper", "dealer", "client"]
-
-
-def test_sampling_is_the_clients_own(parties, model, expected):
-    asked = {"do_sample": True, "temperature": 0.9, "top_k": 20, "seed": 4, "max_new_tokens": 5, "eos_token_id": []}
-    with PrivateLlama.from_pretrained(model, **parties) as llama:
-        assert llama.generate(input_ids=PROMPT, **asked).token_ids == expected(PROMPT, **asked)
 
 
 def test_who_leaves_in_the_midst_leaves_the_helper_to_others(parties, model, expected):
@@ -268,6 +263,10 @@ def test_a_conversation_goes_on(tmp_path):
     with PrivateLlama.from_pretrained(model, engine="plain") as llama, llama.chat(**asked) as chat:
         expected = [chat.send(text).text for text in said]
     with helper(model) as settings:
+        more = {**asked, "public_system": True}
+        with PrivateLlama.from_pretrained(model, **settings) as llama, llama.chat("Be brief.", **more) as chat:
+            first, second = (chat.send(text) for text in said)
+            assert second.cached_tokens == first.public_tokens + first.prompt_tokens + 3 and first.public_tokens
         with PrivateLlama.from_pretrained(model, **settings) as llama, llama.chat(**asked) as chat:
             assert [chat.send(text).text for text in said] == expected
             first, second = chat.results

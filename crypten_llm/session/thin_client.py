@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from types import SimpleNamespace
@@ -60,9 +59,7 @@ class ThinParty:
     link: to the helper. key: that the owner has been told. ready: the model's public facts.
     """
 
-    rank = 1  # on its link
     compute_parties = 2
-    is_client = True
     number_bytes = 8  # of what the parties keep
 
     def __init__(self, link: Transport, key: bytes, ready: thin_words.Ready, protocol: ProtocolConfig) -> None:
@@ -111,7 +108,7 @@ class ThinParty:
         """Raises UsageError where the helper refuses it, LeftRange and PartyError as a party's."""
         (plan,), (answer,), turn = plans, answers, turns[0] if turns else None
         self.transport.meter = Meter()
-        with self._phase("prefill"), self.meter.operation("request"):
+        with self.meter.phase("prefill"), self.meter.operation("request"):
             self._send(messages.Generate((plan,), tuple(turns)))
             if isinstance(said := self._hear(thin_words.Accepted | thin_words.Refused), thin_words.Refused):
                 raise UsageError(f"the helper refuses: {said.reason}")
@@ -122,7 +119,8 @@ class ThinParty:
         yield from self._tokens(prompted)
         if turn is not None:
             seen = prompted.steps - 1 if turn.keeps_answer else 0  # the last token no step has seen
-            self.kept[turn.conversation] = SimpleNamespace(length=turn.cached_tokens + plan.prompt_tokens + seen)
+            held = turn.cached_tokens + len(plan.public_prefix) + plan.prompt_tokens + seen
+            self.kept[turn.conversation] = SimpleNamespace(length=held)
 
     def request_open(
         self, first: Sequence[scheduler.Newcomer], door: scheduler.Door
@@ -150,7 +148,7 @@ class ThinParty:
         answer, phase, started = prompted.answer, "prefill", perf_counter()
         assert answer is not None, "the client has it"
         while True:
-            with self._phase(phase), self.meter.operation(f"token {prompted.steps}"):
+            with self.meter.phase(phase), self.meter.operation(f"token {prompted.steps}"):
                 event = self._hear(thin_words.Event)
                 value = self._value(event) if isinstance(event, thin_words.Shown) else None
             match event:
@@ -167,7 +165,7 @@ class ThinParty:
                     started, phase = perf_counter(), "decode"
                     ends = not prompted.plan.hide_length and (answer.finished or answer.abandoned)
                     if not prompted.is_last:
-                        with self._phase(phase), self.meter.operation(f"token {prompted.steps}"):
+                        with self.meter.phase(phase), self.meter.operation(f"token {prompted.steps}"):
                             self._send_keys(bytes([STOP if ends else GO_ON]), [answer.token_id])
                     if prompted.is_last or ends:
                         phase = "counters"  # which are no part of what they count
@@ -219,11 +217,6 @@ class ThinParty:
 
     def close(self) -> None:
         self._send(messages.Close())
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        with self.meter.phase(name):
-            yield
 
     def _send(self, message: Any) -> None:
         self.transport.send_json(HELPER, message)
