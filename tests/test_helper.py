@@ -31,6 +31,7 @@ from crypten_llm.session.local_helper import LocalHelper
 from crypten_llm.session.plan import Plan
 from crypten_llm.session.settings import split
 from crypten_llm.session.thin import pad_of, seed_of, token_bytes
+from experiments.tools import real_model
 
 PROMPT = [5, 9, 2, 61, 7, 7, 30]
 
@@ -101,7 +102,7 @@ def helper(model, **settings):
     try:
         children.meet()
         at = {"helper_at": children.helper_at, "owner_at": children.owner_at}
-        yield {**settings, **at, "threads": 1, "timeout": 60}
+        yield {"threads": 1, "timeout": 60, **settings, **at}
     finally:
         os.environ.pop(keyring.VARIABLE)
         if before is not None:
@@ -317,3 +318,21 @@ def test_each_party_by_its_own_command(model, keys, capsys, who):
             code, _, err = programs[rank].finish()
             assert code == 3 and f"rank {who} ({('owner', 'helper', 'dealer')[who]})" in error_line(err)
         programs[who].finish()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_published_model():
+    """Three processes take some 6 GB; the client has a tokenizer and no weights."""
+    path = real_model.find()
+    if path is None:
+        pytest.skip(real_model.ABSENT)
+    prompt, asked = "The capital of France is", {"max_new_tokens": 3, "do_sample": False}
+    with PrivateLlama.from_pretrained(str(path), engine="plain", threads=1) as llama:
+        expected = llama.generate(prompt, **asked).token_ids
+    with helper(str(path), timeout=600) as settings, PrivateLlama.from_pretrained(str(path), **settings) as llama:
+        result = llama.generate(prompt, **asked)
+        assert result.token_ids == expected
+        found = predict(llama.config, Plan(result.prompt_tokens, 3, hide_length=True), helper=True)
+        assert {phase: result.cost.thin_bytes((phase,)) for phase in found.thin} == found.thin
+        assert found.thin["decode"][0] < 500 and result.cost.rounds() == found.cost.rounds()

@@ -92,9 +92,12 @@ class Entrance:
             return came
 
     def guest(self, wait: Wait) -> tuple[Transport, Knock]:
-        """At the helper: the link to who knocks next, and what it said."""
+        """At the helper: the link to who knocks next, and what it said.
+
+        A client is given up sooner than the owner gives up who waits for that client.
+        """
         sock, said = self.next(wait)
-        return Transport(0, self._greeter.roles, {1: sock}, timeout=self._timeout), said
+        return Transport(0, self._greeter.roles, {1: sock}, timeout=self._timeout / 2), said
 
     def key_of(self, session: str, party: Party) -> bytes | None:
         """At the owner: the key of a session's client, when that has come; ``None`` where it does not come in time.

@@ -48,31 +48,32 @@ class Guest:
         self.gone = ""
 
     def tell(self, message: Any) -> None:
-        self._try(lambda: self.link.send_json(1, message))
+        self._try("what it is told", lambda: self.link.send_json(1, message))
 
     def hear(self) -> thin_words.Request | None:
         """What it asks for next, however long a person thinks; ``None`` where it has gone."""
-        return self._try(lambda: self.link.recv_json(1, thin_words.Request, timeout=math.inf))
+        return self._try("request", lambda: self.link.recv_json(1, thin_words.Request, timeout=math.inf))
 
     def bytes_of(self, count: int) -> bytes | None:
         """So many bytes of it; ``None`` where they do not come."""
-        data = self._try(lambda: self.link.recv(1, (count,), torch.uint8))
+        data = self._try("keys of tokens", lambda: self.link.recv(1, (count,), torch.uint8))
         return None if data is None else data.numpy().tobytes()
 
     def show(self, passed: list[Padded]) -> None:
         """What it chooses a token from."""
         self.tell(thin_words.shown(passed))
         for each in passed:
-            self._try(partial(self.link.send, 1, each.packed()))
+            self._try("what it is shown", partial(self.link.send, 1, each.packed()))
 
     def refuse(self, reason: str) -> None:
         self.tell(thin_words.Refused(reason))
 
-    def _try(self, step: Callable[[], Any]) -> Any:
+    def _try(self, label: str, step: Callable[[], Any]) -> Any:
         if self.gone:
             return None
         try:
-            return step()
+            with self.link.meter.phase("a client's turn"), self.link.meter.operation(label):
+                return step()
         except PartyError as error:
             self.gone = str(error)
             return None
