@@ -30,15 +30,17 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols.dealer.layout import Header, begin, path_in, read_begin
 from crypten_llm.records import Malformed, decode, plain
 from crypten_llm.roles import OWNER
-from crypten_llm.session import messages
+from crypten_llm.session import messages, thin_words
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.counting import Told
 from crypten_llm.session.defaults import Defaults
+from crypten_llm.session.doors import Introduction, Knock
 from crypten_llm.session.generation import Decision
 from crypten_llm.session.plan import Plan, Turn, check_turns
 from crypten_llm.session.scheduler import Next
 from crypten_llm.session.settings import Agreement, ProtocolConfig
 from crypten_llm.session.sizes import of_bench, of_requests
+from crypten_llm.session.thin_words import Ended, Form, Ready, Shown
 
 
 def _text(value: object) -> bytes:
@@ -154,6 +156,8 @@ def message() -> Reader:
             messages.Generate((plan, Plan(9, 1, policy="h2o"))),
         ),
         *(messages.Forget(1), messages.Bench(shape), messages.Statistics(), messages.Close(), messages.Loading(1, 2)),
+        *(messages.Enter("0" * 64), Knock("0" * 64, ProtocolConfig().agreement()), Introduction("0" * 64, "a" * 64)),
+        *(Shown((Form((1, 97), 34, 16), Form((5,), 17, 0))), Ready(SMALL, None, "", ()), Ended([], (), None)),
         messages.Announced(SMALL, {"model.norm.weight": 4.0}, "0" * 64, "scores"),
         *(
             Decision([0, 1]),
@@ -164,6 +168,7 @@ def message() -> Reader:
         {"rank": 0, "table": meter.counts(), "peak_bytes": 5, "dealer": {"rank": 2, "table": [], "peak_bytes": 1}},
     )
     kinds = (messages.Request, messages.OwnerSays, Decision, Next, Agreement, Told)
+    kinds += (thin_words.Request, Knock, Introduction, thin_words.Event, Ready | thin_words.Refused)
     known = LlamaConfig.from_dict(SMALL)
 
     def read(data: bytes) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from crypten_llm.commands import cli
 from crypten_llm.commands.options import settings
+from crypten_llm.errors import UsageError
 from crypten_llm.session.launch import LocalParties
 from crypten_llm.session.settings import Child, LaunchConfig, ProtocolConfig, split
 
@@ -33,11 +34,19 @@ CHANGED = {
         "session_tokens": 100,
         "day_tokens": 1000,
         "device": "cuda",
+        "helper": True,
+        "helper_at": "10.0.0.1:29501",
+        "owner_at": "10.0.0.2:29500",
     },
 }
 """Another value than the default for each setting."""
-ALONE = {"tape": "wire", "peer_memory": "wire", "device": "plain"}
+ALONE = {
+    **{"tape": "wire", "peer_memory": "wire", "device": "plain"},
+    **{"helper": "wire", "helper_at": "wire", "owner_at": "wire"},
+}
 """Settings that one engine alone has."""
+BOTH = ("helper_at", "owner_at")
+"""Of a thin client, which is told both."""
 
 
 def test_each_setting_is_covered_here():
@@ -45,12 +54,12 @@ def test_each_setting_is_covered_here():
     without = [
         setting.name for kind in (ProtocolConfig, LaunchConfig) for setting in fields(kind) if not setting.metadata
     ]
-    assert without == ["progress", "shielded"], (
-        "bars follow the terminal, and chat has Ctrl-C; all others have an option"
+    assert without == ["helper", "progress", "shielded", *BOTH], (
+        "bars follow the terminal, chat has Ctrl-C, a helper its command, a thin client two; all others have an option"
     )
 
 
-@pytest.mark.parametrize("name", sorted(CHANGED.keys() - {"progress", "shielded"}))
+@pytest.mark.parametrize("name", sorted(CHANGED.keys() - {"helper", "progress", "shielded", *BOTH}))
 @pytest.mark.parametrize("command", ["generate", "bench", "party"])
 def test_an_option_sets_its_setting_alone(command, name):
     value = CHANGED[name]
@@ -65,11 +74,23 @@ def test_an_option_sets_its_setting_alone(command, name):
 
 def test_a_child_is_told_every_setting():
     for name, value in CHANGED.items():
-        base = {"engine": ALONE.get(name, "crypten")}
+        base = {"engine": ALONE.get(name, "crypten")} | {both: CHANGED[both] for both in BOTH if name in BOTH}
         protocol, launch = split(base | {name: value})
         told = Child(protocol, launch, "/models/ünï \udcff")
         assert Child.from_json(told.to_json()) == told
         assert name in told.to_json()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_thin_client_is_told_both_places(command):
+    words = [command, "--helper", CHANGED["helper_at"], "--owner", CHANGED["owner_at"]]
+    protocol, launch = split(settings(cli._parser().parse_args(words)))
+    assert protocol.helper and launch.is_thin and [getattr(launch, name) for name in BOTH] == [words[2], words[4]]
+    for cut in (words[:3], [command, *words[3:]], [command, "--helper", "local", *words[3:]]):
+        with pytest.raises(UsageError, match="both --helper HOST:PORT and --owner HOST:PORT, or --helper local alone"):
+            split(settings(cli._parser().parse_args(cut)))
+    with pytest.raises(UsageError, match="engine 'plain' has no helper"):
+        split(settings(cli._parser().parse_args([*words, "--engine", "plain"])))
 
 
 @pytest.fixture

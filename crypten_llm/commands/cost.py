@@ -7,8 +7,9 @@ and cache; seconds come from a model of three terms, and are an estimate.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,9 @@ from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Course, Plan, Turn, parse_policy
-from crypten_llm.session.report import ONLINE, Cost
+from crypten_llm.session.report import ONLINE, WAYS, Cost, added
+from crypten_llm.session.thin import Side
+from crypten_llm.session.thin_count import CountedSide
 
 if TYPE_CHECKING:
     from crypten_llm.models.cache import KVCache
@@ -44,7 +47,7 @@ WORD = 8
 class Prediction:
     """cost: counters as a run's report has them, with predicted seconds, and on what machine. memory: bytes of weights
     and of the cache after the last token, by role. decode_steps: steps after the prefill. dealing: seconds of the
-    dealer, by phase.
+    dealer, by phase. thin: bytes that a thin client sends and receives, by phase, where there is a helper.
     """
 
     cost: Cost
@@ -53,6 +56,7 @@ class Prediction:
     dealing: dict[str, float]
     plan: Plan
     machine: Machine | Card
+    thin: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def phase(self, name: str, share: int = 1) -> dict:
         """Figures of a phase, or of the mean of its ``share`` steps: the cache grows from step to step."""
@@ -70,6 +74,8 @@ class Prediction:
         found = {"load": self.phase("load"), "prefill": self.phase("prefill")}
         if self.decode_steps:
             found |= {"decode": self.phase("decode"), "per_token": self.phase("decode", self.decode_steps)}
+        if self.thin:
+            found["thin_client"] = {name: dict(zip(WAYS, each, strict=True)) for name, each in self.thin.items()}
         facts = {"engine": "wire", "plan": self.plan.facts(), "machine": self.machine.name}
         return {**facts, **found, "memory": self.memory, "table": self.cost.table()}
 
@@ -97,15 +103,21 @@ class _AlikeLayers(Llama):
 
 @torch.inference_mode()
 def predict(
-    config: LlamaConfig, plan: Plan, network: Network | None = None, machine: Machine | Card = PROCESSOR
+    config: LlamaConfig,
+    plan: Plan,
+    network: Network | None = None,
+    machine: Machine | Card = PROCESSOR,
+    helper: bool = False,
 ) -> Prediction:
     """What ``plan`` costs with a model of this configuration. A stop token may end an answer earlier.
+    helper: for a thin client.
 
     The load's bytes leave out the norms' scales, which are the weights' secret until the owner tells them.
 
     Raises UsageError for a plan that the model cannot run.
     """
-    links, party, alike = _loaded(config, [plan])
+    side = CountedSide() if helper else None
+    links, party, alike = _loaded(config, [plan], side=side)
     counted = _entries(links, machine, network)
     cache = party.model.new_cache()
     party.start_request()
@@ -115,7 +127,10 @@ def predict(
         entry["table"] += later["table"]
     cost = Cost(counted, len(counted))
     memory = _memory(party.model, cache, alike)
-    return Prediction(cost, memory, plan.max_new_tokens - 1, _dealing(links, cost, machine), plan, machine)
+    thin = side.client_bytes(plan, config.vocab_size) if side else {}
+    if side:
+        memory = {"helper" if role == "client" else role: held for role, held in memory.items()}
+    return Prediction(cost, memory, plan.max_new_tokens - 1, _dealing(links, cost, machine), plan, machine, thin)
 
 
 def check_fits(held: Mapping[str, Mapping[str, int]], named: Sequence[str], left: Callable[[str], int]) -> None:
@@ -166,6 +181,33 @@ def predict_open(
     return Prediction(cost, {}, steps, _dealing(links, cost, machine), plans[0], machine)
 
 
+@torch.inference_mode()
+def predict_turns(
+    config: LlamaConfig,
+    courses: Sequence[Course],
+    network: Network | None = None,
+    machine: Machine | Card = PROCESSOR,
+) -> Prediction:
+    """What ``courses`` cost a thin client's parties, one after another. A stop token may end an answer earlier. Memory
+    and the client's own bytes are left out.
+
+    Raises: as ``predict``.
+    """
+    plans = [course.plan for course in courses]
+    links, party, _ = _loaded(config, plans, [course.cached_tokens for course in courses], CountedSide())
+    turns = [_gone_through(party, number, each) for number, each in enumerate(courses)]
+    entries, dealing = list[dict](), Counter[str]()
+    for plan, turn in zip(plans, turns, strict=True):
+        party.start_request()
+        for _ in generation.together(party, [plan], turns=[turn]):
+            pass
+        counted = _entries(links, machine, network)
+        dealing.update(_dealing(links, Cost(counted, 2), machine))
+        entries = added(entries, counted)
+    steps = sum(plan.max_new_tokens - 1 for plan in plans)
+    return Prediction(Cost(entries, 2), {}, steps, dict(dealing), plans[0], machine)
+
+
 def _gone_through(party: Party, number: int, course: Course) -> Turn | None:
     """Where a request stands in a conversation of this number, whose cache is filled here."""
     if course.behind is None:
@@ -184,7 +226,9 @@ class _Uncounted(Party):
         return []
 
 
-def _loaded(config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = ()) -> tuple[Links, Party, bool]:
+def _loaded(
+    config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = (), side: Side | None = None
+) -> tuple[Links, Party, bool]:
     """Where ``plans`` are counted, the model loaded; whether the first two layers stand for all. cached: tokens that
     each goes on after.
 
@@ -201,7 +245,8 @@ def _loaded(config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = 
     make_model = Llama if differ else functools.partial(_AlikeLayers, links)
     there: Any = links  # stands for a transport
     mode = Mode.parse(plans[0].reveal)
-    party = _Uncounted(CostEngine(links, mode.wire()), there, compute_parties=2, make_model=make_model, mode=mode)
+    engine = CostEngine(links, mode.wire())
+    party = _Uncounted(engine, there, compute_parties=2, make_model=make_model, mode=mode, side=side)
     links.say(Announced(config.to_dict(), {}))
     party.load()
     return links, party, not differ

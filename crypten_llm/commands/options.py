@@ -49,7 +49,17 @@ def add_settings(parser: Parser) -> None:
 def settings(arguments: Any) -> dict:
     """Keyword arguments of ``settings.split`` from what was parsed."""
     given = {setting.name: getattr(arguments, setting.name) for setting in _settings_with_options()}
+    given |= {name: getattr(arguments, name) for name in ("helper_at", "owner_at") if hasattr(arguments, name)}
     return given | {"progress": sys.stderr.isatty()}
+
+
+def add_helper(parser: Parser) -> None:
+    """Of commands that a thin client can give."""
+    group = parser.add_argument_group("thin client", "A client without weights or shares, for which a helper computes.")
+    what = "where the helper takes clients; or local: start it, owner and dealer on this machine"
+    group.add_argument("--helper", dest="helper_at", default="", metavar="HOST:PORT", help=what)
+    what = "where the owner takes them"
+    group.add_argument("--owner", dest="owner_at", default="", metavar="HOST:PORT", help=what)
 
 
 def _settings_with_options() -> Any:

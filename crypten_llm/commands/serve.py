@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from crypten_llm.commands.cost import predict_open
+from crypten_llm.commands.cost import predict_open, predict_turns
 from crypten_llm.commands.show import say, say_outside, who
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import parse_network
@@ -62,14 +62,15 @@ def serve(place: Place, usual: Usual, model: str, tokenizer: str | None, **setti
     if place.https:
         check_https(*place.https)
     sock = listen(place.listen, place.port, bool(place.https), bool(keys))
+    room = 1 if launched.is_thin else place.together  # a helper takes one prompt at a time
     queue: FairQueue[Job] = FairQueue(place.queue)
     kept = Kept(place.keeping, queue)
     metrics = Metrics(lambda: len(queue), lambda: len(service.running), lambda: len(kept))
-    pricer = Pricer(_counted(protocol, launched, place.together), protocol.engine)
+    pricer = Pricer(_counted(protocol, launched, room), protocol.engine)
     reopens = not is_distributed()
     opening = partial(PrivateLlama.from_pretrained, model, tokenizer=tokenizer, shielded=True, **settings)
     calls = _opened, lambda: server.end()
-    service: Service = Service(opening, queue, metrics, pricer, kept, place.together, reopens, place.ends, *calls)
+    service: Service = Service(opening, queue, metrics, pricer, kept, room, reopens, place.ends, *calls)
     endpoint = Endpoint(service, Guard(keys, [place.listen]), place.name or name_of(model), usual)
     server: Server = Server(endpoint.app(), service, place.https)
     host = f"[{place.listen}]" if ":" in place.listen else place.listen
@@ -94,7 +95,12 @@ def _opened(llama: PrivateLlama) -> None:
 def _counted(protocol: ProtocolConfig, launched: LaunchConfig, room: int) -> Any:
     if protocol.engine != "wire":
         return None
-    return partial(predict_open, room=room, network=parse_network(launched.network) if launched.network else None)
+    network = parse_network(launched.network) if launched.network else None
+    return (
+        partial(predict_turns, network=network)
+        if launched.is_thin
+        else partial(predict_open, room=room, network=network)
+    )
 
 
 def _asks(keys: list[str]) -> str:

@@ -20,7 +20,7 @@ from crypten_llm.session.bench import Shape
 from crypten_llm.session.defaults import FILE
 from crypten_llm.session.prompted import Progress, Step
 from crypten_llm.session.receipt import Receipts
-from crypten_llm.session.report import cost_table, revealed_table
+from crypten_llm.session.report import cost_table, revealed_table, thin_line
 from crypten_llm.session.request import Asked, Request, Result
 from crypten_llm.session.settings import ProtocolConfig, split
 from crypten_llm.units import size
@@ -60,7 +60,7 @@ def show_generation(
     say()
     if protocol.is_private:
         say(cost_table(result.cost))
-        peaks = zip(protocol.roles, result.cost.peak_bytes(), strict=True)
+        peaks = zip(result.cost.names(protocol.roles), result.cost.peak_bytes(), strict=True)
         say("peak memory: " + ", ".join(f"{name} {size(peak)}" for name, peak in peaks))
         say()
     say(revealed_table(result.revealed))
@@ -196,6 +196,8 @@ def show_cost(prediction: Prediction, as_json: bool) -> None:
             f"{name}: {figures['rounds']:,} rounds, {size(max(figures['bytes_sent']))} sent a party, "
             f"{size(figures['dealer_bytes'])} with the dealer, {_seconds(prediction, name, figures)}"
         )
+    if prediction.thin:
+        say(thin_line(prediction.thin))
     roles = (f"{role} {size(held['weights'])} and {size(held['cache'])}" for role, held in prediction.memory.items())
     say(f"memory of weights and of the cache: {', '.join(roles)}")
     where = f"for {prediction.machine.name} and material at hand"

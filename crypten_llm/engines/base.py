@@ -25,6 +25,8 @@ Method = TypeVar("Method")
 Result = TypeVar("Result")
 
 if TYPE_CHECKING:
+    from crypten_llm.engines.passing import Pad, Padded
+    from crypten_llm.protocols.points import Points
     from crypten_llm.session.calibration import Ranges
     from eviction import Policy
 
@@ -183,6 +185,18 @@ class Engine(ABC):
         """The float value of ``x``, or of each of several, at party ``rank`` and ``None`` elsewhere. Only ``reveal``
         may call this.
         """
+
+    # Of engines whose second party can stand for a client that is no party itself.
+
+    def tokens_of(self, points: Points, count: int, vocab_size: int) -> Handle:
+        """One-hot rows [count, V] of tokens that no party knows; points: what this one has of them."""
+        raise UsageError(f"engine {self.name!r} has no helper; use engine 'wire'")
+
+    def pass_on(self, x: Handle | tuple[Handle, ...], rank: int, pad: Pad | None) -> list[Padded]:
+        """``open_to`` for who is no party: at ``rank`` the value behind a pad, at all how it looks. pad: at the other
+        party alone. Only ``reveal`` may call this.
+        """
+        raise UsageError(f"engine {self.name!r} has no helper; use engine 'wire'")
 
     def check_sampling(self, temperature: float) -> None:
         """Raises UsageError where ``sample`` cannot draw at that temperature."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 LOOPBACK = "127.0.0.1"
+HUB = "CRYPTEN_LLM_HUB"  # in the environment of a local party: the rank that hosts the meeting
 READY = b"R"
 TRIES = 20  # of a greeting that is cut off: the other side may have had too many at once
 PAUSE_SECONDS = 0.05  # after the first of them, and so much more after each
@@ -114,7 +115,7 @@ def connect(
         connected: dict[int, socket.socket] = {}
         opened.callback(_close, connected)
         if rank == hub:
-            at = address or _own_address(host, port)
+            at = address or own_address(host, port)
             listener = listener or opened.enter_context(sockets.listen(at, port))
             connected |= meeting.host(listener, greeter, (at, port), wait)
         else:
@@ -136,7 +137,7 @@ def _attend(
     """At every party but the hub: the links to it, and to all others once it has said where they are."""
     higher = {peer for peer in range(greeter.rank + 1, len(greeter.roles)) if peer != hub}
     with contextlib.ExitStack() as opened:
-        mine = own[0] or _own_address(*place), 0
+        mine = own[0] or own_address(*place), 0
         if higher:
             listener = opened.enter_context(sockets.listen(mine[0], own[1]))
             mine = mine[0], listener.getsockname()[1]
@@ -164,13 +165,21 @@ def _attend(
                     connected[peer] = sock
 
 
-def _own_address(host: str, port: int) -> str:
+def own_address(host: str, port: int) -> str:
     """Where this party listens, that others who meet at ``host`` may reach it."""
     return host if sockets.is_loopback(host) else sockets.address_towards(host, port)
 
 
-def dial(greeter: Greeter, peer: int, place: meeting.Place, wait: Wait, patient: bool = False) -> socket.socket:
-    """Connects to a party that listens at ``place``, and greets it. patient: it may not listen yet.
+def dial(
+    greeter: Greeter,
+    peer: int,
+    place: meeting.Place,
+    wait: Wait,
+    patient: bool = False,
+    named: str = "MASTER_ADDR and MASTER_PORT",
+) -> socket.socket:
+    """Connects to a party that listens at ``place``, and greets it. patient: it may not listen yet. named: what says
+    where, for messages.
 
     Raises PartyError, and UsageError for parties that were started differently.
     """
@@ -180,13 +189,15 @@ def dial(greeter: Greeter, peer: int, place: meeting.Place, wait: Wait, patient:
             sock = wait.in_thread(lambda: sockets.dial(*place, wait.left))
         except OSError as error:
             if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
-                raise UsageError(f"MASTER_ADDR={place[0]!r} is no known host: give the address of {name}") from None
+                raise UsageError(
+                    f"{named.partition(' ')[0]}={place[0]!r} is no known host: give the address of {name}"
+                ) from None
             if patient and wait.left > 0:
                 with contextlib.suppress(TimeoutError):
                     wait.pause(POLL_SECONDS)
                 continue
             hint = (
-                f"start {name} and check MASTER_ADDR and MASTER_PORT"
+                f"start {name} and check {named}"
                 if patient
                 else ("give that party's host an address that this one reaches, and open the port in the firewall")
             )

@@ -30,6 +30,7 @@ from crypten_llm.errors import UsageError
 
 DAYS = 365  # that a certificate holds
 MOST = 2  # certificates of a role: the one in use, and during a rotation the next
+CROWD = 1000  # of a role that several hold
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def make(role: str) -> tuple[bytes, x509.Certificate]:
 
 def name_of(role: str) -> str:
     """Itself. Raises UsageError for a role that there is not."""
-    if not re.fullmatch(r"owner|client|dealer|compute \d+", role):
-        raise UsageError(f"there is no role {role!r}; give owner, client, dealer, or 'compute 2' and on")
+    if not re.fullmatch(r"owner|client|helper|dealer|compute \d+", role):
+        raise UsageError(f"there is no role {role!r}; give owner, client, helper, dealer, or 'compute 2' and on")
     return role
 
 
@@ -92,13 +93,14 @@ def grouped(digest: str) -> str:
 class Links:
     """How this party's connections become TLS.
 
-    folder: see above. roles: one name per rank. rank: this party's.
+    folder: see above. roles: one name per rank. rank: this party's. many: a role that several may hold, each with a key
+    of its own: its file has all their certificates (``CROWD``), one behind the other.
     Raises UsageError for a file that is missing, or is no key or certificate; for a key that others than this user
     could read; and for two roles with one key, of which each could pose as the other.
     """
 
-    def __init__(self, folder: str | Path, roles: Sequence[str], rank: int) -> None:
-        self._roles, self._folder = roles, Path(folder)
+    def __init__(self, folder: str | Path, roles: Sequence[str], rank: int, many: str = "") -> None:
+        self._roles, self._folder, self._many = roles, Path(folder), many
         self._certificates = [self._read(role) for role in roles]
         self._tell_apart()
         self._dialling, self._answering = (
@@ -155,7 +157,7 @@ class Links:
         path = certificate_path(self._folder, role)
         try:
             found = x509.load_pem_x509_certificates(_regular(path).read_bytes())
-            if len(found) > MOST:
+            if len(found) > (CROWD if role == self._many else MOST):
                 raise ValueError
             return [each.public_bytes(serialization.Encoding.DER) for each in found]
         except OSError as error:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from crypten_llm.kernels import ring
 from crypten_llm.protocols.dealer.runtime import Runtime
-from crypten_llm.protocols.opening import Message
+from crypten_llm.protocols.opening import Message, Request
+from crypten_llm.protocols.points import Points
 from crypten_llm.protocols.products import row_blocks
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret
@@ -85,17 +86,23 @@ def _narrow(words: Tensor | None, columns: int, width: int) -> Tensor | None:
 
 
 def look_up(
-    runtime: Runtime, hot: Tensor | None, count: int, table: OwnedTable, sketches: Sketches
+    runtime: Runtime,
+    hot: Tensor | None,
+    count: int,
+    table: OwnedTable,
+    sketches: Sketches,
+    points: Points | None = None,
 ) -> Protocol[Secret]:
     """Rows [count, H] for tokens that only the client knows; hot: their bits (``one_hot``), on its device; ``None``
-    elsewhere.
+    elsewhere. points: of tokens that neither party knows; hot is then the client's part of their bits.
 
     Whatever bits a client sends choose some set of rows, whose xor it would get. That each set is of one row is noted
     with ``sketches``, to be checked before anything is revealed.
 
     Reveals: one-hot vectors xor a uniform mask, to the owner; then rows xor a uniform mask, to both.
     Error: none. Cost: 2 rounds; the client sends V bits a token (in whole words), each party b = ``table.width`` bits
-    an element; dealer b bits an element, and b (b + 1) / 2; and a sketch (``Sketches.note``), in these rounds.
+    an element; dealer b bits an element, and b (b + 1) / 2; and a sketch (``Sketches.note``), in these rounds. With
+    points, ``points.size`` bytes a token more of the client's.
     Source: private information retrieval by xor (Chor et al., FOCS 1995) with a second database that is hidden;
     daBits (Rotaru and Wood, INDOCRYPT 2019), dealt modulo what each bit counts for.
     """
@@ -106,7 +113,12 @@ def look_up(
     if hot is not None:
         assert mask is not None, "the client draws the mask of its tokens"
         asked = mask ^ hot
-    (seen,) = yield [Message(CLIENT, words, 64, asked)]
+    messages: list[Request] = [Message(CLIENT, words, 64, asked)]
+    if points is not None:
+        messages.append(Message(CLIENT, (count, points.size), 8, points.sent))
+    seen, *keys = yield messages
+    if points is not None and points.read is not None:
+        seen = seen ^ points.read(keys[0])
 
     def rows(entries: Tensor | None, chosen: Tensor | None) -> Tensor:
         assert entries is not None and chosen is not None, "who xors rows has the table and the choice"

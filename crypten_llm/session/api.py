@@ -21,7 +21,7 @@ from crypten_llm.errors import ENDED, LeftRange, UsageError, public_words, unhea
 from crypten_llm.models import checkpoint
 from crypten_llm.models import tokenizer as tokenizers
 from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.session import launch
+from crypten_llm.session import launch, thin_client
 from crypten_llm.session.batches import requests_of
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.chat import Chat
@@ -74,12 +74,15 @@ class PrivateLlama:
         if launch.is_distributed() and (rank := launch.own_rank(protocol)) != CLIENT:
             raise UsageError(f"this is rank {rank}, and the client is rank {CLIENT}: call PrivateLlama.serve() here")
         launch.check_ready(protocol, launched)
-        environment: Mapping[str, str] = os.environ
+        self.environment: Mapping[str, str] = os.environ
+        if launched.is_thin:
+            self.party, self._transport, self._children = thin_client.join(protocol, launched, model_folder)
+            return
         if not launch.is_distributed():
             self._children = launch.LocalParties(protocol, launched, model_folder)
-            environment = self._children.environment(CLIENT)
+            self.environment = self._children.environment(CLIENT)
         with self._guarded():
-            self._transport = self._joined = launch.join(protocol, launched, environment, self._children)
+            self._transport = self._joined = launch.join(protocol, launched, self.environment, self._children)
             self.party = launch.make_party(self._transport, protocol, launched)
 
     @classmethod
@@ -96,7 +99,7 @@ class PrivateLlama:
         """
         protocol, launched = split(settings)
         started = perf_counter()
-        local = not (protocol.is_private and launch.is_distributed())
+        local = not protocol.is_private or not (launch.is_distributed() or launched.owner_at)
         folder = str(checkpoint.resolve_model(model, launched.offline)) if local else ""
         loaded = checkpoint.load_tokenizer(tokenizer, launched.offline) if tokenizer else None
         llama = cls(protocol, launched, folder)
@@ -168,10 +171,9 @@ class PrivateLlama:
         return self._stream(requests, several, self._size(batch_size))
 
     def _size(self, batch_size: int) -> int:
-        """How many prompts are taken at once: a tape is for one."""
         if type(batch_size) is not int or batch_size < 1:
             raise UsageError(f"batch_size is {batch_size!r}; it must be 1 or more")
-        return 1 if self.protocol.tape else batch_size
+        return 1 if self.protocol.tape or self.launch.is_thin else batch_size
 
     def _stream(
         self, requests: list[Request], several: bool, size: int
@@ -303,7 +305,6 @@ class PrivateLlama:
                 pass
 
     def _check_free(self) -> None:
-        """Raises UsageError when no request can be made now."""
         if not self.is_open:
             raise UsageError(ENDED_SESSION)
         self.running.check()

@@ -27,6 +27,7 @@ from crypten_llm.links import keyring, rendezvous, sockets
 from crypten_llm.links.network import parse_network
 from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.session import thin
 from crypten_llm.session.admission import WARNING, Admission
 from crypten_llm.session.notary import Notary
 from crypten_llm.session.party import Party
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from crypten_llm.protocols.dealer.tape import Tape
 
 PACKAGE_HOME = str(Path(__file__).parents[2])
-HUB = "CRYPTEN_LLM_HUB"  # in the environment of a local party: the rank that hosts the meeting
 GRACE_SECONDS = 10.0  # for the other processes to end by themselves, once the links are closed
 FAILED_GRACE_SECONDS = 2.0  # the same after an error: nothing is lost then
 
@@ -100,7 +100,7 @@ def join(
         launch.timeout,
         launch.host or None,
         own_port=launch.link_port,
-        hub=int(env.get(HUB, OWNER)),
+        hub=int(env.get(rendezvous.HUB, OWNER)),
         listener=parties.listener if parties else None,
         run=rendezvous.run_of(env),
         secret=secret,
@@ -183,6 +183,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
         if tape:
             tape.compare(asdict(config))
         own["notary"] = Notary.of(transport, protocol, launch.tls, tape.manifest.id if tape else "")
+        own["side"] = thin.side_of(protocol, launch, transport.rank)
         engine = WireEngine(transport, config, tape, device=device, peer_memory=protocol.peer_memory)
         return Party(engine, transport, parties, **own)
     from crypten_llm.engines.crypten.domain import CryptenConfig
@@ -273,7 +274,8 @@ class LocalParties:
         self.processes: dict[int, subprocess.Popen] = {}
         self._printed: dict[int, deque] = {}
         self._readers: dict[int, threading.Thread] = {}
-        self.secret, self._run = keyring.fresh(), keyring.fresh()
+        shared = protocol.helper and keyring.find((rendezvous.LOOPBACK,), "", False).decode()  # with thin clients
+        self.secret, self._run = shared or keyring.fresh(), keyring.fresh()
         self._tapes = self._find_tapes()
         self.listener = sockets.listen(rendezvous.LOOPBACK)
         self._met = False
@@ -309,7 +311,7 @@ class LocalParties:
             "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGE_HOME, os.environ.get("PYTHONPATH", "")])),
             **{"RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": threads},
             **{"MASTER_ADDR": rendezvous.LOOPBACK, "MASTER_PORT": str(self.listener.getsockname()[1])},
-            **{"TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_RUN_ID": self._run, HUB: str(CLIENT)},
+            **{"TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_RUN_ID": self._run, rendezvous.HUB: str(CLIENT)},
         }
 
     def _start(self, rank: int, model_folder: str) -> None:

@@ -56,7 +56,24 @@ class Close(Message, frozen=True, tag="close"):
     """The session ends."""
 
 
-Request = Load | Generate | Forget | Bench | Statistics | Close
+# A helper's, who asks for thin clients.
+
+
+class Where(Message, frozen=True, tag="where"):
+    """Tell me where the owner takes thin clients."""
+
+
+class Enter(Message, frozen=True, tag="enter"):
+    """A thin client comes, and will name this session to the owner."""
+
+    session: Digest
+
+
+class Leave(Message, frozen=True, tag="leave"):
+    """It has gone."""
+
+
+Request = Load | Generate | Forget | Bench | Statistics | Close | Where | Enter | Leave
 
 
 # The owner's, while its model is shared.

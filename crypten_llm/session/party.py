@@ -24,7 +24,7 @@ from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER, role_names
-from crypten_llm.session import bench, counting, generation, messages, scheduler
+from crypten_llm.session import bench, counting, generation, messages, scheduler, thin
 from crypten_llm.session.admission import Admission
 from crypten_llm.session.fits import Fits
 from crypten_llm.session.loading import loading_bar, read_weights
@@ -55,6 +55,7 @@ class Party:
     whether its model is shared. mode: what this party lets the client learn of each step, all logits by default.
     quota: at the owner, how many tokens it answers with. notary: what makes its part of receipts; by default nothing.
     sharing: ranks that are known to share this one's card, itself among them.
+    side: its side of thin clients, where a helper stands for them.
     """
 
     model: Llama  # once it has been loaded
@@ -74,6 +75,7 @@ class Party:
         quota: Quota | None = None,
         notary: Notary | None = None,
         sharing: Sequence[int] = (),
+        side: thin.Side | None = None,
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -90,7 +92,7 @@ class Party:
         self.make_policy, self.make_model, self.admission = make_policy, make_model, admission or Admission()
         self.mode = mode or Mode()
         self.quota = quota if quota and self.is_owner else Quota()
-        self.notary = notary or Notary()
+        self.notary, self.thin = notary or Notary(), side
         self.fits = Fits(engine, self.rank, compute_parties, sharing)
         self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
@@ -315,6 +317,8 @@ class Party:
                     bench.run(self, shape)
                 case messages.Statistics():
                     self.count(self.notary.running)
+                case messages.Enter() | messages.Leave() | messages.Where() as message:
+                    thin.heard(self, message)
 
     def request_load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """At the client: has the model shared; ``folder`` is opened on engine ``plain`` alone."""

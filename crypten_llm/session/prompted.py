@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -73,7 +73,7 @@ class Answer:
     why it is none, where the guide could not be followed; it has ended then.
     """
 
-    prompt_ids: list[int]
+    prompt_ids: list[Any]
     choose: Callable[[torch.Tensor], int]
     stop_ids: tuple[int, ...] = ()
     text: Detokenizer | None = None
@@ -225,13 +225,14 @@ class Prompted:
     def open(self, logits: Handle) -> torch.Tensor | None:
         """What the client chooses the next token from (``open_choice``), ``None`` elsewhere; logits [1, V]."""
         party = self.party
-        return party.reveals.open_choice(party.engine, logits, party.client, party.mode, self.plan.temperature)
+        asked = logits, party.client, party.mode, self.plan.temperature, party.thin
+        return party.reveals.open_choice(party.engine, *asked)
 
 
 class Rows(NamedTuple):
-    """What a sequence brings into a pass. ids: at the client alone."""
+    """What a sequence brings into a pass. ids: at the client alone; at a helper a thin client's keys of them."""
 
-    ids: list[int] | None
+    ids: list[Any] | None
     part: Pass
 
 
@@ -252,10 +253,13 @@ def extend(party: Party, rows: Sequence[Rows]) -> Handle:
 
 def given(party: Party, rows: Sequence[Rows]) -> Handle:
     """The tokens of all these rows, [T, V]."""
-    ids: list[int] | None = []
+    ids: list[Any] | None = []
     for each in rows:
         ids = None if ids is None or each.ids is None else ids + each.ids
     count = sum(each.part.rows for each in rows)
+    if party.thin is not None:
+        points = party.thin.points(ids, count, party.model.config.vocab_size)
+        return party.engine.tokens_of(points, count, party.model.config.vocab_size)
     return party.engine.tokens(None if ids is None else torch.tensor(ids), count, party.model.config.vocab_size)
 
 

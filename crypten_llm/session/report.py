@@ -5,6 +5,7 @@ Owns the arithmetic on the parties' counters and the cost table. It counts nothi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 PHASES = ("load", "prefill", "decode")
 ONLINE = ("prefill", "decode")
+WAYS = ("bytes_sent", "bytes_received")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,20 @@ class Cost:
     def seconds(self, phase: str) -> float:
         """Wall clock of a phase at the client, its waits for the other parties included."""
         return sum(row["seconds"] for row in self._rows(self._client, (phase,)))
+
+    @property
+    def thin(self) -> dict | None:
+        """The counters of a client that is no party, where there is one; they are the last of ``ranks``."""
+        return self.ranks[-1] if "thin" in self.ranks[-1] else None
+
+    def thin_bytes(self, phases: tuple[str, ...] = ONLINE) -> tuple[int, int]:
+        """Bytes that such a client has sent and received, headers included."""
+        rows = [row for row in (self.thin or {"table": []})["table"] if row["phase"] in phases]
+        return sum(row["bytes_sent"] for row in rows), sum(row["bytes_received"] for row in rows)
+
+    def names(self, roles: Sequence[str]) -> list[str]:
+        """Of ``ranks``, where the parties' names are ``roles``."""
+        return [*roles[: len(self.ranks) - 1], "client"] if self.thin else list(roles)
 
     def peak_bytes(self) -> list[int]:
         return [entry["peak_bytes"] for entry in self.ranks]
@@ -96,7 +112,18 @@ def cost_table(cost: Cost) -> str:
             "seconds": cost.seconds(phase),
         }
         lines.append(_line("", "total", total))
-    return "\n".join(lines)
+    return "\n".join([*lines, *thin_lines(cost)])
+
+
+def thin_lines(cost: Cost) -> list[str]:
+    """What a thin client has sent and received, by phase; nothing where the client is a party."""
+    return [thin_line({phase: cost.thin_bytes((phase,)) for phase in ONLINE})] if cost.thin else []
+
+
+def thin_line(passed: Mapping[str, tuple[int, int]]) -> str:
+    """passed: bytes sent and received, by phase."""
+    parts = (f"{phase} {size(sent)} sent, {size(received)} received" for phase, (sent, received) in passed.items())
+    return f"the thin client: {'; '.join(parts)}"
 
 
 def _line(phase: str, kind: str, row: dict) -> str:
@@ -148,6 +175,17 @@ class Counters:
             if times := entry["times"] - earlier.get(fact, 0) + of_load.get(fact, 0):
                 revealed.append({**entry, "times": times})
         return Counters(ranks, revealed)
+
+
+def added(before: list[dict], ranks: list[dict]) -> list[dict]:
+    """Counters of every rank with those ``before``, which may be empty."""
+    found = {entry["rank"]: {_names(row): dict(row) for row in entry["table"]} for entry in before}
+    for entry in ranks:
+        rows = found.setdefault(entry["rank"], {})
+        for row in entry["table"]:
+            held = rows.setdefault(_names(row), dict.fromkeys(row, 0) | {name: row[name] for name in _NAMES})
+            held |= {name: held.get(name, 0) + row[name] for name in row if name not in _NAMES}
+    return [{**entry, "table": list(found[entry["rank"]].values())} for entry in ranks]
 
 
 def _names(row: dict) -> tuple:

@@ -22,7 +22,7 @@ from crypten_llm.session.plan import DEFAULT_CHUNK, Course, Plan, Turn, parse_po
 from crypten_llm.session.prompted import Answer, Step
 from crypten_llm.session.public import cut, cut_chat
 from crypten_llm.session.receipt import Receipt
-from crypten_llm.session.report import Cost
+from crypten_llm.session.report import WAYS, Cost
 from crypten_llm.session.sampling import Logprobs, Sampler, SamplingConfig
 from crypten_llm.session.text import Detokenizer, check_stops
 
@@ -263,6 +263,7 @@ class Result:
             "logprobs": likely,
             "online": {"rounds": self.cost.rounds(), "bytes_sent": self.cost.bytes_sent()},
             "offline": {"bytes": self.cost.dealer_bytes(), "rounds": self.cost.dealer_rounds()},
+            **({"thin_client": dict(zip(WAYS, self.cost.thin_bytes(), strict=True))} if self.cost.thin else {}),
             "peak_memory_bytes": self.cost.peak_bytes(),
             "table": self.cost.table(),
         }

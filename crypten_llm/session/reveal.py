@@ -7,6 +7,7 @@ both lists, so that a reader can check them against the threat model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,18 @@ from crypten_llm.session.mode import ID
 if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine
     from crypten_llm.session.mode import Mode
+    from crypten_llm.session.thin import Side
     from eviction.operations import Handle
+
+
+def choice_of(shown: Sequence[torch.Tensor], mode: Mode, vocabulary: int) -> torch.Tensor:
+    """What a client chooses a token from, of what it was shown: logits [V], of which all but the best are -inf in mode
+    "top-k"; in mode "tokens" the id, a tensor [].
+    """
+    if not mode.count:
+        return shown[0][0]
+    ids, best = shown
+    return torch.full((vocabulary,), -torch.inf).scatter(0, ids.long(), best)
 
 
 @dataclass(frozen=True)
@@ -48,12 +60,14 @@ class RevealLog:
         """Records what the parties tell ``to`` of themselves."""
         self._record(Revealed(what, to, why))
 
-    def open_choice(self, engine: Engine, logits: Handle, client: int, mode: Mode, temperature: float) -> Any:
-        """What the client chooses a token from, ``None`` elsewhere: logits [V], of which all but the best are -inf in
-        mode "top-k"; in mode "tokens" the id, a tensor [].
+    def open_choice(
+        self, engine: Engine, logits: Handle, client: int, mode: Mode, temperature: float, thin: Side | None = None
+    ) -> Any:
+        """What the client chooses a token from, ``None`` elsewhere: see ``choice_of``. For a thin client, at the helper
+        what it is to pass on, a list of ``Padded``.
 
-        logits: [1, V]. temperature: of mode "tokens". Reveals, raises: as ``open_to_client``. Cost: the engine's, of
-        ``sample`` or ``top_k``, and of ``open_to``.
+        logits: [1, V]. temperature: of mode "tokens". thin: this party's side of a thin client. Reveals, raises: as
+        ``open_to_client``. Cost: the engine's, of ``sample`` or ``top_k``, and of ``open_to`` or ``pass_on``.
         """
         if mode.kind == ID:
             with engine.meter.operation("choice of the token", "choice"):
@@ -67,24 +81,26 @@ class RevealLog:
             chosen, what, why = logits, "logits of each generated token", "the client samples its own answer"
         with engine.meter.operation("reveal to the client", "reveal"):
             self.tokens += 1
-            shown = self.open_to_client(engine, chosen, client, what, why)
-        if shown is None or not mode.count:
-            return None if shown is None else shown[0]
-        ids, best = shown
-        return torch.full((logits.shape[-1],), -torch.inf).scatter(0, ids.long(), best)
+            shown = self.open_to_client(engine, chosen, client, what, why, thin)
+        if shown is None or thin is not None:
+            return shown
+        return choice_of(shown if mode.count else (shown,), mode, logits.shape[-1])
 
-    def open_to_client(self, engine: Engine, handle: Handle, client: int, what: str, why: str) -> Any:
-        """The float value of ``handle`` at the client, ``None`` elsewhere; of several in a tuple, of each.
+    def open_to_client(
+        self, engine: Engine, handle: Handle, client: int, what: str, why: str, thin: Side | None = None
+    ) -> Any:
+        """The float value of ``handle`` at the client, ``None`` elsewhere; of several in a tuple, of each. For a thin
+        client, at the helper each value behind a pad.
 
         Reveals: the value, to the client alone; on an engine that tells, to the compute parties before, whether any
-        number left its range. Cost: the engine's, of ``open_to``. Raises: LeftRange, where one did.
+        number left its range. Cost: the engine's, of ``open_to`` or ``pass_on``. Raises: LeftRange, where one did.
         """
         if engine.tells_range:
             self._record(
                 Revealed("whether any number left the engine's range", "parties", "a wrong answer is not given")
             )
         self._record(Revealed(what, "client", why))
-        return engine.open_to(handle, client)
+        return engine.open_to(handle, client) if thin is None else thin.pass_on(engine, handle, client)
 
     def _record(self, entry: Revealed) -> None:
         self._counts[entry] = self._counts.get(entry, 0) + 1

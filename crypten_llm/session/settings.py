@@ -19,7 +19,7 @@ from crypten_llm.engines import check_engine
 from crypten_llm.errors import UsageError, did_you_mean
 from crypten_llm.links.network import parse_network
 from crypten_llm.records import Malformed, Word, convert, plain
-from crypten_llm.roles import role_names
+from crypten_llm.roles import CLIENT, role_names
 from crypten_llm.session.mode import ALL, Mode
 
 DEFAULT_ENGINE = "wire"
@@ -60,6 +60,7 @@ class ProtocolConfig:
     engine's ranges by the owner's measurement; every answer is marked. reveal: what the client learns of each step
     (``mode.Mode``). peer_memory: messages of repeated steps go from the owner's card to the client's, of one host.
     insecure_links: leave links between hosts without TLS all the same.
+    helper: the second compute party stands for thin clients, which are none (``thin``).
     """
 
     engine: str = _setting(DEFAULT_ENGINE, f"plain (no privacy), crypten or wire (default: {DEFAULT_ENGINE})")
@@ -89,8 +90,12 @@ class ProtocolConfig:
         False, "leave links between hosts plain TCP: whoever is between reads everything (a tunnel must protect them)"
     )
 
+    helper: bool = False  # no option: a command of its own
+
     def __post_init__(self) -> None:
         check_engine(self.engine)
+        if self.helper and self.engine != "wire":
+            raise UsageError(f"engine {self.engine!r} has no helper; use engine 'wire' (--engine wire)")
         Mode.parse(self.reveal)
         if self.force and self.engine == "plain":
             raise UsageError("engine 'plain' has no range that a model could leave; leave --force out (force=False)")
@@ -123,6 +128,8 @@ class ProtocolConfig:
     def roles(self) -> list[str]:
         """Names by rank; a tape takes the dealer's place."""
         names = role_names(self.compute_parties)
+        if self.helper:
+            names[CLIENT] = "helper"
         return names[: self.compute_parties] if self.tape else names
 
     @property
@@ -161,6 +168,8 @@ class LaunchConfig:
     session_tokens, day_tokens: most tokens that the owner answers with (see ``quota``); 0 for no limit.
     offline: never ask a hub. verbose: tracebacks, and what the other parties print. progress: show progress bars.
     shielded: local parties do not hear Ctrl-C, which reaches every process of a terminal; they end with the client.
+    helper_at, owner_at: where these take this client, as HOST:PORT, which then is a thin one (see ``thin_client``);
+    or helper_at is "local", for parties that this client starts.
     """
 
     device: str = _setting(
@@ -192,6 +201,8 @@ class LaunchConfig:
         metavar="FILE",
     )
     shielded: bool = False  # no option: for a client that has another use for Ctrl-C than to end all
+    helper_at: str = ""  # no options: of the commands that can be asked by a thin client
+    owner_at: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.timeout, int | float) or not 0 < self.timeout < math.inf:
@@ -208,6 +219,15 @@ class LaunchConfig:
             raise UsageError(f"device is {self.device!r}; it must be cpu, cuda, or one of several by cuda:N")
         if self.network:
             parse_network(self.network)
+        if bool(self.owner_at) != (self.helper_at not in ("", "local")):
+            raise UsageError(
+                "a thin client is told both --helper HOST:PORT and --owner HOST:PORT, or --helper local alone"
+            )
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether this process is a thin client."""
+        return bool(self.helper_at)
 
     def device_of(self, rank: int) -> str:
         """Where the party of that rank computes."""
@@ -246,7 +266,8 @@ def split(settings: dict) -> tuple[ProtocolConfig, LaunchConfig]:
     kinds = (ProtocolConfig, LaunchConfig)
     check_names("setting", settings, [field.name for kind in kinds for field in fields(kind)])
     protocol, launch = ({f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in kinds)
-    asked, launched = ProtocolConfig(**protocol), LaunchConfig(**launch)
+    launched = LaunchConfig(**launch)
+    asked = ProtocolConfig(**protocol | ({"helper": True} if launched.is_thin else {}))
     if asked.engine == "crypten" and "cuda" in launched.device and asked.reveal != ALL:
         raise UsageError(
             f"device is {launched.device!r}, and engine 'crypten' chooses tokens on the processor alone; leave "

@@ -17,6 +17,7 @@ def options(parser: Parser) -> None:
     parser.add_padded(None)
     shared.add_answer(parser)
     shared.add_policy(parser)
+    shared.add_helper(parser)
     shared.add_settings(parser)
 
 

@@ -33,6 +33,7 @@ def options(parser: Parser) -> None:
     shared.add_policy(parser)
     add("--receipt", metavar="F.json", help="write what all parties sign of this answer (see verify)")
     parser.add_json()
+    shared.add_helper(parser)
     shared.add_settings(parser)
 
 

@@ -47,6 +47,7 @@ def options(parser: Parser) -> None:
     length("--show-length", dest="hide_length", action="store_false", default=None, help=what)
     parser.add_chunk()
     shared.add_policy(parser)
+    shared.add_helper(parser)
     shared.add_settings(parser)
 
 

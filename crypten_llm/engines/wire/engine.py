@@ -16,6 +16,7 @@ import torch
 
 from crypten_llm.engines.base import Engine, Held
 from crypten_llm.engines.domain import Calibration
+from crypten_llm.engines.passing import Pad, Padded
 from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, drawing, gathering, keeping, layers  # noqa: F401
 from crypten_llm.engines.wire.captured import Repeated
 from crypten_llm.engines.wire.handles import Handle, OneHot, Rows, Weight, value
@@ -29,6 +30,7 @@ from crypten_llm.protocols import embedding, products
 from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.flags import Flags
 from crypten_llm.protocols.opening import Message
+from crypten_llm.protocols.points import Points
 from crypten_llm.protocols.rounds import Protocol, Rounds
 from crypten_llm.protocols.secret import Overflow, Secret
 from crypten_llm.protocols.sketch import Sketches
@@ -200,6 +202,11 @@ class WireEngine(Engine):
         bits = None if mine is None else self.runtime.moved(embedding.one_hot(mine, count, vocab_size))
         return OneHot(mine, bits, count, vocab_size)
 
+    def tokens_of(self, points: Points, count: int, vocab_size: int) -> OneHot:
+        """One-hot rows [count, V] of tokens that no party here knows."""
+        bits = None if points.part is None else self.runtime.moved(points.part)
+        return OneHot(None, bits, count, vocab_size, points)
+
     def secret(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Secret:
         scale = self.config.hidden
 
@@ -230,7 +237,34 @@ class WireEngine(Engine):
         """
         return self.rounds.run(self._show(x, rank))
 
-    def _show(self, x: Handle | tuple[Handle, ...], rank: int) -> Protocol[Any]:
+    def pass_on(self, x: Handle | tuple[Handle, ...], rank: int, pad: Pad | None) -> list[Padded]:
+        """``open_to`` for somebody who is no party here: at ``rank`` the value behind ``pad``, to be given to who knows
+        it; at all how it looks. pad: at the other party alone, uniform words, new each time.
+
+        Reveals, cost, raises: as ``open_to``, but that the value itself is nobody's. Error: a unit of ``shown_bits``.
+        """
+        return self.rounds.run(self._pass_on(x, rank, pad))
+
+    def _pass_on(self, x: Handle | tuple[Handle, ...], rank: int, pad: Pad | None) -> Protocol[list[Padded]]:
+        several = yield from self._checked(x)
+        cuts, sender = [max(0, each.scale - self.shown_bits) for each in several], OWNER + CLIENT - rank
+        messages = []
+        for each, cut in zip(several, cuts, strict=True):
+            shape, bits = tuple(each.shape), each.width - cut
+            pads = 0 if pad is None else self.runtime.moved(pad(shape, bits))
+            messages.append(Message(sender, shape, bits, (each.share >> cut) + pads))
+        others = yield [*messages]
+        found = []
+        for each, cut, other, message in zip(several, cuts, others, messages, strict=True):
+            words = None
+            if other is not None:
+                mine = ring.low_bits(each.share + (1 << cut) - 1, each.width) >> cut
+                words = ring.low_bits(mine + other, message.bits).cpu()
+            found.append(Padded(words, message.shape, message.bits, each.scale - cut))
+        return found
+
+    def _checked(self, x: Handle | tuple[Handle, ...]) -> Protocol[list[Secret]]:
+        """The shares of what is shown, once no number has left its range and each token was one."""
         several = []
         for handle in x if isinstance(x, tuple) else (x,):
             several.append((yield from value(self, handle)))
@@ -238,6 +272,10 @@ class WireEngine(Engine):
             self.rounds.start(self.sketches.checked())
             if (yield from self.checks.any_set()):
                 raise LeftRange(LEFT_DOMAIN)
+        return several
+
+    def _show(self, x: Handle | tuple[Handle, ...], rank: int) -> Protocol[Any]:
+        several = yield from self._checked(x)
         cuts, sender = [max(0, x.scale - self.shown_bits) for x in several], OWNER + CLIENT - rank
         pieces = zip(several, cuts, strict=True)
         others = yield [Message(sender, tuple(x.shape), x.width - cut, x.share >> cut) for x, cut in pieces]

@@ -17,6 +17,7 @@ from crypten_llm.engines.wire.numbers import ROOM
 from crypten_llm.protocols import embedding, products
 from crypten_llm.protocols.dealer.shapes import shape_only
 from crypten_llm.protocols.opening import Opening
+from crypten_llm.protocols.points import Points
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, as_secret
 
@@ -51,12 +52,16 @@ class Weight:
 
 @dataclass
 class OneHot:
-    """The client's token ids, and their bits on its device (``embedding.one_hot``); everybody else knows how many."""
+    """The client's token ids, and their bits on its device (``embedding.one_hot``); everybody else knows how many.
+
+    points: of tokens that neither party knows, of which the bits are a part.
+    """
 
     ids: torch.Tensor | None
     bits: torch.Tensor | None
     count: int
     vocab_size: int
+    points: Points | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

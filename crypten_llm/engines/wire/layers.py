@@ -41,7 +41,8 @@ def _embedded(engine: TrackedEngine, out: Tracked, one_hot: Tracked, weight: Tra
 def embed(engine: WireEngine, one_hot: OneHot, weight: Weight) -> Protocol[Secret]:
     """Error: half a unit of the table. Cost: ``embedding.look_up``'s."""
     table = yield from engine.table(weight)
-    return (yield from embedding.look_up(engine.runtime, one_hot.bits, one_hot.count, table, engine.sketches))
+    asked = one_hot.bits, one_hot.count, table, engine.sketches, one_hot.points
+    return (yield from embedding.look_up(engine.runtime, *asked))
 
 
 def linear_bound(scale: int, weight_scale: int, x: torch.Tensor, weight: torch.Tensor) -> float:
