@@ -33,10 +33,11 @@ CHANGED = {
         "session_tokens": 100,
         "day_tokens": 1000,
         "device": "cuda",
+        "stock": "stock",
     },
 }
 """Another value than the default for each setting."""
-ALONE = {"tape": "wire", "peer_memory": "wire", "device": "plain"}
+ALONE = {"tape": "wire", "peer_memory": "wire", "device": "plain", "stock": "wire"}
 """Settings that one engine alone has."""
 
 

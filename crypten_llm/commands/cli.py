@@ -18,7 +18,9 @@ from crypten_llm.commands.verbs import (
     generate,
     keys,
     party,
+    produce,
     serve,
+    stock,
     trace,
     verify,
 )
@@ -29,6 +31,8 @@ COMMANDS = {
     "serve": serve,
     "bench": bench,
     "deal": deal,
+    "stock": stock,
+    "produce": produce,
     "cost": cost,
     "calibrate": calibrate,
     "debug-compare": debug_compare,

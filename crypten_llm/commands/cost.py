@@ -117,15 +117,20 @@ class _AlikeLayers(Llama):
 
 @torch.inference_mode()
 def predict(
-    config: LlamaConfig, plan: Plan, network: Network | None = None, machine: Machine = Machine()
+    config: LlamaConfig,
+    plan: Plan,
+    network: Network | None = None,
+    machine: Machine = Machine(),
+    from_stock: bool = False,
 ) -> Prediction:
-    """What ``plan`` costs with a model of this configuration. A stop token may end an answer earlier.
+    """What ``plan`` costs with a model of this configuration. A stop token may end an answer earlier. from_stock: with
+    material that was dealt before (``protocols.dealer.stock``).
 
     The load's bytes leave out the norms' scales, which are the weights' secret until the owner tells them.
 
     Raises UsageError for a plan that the model cannot run.
     """
-    links, party, alike = _loaded(config, [plan])
+    links, party, alike = _loaded(config, [plan], dealer_follows=not from_stock)
     counted = _entries(links, machine, network)
     cache = party.model.new_cache()
     party.start_request()
@@ -192,7 +197,9 @@ class _Uncounted(Party):
         return []
 
 
-def _loaded(config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = ()) -> tuple[Links, Party, bool]:
+def _loaded(
+    config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = (), dealer_follows: bool = True
+) -> tuple[Links, Party, bool]:
     """Where ``plans`` are counted, the model loaded; whether the first two layers stand for all. cached: tokens that
     each goes on after.
 
@@ -203,8 +210,8 @@ def _loaded(config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = 
             if count < 1:
                 raise UsageError(f"{name} is {count}; it must be 1 or more")
         check_policy(plan.policy)
-        plan.check(config, Turn(0, behind, keeps_answer=False))
-    links = Links()
+        plan.check(config, Turn(0, behind, keeps_answer=False) if behind else None)
+    links = Links(dealer_follows)
     differ = any(parse_policy(plan.policy).acts for plan in plans) or len(set(config.windows)) > 1
     make_model = Llama if differ else functools.partial(_AlikeLayers, links)
     there: Any = links  # stands for a transport

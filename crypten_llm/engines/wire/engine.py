@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from crypten_llm.links.meter import Meter
     from crypten_llm.links.transport import Transport
     from crypten_llm.protocols.dealer.runtime import Runtime
+    from crypten_llm.protocols.dealer.tape import Tape
     from crypten_llm.session.calibration import Ranges
 
 
@@ -97,6 +98,20 @@ class WireEngine(Engine):
         self.runtime.begin(label)
         yield
         self.runtime.end()  # not after an error, which leaves a section half done
+
+    @contextmanager
+    def supplied(self, block: Tape) -> Iterator[None]:
+        """A with block in which all material comes from one that was dealt before, and no dealer follows."""
+        self.dealer_follows = False
+        try:
+            with self.runtime.lent(block.keys, block):
+                yield
+        finally:
+            self.dealer_follows = True
+
+    def masking_weights(self, key: bytes | None) -> AbstractContextManager[None]:
+        """See ``Runtime.masking_weights``."""
+        return self.runtime.masking_weights(key)
 
     def repeated(self, program: Callable[..., Secret]) -> Callable[..., Secret]:
         return program if self.runtime.device.type == "cpu" else Repeated(self, program)

@@ -166,8 +166,8 @@ class Captured:
     def __init__(self, runtime: Runtime, graphs: Graphs) -> None:
         self._runtime, self._graphs = runtime, graphs
         self._posted: list[_Swap] = []  # messages that captured kernels exchange themselves
-        self._material: Any = runtime.material
-        unit = self._material.unit
+        self._material: Any = None  # of the section that is run
+        unit = runtime.material.unit
         self._reads, self._writes = _Reads(runtime.device, unit), _Writes(runtime.device, unit)
         self._stretches: list[_Stretch] = []
         self._loaded = 0  # windows, in the section that is run
@@ -176,6 +176,7 @@ class Captured:
     def capture(self, program: Callable[[], Result]) -> Result:
         """What the program returns."""
         runtime = self._runtime
+        self._material = runtime.material
         mine = self._writes if runtime.role == DEALER else self._reads
         with self._graphs.apart(), runtime.replaced(mine, self._post if runtime.mailbox else self._swap):
             try:
@@ -194,7 +195,7 @@ class Captured:
     def replay(self) -> None:
         """The program's kernels and messages, with what belongs to the section that has begun."""
         runtime = self._runtime
-        self._loaded = 0
+        self._material, self._loaded = runtime.material, 0
         for stream, mark in zip(runtime.streams, self._marks, strict=True):
             stream.lend_key(mark)
         with self._graphs.apart():

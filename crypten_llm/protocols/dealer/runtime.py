@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -168,6 +168,29 @@ class Runtime(ABC):
             yield
         finally:
             self._material, self._swap = before
+
+    @contextmanager
+    def lent(self, keys: list[bytes], material: Any = None) -> Iterator[None]:
+        """A with block between two sections, those within which draw from other keys: labels may come again there.
+
+        material: where theirs comes from, or goes, if that is elsewhere too.
+        """
+        self.end()
+        before = self._keys, self._material, self._begun
+        self._keys, self._begun = keys, set()
+        self._material = self._material if material is None else material
+        try:
+            yield
+            self.end()
+        finally:
+            self.section = ""
+            self._keys, self._material, self._begun = before
+
+    def masking_weights(self, key: bytes | None) -> AbstractContextManager[None]:
+        """A with block in which the owner's masks come from a key that outlives the session (``series``), at the owner
+        and the dealer; the client has no part of them and is given none.
+        """
+        return self.lent(self._keys if key is None else [key, *self._keys[1:]])
 
     # Masks and correlations.
 
