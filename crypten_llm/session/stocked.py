@@ -7,6 +7,7 @@ then draw from the block's keys, and no dealer follows it. Without a block in st
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,12 +19,13 @@ from msgspec import structs
 
 import crypten_llm
 from crypten_llm import limits, program
-from crypten_llm.errors import LeftRange, UsageError
+from crypten_llm.errors import LeftRange, UsageError, shown
 from crypten_llm.links.transport import bytes_of
 from crypten_llm.protocols.dealer.material import CHANNEL
 from crypten_llm.protocols.dealer.randomness import KEY_BYTES
 from crypten_llm.protocols.dealer.stock import GRACE_SECONDS, Half, Stock
 from crypten_llm.session import messages, series
+from crypten_llm.session.admission import WARNING
 from crypten_llm.session.prompted import Step
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
 
 
 class Stocked:
-    """stock: None where this party keeps none. signers: whose blocks are taken; anybody's that both parties have,
-    where nobody is named.
+    """stock: None where this party keeps none. signers: whose blocks are taken: of producers' keys where
+    links are under TLS; else anybody's that both parties have.
     """
 
     def __init__(self, stock: Stock | None = None, signers: Sequence[str] = ()) -> None:
@@ -57,8 +59,13 @@ class Stocked:
         signers: list[str] = []
         if launch.tls:
             from crypten_llm.links.signatures import public_keys  # plain links need no X.509
+            from crypten_llm.links.tls import producers
 
-            signers = public_keys(launch.tls, "dealer")
+            signers = [key for role in producers(launch.tls) for key in public_keys(launch.tls, role)]
+            if not signers:
+                raise UsageError(
+                    f"--stock: {launch.tls} has the certificate of no producer; pin it (keys 'producer 1')"
+                )
         return cls(Stock(launch.stock, transport.rank, is_local), signers)
 
     @property
@@ -127,11 +134,19 @@ class Stocked:
         chosen = transport.recv_json(party.owner, messages.Chosen).block
         for half, plan in offered:
             if half.id == chosen:
-                self._chosen = stock.take(half, transport, self.signers)
-                return [plan]
+                self._chosen = self._taken(stock, half, transport)
+                return [plan] if self._chosen else plans
         if chosen:
             raise transport.unexpected(party.owner, "which block is taken")
         return plans
+
+    def _taken(self, stock: Stock, half: Half, transport: Transport) -> Tape | None:
+        """None for one that another process has, or that cannot be used; this party is told why."""
+        try:
+            return stock.take(half, transport, self.signers)
+        except UsageError as error:
+            print(shown(f"{WARNING}block {half.id} is not taken: {error}"), file=sys.stderr, flush=True)
+            return None
 
     def fitting(self, party: Party, plan: Plan) -> list[tuple[Half, Plan]]:
         """Blocks that this request can take, with what it is run as: those that waste least first, the oldest of them.
@@ -160,13 +175,10 @@ class Stocked:
         there = {} if stock is None else {half.id: half for half in stock.halves() if half.series == self.series}
         for name, digest in said.blocks:
             half = there.get(name)
-            if stock is None or half is None or half.digest != digest:
-                continue
-            try:
-                self._chosen = stock.take(half, transport, self.signers)
-            except UsageError:  # another process has it, or it is damaged: the next one
-                continue
-            break
+            if stock is not None and half is not None and half.digest == digest:
+                self._chosen = self._taken(stock, half, transport)
+                if self._chosen:
+                    break
         transport.send_json(party.client, messages.Chosen(self.chosen))
 
     def reconcile(self, party: Party) -> None:
