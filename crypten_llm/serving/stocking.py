@@ -87,7 +87,8 @@ class Stocking:
         if llama.party.stocked.stock is None:
             return dealt
         more = {"from_stock": False, "seconds_from_stock": None, "seconds_with_dealer": dealt["seconds"]}
-        if (plan := self.fit(llama, asked)) is None:
+        plan = None if self._only_alone and ahead else self.fit(llama, asked)
+        if plan is None:
             return {**dealt, **more}
         found = self.pricer.price(llama.config, [Course(plan)])
         more |= {"from_stock": True, "seconds_from_stock": found["seconds"]}
