@@ -8,6 +8,7 @@ import pytest
 from stocks import LEVELS, SERIES, dealt, keepers, lines, put, take
 from tapes import open_tape
 
+from crypten_llm.commands import produce, stock
 from crypten_llm.errors import PartyError, UsageError
 from crypten_llm.protocols.dealer.layout import path_in
 from crypten_llm.protocols.dealer.manifest import PARTIES
@@ -244,3 +245,51 @@ def test_what_of_another_series_is_dropped(tmp_path, monkeypatch):
         monkeypatch.setattr("crypten_llm.protocols.dealer.stock.GRACE_SECONDS", -1.0)
         line.order(SERIES)
     assert client.stock.halves() == [] and client.stock.has_used(old)
+
+
+# What the commands are given.
+
+
+def test_levels_are_a_file_of_the_clients(tmp_path):
+    path = tmp_path / "levels.json"
+    path.write_text('[{"prompt_tokens": 8, "max_new_tokens": 4, "blocks": 2, "policy": "snapkv"}]')
+    (level,) = stock.read_levels(str(path))
+    assert level.blocks == 2 and level.plan().padded == 0 and level.plan().policy.startswith("snapkv")
+    for text, message in (
+        ("[]", "names no shape, or one twice"),
+        (path.read_text().replace("}]", "}, ") + path.read_text()[1:], "names no shape, or one twice"),
+        ('[{"prompt_tokens": 0, "max_new_tokens": 4, "blocks": 2}]', "prompt_tokens"),
+        ('[{"prompt_tokens": 8, "max_new_tokens": 4, "blocks": 2, "policy": "none such"}]', "policy"),
+    ):
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            stock.read_levels(str(tmp_path / "wrong.json"))
+    given = str(tmp_path / "stock"), "127.0.0.1", 0
+    for role, levels, gigabytes, message in (
+        ("owner", str(path), 1.0, "at the client's stock and there alone"),
+        ("client", "", 1.0, "at the client's stock and there alone"),
+        ("owner", "", 0.0, "must be above 0"),
+        ("dealer", "", 1.0, "a stock is the owner or the client's"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            stock.keep(role, *given, levels, gigabytes)
+
+
+def test_a_producer_is_told_where_and_who(tmp_path):
+    assert produce.place_of("[::1]:29601") == ("::1", 29601) and produce.place_of("host:1") == ("host", 1)
+    for wrong in ("host", "host:", ":29601", "host:70000"):
+        with pytest.raises(UsageError, match="is no place of a keeper"):
+            produce.place_of(wrong)
+    with pytest.raises(UsageError, match="--tls takes --producer N"):
+        produce.produce("a:1", "b:2", stock.Where(tls=str(tmp_path)))
+    with pytest.raises(UsageError, match="has the certificate of no producer"):
+        stock.greeter(OWNER, 0, "127.0.0.1", stock.Where(tls=str(tmp_path)))
+    with pytest.raises(UsageError, match="would be plain TCP"):
+        stock.greeter(OWNER, 0, "192.0.2.1", stock.Where())
+
+
+def test_what_half_steps_leave_is_removed_at_the_next_start(stocks, tmp_path):
+    name = put(stocks, tmp_path / "out")
+    stocks[OWNER]._write_off(name)  # and ended before its key was overwritten
+    assert stocks[OWNER].halves() == [] and files(stocks[OWNER]) == [f"{name}.block"]
+    assert files(Stock(tmp_path / "stock", OWNER, is_local=True)) == []

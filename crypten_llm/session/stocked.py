@@ -155,10 +155,14 @@ class Stocked:
         """
         if self.stock is None:
             return []
-        able = []
+        able, as_run = [], dict[tuple, "Plan | None"]()
         for half in self.stock.halves():
-            if half.series == self.series and (made := fitted(half.plan, plan)) and _runs(party, made):
-                able.append((half, made))
+            shape = tuple(half.plan.items())
+            if shape not in as_run and half.series == self.series:
+                made = fitted(half.plan, plan)
+                as_run[shape] = made if made and _runs(party, made) else None
+            if half.series == self.series and (found := as_run[shape]):
+                able.append((half, found))
         able.sort(key=lambda each: (each[1].rows, each[0].plan["max_new_tokens"]))
         return able[: limits.OFFERED]
 
@@ -259,9 +263,9 @@ def fitted(dealt: Facts, plan: Plan) -> Plan | None:
 
 
 def _runs(party: Party, plan: Plan) -> bool:
-    """Whether the model can run it; pads must not move the prompt's positions to other frequencies."""
+    """Whether the model can run it, and this machine hold it; pads must not move positions to other frequencies."""
     try:
-        plan.check(party.model.config)
+        party.check_plans([plan])
     except UsageError:
         return False
     most = len(plan.public_prefix) + plan.rows + plan.max_new_tokens

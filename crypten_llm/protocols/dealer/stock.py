@@ -84,6 +84,10 @@ class Stock:
         self._reading = threading.Lock()
         self._used: set[str] = set()
         self._read = 0  # bytes of the file of those
+        used = self._all_used()
+        for path in self.folder.glob(f"*{END}"):
+            if path.stem in used:  # of a process that ended between two steps
+                path.unlink(missing_ok=True)
 
     def halves(self) -> list[Half]:
         """Those that are there, oldest first."""
@@ -92,24 +96,28 @@ class Stock:
         except OSError as error:
             raise self._unusable(error) from None
         self._known = {name: self._known.get(name) or self._look(name) for name in names}
-        found = [half for half in self._known.values() if half is not None and not self.has_used(half.id)]
+        used = self._all_used()
+        found = [half for half in self._known.values() if half is not None and half.id not in used]
         return sorted(found, key=lambda half: (half.made, half.id))
 
     def has_used(self, name: str) -> bool:
         """Whether a block of this id was taken or dropped here, by any process."""
+        return name in self._all_used()
+
+    def _all_used(self) -> set[str]:
         with self._reading:
             try:
                 with open(self.folder / USED, "rb") as file:
                     file.seek(self._read)
                     fresh = file.read()
             except FileNotFoundError:
-                return name in self._used
+                return self._used
             except OSError as error:
                 raise self._unusable(error) from None
             whole = fresh[: fresh.rfind(b"\n") + 1]
             self._used.update(whole.decode("ascii", "replace").split())
             self._read += len(whole)
-            return name in self._used
+            return self._used
 
     def take(self, half: Half, transport: Transport, signers: Sequence[str] = ()) -> Tape:
         """The half, burned: nobody finds it any more. Its material is read from the file, which has no name now.
@@ -123,7 +131,7 @@ class Stock:
                 raise UsageError(f"{path} is not the block that it was; nothing was used")
             self._write_off(half.id)
             tape.burn()
-            path.unlink()
+            path.unlink(missing_ok=True)
             sync(self.folder)
         except OSError as error:
             tape.close()
