@@ -1,10 +1,11 @@
 """Requests from stock: of a session at once, of an endpoint, after a restart; without a block the dealer follows."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from endpoints import client, opened, service
-from hf_models import with_tokenizer
+from hf_models import tiny, with_tokenizer
 from stocks import put_all
 
 from crypten_llm.commands.cost import predict, predict_open
@@ -127,6 +128,29 @@ def test_a_session_from_stock(model, expected, tmp_path):
             patched.setattr("crypten_llm.session.stocked.GRACE_SECONDS", -1.0)
             llama.reconcile()
         assert not (folder / "client" / f"{lone}.block").exists()
+
+
+def test_what_a_session_keeps_of_its_weights_is_no_blocks(tmp_path):
+    """Norms of heads, else masked where they are first needed, and a public prefix that an earlier request has sent."""
+    model, folder = tiny(tmp_path, model_type="qwen3", num_hidden_layers=1)[0], tmp_path / "stock"
+    asked = {"input_ids": IDS, "max_new_tokens": 3, "eos_token_id": [], "public_prefix": [1, 2]}
+    with PrivateLlama.from_pretrained(str(model), engine="plain") as llama:
+        expected = llama.generate(**asked, logprobs=0)
+    session, open_session = from_stock(folder, model)
+    with open_session() as llama:
+        for blocks in (0, 2, 0):
+            plan = Level(6, 4, 1, public_prefix=2).plan()
+            names = [put_all(session.producer, folder, plan, tmp_path / f"out{blocks}{at}") for at in range(blocks)]
+            for name in names or [""]:
+                found = llama.generate(**asked, logprobs=0)
+                assert (found.block, found.token_ids) == (name, expected.token_ids)
+                likely = [[step.logprob for step in each.logprobs] for each in (found, expected)]
+                assert likely[0] == pytest.approx(likely[1], abs=0.02)
+                if name:
+                    run = replace(plan, prompt_tokens=5, max_new_tokens=3, pads=1, public_prefix=(1, 2))
+                    counted = predict(llama.config, run, from_stock=True)
+                    assert found.cost.bytes_sent() == counted.cost.bytes_sent()
+                    assert found.cost.dealer_bytes() == counted.cost.dealer_bytes()
 
 
 def test_a_stock_is_of_the_engine_with_a_dealer(model, tmp_path):

@@ -27,6 +27,7 @@ from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Course, Plan, Turn, parse_policy
+from crypten_llm.session.producing import Known
 from crypten_llm.session.report import ONLINE, Cost
 
 if TYPE_CHECKING:
@@ -216,8 +217,9 @@ def _loaded(
     make_model = Llama if differ else functools.partial(_AlikeLayers, links)
     there: Any = links  # stands for a transport
     mode = Mode.parse(plans[0].reveal)
-    party = _Uncounted(CostEngine(links, mode.wire()), there, compute_parties=2, make_model=make_model, mode=mode)
-    links.say(Announced(config.to_dict(), {}))
+    given: dict[str, Any] = {"compute_parties": 2, "make_model": make_model, "mode": mode, "stocked": Known()}
+    party = _Uncounted(CostEngine(links, mode.wire()), there, **given)
+    links.say(Announced(config.to_dict(), {}, series="" if dealer_follows else "counted"))
     party.load()
     return links, party, not differ
 

@@ -205,7 +205,7 @@ class Party:
                 handles = {}
                 for name, shape in checkpoint.expected_shapes(config).items():
                     handles[name] = self.engine.parameter(weights.pop(name, None), shape)
-                self.model = self.make_model(self.engine, config, handles, scales)
+                self.model = self.stocked.owning(self.make_model(self.engine, config, handles, scales))
         self.prefixes = Prefixes(
             self.engine, self.model, partial(self._in_the_clear, folder) if self.is_owner else None
         )

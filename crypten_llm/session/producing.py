@@ -7,6 +7,7 @@ material alone. Nobody is at its other ends: what it would hear is public, and k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.stocked import Stocked
 from crypten_llm.units import size
 
 if TYPE_CHECKING:
@@ -59,6 +61,22 @@ class _Nothing(Sizes):
         raise AssertionError("weights are shared without the dealer's material")
 
 
+class Known(Stocked):
+    """Where nobody has to be told how the weights are masked. masks: the key, or None where only shapes are counted."""
+
+    def __init__(self, masks: bytes | None = None) -> None:
+        super().__init__()
+        self._key = masks
+
+    def masking_weights(self, party: Party, name: str) -> AbstractContextManager[None]:
+        self.series, engine = name, party.engine
+        if self._key is None:
+            return nullcontext()
+        known: Any = engine
+        masking: AbstractContextManager[None] = known.masking_weights(self._key)
+        return masking
+
+
 class Producer:
     """series: whose weights' masks. signer: of the dealer's key, or a fresh one. device: on which it deals."""
 
@@ -72,12 +90,13 @@ class Producer:
 
     def _party(self, role: Callable[[Any], Any], device: str | torch.device = "cpu") -> Party:
         """One that has the weights' masks, or their shapes."""
-        links: Any = Absent(iter([Announced(self._config.to_dict(), {})]))  # stands for a transport
+        said = Announced(self._config.to_dict(), {}, series=self.series.name)
+        links: Any = Absent(iter([said]))  # stands for a transport
         links.staging = Staging(device)
         runtime = role(links)
         engine = WireEngine(links, self._mode.wire(), runtime.material, runtime)
-        party = Party(engine, links, 2, mode=self._mode)
-        with torch.inference_mode(), engine.masking_weights(self.series.masks):
+        party = Party(engine, links, 2, mode=self._mode, stocked=Known(self.series.masks))
+        with torch.inference_mode():
             party.load()
         return party
 

@@ -30,6 +30,7 @@ from crypten_llm.session.prompted import Step
 
 if TYPE_CHECKING:
     from crypten_llm.links.transport import Transport
+    from crypten_llm.models.llama import Llama
     from crypten_llm.protocols.dealer.manifest import Facts
     from crypten_llm.protocols.dealer.tape import Tape
     from crypten_llm.session.party import Party
@@ -119,6 +120,17 @@ class Stocked:
             transport.send(dealer, torch.frombuffer(bytearray(key), dtype=torch.uint8), channel=CHANNEL)
         masking: AbstractContextManager[None] = engine.masking_weights(key)
         return masking
+
+    def owning(self, model: Llama) -> Llama:
+        """The model, of which no weight is masked later than now where blocks are dealt for its masks.
+
+        A norm of heads is, else, where it is first needed.
+        """
+        engine: Any = model.engine
+        for attention in (block.self_attn for block in model.blocks if self.series and block.self_attn.has_head_norms):
+            for norm in (attention.q_norm, attention.k_norm):
+                engine.own_norm(norm.weight, attention.head_dim)
+        return model
 
     # Between requests.
 

@@ -23,7 +23,7 @@ from crypten_llm.engines.wire.known import known_rows
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
 from crypten_llm.engines.wire.padding import PaddedRows, Places
-from crypten_llm.errors import LeftRange, UsageError
+from crypten_llm.errors import LeftRange, OneTimeError, UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import embedding, products
 from crypten_llm.protocols.dealer import roles
@@ -110,6 +110,10 @@ class WireEngine(Engine):
         finally:
             self.dealer_follows = True
 
+    def own_norm(self, weight: Weight, size: int) -> None:
+        """Masks the weight of a norm of heads of that size, which else is done where it is first needed."""
+        self.rounds.run(self.matrix(weight, scale=size**0.5))
+
     def masking_weights(self, key: bytes | None) -> AbstractContextManager[None]:
         """See ``Runtime.masking_weights``."""
         return self.runtime.masking_weights(key)
@@ -164,6 +168,8 @@ class WireEngine(Engine):
         scale: multiplied in, in the place of sqrt(H).
         """
         if gamma not in weight.matrices:
+            if self.runtime.is_lent:
+                raise OneTimeError(f"{weight.name or 'a weight'} is masked within a block, which serves one request")
             c, after = self.config, gamma is not None or scale is not None
             factors: float | torch.Tensor = weight.shape[-1] ** 0.5 if scale is None and after else scale or 1.0
             if weight.value is not None and gamma is not None:

@@ -118,6 +118,7 @@ class Runtime(ABC):
         self.waiting: Waiting | None = None  # such a party's kernels for what comes
         self._streams: list[Stream] = []
         self._begun: set[str] = set()
+        self.is_lent = False  # whether all material is that of one request's block
         self._owned = Owned()
 
     # Sections.
@@ -180,15 +181,16 @@ class Runtime(ABC):
         material: where theirs comes from, or goes, if that is elsewhere too.
         """
         self.end()
-        before = self._keys, self._material, self._begun
+        before = self._keys, self._material, self._begun, self.is_lent
         self._keys, self._begun = keys, set()
-        self._material = self._material if material is None else material
+        if material is not None:
+            self._material, self.is_lent = material, True
         try:
             yield
             self.end()
         finally:
             self.section = ""
-            self._keys, self._material, self._begun = before
+            self._keys, self._material, self._begun, self.is_lent = before
 
     def masking_weights(self, key: bytes | None) -> AbstractContextManager[None]:
         """A with block in which the owner's masks come from a key that outlives the session (``series``), at the owner
