@@ -1,21 +1,27 @@
 """A stock: halves that are used once whatever happens, and how they come: both of a block, or none."""
 
 import os
+import shutil
 import signal
+import threading
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 from stocks import LEVELS, SERIES, dealt, keepers, lines, put, take
 from tapes import open_tape
+from transports import socket_pair
 
 from crypten_llm.commands import produce, stock
 from crypten_llm.errors import PartyError, UsageError
+from crypten_llm.links import tls
+from crypten_llm.links.waiting import Wait
 from crypten_llm.protocols.dealer.layout import path_in
 from crypten_llm.protocols.dealer.manifest import PARTIES
 from crypten_llm.protocols.dealer.stock import Stock
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import series
-from crypten_llm.session.delivery import Refused
+from crypten_llm.session.delivery import PARTY, PRODUCER, Refused
 from crypten_llm.session.plan import Plan
 from crypten_llm.session.stocked import fitted
 
@@ -286,6 +292,37 @@ def test_a_producer_is_told_where_and_who(tmp_path):
         stock.greeter(OWNER, 0, "127.0.0.1", stock.Where(tls=str(tmp_path)))
     with pytest.raises(UsageError, match="would be plain TCP"):
         stock.greeter(OWNER, 0, "192.0.2.1", stock.Where())
+
+
+def test_each_producer_has_a_key_of_its_own(tmp_path):
+    """And one whose certificate is not pinned is turned away, as is the dealer."""
+    numbers = (1, 2, 3)
+    for role in ("owner", "dealer", *(f"producer {number}" for number in numbers)):
+        tls.make_key(tmp_path / role, role)
+    for number in numbers:
+        there, pinned = tmp_path / f"producer {number}", tls.certificate_path(tmp_path / "owner", f"producer {number}")
+        shutil.copy(tmp_path / "owner" / "owner.crt", there)
+        if number < 3:
+            shutil.copy(tls.certificate_path(there, f"producer {number}"), pinned)
+    shutil.copy(tmp_path / "owner" / "owner.crt", tmp_path / "dealer")
+    at_owner = stock.greeter(OWNER, PARTY, "127.0.0.1", stock.Where(tls=str(tmp_path / "owner")))
+    for own, is_known in (("producer 1", True), ("producer 2", True), ("producer 3", False), ("dealer", False)):
+        dialling = stock.greeter(OWNER, PRODUCER, "127.0.0.1", stock.Where(tls=str(tmp_path / own)), own)
+        ours, theirs = socket_pair()
+        found = []
+
+        def answer(sock=theirs, found=found):
+            with suppress(OSError):
+                found.append(at_owner.answer(sock, {PRODUCER}, Wait(5.0)))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with suppress(OSError):
+            dialling.dial(ours, PARTY, Wait(5.0)).close()
+        thread.join(10)
+        assert [rank for rank, _ in found] == ([PRODUCER] if is_known else [])
+        for _, sock in found:
+            sock.close()
 
 
 def test_what_half_steps_leave_is_removed_at_the_next_start(stocks, tmp_path):

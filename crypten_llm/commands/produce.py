@@ -129,10 +129,10 @@ class Work:
             producer.deal(plan, block)
             for line in lines:
                 line.deliver(path_in(out, line.party))
-            for line in lines:
-                line.settle()
         finally:
             _forget(out)
+        for line in lines:  # what is left of a producer that was killed is of no block that anybody takes
+            line.settle()
         self.made += 1
         seconds = time.perf_counter() - started
         self.metrics.made(shape_of(block.manifest.plan), sum(sizes), seconds)
