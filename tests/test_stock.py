@@ -23,7 +23,7 @@ from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import series
 from crypten_llm.session.delivery import PARTY, PRODUCER, Refused
 from crypten_llm.session.plan import Plan
-from crypten_llm.session.stocked import fitted
+from crypten_llm.session.stocked import fitted, is_worth_it
 
 SHORT = LEVELS[0].plan()
 
@@ -117,6 +117,13 @@ def test_which_requests_a_block_serves(asked, pads):
     assert made == (None if pads is None else replace(asked, pads=pads, padded=12))
     if made and made.max_new_tokens > 1:
         assert made.room() == SHORT.room() == 12
+
+
+def test_pads_are_worth_it_up_to_the_prompts_length_or_a_chunk():
+    plans = [
+        Plan(prompt, 4, 128, pads=pads, padded=400) for prompt, pads in ((5, 123), (5, 124), (100, 100), (100, 101))
+    ]
+    assert [is_worth_it(plan) for plan in plans] == [True, False, True, False]
 
 
 def test_without_a_padded_cache_lengths_are_those_that_were_dealt():

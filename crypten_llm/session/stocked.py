@@ -172,7 +172,7 @@ class Stocked:
             shape = tuple(half.plan.items())
             if shape not in as_run and half.series == self.series:
                 made = fitted(half.plan, plan)
-                as_run[shape] = made if made and _runs(party, made) else None
+                as_run[shape] = made if made and is_worth_it(made) and _runs(party, made) else None
             if half.series == self.series and (found := as_run[shape]):
                 able.append((half, found))
         able.sort(key=lambda each: (each[1].rows, each[0].plan["max_new_tokens"]))
@@ -272,6 +272,13 @@ def fitted(dealt: Facts, plan: Plan) -> Plan | None:
         return None
     is_alike = made.max_new_tokens == 1 or made.room() == replace(made, max_new_tokens=most).room()
     return made if is_alike else None
+
+
+def is_worth_it(plan: Plan) -> bool:
+    """Whether its pads cost less than a dealer would: up to as many as the prompt has tokens, or to the end of a first
+    chunk, which takes the same rounds.
+    """
+    return plan.rows <= max(2 * plan.prompt_tokens, plan.chunk)
 
 
 def _runs(party: Party, plan: Plan) -> bool:
