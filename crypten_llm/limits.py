@@ -16,6 +16,8 @@ CONTEXT = 1 << 27  # 10^7
 TOKENS = 1 << 24  # of a prompt, of an answer, of a pass over a prompt
 PADDED = 1 << 14  # rows that a cache is counted as a multiple of
 PROMPTS = 1 << 10  # that share their rounds
+OFFERED = 16  # blocks of a stock, one of which a request takes
+BLOCKS = 1 << 14  # of a party's stock
 CONVERSATIONS = 1 << 8  # whose caches are kept in one session
 COUNT = 1 << 62  # of bytes, rounds and all else that is only shown
 

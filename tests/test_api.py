@@ -10,9 +10,9 @@ from hf_models import with_tokenizer
 
 from crypten_llm import PrivateLlama
 from crypten_llm.errors import UsageError
-from crypten_llm.session import api
 from crypten_llm.session.api import Request
 from crypten_llm.session.bench import Shape
+from crypten_llm.session.plan import Plan
 from crypten_llm.session.prompted import Progress, Step
 
 
@@ -198,4 +198,4 @@ def test_unknown_settings_suggest_the_nearest(model):
 def test_a_request_is_refused_without_a_model():
     with pytest.raises(UsageError, match="temperature"):
         Request("a", do_sample=True, temperature=-1.0)
-    assert Request("a").plan(7) == api.Plan(7, 32, 128, False, "full")
+    assert Request("a").plan(7) == Plan(7, 32, 128, False, "full")

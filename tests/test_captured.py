@@ -3,6 +3,7 @@
 import pytest
 import torch
 from recorded_graphs import RecordedGraphs, RecordedKernels, is_captured
+from stocks import put_all
 from wire_parties import CLIENT, OWNER
 
 from crypten_llm.commands.cost import predict
@@ -21,13 +22,22 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols.dealer import captured as dealer_captured
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.randomness import Stream, derive_key
+from crypten_llm.protocols.dealer.stock import Stock
 from crypten_llm.protocols.dealer.tape import Tape
 from crypten_llm.roles import DEALER
+from crypten_llm.session import series
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.bench import run as bench
+from crypten_llm.session.delivery import Level
+from crypten_llm.session.notary import Notary
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan, Turn
+from crypten_llm.session.producing import Producer
 from crypten_llm.session.prompted import Answer
+from crypten_llm.session.request import Taken
+from crypten_llm.session.settings import ProtocolConfig
+from crypten_llm.session.stocked import Stocked
+from crypten_llm.session.stocked import run as run_stocked
 
 AS_IT_IS = WireEngine.repeated  # on a processor
 IDS = list(range(3, 17))
@@ -168,6 +178,38 @@ def test_a_tape(recorded, folder, monkeypatch, tmp_path, dealt):
     monkeypatch.setattr(WireEngine, "repeated", AS_IT_IS)
     priced = predict(LlamaConfig.from_folder(folder), plan).cost.ranks[CLIENT]["table"]
     assert counted(table)[0] == counted(priced)[0]
+
+
+def test_blocks_of_a_stock_between_requests_of_a_dealer(recorded, folder, tmp_path):
+    """Captured apart from them, by parties and producer: each block with its own keys, in the units of its file."""
+    asked, level = Plan(5, 4, padded=8), Level(7, 5, 1)
+
+    def job(transport):
+        stock = Stock(tmp_path, transport.rank, is_local=True) if transport.rank != DEALER else None
+        notary = Notary.of(transport, ProtocolConfig(), "")
+        engine = WireEngine(transport)
+        party = Party(engine, transport, compute_parties=2, notary=notary, stocked=Stocked(stock))
+        if not party.is_client:
+            party.serve(folder)
+            return None
+        party.request_load()
+        producer, found = Producer(series.read(tmp_path / "owner")), []
+        for blocks in (0, 1, 0, 1):
+            for _ in range(blocks):
+                put_all(producer, tmp_path, level.plan(), tmp_path / "out")
+                (tmp_path / "out").rename(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
+            logits, taken = [], Taken()
+            answer = Answer(IDS[:5], lambda x, logits=logits: logits.append(x) or 3)
+            for _ in run_stocked(party, [asked], [answer], taken, ()):
+                pass
+            found.append((bool(taken.block), torch.stack(logits)))
+        party.close()
+        return found
+
+    found = run_roles(job, timeout=60.0)[CLIENT]
+    assert RecordedGraphs.launches and [stocked for stocked, _ in found] == [False, True, False, True]
+    for _, logits in found:
+        assert (logits - expected(folder, Plan(5, 4))).abs().max() < 0.02
 
 
 def test_one_party_captures_and_the_other_does_not(recorded, folder, monkeypatch):

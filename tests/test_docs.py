@@ -17,7 +17,7 @@ FILE = re.compile(r"[\w./*-]+\.(?:py|json|jsonl|md|svg|png|ipynb|txt|safetensors
 MODULE = re.compile(r"-m ((?:crypten_llm|eviction|experiments)[\w.]*)")
 OTHERS = {  # files of models, of other projects, and of the reader's own
     *("config.json", "tokenizer.json", "generation_config.json", "manifest.json", "prompt.txt", "kept.png", "pred.py"),
-    *("instructions.txt", "extra-openai-models.yaml"),
+    *("instructions.txt", "extra-openai-models.yaml", "levels.json", "series.json"),
     *("hotpotqa.jsonl", "data/hotpotqa.jsonl", "dataset2prompt.json", "FOLDER/dataset2prompt.json"),
     *("LongBench/config/dataset2prompt.json", "scripts/data/prepare.py", "run_summarization.py"),
     *("FOLDER/4096/data/vt/validation.jsonl", "xsum_0shot.jsonl", "xsum_3shot.jsonl", "xsum_5shot.jsonl"),

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stocks import put
 from tapes import open_tape, record
 
 import crypten_llm
@@ -28,6 +29,7 @@ from crypten_llm.links.meter import CLOCKS, Meter
 from crypten_llm.links.transport import Transport
 from crypten_llm.protocols.dealer.randomness import Stream, fresh_key
 from crypten_llm.protocols.dealer.roles import Owner
+from crypten_llm.protocols.dealer.stock import Stock
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import counting, launch
 from crypten_llm.session.party import Party
@@ -130,6 +132,7 @@ MISUSES = """
     from crypten_llm.protocols.dealer.recording import Sizes
     from crypten_llm.protocols.dealer.roles import Owner, Dealer
     from crypten_llm.protocols.dealer.runtime import Piece
+    from crypten_llm.protocols.dealer.stock import Stock
     from crypten_llm.protocols.dealer.tape import Tape
 
     try:
@@ -168,17 +171,26 @@ MISUSES = """
     refused(tape.end)
     refused(tape.read, 1 << 20)
     refused(tape.begin, "one")
+    stock = Stock(STOCK, 1, is_local=True)
+    (half,) = stock.halves()
+    whole = (stock.folder / f"{half.id}.block").read_bytes()
+    stock.take(half, links(1))
+    (stock.folder / f"{half.id}.block").write_bytes(whole)
+    refused(Stock(STOCK, 1, is_local=True).take, half, links(1))
+    refused(stock.arriving, half.id)
 """
 
 
 def test_without_assertions_all_is_refused_that_is_with_them(tmp_path):
     record(tmp_path / "tape")
-    code = f"FOLDER = {str(tmp_path / 'tape')!r}\n" + textwrap.dedent(MISUSES)
+    put([Stock(tmp_path / "stock", CLIENT)], tmp_path / "block")
+    code = f"FOLDER, STOCK = {str(tmp_path / 'tape')!r}, {str(tmp_path / 'stock')!r}\n" + textwrap.dedent(MISUSES)
     command = [sys.executable, "-O", "-c", code]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent, timeout=60)
     lines = found.stdout.splitlines()
-    assert found.returncode == 0 and len(lines) == 9, found.stderr[-2000:]
-    assert all(line.startswith("OneTimeError ") for line in lines)
+    assert found.returncode == 0 and len(lines) == 11, found.stderr[-2000:]
+    assert all(line.startswith("OneTimeError ") for line in lines[:9])
+    assert all(line.startswith("UsageError ") for line in lines[9:])
 
 
 # Assertions that are no hint for a reader or a type checker, in the rooms where masks, files and peers are met.

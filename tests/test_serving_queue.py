@@ -10,6 +10,7 @@ from crypten_llm.errors import LeftRange, PartyError, UsageError
 from crypten_llm.serving.fair_queue import Caller, FairQueue, QueueFull
 from crypten_llm.serving.refusals import Refusal
 from crypten_llm.serving.service import State
+from crypten_llm.serving.stocking import Stocking
 
 TEXT = "/v1/completions"
 
@@ -116,6 +117,28 @@ def test_a_request_joins_while_another_runs_and_ends_before_it(model):
         value = made.metrics.registry.get_sample_value
         assert value("crypten_llm_requests_total", {"outcome": "answered"}) == 2
         assert value("crypten_llm_completion_tokens_total") == len(expected.token_ids) + 4
+
+
+def test_who_is_answered_by_itself_waits_for_the_others_and_they_for_it(model, monkeypatch):
+    """As a request from stock is; the order in which they came stays."""
+    monkeypatch.setattr(Stocking, "takes", lambda self, llama, job, others=0: job.asked[0].plan.max_new_tokens == 3)
+    paced = Paced(model)
+    with service(paced) as made, listening(made) as address:
+        long = send(address, TEXT, body(9, hide_length=False))
+        until(lambda: paced.begun == 1)
+        apart = send(address, TEXT, body(3))
+        until(lambda: len(made.queue) == 1)
+        paced.permit(3)
+        until(lambda: len(made.running) == 2)
+        third = send(address, TEXT, body(2))
+        until(lambda: len(made.queue) == 1)
+        assert len(made.running) == 2 and paced.begun == 1, "nobody joins once it waits"
+        paced.permit(50)
+        for each in (long, apart, third):
+            answer = json.loads(read(each).partition("\r\n\r\n")[2])
+            assert answer["crypten_llm"]["beside"] == 0 and not answer["crypten_llm"]["from_stock"]
+        until(lambda: not made.running)
+        assert paced.begun == 2, "it is in no batch"
 
 
 def test_one_at_a_time_where_that_is_asked_for(model):

@@ -37,11 +37,12 @@ CHANGED = {
         "helper": True,
         "helper_at": "10.0.0.1:29501",
         "owner_at": "10.0.0.2:29500",
+        "stock": "stock",
     },
 }
 """Another value than the default for each setting."""
 ALONE = {
-    **{"tape": "wire", "peer_memory": "wire", "device": "plain"},
+    **{"tape": "wire", "peer_memory": "wire", "device": "plain", "stock": "wire"},
     **{"helper": "wire", "helper_at": "wire", "owner_at": "wire"},
 }
 """Settings that one engine alone has."""

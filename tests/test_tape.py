@@ -139,7 +139,7 @@ def test_two_processes_at_once(folder, monkeypatch):
         open_tape(folder, OWNER)
     mine.close()
     flock = fcntl.flock  # another process uses the tape up between our opening and our lock
-    monkeypatch.setattr(fcntl, "flock", lambda *a: (monkeypatch.undo(), open_tape(folder, OWNER)._burn(), flock(*a)))
+    monkeypatch.setattr(fcntl, "flock", lambda *a: (monkeypatch.undo(), open_tape(folder, OWNER).burn(), flock(*a)))
     with pytest.raises(UsageError, match="was used on"):
         open_tape(folder, OWNER)
 

@@ -19,7 +19,9 @@ from crypten_llm.commands.verbs import (
     helper,
     keys,
     party,
+    produce,
     serve,
+    stock,
     trace,
     verify,
 )
@@ -30,6 +32,8 @@ COMMANDS = {
     "serve": serve,
     "bench": bench,
     "deal": deal,
+    "stock": stock,
+    "produce": produce,
     "cost": cost,
     "calibrate": calibrate,
     "debug-compare": debug_compare,

@@ -31,6 +31,7 @@ from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Course, Plan, Turn, parse_policy
+from crypten_llm.session.producing import Known
 from crypten_llm.session.report import ONLINE, WAYS, Cost, added
 from crypten_llm.session.thin import Side
 from crypten_llm.session.thin_count import CountedSide
@@ -108,16 +109,17 @@ def predict(
     network: Network | None = None,
     machine: Machine | Card = PROCESSOR,
     helper: bool = False,
+    from_stock: bool = False,
 ) -> Prediction:
-    """What ``plan`` costs with a model of this configuration. A stop token may end an answer earlier.
-    helper: for a thin client.
+    """What ``plan`` costs with a model of this configuration. A stop token may end an answer earlier. helper: for a
+    thin client. from_stock: with material that was dealt before (``protocols.dealer.stock``).
 
     The load's bytes leave out the norms' scales, which are the weights' secret until the owner tells them.
 
     Raises UsageError for a plan that the model cannot run.
     """
     side = CountedSide() if helper else None
-    links, party, alike = _loaded(config, [plan], side=side)
+    links, party, alike = _loaded(config, [plan], side=side, dealer_follows=not from_stock)
     counted = _entries(links, machine, network)
     cache = party.model.new_cache()
     party.start_request()
@@ -227,7 +229,11 @@ class _Uncounted(Party):
 
 
 def _loaded(
-    config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = (), side: Side | None = None
+    config: LlamaConfig,
+    plans: Sequence[Plan],
+    cached: Sequence[int] = (),
+    side: Side | None = None,
+    dealer_follows: bool = True,
 ) -> tuple[Links, Party, bool]:
     """Where ``plans`` are counted, the model loaded; whether the first two layers stand for all. cached: tokens that
     each goes on after.
@@ -239,15 +245,15 @@ def _loaded(
             if count < 1:
                 raise UsageError(f"{name} is {count}; it must be 1 or more")
         check_policy(plan.policy)
-        plan.check(config, Turn(0, behind, keeps_answer=False))
-    links = Links()
+        plan.check(config, Turn(0, behind, keeps_answer=False) if behind else None)
+    links = Links(dealer_follows)
     differ = any(parse_policy(plan.policy).acts for plan in plans) or len(set(config.windows)) > 1
     make_model = Llama if differ else functools.partial(_AlikeLayers, links)
     there: Any = links  # stands for a transport
     mode = Mode.parse(plans[0].reveal)
-    engine = CostEngine(links, mode.wire())
-    party = _Uncounted(engine, there, compute_parties=2, make_model=make_model, mode=mode, side=side)
-    links.say(Announced(config.to_dict(), {}))
+    given: dict[str, Any] = {"compute_parties": 2, "make_model": make_model, "mode": mode, "stocked": Known()}
+    party = _Uncounted(CostEngine(links, mode.wire()), there, side=side, **given)
+    links.say(Announced(config.to_dict(), {}, series="" if dealer_follows else "counted"))
     party.load()
     return links, party, not differ
 

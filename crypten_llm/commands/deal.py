@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.errors import UsageError
-from crypten_llm.links.meter import Meter
 from crypten_llm.links.signatures import Signer, fingerprint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols.dealer import roles
@@ -26,33 +25,18 @@ from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.manifest import Manifest, make_manifest
 from crypten_llm.protocols.dealer.recording import Recording, Sizes
 from crypten_llm.records import Record
-from crypten_llm.roles import CLIENT, DEALER, OWNER
+from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session.api import check_policy
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.messages import Announced, Bench, Close, Generate, Load
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
+from crypten_llm.session.producing import Absent
 from crypten_llm.units import size
 
 if TYPE_CHECKING:
-    from crypten_llm.protocols.dealer.runtime import Piece, Runtime
-
-
-class _Absent:
-    """Links to parties that are not there: what they would say is known, and nothing is sent to them."""
-
-    rank = DEALER
-
-    def __init__(self, script: Iterator[Record]) -> None:
-        self.meter = Meter()
-        self._script = script
-
-    def announce(self, source: int, peers: Any, message: Any, kind: Any = dict, timeout: float | None = None) -> Any:
-        return next(self._script)
-
-    def passed(self, pieces: list[Piece]) -> None:
-        pass
+    from crypten_llm.protocols.dealer.runtime import Runtime
 
 
 def _generation(config: LlamaConfig, plan: Plan, requests: int) -> Iterator[Record]:
@@ -105,7 +89,7 @@ def deal(
 
     def run(material: Any, role: Callable[[Any, Any], Runtime]) -> None:
         script = _generation(model, work, requests) if isinstance(work, Plan) else _bench(work, requests)
-        links: Any = _Absent(script)  # stands for a transport
+        links: Any = Absent(script)  # stands for a transport
         with torch.inference_mode():
             Party(WireEngine(links, engine, material, role(links, material)), links, 2, mode=mode).serve()
 

@@ -238,6 +238,29 @@ def add_bench_sizes(parser: Parser) -> None:
         parser.add_argument(option, type=int, default=default, metavar="N", help=meaning)
 
 
+def add_delivery(parser: Parser) -> None:
+    """Of links between producers and stocks."""
+    add = parser.add_argument
+    for name in ("tls", "timeout"):
+        setting = LaunchConfig.__dataclass_fields__[name]
+        option = {"default": setting.default, "help": setting.metadata["help"], "metavar": setting.metadata["metavar"]}
+        add(f"--{name}", type=type(setting.default), **option)
+    insecure = ProtocolConfig.__dataclass_fields__["insecure_links"].metadata["help"]
+    add("--insecure-links", action="store_true", help=insecure)
+    add("--metrics-port", type=int, default=0, metavar="P", help="where Prometheus finds metrics (default: none)")
+    what = "address of --metrics-port (default: 127.0.0.1)"
+    add("--metrics-address", default="127.0.0.1", metavar="ADDRESS", help=what)
+    parser.add_verbose()
+
+
+def delivery(arguments: Any) -> Any:
+    """What ``add_delivery`` added."""
+    from crypten_llm.commands.stock import Where
+
+    names = ("tls", "insecure_links", "timeout", "metrics_port", "metrics_address")
+    return Where(**{name: getattr(arguments, name) for name in names})
+
+
 def bench_shape(arguments: Any) -> Shape:
     """The ``bench.Shape`` that the sizes and the policy describe."""
     from crypten_llm.session.bench import Shape

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from crypten_llm.commands.cost import predict_open, predict_turns
+from crypten_llm.commands.cost import predict, predict_open, predict_turns
 from crypten_llm.commands.show import say, say_outside, who
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import parse_network
@@ -27,6 +27,7 @@ from crypten_llm.serving.metrics import Metrics
 from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.server import Server, check_https, listen
 from crypten_llm.serving.service import Service
+from crypten_llm.serving.stocking import Stocking
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.launch import is_distributed
 from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
@@ -36,6 +37,7 @@ from crypten_llm.session.settings import LaunchConfig, ProtocolConfig, split
 class Place:
     """Where the endpoint is and for whom. api_keys: a file. https: certificate and key. name: of the model. opens:
     whether a browser shows the page. ends: whether the parties' end is the endpoint's.
+    only_alone: see ``Stocking``.
     """
 
     listen: str = "127.0.0.1"
@@ -48,6 +50,7 @@ class Place:
     opens: bool = False
     ends: bool = False
     keeping: Keeping = Keeping()
+    only_alone: bool = False
 
 
 def serve(place: Place, usual: Usual, model: str, tokenizer: str | None, **settings: Any) -> None:
@@ -67,10 +70,13 @@ def serve(place: Place, usual: Usual, model: str, tokenizer: str | None, **setti
     kept = Kept(place.keeping, queue)
     metrics = Metrics(lambda: len(queue), lambda: len(service.running), lambda: len(kept))
     pricer = Pricer(_counted(protocol, launched, room), protocol.engine)
+    alone = Pricer(_counted_from_stock(launched) if protocol.engine == "wire" else None, protocol.engine)
+    stocking = Stocking(alone, pricer, metrics, place.only_alone)
     reopens = not is_distributed()
     opening = partial(PrivateLlama.from_pretrained, model, tokenizer=tokenizer, shielded=True, **settings)
     calls = _opened, lambda: server.end()
-    service: Service = Service(opening, queue, metrics, pricer, kept, room, reopens, place.ends, *calls)
+    given = opening, queue, metrics, pricer, kept, room, reopens, place.ends
+    service: Service = Service(*given, *calls, stocking=stocking)
     endpoint = Endpoint(service, Guard(keys, [place.listen]), place.name or name_of(model), usual)
     server: Server = Server(endpoint.app(), service, place.https)
     host = f"[{place.listen}]" if ":" in place.listen else place.listen
@@ -101,6 +107,11 @@ def _counted(protocol: ProtocolConfig, launched: LaunchConfig, room: int) -> Any
         if launched.is_thin
         else partial(predict_open, room=room, network=network)
     )
+
+
+def _counted_from_stock(launched: LaunchConfig) -> Any:
+    network = parse_network(launched.network) if launched.network else None
+    return lambda config, courses: predict(config, courses[0].plan, network, from_stock=True)
 
 
 def _asks(keys: list[str]) -> str:

@@ -58,9 +58,13 @@ def show_generation(
         _stream(llama, asked, launched.progress, show_text=not as_json)
         (result,) = llama.result
     say()
+    if launched.stock:
+        say(
+            f"material: block {result.block} of the stock" if result.block else "material: of the dealer, no block fits"
+        )
     if protocol.is_private:
         say(cost_table(result.cost))
-        peaks = zip(result.cost.names(protocol.roles), result.cost.peak_bytes(), strict=True)
+        peaks = zip(result.cost.names(protocol.roles), result.cost.peak_bytes(), strict=not result.block)
         say("peak memory: " + ", ".join(f"{name} {size(peak)}" for name, peak in peaks))
         say()
     say(revealed_table(result.revealed))

@@ -15,7 +15,7 @@ import re
 import socket
 import ssl
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -80,9 +80,17 @@ def make(role: str) -> tuple[bytes, x509.Certificate]:
 
 def name_of(role: str) -> str:
     """Itself. Raises UsageError for a role that there is not."""
-    if not re.fullmatch(r"owner|client|helper|dealer|compute \d+", role):
-        raise UsageError(f"there is no role {role!r}; give owner, client, helper, dealer, or 'compute 2' and on")
+    if not re.fullmatch(r"owner|client|helper|dealer|compute \d+|producer \d+", role):
+        raise UsageError(
+            f"there is no role {role!r}; give owner, client, helper, dealer, 'producer 1' and on, or 'compute 2' and on"
+        )
     return role
+
+
+def producers(folder: str | Path) -> list[str]:
+    """Roles of the dealers for a stock whose certificates are in the folder: each has a key of its own."""
+    names = (path.stem.replace("_", " ") for path in Path(folder).glob("producer_*.crt"))
+    return sorted(name for name in names if re.fullmatch(r"producer \d+", name))
 
 
 def grouped(digest: str) -> str:
@@ -93,18 +101,29 @@ def grouped(digest: str) -> str:
 class Links:
     """How this party's connections become TLS.
 
-    folder: see above. roles: one name per rank. rank: this party's. many: a role that several may hold, each with a key
-    of its own: its file has all their certificates (``CROWD``), one behind the other.
+    folder: see above. roles: one name per rank. rank: this party's. named: of a rank, roles any of which may
+    hold it, in the place of the one of that name; where it is this party's own rank, the first is its own. many: a role
+    that several may hold, each with a key of its own: its file has all their certificates (``CROWD``), one behind the
+    other.
     Raises UsageError for a file that is missing, or is no key or certificate; for a key that others than this user
     could read; and for two roles with one key, of which each could pose as the other.
     """
 
-    def __init__(self, folder: str | Path, roles: Sequence[str], rank: int, many: str = "") -> None:
-        self._roles, self._folder, self._many = roles, Path(folder), many
-        self._certificates = [self._read(role) for role in roles]
+    def __init__(
+        self,
+        folder: str | Path,
+        roles: Sequence[str],
+        rank: int,
+        named: Mapping[int, Sequence[str]] | None = None,
+        many: str = "",
+    ) -> None:
+        self._folder, self._many = Path(folder), many
+        self._named = [(named or {}).get(place, [role]) for place, role in enumerate(roles)]
+        self._certificates = [[each for role in names for each in self._read(role)] for names in self._named]
         self._tell_apart()
         self._dialling, self._answering = (
-            self._context(purpose, roles[rank]) for purpose in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)
+            self._context(purpose, self._named[rank][0])
+            for purpose in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)
         )
 
     def secure(self, sock: socket.socket, peer: int | None = None) -> ssl.SSLSocket:
@@ -133,7 +152,7 @@ class Links:
     def _tell_apart(self) -> None:
         """Whoever holds the key of two roles could pose as either."""
         keys: dict[bytes, str] = {}
-        named = [(role, each) for role, held in zip(self._roles, self._certificates, strict=True) for each in held]
+        named = [(role, each) for names in self._named for role in names for each in self._read(role)]
         for role, certificate in named:
             public = x509.load_der_x509_certificate(certificate).public_key()
             form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo

@@ -101,6 +101,7 @@ class Writer:
             "bytes_sent": cost.bytes_sent(),
             "dealer_bytes": cost.dealer_bytes(),
             "seconds": {phase: cost.seconds(phase) for phase in ("prefill", "decode")},
+            "from_stock": bool(first.block),
             "beside": max(0, max(result.prompts for result in ended.results) - len(ended.results)),
             "revealed": ended.revealed,
             "outside": first.outside,

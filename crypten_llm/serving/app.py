@@ -119,7 +119,7 @@ class Endpoint:
     async def _price(self, asked: Sequence[Asked]) -> dict[str, Any]:
         llama = self.service.ready()
         ahead = [*self.service.queue.items(), *self.service.running]
-        return await run_in_threadpool(self.service.pricer.price, llama.config, [a.course for a in asked], ahead)
+        return await run_in_threadpool(self.service.stocking.price, llama, asked, ahead)
 
     async def price(self, request: Request) -> Response:
         """Of a request, from its very body, before it is sent."""

@@ -22,6 +22,7 @@ from crypten_llm.serving.metrics import Metrics
 from crypten_llm.serving.pricing import Pricer
 from crypten_llm.serving.refusals import Refusal
 from crypten_llm.serving.sharing import Sharing
+from crypten_llm.serving.stocking import Alone, Stocking
 from crypten_llm.session import watch
 from crypten_llm.session.api import PrivateLlama
 
@@ -42,7 +43,8 @@ class Service:
     reopens: whether the session can be opened again. ends: whether its end is the endpoint's.
 
     opened, ended: are called, from the service's thread, when requests are answered from now on, and when the endpoint
-    is to end: the session cannot be opened at first, or has ended and ``ends`` says so.
+    is to end: the session cannot be opened at first, or has ended and ``ends`` says so. stocking: which requests are
+    answered from a stock.
     """
 
     def __init__(
@@ -57,14 +59,16 @@ class Service:
         ends: bool = False,
         opened: Callable[[PrivateLlama], None] = lambda llama: None,
         ended: Callable[[], None] = lambda: None,
+        stocking: Stocking | None = None,
     ) -> None:
+        self.stocking = stocking or Stocking(pricer, pricer, metrics)
         self.queue, self.metrics, self.pricer, self.kept = queue, metrics, pricer, kept
         self.llama: PrivateLlama | None = None
         self.error: BaseException | None = None  # why the endpoint is to end
         self._open_session, self._together, self._reopens, self._ends = open_session, together, reopens, ends
         self._opened, self._ended = opened, ended
         self._stopping = False
-        self._sharing: Sharing | None = None
+        self._sharing: Sharing | Alone | None = None
         self._thread = threading.Thread(target=self._run, name="session", daemon=True)
         self._set(State.PROGRESSING, "the model is being shared")
 
@@ -148,6 +152,7 @@ class Service:
         if llama.has_tokenizer and has_chat_template(llama.tokenizer):
             with suppress(UsageError):  # of a template that refuses this conversation
                 render_chat(llama.tokenizer, [{"role": "user", "content": "a"}])
+        self.stocking.opened(llama)
         self._set(State.AVAILABLE, "")
         self._opened(llama)
 
@@ -178,22 +183,32 @@ class Service:
 
     def _turn(self) -> None:
         assert self.llama is not None, "it has been opened"
-        job = self.queue.take(LOOK_SECONDS)
-        shared = self.llama, self.queue, self.metrics, self.pricer, self.kept
-        sharing = Sharing(*shared, self._together, lambda: self._stopping)
+        job, llama = self.queue.take(LOOK_SECONDS), self.llama
         if job is None:
-            watch.check(self.llama)
-            self.kept.expire(self.llama)
-            sharing.tell_dropped()
-            return
-        self._sharing = sharing
+            watch.check(llama)
+            self.kept.expire(llama)
+            self._share(llama).tell_dropped()
+            self.stocking.look(llama)
+        while job is not None:
+            job = self._answer(llama, job)
+
+    def _share(self, llama: PrivateLlama) -> Sharing:
+        shared = llama, self.queue, self.metrics, self.pricer, self.kept, self._together, lambda: self._stopping
+        return Sharing(*shared, apart=lambda job, inside: self.stocking.takes(llama, job, inside))
+
+    def _answer(self, llama: PrivateLlama, job: Job) -> Job | None:
+        """A request, and those that join it; who waits to be answered by itself next."""
+        is_apart = self.stocking.takes(llama, job, len(self.queue))
+        self._sharing = sharing = Alone(llama, self.metrics, self.stocking) if is_apart else self._share(llama)
         try:
             sharing.run(job)
+            return sharing.held
         except BaseException as error:
-            if not self.llama.is_open:
+            if not llama.is_open:
                 self._set(State.FAILED, last_words(error))  # before anybody hears of it
-            sharing.fail(refusals.of(error, self.llama.is_open))
-            if not self.llama.is_open:
+            sharing.fail(refusals.of(error, llama.is_open))
+            if not llama.is_open:
                 raise
+            return None
         finally:
             self._sharing = None

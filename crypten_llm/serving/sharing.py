@@ -44,7 +44,8 @@ class _Open:
 
 
 class Sharing:
-    """One batch. room: for so many answers at the same time. stopping: whether nobody is to join any more."""
+    """One batch. room: for so many answers at the same time. stopping: whether nobody is to join any more. apart:
+    whether a request is answered by itself, beside so many: nobody joins after it, and it is ``held`` for the end."""
 
     def __init__(
         self,
@@ -55,9 +56,11 @@ class Sharing:
         kept: Kept,
         room: int,
         stopping: Callable[[], bool],
+        apart: Callable[[Job, int], bool] = lambda job, inside: False,
     ) -> None:
         self._llama, self._queue, self._metrics, self._pricer = llama, queue, metrics, pricer
-        self._kept, self._room, self._stopping = kept, room, stopping
+        self._kept, self._room, self._stopping, self._apart = kept, room, stopping, apart
+        self.held: Job | None = None
         self._open: list[_Open] = []
         self._told: list[tuple[Asked, _Open, int]] = []  # what joins, and has not been given a place yet
         self._places: dict[int, tuple[_Open, int]] = {}
@@ -65,7 +68,7 @@ class Sharing:
 
     @property
     def jobs(self) -> list[Job]:
-        return [each.job for each in self._open]
+        return [*(each.job for each in self._open), *([self.held] if self.held else [])]
 
     def run(self, job: Job) -> None:
         """Answers it, and those that join, until nobody is in. What ends it ends all of them; see ``fail``."""
@@ -88,6 +91,10 @@ class Sharing:
             each.job.tell(Broken(refusal))
             self._metrics.ended(each.job, "refused" if refusal.status < 500 else "failed")
         self._open.clear()
+        if self.held is not None:
+            self.held.tell(Broken(refusal))
+            self._metrics.ended(self.held, "failed")
+            self.held = None
 
     def _take(self, job: Job) -> None:
         job.begun = perf_counter()
@@ -98,7 +105,10 @@ class Sharing:
         if self._stopping():
             return []
         found = self._waiting(inside)
-        while inside + len(found) < self._room and (job := self._queue.take(0)):
+        while not self.held and inside + len(found) < self._room and (job := self._queue.take(0)):
+            if self._apart(job, inside + len(found)):
+                self.held = job
+                break
             self._take(job)
             found += self._waiting(inside + len(found))
         return found

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from crypten_llm.engines.plain.engine import PlainEngine
-from crypten_llm.errors import ENDED, LeftRange, UsageError, public_words, unheard
+from crypten_llm.errors import ENDED, UsageError, public_words, unheard
 from crypten_llm.models import checkpoint
 from crypten_llm.models import tokenizer as tokenizers
 from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.session import launch, thin_client
+from crypten_llm.session import launch, stocked, thin_client
 from crypten_llm.session.batches import requests_of
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.chat import Chat
@@ -29,7 +29,7 @@ from crypten_llm.session.defaults import Defaults
 from crypten_llm.session.folder import ClientFolder
 from crypten_llm.session.open_batch import OpenBatch
 from crypten_llm.session.party import Party
-from crypten_llm.session.plan import Plan, Turn, Turns, turns_of
+from crypten_llm.session.plan import Turn, turns_of
 from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.report import Cost
 from crypten_llm.session.request import Asked, Request, Result, Taken, check_policy, result_of
@@ -219,7 +219,7 @@ class PrivateLlama:
         taken.answers = answers = [each.answer(tokenizer) for each in asked]
         taken.steps = steps = [list[Step]() for _ in asked]
         plans, turns = [each.plan for each in asked], turns_of([each.turn for each in asked])
-        events = self._events(plans, answers, taken.ranks, turns)
+        events = stocked.run(self.party, plans, answers, taken, turns)
 
         def check() -> None:
             self.party.expect("generate", *plans)
@@ -261,7 +261,7 @@ class PrivateLlama:
         ranks = taken.ranks or self.party.collect_statistics()
         cost, revealed = Cost(ranks, self.party.compute_parties), self.party.reveals.as_list()
         party, engine = self.party, self.protocol.engine
-        facts = engine, self.load_seconds, cost, revealed, len(asked), party.outside, party.notary.take(0)
+        facts = engine, self.load_seconds, cost, revealed, len(asked), party.outside, party.notary.take(0), taken.block
         made = zip(asked, taken.answers, taken.steps, strict=True)
         return [each.result(answer, steps, *facts) for each, answer, steps in made]
 
@@ -269,25 +269,6 @@ class PrivateLlama:
     def is_open(self) -> bool:
         """Whether requests can still be made, now or when the one that runs has ended."""
         return not self.protocol.is_private or self._transport is not None
-
-    def _events(self, plans: list[Plan], answers: list[Answer], ranks: list[dict], turns: Turns) -> Events:
-        """Runs one request to its end, putting every rank's counters into ``ranks``.
-
-        With ``hide_length`` nothing is left to be sent when the first ``Step`` is yielded.
-        """
-        held: list[Step] = []
-        hides = any(plan.hide_length for plan in plans)
-        try:
-            for event in self.party.request_together(plans, answers, turns):
-                if hides and isinstance(event, Step):
-                    held.append(event)
-                else:
-                    yield event
-        except LeftRange:  # all parties have ended, and what came before is right
-            yield from held
-            raise
-        ranks += self.party.collect_statistics()
-        yield from held
 
     def _leave_stream(self, at_once: bool = False) -> None:
         """Ends the answers that are being read, if any: the other parties still follow their plan.
@@ -336,6 +317,13 @@ class PrivateLlama:
             self._check_free()
             with self._guarded():
                 self.party.request_forget(conversation)
+
+    def reconcile(self) -> None:
+        """Has both compute parties drop halves of blocks in stock of which the other has none."""
+        if self.is_open and self.launch.stock:
+            self._check_free()
+            with self._guarded():
+                self.party.stocked.reconcile(self.party)
 
     def bench(self, shape: Shape) -> tuple[dict, Cost]:
         """Times decode steps on random weights; needs no model (see ``bench.run``). Returns figures and cost."""

@@ -65,7 +65,7 @@ def together(
     index, padded = 0, None
     while live:
         started = perf_counter()
-        section = engine.section(f"request {party.requests} token {index}")
+        section = engine.section(f"request {party.numbered} token {index}")
         with meter.phase("decode" if index else "prefill"), section:
             if index == 0:
                 for prompted in live.values():
@@ -101,13 +101,15 @@ def _prefill(party: Party, prompts: list[Prompted]) -> Generator[Progress, None,
     """Brings the prompts into their caches chunk by chunk, at the client yielding ``Progress``; returns the hidden
     states of their last tokens, [B, H].
     """
-    done, total = 0, sum(prompted.plan.prompt_tokens for prompted in prompts)
+    done, total = 0, sum(prompted.plan.rows for prompted in prompts)
     last: dict[int, Handle] = {}
     while reading := [prompted for prompted in prompts if not prompted.is_read]:
         rows = [prompted.next_chunk() for prompted in reading]
         hidden = extend(party, rows)
-        ends = itertools.accumulate(each.part.rows for each in rows)
-        last |= {each.place: hidden[end - 1 : end] for each, end in zip(reading, ends, strict=True)}
+        starts = itertools.accumulate((each.part.rows for each in rows), initial=0)
+        for each, start in zip(reading, starts, strict=False):
+            if (at := each.last_row) is not None:
+                last[each.place] = hidden[start + at : start + at + 1]
         done += hidden.shape[0]
         if prompts[0].answer is not None:
             yield Progress(done, total)

@@ -33,6 +33,7 @@ from crypten_llm.session.notary import Notary
 from crypten_llm.session.party import Party
 from crypten_llm.session.quota import Quota
 from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
+from crypten_llm.session.stocked import Stocked
 from crypten_llm.session.weights import know_weights
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
             tape.compare(asdict(config))
         own["notary"] = Notary.of(transport, protocol, launch.tls, tape.manifest.id if tape else "")
         own["side"] = thin.side_of(protocol, launch, transport.rank)
+        own["stocked"] = Stocked.of(launch, transport, is_local())
         engine = WireEngine(transport, config, tape, device=device, peer_memory=protocol.peer_memory)
         return Party(engine, transport, parties, **own)
     from crypten_llm.engines.crypten.domain import CryptenConfig

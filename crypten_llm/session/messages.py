@@ -29,11 +29,12 @@ class Load(Message, frozen=True, tag="load"):
 
 class Generate(Message, frozen=True, tag="generate"):
     """Answer prompts, whose plans these are, side by side; turns: where each stands in a conversation; is_open: others
-    may join them."""
+    may join them; block: the id of what was dealt for it before, where the owner has said that it has it too."""
 
     plans: Annotated[tuple[Plan, ...], Meta(min_length=1, max_length=limits.PROMPTS)]
     turns: Annotated[tuple[Turn | None, ...], Meta(max_length=limits.PROMPTS)] = ()
     is_open: bool = False
+    block: Word = ""
 
 
 class Forget(Message, frozen=True, tag="forget"):
@@ -50,6 +51,24 @@ class Bench(Message, frozen=True, tag="bench"):
 
 class Statistics(Message, frozen=True, tag="statistics"):
     """Tell me your counters."""
+
+
+class Offered(Message, frozen=True, tag="offered"):
+    """To the owner alone: which of these do you have? They are blocks by id, with the digest of what was signed."""
+
+    blocks: Annotated[tuple[tuple[Word, Digest], ...], Meta(min_length=1, max_length=limits.OFFERED)]
+
+
+class Chosen(Record, frozen=True):
+    """The owner's answer: the first of these that it has, which nobody will have again; or none."""
+
+    block: Word = ""
+
+
+class Stocks(Message, frozen=True, tag="stocks"):
+    """To the owner, and back: which blocks are there."""
+
+    ids: Annotated[tuple[Word, ...], Meta(max_length=limits.BLOCKS)]
 
 
 class Close(Message, frozen=True, tag="close"):
@@ -73,7 +92,7 @@ class Leave(Message, frozen=True, tag="leave"):
     """It has gone."""
 
 
-Request = Load | Generate | Forget | Bench | Statistics | Close | Where | Enter | Leave
+Request = Load | Generate | Forget | Bench | Offered | Stocks | Statistics | Close | Where | Enter | Leave
 
 
 # The owner's, while its model is shared.
@@ -88,13 +107,15 @@ class Loading(Message, frozen=True, tag="loading"):
 
 class Announced(Message, frozen=True, tag="model"):
     """The public facts of the model: config, as ``LlamaConfig`` takes it; norm_scales, a power of four by the name of a
-    norm's weight; tokens: digest of the tokenizer's vocabulary; outside: which of the engine's ranges it leaves.
+    norm's weight; tokens: digest of the tokenizer's vocabulary; outside: which of the engine's ranges it leaves;
+    series: which masks hide its weights, where blocks may have been dealt for them.
     """
 
     config: dict[str, Any]
     norm_scales: dict[Word, Annotated[float, Meta(gt=0, le=4.0**32)]]
     tokens: Digest | None = None
     outside: Words = ""
+    series: Word = ""
 
 
 OwnerSays = Loading | Announced

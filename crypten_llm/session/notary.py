@@ -87,6 +87,7 @@ class _Begun:
     turn: Turn | None
     links: dict[int, tuple[Seen, Seen]]
     ledger: Ledger
+    block: str = ""
 
 
 class Notary:
@@ -138,6 +139,12 @@ class Notary:
         self._weighing = Weighing()
         return self._weighing.add
 
+    @property
+    def weights(self) -> bytes:
+        """At the owner: the digest of what the weigher was told."""
+        assert self._weighing is not None, "the weights were read"
+        return self._weighing.digest()
+
     def stand_for(self, config: LlamaConfig, announced: Announced, reveals: RevealLog) -> None:
         """The model that is being shared; the owner has weighed it."""
         if self.is_silent:
@@ -157,7 +164,8 @@ class Notary:
 
     def begin(self, party: Party, plans: Sequence[Plan], turn: Turn | None = None, place: int = 0) -> None:
         if self._transport is not None:
-            facts = party.requests, tuple(plans), turn, self._transport.seen(), party.reveals.as_list()
+            before = self._transport.seen(), party.reveals.as_list()
+            facts = party.requests, tuple(plans), turn, *before, party.stocked.name
             self._begun[place] = _Begun(*facts)
 
     def start(self) -> None:
@@ -209,19 +217,19 @@ class Notary:
         self, transport: Transport, begun: _Begun, place: int, seen: dict[int, tuple[Seen, Seen]], revealed: Ledger
     ) -> Part:
         assert self._agreement is not None and self._model is not None, "a request comes after both"
-        links = {}
-        for peer, role in enumerate(self._roles):
+        links, roles = {}, self._roles[:2] if begun.block else self._roles  # no dealer follows what is from stock
+        for peer, role in enumerate(roles):
             if peer != transport.rank:
                 sent, received = map(Span, begun.links[peer], seen[peer])
                 links[role] = Passed(sent, received)
         return Part(
             form="crypten-llm receipt 1",
             role=self._roles[transport.rank],
-            parties=self._roles,
+            parties=roles,
             made=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             program=program.digest(),
             settings=self._agreement,
-            tape=self._tape,
+            tape=begun.block or self._tape,
             model=self._model,
             request=begun.request,
             place=place,

@@ -29,9 +29,10 @@ class Padded:
             layer.places = self._places
         self._step = engine.repeated(partial(model.step, self._cache))
         self._of: KVCache | None = None
+        self._pads = range(0)
 
-    def begin(self, cache: KVCache) -> None:
-        """Takes in what a cache holds; it grows here until ``end``."""
+    def begin(self, cache: KVCache, pads: int = 0) -> None:
+        """Takes in what a cache holds; it grows here until ``end``. pads: of its rows the last, which no step sees."""
         engine = self._model.engine
         for room, layer in zip(self._cache.layers, cache.layers, strict=True):
             if layer.keys is None:  # of a layer that nobody runs
@@ -39,17 +40,20 @@ class Padded:
             for name in ("keys", "values"):
                 rows = engine.padded(getattr(layer, name), self._places, getattr(room.layer, name))
                 setattr(room.layer, name, rows)
-        self._of = cache
+        self._of, self._pads = cache, range(cache.length, cache.length + pads)
 
     def step(self, one_hot: Handle) -> Handle:
         """Logits [1, V] of the next token."""
         assert self._of is not None, "a cache grows here"
-        self._places.put(self._of.length)
+        self._places.put(self._of.length + len(self._pads), self._pads)
         return self._step(one_hot, *self._model.turning(self._of))
 
     def end(self) -> None:
-        """Gives the cache its rows back."""
+        """Gives the cache its rows back, but for one with pads, with which nobody goes on."""
         assert self._of is not None, "a cache grew here"
+        if self._pads:
+            self._of = None
+            return
         for room, layer in zip(self._cache.layers, self._of.layers, strict=True):
             if layer.keys is None:
                 continue

@@ -36,6 +36,7 @@ from crypten_llm.session.prefix import Prefixes
 from crypten_llm.session.prompted import Answer, Progress, Step
 from crypten_llm.session.quota import Quota
 from crypten_llm.session.reveal import RevealLog
+from crypten_llm.session.stocked import Stocked
 
 if TYPE_CHECKING:
     from crypten_llm.engines.base import Engine
@@ -56,6 +57,7 @@ class Party:
     quota: at the owner, how many tokens it answers with. notary: what makes its part of receipts; by default nothing.
     sharing: ranks that are known to share this one's card, itself among them.
     side: its side of thin clients, where a helper stands for them.
+    stocked: what was dealt before, for requests to come.
     """
 
     model: Llama  # once it has been loaded
@@ -76,6 +78,7 @@ class Party:
         notary: Notary | None = None,
         sharing: Sequence[int] = (),
         side: thin.Side | None = None,
+        stocked: Stocked | None = None,
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -87,13 +90,14 @@ class Party:
         self.reveals = self.load_reveals = RevealLog()
         self.tokens_digest: str | None = None  # of the owner's tokenizer, where its model has one
         self.requests = 0
-        self._padded: Padded | None = None  # room for the caches of answers, one after another
+        self._padded: dict[bool, Padded] = {}  # room for answers' caches, one after another: of a dealer's, of blocks'
         self.kept: dict[int, KVCache] = {}  # by conversation, what its next turn goes on with
         self.make_policy, self.make_model, self.admission = make_policy, make_model, admission or Admission()
         self.mode = mode or Mode()
         self.quota = quota if quota and self.is_owner else Quota()
         self.notary, self.thin = notary or Notary(), side
         self.fits = Fits(engine, self.rank, compute_parties, sharing)
+        self.stocked = stocked or Stocked()
         self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
     @property
@@ -117,10 +121,15 @@ class Party:
             return message
         return self.transport.announce(source, self.peers, message, kind, timeout)
 
+    @property
+    def numbered(self) -> int:
+        """The request's number, by which its sections go: in a block that was dealt for it alone, 1."""
+        return 1 if self.stocked.block else self.requests
+
     def start_request(self) -> None:
         """Counts from zero, and lists reveals from where the loaded model left them."""
         self.fresh_meter()
-        self.requests += 1
+        self.requests += not self.stocked.block  # which the dealer does not follow, and does not count
         self.notary.start()
         self.reveals = self.load_reveals.copy()
 
@@ -161,11 +170,12 @@ class Party:
         size = plan.room(cache.length - len(plan.public_prefix) - plan.prompt_tokens) if self.engine.pads else 0
         if not size or any(layer.window is not None for layer in cache.layers):
             return None
-        if self._padded is None or self._padded.size != size:
-            self._padded = Padded(self.model, size)
-        self._padded.begin(cache)
+        which = self.stocked.block is not None
+        if which not in self._padded or self._padded[which].size != size:
+            self._padded[which] = Padded(self.model, size)
+        self._padded[which].begin(cache, plan.pads)
         self.reveals.public(f"room for the answer's cache: {size} rows", "each of its steps is counted as of so many")
-        return self._padded
+        return self._padded[which]
 
     def forget(self, conversation: int) -> None:
         """Drops the cache of a conversation, if there is one."""
@@ -178,7 +188,7 @@ class Party:
         Reveals: the configuration and the norms' scales, to all; of a model that is shared although the engine would be
         wrong, which of its ranges the model leaves.
         """
-        self.reveals, self.kept, self._padded = RevealLog(), {}, None
+        self.reveals, self.kept, self._padded = RevealLog(), {}, {}
         self.quota.begin(folder or "")
         with self.engine.meter.phase("load"):
             announced, weights = self._open_model(folder, progress) if self.is_owner else (self._await(progress), {})
@@ -196,11 +206,12 @@ class Party:
             if self.outside:
                 self.reveals.public("which ranges of the engine the model leaves", "--force: it is shared all the same")
             self.notary.stand_for(config, announced, self.reveals)
-            with self.engine.meter.operation("sharing of the weights", "weights"), self.engine.section("weights"):
+            masked, sharing = self.stocked.masking_weights(self, announced.series), "sharing of the weights"
+            with self.engine.meter.operation(sharing, "weights"), masked, self.engine.section("weights"):
                 handles = {}
                 for name, shape in checkpoint.expected_shapes(config).items():
                     handles[name] = self.engine.parameter(weights.pop(name, None), shape)
-                self.model = self.make_model(self.engine, config, handles, scales)
+                self.model = self.stocked.owning(self.make_model(self.engine, config, handles, scales))
         self.prefixes = Prefixes(
             self.engine, self.model, partial(self._in_the_clear, folder) if self.is_owner else None
         )
@@ -254,6 +265,7 @@ class Party:
         alive = partial(beat, len(weights), len(weights))
         found, outside = self.admission.decide(self.engine, Path(folder), config, weights, alive, progress)
         announced = messages.Announced(config.to_dict(), found.norm_scales, tokens, outside)
+        announced = self.stocked.with_series(self, announced)
         self.from_owner(announced)
         return announced, weights
 
@@ -298,32 +310,35 @@ class Party:
                     return
                 case messages.Load():
                     self.load(folder, progress)
-                case messages.Generate(plans, turns, is_open):
-                    self.start_request()
-                    self.check_plans(plans, turns)
-                    with self.quota.taken([plan.max_new_tokens for plan in plans], lambda: self.reveals.tokens):
-                        events = (
-                            scheduler.follow(self, scheduler.joining(plans, turns))
-                            if is_open
-                            else self._together(plans, None, turns)
-                        )
-                        for _ in events:
-                            pass
+                case messages.Generate(plans, turns, is_open, block):
+                    with self.stocked.supplied(self, block, plans):
+                        self._answer(plans, turns, is_open)
                 case messages.Forget(conversation):
                     self.forget(conversation)
                 case messages.Bench(shape):
                     with self._said_by(self.client):
                         self.fits.bench(shape)
                     bench.run(self, shape)
+                case messages.Offered() | messages.Stocks() as said:
+                    self.stocked.hear(self, said)
                 case messages.Statistics():
                     self.count(self.notary.running)
                 case messages.Enter() | messages.Leave() | messages.Where() as message:
                     thin.heard(self, message)
 
+    def _answer(self, plans: Sequence[Plan], turns: Turns, is_open: bool) -> None:
+        self.start_request()
+        self.check_plans(plans, turns)
+        with self.quota.taken([plan.max_new_tokens for plan in plans], lambda: self.reveals.tokens):
+            joining = scheduler.joining(plans, turns)
+            for _ in scheduler.follow(self, joining) if is_open else self._together(plans, None, turns):
+                pass
+
     def request_load(self, folder: str | Path | None = None, progress: bool = False) -> None:
         """At the client: has the model shared; ``folder`` is opened on engine ``plain`` alone."""
         self.from_client(messages.Load())
         self.load(folder, progress)
+        self.stocked.reconcile(self)
 
     def request_generate(self, plan: Plan, answer: Answer) -> Generator[Progress | Step, None, None]:
         """``request_together`` of one prompt."""
@@ -339,7 +354,7 @@ class Party:
 
         turns: where a prompt goes on with a conversation, or begins one.
         """
-        self.from_client(messages.Generate(tuple(plans), tuple(turns)))
+        self.from_client(messages.Generate(tuple(plans), tuple(turns), block=self.stocked.name))
         self.start_request()
         return self._together(plans, answers, turns)
 

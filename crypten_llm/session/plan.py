@@ -51,7 +51,8 @@ class Plan:
     parties compare. public_prefix: ids of tokens before the prompt, which are no secret (see ``prefix``). reveal: what
     the client learns of each step, a ``Mode`` as text; every party has its own, and refuses another. temperature: of
     what is drawn on shares (mode "tokens"), 0 for the likeliest. padded: while the answer grows, a cache that no policy
-    acts on is counted as of a multiple of so many rows (``padded``); 0 for those that there are.
+    acts on is counted as of a multiple of so many rows (``padded``); 0 for those that there are. pads: rows behind the
+    prompt that stand for nothing, which no token of prompt or answer sees: with them it is as long as what was dealt.
 
     Raises UsageError for a policy or a mode that there is not, and a temperature that cannot be.
     """
@@ -65,6 +66,7 @@ class Plan:
     reveal: Word = ALL
     temperature: float = 0.0
     padded: Annotated[int, Meta(ge=0, le=limits.PADDED)] = 0
+    pads: Annotated[int, Meta(ge=0, le=limits.PADDED)] = 0
 
     def __post_init__(self) -> None:
         mode, temperature = Mode.parse(self.reveal), self.temperature
@@ -78,6 +80,11 @@ class Plan:
         object.__setattr__(self, "policy", str(parse_policy(self.policy)))
         object.__setattr__(self, "public_prefix", tuple(self.public_prefix))  # JSON has lists
 
+    @property
+    def rows(self) -> int:
+        """Of the prompt, as it is read: with its pads."""
+        return self.prompt_tokens + self.pads
+
     def facts(self) -> dict:
         """What decides how all messages look: of a public prefix, that is its length."""
         return {**asdict(self), "public_prefix": len(self.public_prefix)}
@@ -88,7 +95,7 @@ class Plan:
         """
         if not self.padded or self.max_new_tokens == 1 or parse_policy(self.policy).acts:
             return 0
-        most = behind + len(self.public_prefix) + self.prompt_tokens + self.max_new_tokens - 1
+        most = behind + len(self.public_prefix) + self.rows + self.max_new_tokens - 1
         return -(-most // self.padded) * self.padded
 
     def check(self, config: LlamaConfig, turn: Turn | None = None) -> Plan:
@@ -100,7 +107,9 @@ class Plan:
         behind = turn.cached_tokens if turn else 0
         policy, prefix = parse_policy(self.policy), len(self.public_prefix)
         check_policy(policy, prefix, self.prompt_tokens)
-        prompt = prefix + self.prompt_tokens
+        if self.pads and (turn or policy.acts or config.windows or not (self.room() or self.max_new_tokens == 1)):
+            raise UsageError("pads are of a request's own padded cache, of which all rows are kept")
+        prompt = prefix + self.rows
         needed, context = behind + prompt + self.max_new_tokens, config.context
         if needed > context and behind:
             raise UsageError(

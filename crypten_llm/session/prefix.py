@@ -33,8 +33,8 @@ class Prefixes:
     """The prefixes that one party has met since its model was loaded.
 
     The owner computes each once, and so does engine ``wire`` send each once: rows are the same handles in every request
-    that begins with them, as weights are. A tape is dealt for requests that may begin in other ways: with one, rows are
-    made anew for each.
+    that begins with them, as weights are. A tape, and a stock's block, is dealt for requests that may begin in other
+    ways: with one, rows are made anew for each.
     """
 
     def __init__(self, engine: Engine, model: Llama, in_the_clear: Callable[[], Llama] | None) -> None:
@@ -50,7 +50,7 @@ class Prefixes:
         Raises: UsageError at the owner for what the engine cannot hold.
         """
         which = tuple(ids), length if length > self._model.frequencies_hold else 0
-        if which in self._rows:
+        if which in self._rows and self._engine.dealer_follows:
             return _remember(self._rows, which, self._rows[which])
         known, config, engine = self._computed(which), self._model.config, self._engine
         made = []

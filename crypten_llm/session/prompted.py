@@ -146,12 +146,14 @@ class Prompted:
                 raise UsageError("a public prefix comes before all turns of a conversation; begin another")
             go_on(self.cache, plan.prompt_tokens)
         else:
-            self.cache.follow(policy, len(prefix) + plan.prompt_tokens)
+            self.cache.follow(policy, len(prefix) + plan.rows)
         if prefix:
             what = f"public prefix: {len(prefix)} tokens, known to all"
             reveals.public(what, "the owner computes their keys and values in the clear")
         more = f", after {self.behind} that the cache holds" if self.behind else ""
         reveals.public(f"prompt length: {plan.prompt_tokens} tokens{more}", "shapes and rounds depend on it")
+        if plan.pads:
+            reveals.public(f"pads behind the prompt: {plan.pads} rows", "it is read as long as its block was dealt for")
         if self.turn:
             reveals.public(
                 f"conversation {self.turn.conversation}, whose cache is kept", "its next turn goes on with it"
@@ -174,22 +176,32 @@ class Prompted:
             self.behind = self.cache.length
 
     def end_prompt(self) -> None:
-        """To be called when all of the prompt is in the cache."""
+        """To be called when all of the prompt is in the cache; the next token's position is behind its own tokens."""
         self.cache.end_prompt()
+        self.cache.length -= self.plan.pads
         if self.turn and not self.turn.keeps_answer:
             self.party.kept[self.turn.conversation] = self.cache.copy()
 
     @property
     def chunks(self) -> int:
-        return -(-self.plan.prompt_tokens // self.plan.chunk)
+        return -(-self.plan.rows // self.plan.chunk)
 
     def next_chunk(self) -> Rows:
         """Of the prompt, which is then said to be in the cache."""
         start = self.chunked * self.plan.chunk
-        stop = min(start + self.plan.chunk, self.plan.prompt_tokens)
+        stop = min(start + self.plan.chunk, self.plan.rows)
         self.chunked += 1
-        ids = None if self.answer is None else self.answer.prompt_ids[start:stop]
-        return Rows(ids, Pass(self.cache, stop - start, self.behind + self.plan.prompt_tokens))
+        ids = None
+        if self.answer is not None:
+            ids = self.answer.prompt_ids[start:stop]
+            ids += self.answer.prompt_ids[-1:] * (stop - start - len(ids))  # a pad is its last token once more
+        return Rows(ids, Pass(self.cache, stop - start, self.behind + self.plan.rows))
+
+    @property
+    def last_row(self) -> int | None:
+        """Of the chunk that was read last, the prompt's last token, if it is there."""
+        place = self.plan.prompt_tokens - 1 - (self.chunked - 1) * self.plan.chunk
+        return place if 0 <= place < self.plan.chunk else None
 
     def newest(self) -> Rows:
         """The last token of the answer."""

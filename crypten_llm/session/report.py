@@ -54,6 +54,10 @@ class Cost:
         """Round trips to the dealer, each of which the parties wait for on this engine."""
         return max(self._sums(("dealer_rounds",), phases))
 
+    def dealer_wait_seconds(self, phases: tuple[str, ...] = ONLINE) -> float:
+        """For which the client waited for material."""
+        return sum(row["dealer_wait_seconds"] for row in self._rows(self._client, phases))
+
     def seconds(self, phase: str) -> float:
         """Wall clock of a phase at the client, its waits for the other parties included."""
         return sum(row["seconds"] for row in self._rows(self._client, (phase,)))

@@ -233,7 +233,8 @@ class Result:
     prompts: how many shared its rounds; ``seconds``, ``cost`` and ``revealed`` are of all these together.
     outside: why the answer is not to be trusted, where the model was shared although it leaves the engine's ranges.
     cached_tokens: of its conversation, that the cache held already. decoding: how tokens were chosen, in words.
-    stop_ids: what would have ended it. receipt: of all these together; ``None`` on engine ``plain``.
+    stop_ids: what would have ended it. receipt: of all these together; ``None`` on engine ``plain``. block: of a stock,
+    that its material came from; empty where a dealer followed.
     """
 
     text: str
@@ -253,6 +254,7 @@ class Result:
     public_tokens: int = 0
     outside: str = ""
     receipt: Receipt | None = None
+    block: str = ""
 
     def to_dict(self) -> dict:
         """The JSON object that ``generate --json`` prints."""
@@ -279,6 +281,8 @@ class Taken:
     answers: list[Answer] = field(default_factory=list)
     steps: list[list[Step]] = field(default_factory=list)
     ranks: list[dict] = field(default_factory=list)  # every rank's counters, once it has ended
+    block: str = ""  # of a stock, and the plans as they were run
+    plans: Sequence[Plan] = ()
 
 
 @dataclass(frozen=True)
@@ -326,6 +330,7 @@ class Asked:
         prompts: int,
         outside: str,
         receipt: Receipt | None,
+        block: str = "",
     ) -> Result:
         """What came of it; steps: those that were read, of which the last ends the answer if it was read to its end.
 
@@ -356,6 +361,7 @@ class Asked:
             public_tokens=len(self.plan.public_prefix),
             outside=outside,
             receipt=receipt,
+            block=block,
         )
 
 

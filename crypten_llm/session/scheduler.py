@@ -126,7 +126,7 @@ def follow(party: Party, first: Sequence[Newcomer], door: Door | None = None) ->
                 states.append(hidden[-1:])
             values = draw(party, drawing, engine.cat(states, 0) if len(states) > 1 else states[0]) if states else []
         if reading and reading.answer is not None:
-            total = reading.plan.prompt_tokens
+            total = reading.plan.rows
             yield Progress(min(reading.chunked * reading.plan.chunk, total), total, reading.place)
         for each, value in zip(drawing, values, strict=True):
             if step := each.take(value, started):

@@ -166,6 +166,7 @@ class LaunchConfig:
     calibration_text: a file that the owner measures its model on, in the clear and alone, before it shares it.
     policy_weights: a file of a policy's trained weights, which requests name and no other party's words can open.
     session_tokens, day_tokens: most tokens that the owner answers with (see ``quota``); 0 for no limit.
+    stock: folder of blocks that were dealt ahead of requests (``protocols.dealer.stock``); none when empty.
     offline: never ask a hub. verbose: tracebacks, and what the other parties print. progress: show progress bars.
     shielded: local parties do not hear Ctrl-C, which reaches every process of a terminal; they end with the client.
     helper_at, owner_at: where these take this client, as HOST:PORT, which then is a thin one (see ``thin_client``);
@@ -192,6 +193,9 @@ class LaunchConfig:
     )
     session_tokens: int = _setting(0, "most tokens that the owner answers with in a session", metavar="N")
     day_tokens: int = _setting(0, "most tokens that the owner answers with in a day, over all sessions", metavar="N")
+    stock: str = _setting(
+        "", "this party's folder of material that was dealt ahead of requests (see stock, produce)", metavar="DIR"
+    )
     offline: bool = _setting(False, "never ask a model hub")
     verbose: bool = _setting(False, "show tracebacks and what the other parties print")
     progress: bool = False  # no option: bars are for a terminal
@@ -273,6 +277,8 @@ def split(settings: dict) -> tuple[ProtocolConfig, LaunchConfig]:
             f"device is {launched.device!r}, and engine 'crypten' chooses tokens on the processor alone; leave "
             "--device or --reveal out, or use engine 'wire'"
         )
+    if launched.stock and (asked.tape or asked.engine != "wire"):
+        raise UsageError("a stock is of engine 'wire' with its dealer; leave --stock out, or --tape and --engine")
     if launched.device.count(",") + 1 not in (1, asked.world):
         raise UsageError(
             f"device is {launched.device!r}, and this run has {asked.world} processes; name one device, or one each"

@@ -32,11 +32,11 @@ def of_requests(config: LlamaConfig, plans: Sequence[Plan], cached: int) -> int:
     windows = config.windows or (None,) * config.num_hidden_layers
     total = 0
     for plan in plans:
-        prompt = len(plan.public_prefix) + plan.prompt_tokens
+        prompt = len(plan.public_prefix) + plan.rows
         if not parse_policy(plan.policy).cuts_prompts:
             total += sum(row * (prompt if window is None else min(prompt, window)) for window in windows)
         total += row * config.num_hidden_layers * plan.room()
-        total += config.num_attention_heads * min(plan.chunk, plan.prompt_tokens) ** 2 * cached
+        total += config.num_attention_heads * min(plan.chunk, plan.rows) ** 2 * cached
     return total
 
 

@@ -12,7 +12,8 @@ that it would miss the deadline is refused, as the endpoint does.
 The last row is ``scaled``: the number of groups follows the rule and numbers of
 deploy/kubernetes/client/base/scaling.yaml, up to the largest of ``--groups``. ``dealers`` are those that a pool of them
 would need if passes took their material from a common stock, and ``stock_bytes`` what the worst burst would take out of
-it; the endpoint has no such stock yet, and its latencies are those of a live dealer in each group.
+it. Latencies are those of a live dealer in each group: a stock is a group's own, and what is answered from it is
+answered by itself.
 
 A new group answers after 90 seconds: 43 were measured for sharing SmolLM2 and as many for compiling kernels anew, on
 two cores that others used. ``machine_seconds_a_token``: three machines for as long as they are kept, by

@@ -9,7 +9,9 @@ HELP = "make a role's key and certificate for encrypted links (--tls), pin those
 
 
 def options(parser: Parser) -> None:
-    parser.add_argument("role", help="owner, client or dealer ('compute 2' and on with more parties)")
+    parser.add_argument(
+        "role", help="owner, client, dealer, or 'producer 1' and on ('compute 2' and on with more parties)"
+    )
     parser.add_argument("--out", default="keys", metavar="DIR", help="folder of the files (default: keys)")
     what = parser.add_mutually_exclusive_group().add_argument
     what("--pin", metavar="F.crt", help="take that role's certificate into the folder; its fingerprint must be given")

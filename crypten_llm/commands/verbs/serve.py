@@ -35,6 +35,8 @@ def options(parser: Parser) -> None:
     add("--keep-minutes", type=float, default=30.0, metavar="M", help=what)
     what = "most memory of kept caches at a compute party; the oldest is dropped (default: 4)"
     add("--keep-gigabytes", type=float, default=4.0, metavar="G", help=what)
+    what = "with --stock: take a block only where nobody else waits; others share rounds, and a dealer follows them"
+    add("--stock-only-alone", action="store_true", help=what)
     add("--name", default="", metavar="NAME", help="what the model is called in requests (default: its folder's name)")
     add("--open", action="store_true", help="show the page in a browser")
     what = "end, with the error, where the parties have ended: for what starts it again (default: stay, and say so)"
@@ -71,4 +73,5 @@ def run(arguments: Any) -> None:
     usual = Usual(policy, arguments.chunk, arguments.hide_length, arguments.public_system)
     where = {"model": arguments.model, "tokenizer": arguments.tokenizer, **shared.settings(arguments)}
     ends = arguments.end_with_parties
-    serve(Place(**same, https=https, opens=arguments.open, ends=ends, keeping=keeping), usual, **where)
+    apart = {"opens": arguments.open, "ends": ends, "keeping": keeping, "only_alone": arguments.stock_only_alone}
+    serve(Place(**same, https=https, **apart), usual, **where)

@@ -35,12 +35,13 @@ class Links:
 
     times: how often whatever is counted now happens. work: by (phase, kind), the words that a party multiplies and
     adds in the matrix products of layers and attention (``products``; not those with which a policy moves rows), and
-    the dealer's material (``material``), in bytes.
+    the dealer's material (``material``), in bytes. dealer_follows: else all material is on files, dealt before.
     """
 
     rank = DEALER
 
-    def __init__(self) -> None:
+    def __init__(self, dealer_follows: bool = True) -> None:
+        self._heard_by = 1 + dealer_follows
         self.meter = Meter()
         self.times = 1
         self._said: list[Any] = []
@@ -60,13 +61,13 @@ class Links:
         self._said.append(message)
 
     def announce(self, source: int, peers: object, message: Any, kind: Any = dict, timeout: float | None = None) -> Any:
-        """A public message of ``source`` to the other party and the dealer, which hears what was said (``say``)."""
+        """A public message of ``source`` to the other party, and the dealer, which hears what was said (``say``)."""
         if self._said:
             message = self._said.pop(0)
         elif message is None:
             message = records.convert(GO_ON, kind)
         size = HEADER.size + len(encode_json(message))
-        self._count(source, messages=2, sent=2 * size)
+        self._count(source, messages=self._heard_by, sent=self._heard_by * size)
         self._count(1 - source, rounds=1, received=size)
         return message
 
@@ -85,6 +86,7 @@ class Links:
 
     def receive_material(self, party: int, frames: int, count: int) -> None:
         """``count`` bytes of material for ``party``, and the headers of as many frames as are now complete."""
+        frames = frames if self._heard_by > 1 else 0
         self._count(party, "dealer", rounds=frames, received=frames * HEADER.size + count)
         self.note("material", count)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from crypten_llm.engines.wire.known import known_rows
 from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
 from crypten_llm.engines.wire.padding import PaddedRows, Places
-from crypten_llm.errors import LeftRange, UsageError
+from crypten_llm.errors import LeftRange, OneTimeError, UsageError
 from crypten_llm.kernels import ring
 from crypten_llm.protocols import embedding, products
 from crypten_llm.protocols.dealer import roles
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from crypten_llm.links.meter import Meter
     from crypten_llm.links.transport import Transport
     from crypten_llm.protocols.dealer.runtime import Runtime
+    from crypten_llm.protocols.dealer.tape import Tape
     from crypten_llm.session.calibration import Ranges
 
 
@@ -107,6 +108,24 @@ class WireEngine(Engine):
         """
         return {OWNER: Held(4, 16), DEALER: Held(8, 8)}.get(rank, Held(8, 16))
 
+    @contextmanager
+    def supplied(self, block: Tape) -> Iterator[None]:
+        """A with block in which all material comes from one that was dealt before, and no dealer follows."""
+        self.dealer_follows = False
+        try:
+            with self.runtime.lent(block.keys, block):
+                yield
+        finally:
+            self.dealer_follows = True
+
+    def own_norm(self, weight: Weight, size: int) -> None:
+        """Masks the weight of a norm of heads of that size, which else is done where it is first needed."""
+        self.rounds.run(self.matrix(weight, scale=size**0.5))
+
+    def masking_weights(self, key: bytes | None) -> AbstractContextManager[None]:
+        """See ``Runtime.masking_weights``."""
+        return self.runtime.masking_weights(key)
+
     def repeated(self, program: Callable[..., Secret]) -> Callable[..., Secret]:
         return program if self.runtime.device.type == "cpu" else Repeated(self, program)
 
@@ -157,6 +176,8 @@ class WireEngine(Engine):
         scale: multiplied in, in the place of sqrt(H).
         """
         if gamma not in weight.matrices:
+            if self.runtime.is_lent:
+                raise OneTimeError(f"{weight.name or 'a weight'} is masked within a block, which serves one request")
             c, after = self.config, gamma is not None or scale is not None
             factors: float | torch.Tensor = weight.shape[-1] ** 0.5 if scale is None and after else scale or 1.0
             if weight.value is not None and gamma is not None:

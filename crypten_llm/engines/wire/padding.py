@@ -29,10 +29,12 @@ class Places:
         self.seen = torch.zeros(size, dtype=torch.int64, device=runtime.device)
         self.next = torch.zeros(1, dtype=torch.int64, device=runtime.device)
 
-    def put(self, length: int) -> None:
-        """For a step behind as many rows."""
+    def put(self, length: int, unseen: range = range(0)) -> None:
+        """For a step behind as many rows, of which some are not seen."""
         assert length < self.size, f"{self.size} places hold no row {length + 1}"
-        self.seen.copy_(self._runtime.moved((torch.arange(self.size) <= length).long()))
+        places = torch.arange(self.size)
+        seen = (places <= length) & ((places < unseen.start) | (places >= unseen.stop))
+        self.seen.copy_(self._runtime.moved(seen.long()))
         self.next.fill_(length)
 
     def repeat(self, *times: int) -> Self:

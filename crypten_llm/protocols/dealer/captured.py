@@ -193,7 +193,7 @@ class Captured:
     def __init__(self, runtime: Runtime, graphs: Graphs) -> None:
         self._runtime, self._graphs = runtime, graphs
         self._posted: list[_Swap] = []  # messages that captured kernels exchange themselves
-        self._material: Any = runtime.material
+        self._material: Any = runtime.material  # of the section that is run
         self._gauge = _Gauge(self._material)
         self._stretches: list[_Stretch] = []
         self._loaded = 0  # windows, in the section that is run
@@ -201,12 +201,14 @@ class Captured:
 
     def measure(self, program: Callable[[], Result]) -> Result:
         """What the program returns, which also compiles kernels and moves constants; its material is measured."""
+        self._gauge = _Gauge(self._runtime.material)
         with self._runtime.replaced(self._gauge, None):
             return program()
 
     def capture(self, program: Callable[[], Result]) -> Result:
         """What the program returns."""
-        runtime, unit = self._runtime, self._material.unit
+        runtime, self._material = self._runtime, self._runtime.material
+        unit = self._material.unit
         self._reads = _Reads(runtime.device, unit, self._gauge.taken, self._material.window)
         self._writes = _Writes(runtime.device, unit, self._gauge.written)
         mine = self._writes if runtime.role == DEALER else self._reads
@@ -227,7 +229,7 @@ class Captured:
     def replay(self) -> None:
         """The program's kernels and messages, with what belongs to the section that has begun."""
         runtime = self._runtime
-        self._loaded = 0
+        self._material, self._loaded = runtime.material, 0
         for stream, mark in zip(runtime.streams, self._marks, strict=True):
             stream.lend_key(mark)
         with self._graphs.apart():

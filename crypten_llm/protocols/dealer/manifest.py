@@ -22,7 +22,7 @@ from crypten_llm.roles import CLIENT, OWNER, role_names
 
 PARTIES = (OWNER, CLIENT)
 NAMES = role_names(len(PARTIES))[: len(PARTIES)]
-_NOT_IN_A_TAPE = ("hide_length",)  # changes nothing that is dealt
+_NOT_IN_A_TAPE = ("hide_length", "pads")  # change nothing that is dealt
 _USUAL = (0, "logits")  # what no option needs to say
 _NOT_IN_A_FINGERPRINT = ("bos_token_id", "eos_token_id")  # as little; generation_config.json may change them
 Fact = bool | Count | float | Words
@@ -33,7 +33,8 @@ Party = Annotated[str, Meta(pattern=f"^({'|'.join(NAMES)})$")]
 class Manifest(Record, frozen=True):
     """version, program: of the code that dealt. engine: its settings. config: fingerprint of the model's config.json.
     verb, plan: the request, as the client announces it. requests: how many. id: drawn for this tape. signer: public key
-    of who dealt. files: digest of each party's file.
+    of who dealt. files: digest of each party's file. series: of a block for a stock, the masks of weights that it is
+    dealt for (``session.series``).
     """
 
     version: Word
@@ -46,6 +47,7 @@ class Manifest(Record, frozen=True):
     id: Word
     signer: Words
     files: Annotated[dict[Party, Digest], Meta(min_length=len(NAMES))]
+    series: Word = ""
 
     def signed_by(self, signer: Signer, files: dict[str, str]) -> tuple[Manifest, bytes]:
         """With the digests of its files, and the signature of all that."""
@@ -60,7 +62,7 @@ class Manifest(Record, frozen=True):
         return b"crypten-llm tape " + json.dumps(plain(self), sort_keys=True, separators=(",", ":")).encode()
 
 
-def make_manifest(engine: dict, config: dict, verb: str, plan: dict, requests: int) -> Manifest:
+def make_manifest(engine: dict, config: dict, verb: str, plan: dict, requests: int, series: str = "") -> Manifest:
     """As ``Manifest``; config: the model's config.json."""
     return Manifest(
         version=crypten_llm.__version__,
@@ -73,6 +75,7 @@ def make_manifest(engine: dict, config: dict, verb: str, plan: dict, requests: i
         id=fresh_key()[:8].hex(),
         signer="",
         files={},
+        series=series,
     )
 
 

@@ -21,6 +21,7 @@ from crypten_llm.errors import OneTimeError, UsageError
 from crypten_llm.links.signatures import Signer
 from crypten_llm.links.transport import bytes_of
 from crypten_llm.protocols.dealer.layout import (
+    BEGIN,
     MAX_HEADER,
     WORD,
     Header,
@@ -166,6 +167,11 @@ class Recording(_Written):
             self.__exit__(type(error), error, None)
             raise
         return self
+
+    def bytes(self, party: int) -> int:
+        """Of a party's file, before it is written."""
+        header = self._header(party)
+        return padded(BEGIN.size + room_for(header)) + header.size
 
     def _header(self, party: int) -> Header:
         """Complete but for digests and signature."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -118,6 +118,7 @@ class Runtime(ABC):
         self.waiting: Waiting | None = None  # such a party's kernels for what comes
         self._streams: list[Stream] = []
         self._begun: set[str] = set()
+        self.is_lent = False  # whether all material is that of one request's block
         self._owned = Owned()
 
     # Sections.
@@ -172,6 +173,30 @@ class Runtime(ABC):
             yield
         finally:
             self._material, self._swap = before
+
+    @contextmanager
+    def lent(self, keys: list[bytes], material: Any = None) -> Iterator[None]:
+        """A with block between two sections, those within which draw from other keys: labels may come again there.
+
+        material: where theirs comes from, or goes, if that is elsewhere too.
+        """
+        self.end()
+        before = self._keys, self._material, self._begun, self.is_lent
+        self._keys, self._begun = keys, set()
+        if material is not None:
+            self._material, self.is_lent = material, True
+        try:
+            yield
+            self.end()
+        finally:
+            self.section = ""
+            self._keys, self._material, self._begun, self.is_lent = before
+
+    def masking_weights(self, key: bytes | None) -> AbstractContextManager[None]:
+        """A with block in which the owner's masks come from a key that outlives the session (``series``), at the owner
+        and the dealer; the client has no part of them and is given none.
+        """
+        return self.lent(self._keys if key is None else [key, *self._keys[1:]])
 
     # Masks and correlations.
 
