@@ -11,8 +11,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 
 def import_crypten() -> Any:
     """CrypTen, importable on current torch and without any of its insecure defaults.
@@ -34,6 +32,8 @@ def import_crypten() -> Any:
         import crypten.nn
 
         logging.root.setLevel(level)
+    # Its tensors on a GPU override torch's functions in a way that torch warns of, and follows.
+    warnings.filterwarnings("ignore", message="Defining your `__torch_function__` as a plain method")
     if crypten.cfg.mpc.provider == "TFP":
         crypten.cfg.mpc.provider = "TTP"
     return crypten
@@ -47,11 +47,11 @@ def install_communicator(communicator_class: Any, instance: Any) -> None:
     comm.DistributedCommunicator = communicator_class
 
 
-def install_generators(ring_element: Callable, kbit_tensor: Callable, streams: dict) -> None:
+def install_generators(ring_element: Callable, kbit_tensor: Callable, streams: dict[str, dict]) -> None:
     """Replaces CrypTen's random number functions wherever one of its modules imported them by name.
 
     Its own generator is MT19937 behind a 32-bit seed: a party that sees 624 outputs predicts the rest, and with
-    it the other party's shares.
+    it the other party's shares. streams: by CrypTen's names for them, and by device.
     """
     import crypten
 
@@ -62,8 +62,7 @@ def install_generators(ring_element: Callable, kbit_tensor: Callable, streams: d
                 module.generate_random_ring_element = ring_element
             if hasattr(module, "generate_kbit_random_tensor"):
                 module.generate_kbit_random_tensor = kbit_tensor
-    for which, stream in streams.items():
-        crypten.generators[which] = {torch.device("cpu"): stream}
+    crypten.generators.update(streams)
 
 
 def install_ttp_client(client: Any) -> None:

@@ -21,6 +21,11 @@ def is_name(text: object) -> bool:
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
+def numbered(name: str) -> str:
+    """The name with a GPU's number: "cuda" is the first."""
+    return "cuda:0" if name == "cuda" else name
+
+
 def usable(name: str) -> torch.device:
     """The device of that name, which becomes this thread's own of its kind.
 
@@ -40,6 +45,23 @@ def usable(name: str) -> torch.device:
             "driver that have it"
         ) from None
     return found
+
+
+def card(name: str) -> str | None:
+    """What the driver calls the GPU of that name, "" where this machine has none; None for a processor.
+
+    Raises UsageError for a GPU that is not among those of this machine.
+    """
+    if name == "cpu":
+        return None
+    import torch
+
+    if not (count := torch.cuda.device_count()):
+        return ""
+    index = int(name.partition(":")[2] or 0)
+    if index >= count:
+        raise UsageError(f"device is {name!r}, and the last of this machine's GPUs is cuda:{count - 1}; name another")
+    return torch.cuda.get_device_name(index)
 
 
 def found() -> dict[str, str]:

@@ -8,6 +8,7 @@ that this one stops and why, but never in words that may quote what it alone kno
 import contextlib
 import difflib
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator
 
@@ -49,6 +50,8 @@ class OneTimeError(CryptenLLMError):
     """A mask would hide two values, or dealt material would be used twice or out of step: the run ends instead."""
 
 
+_LACKING = ("not enough memory", "out of memory")  # torch's words for it, of a processor and of a GPU
+_WANTED = re.compile(r"CUDA out of memory\. Tried to allocate ([\d.]+ [KMG]?i?B)\b")
 ENDED = "its program ended with an error; see its own output"  # all that others hear of what is not for them
 LONGEST = 2000  # characters of a message; beyond that a value was quoted whole
 _silence = threading.RLock()
@@ -170,7 +173,9 @@ def _words(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name!r} is not installed; {how_to_install(error.name)}"
     if _lacks_memory(error):
-        return "not enough memory; use a shorter prompt, a smaller --chunk or a smaller model"
+        more = _WANTED.search(text)
+        where = f" on the GPU for {more[1]} more; give parties a card each, or" if more else ";"
+        return f"not enough memory{where} use a shorter prompt, a smaller --chunk or a smaller model"
     if isinstance(error, OSError) and error.strerror:
         place = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{place}; free the resource it names and run again"
@@ -193,4 +198,4 @@ def how_to_install(package: str | None) -> str:
 def _lacks_memory(error: BaseException) -> bool:
     if isinstance(error, CryptenLLMError):
         return False
-    return isinstance(error, MemoryError) or "not enough memory" in str(error)
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _LACKING)

@@ -37,12 +37,15 @@ def context():
     return context
 
 
-def run(job, *arguments, parties: int = 2, wire=False, at_dealer=None, timeout: float = TIMEOUT, **config) -> list:
+def run(
+    job, *arguments, parties: int = 2, wire=False, elsewhere=False, at_dealer=None, timeout: float = TIMEOUT, **config
+) -> list:
     """``job(engine, *arguments)`` at each of ``parties`` compute parties; returns their results by rank.
 
     wire: engine ``wire`` instead of ``crypten``; its dealer runs the job too, and its result is the last item.
-    config: fields of ``CryptenConfig``. at_dealer: called with the dealer's transport before it serves; what it
-    returns is called when the dealer has stopped, and gives the last item of the results.
+    elsewhere: by CrypTen's own path for a GPU (``crypten_elsewhere``). config: fields of ``CryptenConfig``. at_dealer:
+    called with the dealer's transport before it serves; what it returns is called when the dealer has stopped, and
+    gives the last item of the results.
     """
     sockets = [{} for _ in range(parties + 1)]
     for low in range(parties + 1):
@@ -56,7 +59,9 @@ def run(job, *arguments, parties: int = 2, wire=False, at_dealer=None, timeout: 
         # Pickled by hand: multiprocessing would pass tensors through shared memory that ends with the sender.
         served = rank == parties and not wire
         work = pickle.dumps((at_dealer, (), {}) if served else (job, arguments, config))
-        processes.append(server.Process(target=_main, args=(rank, parties, sockets[rank], theirs, timeout, wire, work)))
+        processes.append(
+            server.Process(target=_main, args=(rank, parties, sockets[rank], theirs, timeout, wire, elsewhere, work))
+        )
     try:
         for process in processes:
             process.start()
@@ -85,7 +90,7 @@ def _result(pipe, rank: int, timeout: float):
     return None, f"party {rank} died"
 
 
-def _main(rank, parties, sockets, pipe, timeout, wire, work):
+def _main(rank, parties, sockets, pipe, timeout, wire, elsewhere, work):
     import torch
 
     from crypten_llm.engines.crypten import bridge
@@ -96,6 +101,11 @@ def _main(rank, parties, sockets, pipe, timeout, wire, work):
     from crypten_llm.roles import role_names
 
     torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if elsewhere:
+        import crypten_elsewhere
+
+        device = crypten_elsewhere.put_in_place()
     transport = Transport(rank, role_names(parties), sockets, timeout=timeout)
     try:
         job, arguments, config = pickle.loads(work)
@@ -103,10 +113,11 @@ def _main(rank, parties, sockets, pipe, timeout, wire, work):
             answer = job(WireEngine(transport), *arguments)
         elif rank == parties:
             result = job(transport) if job else lambda: None
-            bridge.start_dealer(transport, parties).serve()
+            bridge.start_dealer(transport, parties, device).serve()
             answer = result()
         else:
-            engine = CryptenEngine(transport, parties, CryptenConfig(**{"precision_bits": 16, **config}))
+            settings = CryptenConfig(**{"precision_bits": 16, **config})
+            engine = CryptenEngine(transport, parties, settings, device=device)
             answer = job(engine, *arguments)
             if rank == 0:
                 engine.dealer.ask_stop()

@@ -6,6 +6,7 @@ import torch
 
 from crypten_llm.engines.crypten import engine as crypten_engine  # noqa: F401  (imported once in the server)
 from crypten_llm.engines.crypten.domain import norm_scales
+from crypten_llm.errors import UsageError
 from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
@@ -14,7 +15,7 @@ from crypten_llm.session.bench import run as bench_run
 from crypten_llm.session.calibration import measure
 from crypten_llm.session.generation import run as generation_run
 from crypten_llm.session.party import Party
-from crypten_llm.session.plan import Plan
+from crypten_llm.session.plan import Plan, parse_policy
 from crypten_llm.session.prompted import Answer, Step
 from crypten_llm.session.reveal import RevealLog
 from crypten_llm.session.sampling import Sampler, SamplingConfig
@@ -186,3 +187,19 @@ def bench(engine, shape):
     bench_run(party, replace(shape, steps=1))
     one_step = sum(row["rounds"] for row in engine.meter.table() if row["phase"] == "decode")
     return {"figures": figures, "table": table, "one_step": one_step}
+
+
+def refused_policies(engine, policies):
+    """What the engine says to each of them on a device that is no processor."""
+    engine.device, said = torch.device("meta"), []
+    for policy in policies:
+        try:
+            engine.check_policy(parse_policy(policy))
+        except UsageError as error:
+            said.append(str(error))
+    return said
+
+
+def held(engine):
+    """What each of three ranks keeps of a weight and of a cached number."""
+    return [tuple(engine.holds(rank)) for rank in range(3)]

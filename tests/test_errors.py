@@ -35,6 +35,11 @@ def test_what_is_unheard_stays_here(error):
         (KeyboardInterrupt(), "interrupted"),
         (MemoryError(SECRET), "not enough memory"),
         (RuntimeError(f"DefaultCPUAllocator: not enough memory: {SECRET}"), "not enough memory"),
+        (
+            RuntimeError(f"CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of {SECRET}"),
+            "not enough memory on the GPU for 2.50 GiB more; give parties a card each, or use a shorter prompt",
+        ),
+        (RuntimeError(f"Triton Error [CUDA]: out of memory {SECRET}"), "not enough memory; use a shorter prompt"),
         (ModuleNotFoundError(SECRET, name="tqdm"), "the package 'tqdm' is not installed; install this project again"),
         (
             ModuleNotFoundError(SECRET, name="crypten.mpc"),

@@ -10,6 +10,7 @@ import pytest
 from crypten_llm.session.bench import Shape
 from experiments.measure import compare_engines
 from experiments.measure.compare_engines import SHAPES, key, measure, summary
+from experiments.tools import provenance
 
 TINY = Shape(hidden=32, heads=4, kv_heads=2, ffn=48, layers=1, kv_len=20, steps=2)
 CELL = {"rounds": 7, "dealer_rounds": 0, "bytes_sent": 5000, "dealer_bytes": 9, "peak_bytes": 1, "max_abs_err": 0.0123}
@@ -21,9 +22,9 @@ def command(monkeypatch, tmp_path):
     measured = []
     seconds = {"crypten": 3.0, "wire": 1.5, "wire, tape": 1.0}
 
-    def fake(shape, engine, timeout):
+    def fake(shape, engine, timeout, device):
         measured.append((shape.hidden, engine))
-        return {"seconds": seconds[engine], **CELL}
+        return {"seconds": seconds[engine] / (1 if device == "cpu" else 10), **CELL}
 
     monkeypatch.setattr(compare_engines, "measure", fake)
     path = tmp_path / "runs" / "compare.json"
@@ -64,6 +65,16 @@ def test_a_whole_token_is_a_shape_of_its_own(command):
     assert "| d=576 ffn=1536 heads=9 T=256 layers=30 vocab=49152 | wire, tape | 1.0 | 3.0 |" in table
     layer = Shape(**vars(shape) | {"vocab": 0})
     assert key(shape, "wire", 0).replace(" vocab=49152", "") == key(layer, "wire", 0)
+
+
+def test_a_device_is_a_row_of_its_own(command, monkeypatch):
+    monkeypatch.setattr(provenance, "card", lambda: "A Card")
+    words = "--shapes", "7B", "--engines", "crypten", "wire"
+    _, _, table = command(*words)
+    assert "| d=4096 ffn=11008 heads=32 T=512 layers=1 | wire | 1.5 | 2.0 |" in table
+    measured, result, table = command(*words, "--device", "cuda")
+    assert len(measured) == 2 and len(result["cells"]) == 4 and result["made_by"][-1]["card"] == "A Card"
+    assert "| d=4096 ffn=11008 heads=32 T=512 layers=1 on cuda | wire | 0.15 | 2.0 |" in table
 
 
 def test_repeats_are_paired():

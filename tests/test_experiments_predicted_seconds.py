@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from crypten_llm.commands.cost import Machine
+from crypten_llm.commands.machine import Machine
 from crypten_llm.session.bench import Shape
 from experiments.measure import predicted_seconds
 from experiments.measure.predicted_seconds import Point, counted, fit, measured_bench

@@ -6,6 +6,7 @@ The attacks of a review, as scripts: each was a hang, a traceback or exhausted m
 from dataclasses import asdict
 
 import pytest
+import torch
 from hostile import LARGE, SIZES, one_line
 from transports import ROLES, socket_pair
 
@@ -39,7 +40,8 @@ def dealer():
 class Engine:
     """Stands for ``wire``: all that is refused is refused before an engine is asked for anything."""
 
-    name, number_bytes, dealer_follows, rank = WireEngine.name, WireEngine.number_bytes, True, 2
+    name, dealer_follows, rank = WireEngine.name, True, 2
+    device, holds = torch.device("cpu"), WireEngine.holds
 
     def __init__(self, transport):
         self.meter = transport.meter

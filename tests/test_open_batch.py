@@ -192,10 +192,10 @@ def test_a_newcomer_that_does_not_fit_is_refused_alone(llama, plain, monkeypatch
     asked = llama.prepare(Request(input_ids=ids, max_new_tokens=3, eos_token_id=[], hide_length=False))
     check, calls = memory.check, itertools.count()
 
-    def refuse_the_second(needed, what):
+    def refuse_the_second(*given):
         if next(calls) == 1:
             raise UsageError("too large")
-        check(needed, what)
+        check(*given)
 
     monkeypatch.setattr(memory, "check", refuse_the_second)
     events, results = play(llama, [(0, asked), (1, asked), (1, asked)])
@@ -243,7 +243,7 @@ def test_nobody_hears_of_a_batch_that_cannot_begin(llama, plain, monkeypatch):
     ids, answer = clear_ids(plain, 5, 3)
     asked = llama.prepare(Request(input_ids=ids, max_new_tokens=3, eos_token_id=[], hide_length=False))
     with monkeypatch.context() as patched:
-        patched.setattr(memory, "check", lambda needed, what: (_ for _ in ()).throw(UsageError("too large")))
+        patched.setattr(memory, "check", lambda needed, what, device: (_ for _ in ()).throw(UsageError("too large")))
         with pytest.raises(UsageError, match="too large"):
             play(llama, [(0, asked)])
     with closing(llama.stream(input_ids=ids, max_new_tokens=3)) as stream:

@@ -207,7 +207,7 @@ def test_a_newcomer_that_is_refused_loses_it_and_the_next_is_read_anew(made, mon
     messages = [SAID, {"role": "assistant", "content": text}, MORE]
     check, begin = memory.check, made.kept.begin
 
-    def refusing(needed, what):
+    def refusing(*given):
         raise UsageError("too large")
 
     def begun(*arguments):
@@ -229,10 +229,10 @@ def test_old_ones_make_room_for_a_request_that_would_not_fit(made, monkeypatch):
         ask(http, [SAID], user=user)
     check = memory.check
 
-    def tight(needed, what):
+    def tight(*given):
         if len(made.llama.party.kept) > 1:
             raise UsageError("too large")
-        check(needed, what)
+        check(*given)
 
     asked = made.llama.prepare(Request(messages=[SAID], max_new_tokens=1))
     monkeypatch.setattr(memory, "check", tight)
@@ -281,7 +281,7 @@ class _Clock:
 
 def test_what_is_kept_is_bounded_in_time_and_memory_and_what_waits_is_not_dropped(llama):
     clock, queue = _Clock(), FairQueue(9)
-    per = 2 * llama.config.num_key_value_heads * llama.config.head_dim * llama.party.engine.number_bytes
+    per = 2 * llama.config.num_key_value_heads * llama.config.head_dim * llama.party.engine.holds(1).cached
     asked = llama.prepare(Request(messages=[SAID], max_new_tokens=3, hide_length=True))
     tokens = len(asked.ids)
     room = (2 * tokens + 2 * 3) * per * llama.config.num_hidden_layers / 1e9

@@ -104,10 +104,22 @@ def test_local_parties_are_started_with_the_clients_settings(started):
         assert ("secret" in command[-1]) == (rank == 0)
 
 
-def test_each_local_party_is_told_its_own_device(started):
-    LocalParties(*split({"device": "cuda:1,cpu,cuda"})).listener.close()
-    told = {rank: Child.from_json(command[-1]).launch.device for rank, command in started.items()}
-    assert told == {0: "cuda:1", 2: "cuda"}
+def test_local_parties_know_who_shares_their_card(started):
+    """As the client does; one that others have started knows of itself alone, unless it is told."""
+
+    def told(device):
+        started.clear()
+        launch = split({"device": device})[1]
+        LocalParties(*split({"device": device})).listener.close()
+        known = {rank: Child.from_json(command[-1]).launch for rank, command in started.items()}
+        assert all(each.device_of(rank) == launch.device_of(rank) for rank, each in known.items())
+        beside = {rank: each.beside(rank, 3, False) for rank, each in known.items()}
+        return beside | {1: launch.beside(1, 3, True)}
+
+    assert told("cuda:1,cpu,cuda") == {0: (0,), 1: (1,), 2: (2,)}
+    assert told("cuda:0,cpu,cuda") == {0: (0, 2), 1: (1,), 2: (0, 2)}
+    assert told("cuda") == {0: (0, 1, 2), 1: (0, 1, 2), 2: (0, 1, 2)}
+    assert LaunchConfig("cuda").beside(1, 3, False) == ()
 
 
 def test_no_command_imports_torch_before_its_arguments_are_read():

@@ -7,12 +7,14 @@ and cache; seconds come from a model of three terms, and are an estimate.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from crypten_llm import memory
+from crypten_llm.commands.machine import PROCESSOR, Card, Machine
 from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.engines.wire.handles import Rows
 from crypten_llm.errors import UsageError
@@ -23,6 +25,7 @@ from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation, scheduler
 from crypten_llm.session.api import check_policy
+from crypten_llm.session.fits import by_role
 from crypten_llm.session.messages import Announced
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.party import Party
@@ -38,35 +41,10 @@ WORD = 8
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Seconds that things take a process with a core of its own: a round, its bytes apart (nearly all of it is the
-    Python between two openings); a multiplication and addition of two words in a matrix product; a byte of the
-    dealer's material, which stands for all element-wise work, at a party and at the dealer.
-
-    The defaults are fitted to decode steps at hidden sizes 64 to 2,048 and to prefill passes of 128 rows of two parties
-    with a core each (``python -m experiments.measure.predicted_seconds``); they reproduce each of these within a fifth.
-    ``deal`` is what is left of the seconds of a tape of the shipped model. Parties that share cores take longer.
-    """
-
-    round: float = 2.35e-4
-    product: float = 3.8e-10
-    material: float = 1.0e-9
-    deal: float = 1.6e-9
-
-    def seconds(self, rounds: int, sent: int, work: dict, network: Network | None) -> float:
-        """Of a party that finds its material ready: on a tape, or from a dealer that is ahead."""
-        computed = rounds * self.round + work["products"] * self.product + work["material"] * self.material
-        return computed + (network.seconds(rounds, sent) if network else 0.0)
-
-    def dealing(self, rounds: int, work: dict) -> float:
-        """Of the dealer, which sends without waiting."""
-        return rounds * self.round + work["products"] * self.product + work["material"] * self.deal
-
-
-@dataclass(frozen=True)
 class Prediction:
-    """cost: counters as a run's report has them, with predicted seconds. memory: bytes of weights and of the cache
-    after the last token, by role. decode_steps: steps after the prefill. dealing: seconds of the dealer, by phase.
+    """cost: counters as a run's report has them, with predicted seconds, and on what machine. memory: bytes of weights
+    and of the cache after the last token, by role. decode_steps: steps after the prefill. dealing: seconds of the
+    dealer, by phase.
     """
 
     cost: Cost
@@ -74,6 +52,7 @@ class Prediction:
     decode_steps: int
     dealing: dict[str, float]
     plan: Plan
+    machine: Machine | Card
 
     def phase(self, name: str, share: int = 1) -> dict:
         """Figures of a phase, or of the mean of its ``share`` steps: the cache grows from step to step."""
@@ -91,7 +70,8 @@ class Prediction:
         found = {"load": self.phase("load"), "prefill": self.phase("prefill")}
         if self.decode_steps:
             found |= {"decode": self.phase("decode"), "per_token": self.phase("decode", self.decode_steps)}
-        return {"engine": "wire", "plan": self.plan.facts(), **found, "memory": self.memory, "table": self.cost.table()}
+        facts = {"engine": "wire", "plan": self.plan.facts(), "machine": self.machine.name}
+        return {**facts, **found, "memory": self.memory, "table": self.cost.table()}
 
 
 class _AlikeLayers(Llama):
@@ -117,7 +97,7 @@ class _AlikeLayers(Llama):
 
 @torch.inference_mode()
 def predict(
-    config: LlamaConfig, plan: Plan, network: Network | None = None, machine: Machine = Machine()
+    config: LlamaConfig, plan: Plan, network: Network | None = None, machine: Machine | Card = PROCESSOR
 ) -> Prediction:
     """What ``plan`` costs with a model of this configuration. A stop token may end an answer earlier.
 
@@ -135,7 +115,19 @@ def predict(
         entry["table"] += later["table"]
     cost = Cost(counted, len(counted))
     memory = _memory(party.model, cache, alike)
-    return Prediction(cost, memory, plan.max_new_tokens - 1, _dealing(links, cost, machine), plan)
+    return Prediction(cost, memory, plan.max_new_tokens - 1, _dealing(links, cost, machine), plan, machine)
+
+
+def check_fits(held: Mapping[str, Mapping[str, int]], named: Sequence[str], left: Callable[[str], int]) -> None:
+    """Raises UsageError where weights and caches are more than a device has for the roles that are on it.
+
+    held: a prediction's memory. named: a device for all roles, or one for each. left: bytes of a device.
+    """
+    placed = dict(zip(held, named if len(named) > 1 else [named[0]] * len(held), strict=True))
+    for device in dict.fromkeys(placed.values()):
+        needed = {rank: sum(held[role].values()) for rank, role in enumerate(held) if placed[role] == device}
+        what = f"weights and caches{by_role(needed, 2)}"
+        memory.check(sum(needed.values()), what, device, left(device))
 
 
 @torch.inference_mode()
@@ -144,7 +136,7 @@ def predict_open(
     courses: Sequence[Course],
     room: int,
     network: Network | None = None,
-    machine: Machine = Machine(),
+    machine: Machine | Card = PROCESSOR,
 ) -> Prediction:
     """What ``courses`` cost in an open batch that nobody else joins, in which so many at a time have ``room``. A stop
     token may end an answer earlier. Memory is left out.
@@ -171,7 +163,7 @@ def predict_open(
     entries = _entries(links, machine, network)
     cost = Cost(entries, len(entries))
     steps = max(plan.max_new_tokens for plan in plans) - 1
-    return Prediction(cost, {}, steps, _dealing(links, cost, machine), plans[0])
+    return Prediction(cost, {}, steps, _dealing(links, cost, machine), plans[0], machine)
 
 
 def _gone_through(party: Party, number: int, course: Course) -> Turn | None:
@@ -215,12 +207,12 @@ def _loaded(config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = 
     return links, party, not differ
 
 
-def _dealing(links: Links, cost: Cost, machine: Machine) -> dict[str, float]:
+def _dealing(links: Links, cost: Cost, machine: Machine | Card) -> dict[str, float]:
     return {phase: machine.dealing(cost.rounds((phase,)), _work_of(links, phase)) for phase in ONLINE}
 
 
 @torch.inference_mode()
-def count_bench(shape: bench.Shape, machine: Machine = Machine()) -> Cost:
+def count_bench(shape: bench.Shape, machine: Machine | Card = PROCESSOR) -> Cost:
     """What ``bench`` of this shape counts, in all its steps."""
     links = Links()
     there: Any = links  # stands for a transport
@@ -229,14 +221,14 @@ def count_bench(shape: bench.Shape, machine: Machine = Machine()) -> Cost:
     return Cost(entries, len(entries))
 
 
-def _entries(links: Links, machine: Machine, network: Network | None) -> list[dict]:
+def _entries(links: Links, machine: Machine | Card, network: Network | None) -> list[dict]:
     """The compute parties' counters so far, as ``Party.statistics`` gives them, with predicted seconds."""
     entries = []
     for rank, meter in enumerate(links.meters):
         table = meter.table()
         for row in table:
             work = links.work[row["phase"], row["kind"]]
-            row["seconds"] = machine.seconds(row["rounds"], row["bytes_sent"], work, network)
+            row["seconds"] = machine.of(row["phase"]).seconds(row["rounds"], row["bytes_sent"], work, network)
         entries.append({"rank": rank, "table": table})
     return entries
 

@@ -11,11 +11,12 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from crypten_llm.errors import how_to_install
+from crypten_llm.errors import CryptenLLMError, how_to_install, last_words
 
 PACKAGES = (
     "torch",
@@ -59,19 +60,24 @@ def run(timeout: float) -> bool:
     }
     if _cards():
         checks["engine wire, cuda"] = lambda: _inference("wire", timeout, "cuda")
-    passed = True
-    for name, check in checks.items():
-        started = time.perf_counter()
-        try:
-            mark, text = "ok", check()
-        except Failed as problem:
-            mark, text = "NO", str(problem)
-        except Exception as problem:  # a check must never hide the ones after it
-            mark, text = "NO", f"{type(problem).__name__}: {' '.join(str(problem).split())}"
-        passed &= mark == "ok"
-        print(f"{mark}  {name:<18} {text}  ({time.perf_counter() - started:.1f} s)", flush=True)
+    passed = all([line(name, check) for name, check in checks.items()])
     print("ready" if passed else "not ready")
     return passed
+
+
+def line(name: str, check: Callable[[], Any]) -> bool:
+    """Prints what a check finds; whether it passed."""
+    started = time.perf_counter()
+    try:
+        mark, text = "ok", check()
+    except Failed as problem:
+        mark, text = "NO", str(problem)
+    except CryptenLLMError as problem:
+        mark, text = "NO", last_words(problem)
+    except Exception as problem:  # a check must never hide the ones after it
+        mark, text = "NO", f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    print(f"{mark}  {name:<18} {text}  ({time.perf_counter() - started:.1f} s)", flush=True)
+    return mark == "ok"
 
 
 def _packages() -> Any:
@@ -111,11 +117,14 @@ def _cards() -> dict[str, str]:
 
 
 def _devices() -> Any:
-    return "; ".join(["cpu", *(f"{name}: {card}, {_kernels(name)}" for name, card in _cards().items())])
+    return "; ".join(["cpu", *(f"{name}: {card}, {kernels(name)}" for name, card in _cards().items())])
 
 
-def _kernels(name: str) -> str:
-    """Whether engine ``wire``'s kernels of a device load, and give what the processor's give."""
+def kernels(name: str, or_fail: bool = False) -> str:
+    """Whether engine ``wire``'s kernels of a device load, and give what the processor's give.
+
+    or_fail: raise Failed where they do not load, instead of saying so.
+    """
     import torch
 
     from crypten_llm.engines.wire import computing
@@ -125,6 +134,8 @@ def _kernels(name: str) -> str:
     try:
         device = computing.usable(name)
     except UsageError as error:
+        if or_fail:
+            raise Failed(str(error)) from None
         return str(error)
     words = torch.arange(-600, 600).view(30, 40) * 0x0123456789ABCDEF
     streams = [ring.on(place).KeyStream(bytes(32)).fill(4096).cpu() for place in ("cpu", device)]

@@ -153,10 +153,15 @@ def answer(arguments: Any) -> dict:
         found["json_schema"] = _schema(arguments.json_schema)
     if arguments.greedy or sampling:
         found["do_sample"] = not arguments.greedy
-    found |= {"prefill_chunk": arguments.chunk, "padded": arguments.padded}
-    if arguments.padded is None:
-        found["padded"] = PADDED_ON_A_GPU if "cuda" in arguments.device else 0
+    found |= {"prefill_chunk": arguments.chunk, "padded": padded(arguments)}
     return {**found, **sampling, "stop": arguments.stop, "policy": policy(arguments)}
+
+
+def padded(arguments: Any) -> int:
+    """Rows that the answer's cache is counted as a multiple of: as was asked, or as the device has it."""
+    if arguments.padded is None:
+        return PADDED_ON_A_GPU if "cuda" in arguments.device else 0
+    return arguments.padded
 
 
 def _schema(path: str) -> dict[str, Any]:
@@ -193,6 +198,12 @@ def add_policy(parser: Parser) -> None:
     what = "KV-cache eviction policy (default: full), such as recommended; python -m eviction list shows all"
     parser.add_argument("--policy", default="full", help=what)
     parser.add_policy_settings()
+
+
+def add_device(parser: Parser) -> None:
+    """Of commands that run without parties."""
+    what = "where all parties compute: cpu, cuda or cuda:N; or owner's,client's,dealer's (default: cpu)"
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help=what)
 
 
 def add_policy_weights(parser: Parser) -> None:

@@ -194,14 +194,23 @@ def show_cost(prediction: Prediction, as_json: bool) -> None:
     for name, figures in steps.items():
         say(
             f"{name}: {figures['rounds']:,} rounds, {size(max(figures['bytes_sent']))} sent a party, "
-            f"{size(figures['dealer_bytes'])} with the dealer, about {figures['seconds']:.3g} s "
-            f"({figures['dealer_seconds']:.3g} s to deal)"
+            f"{size(figures['dealer_bytes'])} with the dealer, {_seconds(prediction, name, figures)}"
         )
     roles = (f"{role} {size(held['weights'])} and {size(held['cache'])}" for role, held in prediction.memory.items())
     say(f"memory of weights and of the cache: {', '.join(roles)}")
-    say("rounds and bytes are counted and exact; seconds are estimated, for a core a party and material at hand")
+    where = f"for {prediction.machine.name} and material at hand"
+    say(f"rounds and bytes are counted and exact; seconds are estimated, {where}")
     if as_json:
         print(json.dumps(prediction.to_dict()), flush=True)
+
+
+def _seconds(prediction: Prediction, name: str, figures: dict) -> str:
+    """Of a step: on a card the dealer, which works along with a prefill, waits for each token of a streamed answer."""
+    found = f"about {figures['seconds']:.3g} s"
+    if not prediction.machine.dealer_waits:
+        return f"{found} ({figures['dealer_seconds']:.3g} s to deal)"
+    streamed = figures["seconds"] + figures["dealer_seconds"]
+    return found if name == "prefill" else f"{found}, {streamed:.3g} s streamed"
 
 
 def show_audit(audit: dict[str, dict]) -> None:

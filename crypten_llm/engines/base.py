@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -34,13 +34,20 @@ else:
     required = abstractmethod
 
 
+class Held(NamedTuple):
+    """Bytes that a party keeps, at least, of a weight and of a cached number."""
+
+    weight: int
+    cached: int
+
+
 class Engine(ABC):
     """Operations on handles. Shapes: T rows of hidden states, H hidden, V vocabulary, N keys in the cache."""
 
     name: str
     is_private: bool  # whether handles are secrets
     layer_error: float  # declared: of a layer's output on random inputs and weights of unit size (``bench``)
-    number_bytes: int = 8  # that a party but the owner keeps of a weight, and any of a cached number, at least
+    device: torch.device = torch.device("cpu")  # where this party's handles are
     softmax_base: float = math.e  # scores are exponents of this
     tells_range: bool = False  # whether it tells both parties, with each value that is opened, if any left its range
     pads: bool = False  # whether it has ``padded`` caches
@@ -48,6 +55,10 @@ class Engine(ABC):
     dealer: Any = None  # or the engine's link to a dealer that answers requests
     rounds: Any = None  # where programs can share rounds: what runs them side by side
     rank: int
+
+    def holds(self, rank: int) -> Held:
+        """What the party of that rank keeps of a weight and of a cached number."""
+        return Held(8, 8)
 
     if TYPE_CHECKING:
 

@@ -185,7 +185,9 @@ class Kept:
 
     def _has_room(self, llama: PrivateLlama, asked: Asked) -> bool:
         """Whether its conversation can be kept: the oldest are dropped for it, unless it could not be even then."""
-        most = self._keeping.gigabytes * 1e9 / max(1, sizes.of_token(llama.config, llama.party.engine.number_bytes))
+        party = llama.party
+        of_token = sizes.of_token(llama.config, party.engine.holds(party.rank).cached)
+        most = self._keeping.gigabytes * 1e9 / max(1, of_token)
         running = [talk.asked for talk in self._running]
         needed = sum(map(_tokens, [*running, asked]))
         if needed > most or len(running) >= self._keeping.conversations:

@@ -35,7 +35,6 @@ from crypten_llm.session.settings import Agreement, Child, LaunchConfig, Protoco
 from crypten_llm.session.weights import know_weights
 
 if TYPE_CHECKING:
-    from crypten_llm.engines.base import Engine
     from crypten_llm.links.tls import Links
     from crypten_llm.protocols.dealer.tape import Tape
 
@@ -157,9 +156,7 @@ def check_ready(protocol: ProtocolConfig, launch: LaunchConfig) -> None:
     if (bridge := _bridge()) and bridge.is_started():
         raise UsageError("this process already has a private session; close it first, or use another process")
     if launch.device_of(CLIENT) != "cpu":
-        from crypten_llm.engines.wire import computing
-
-        computing.usable(launch.device_of(CLIENT))
+        _device(CLIENT, protocol, launch)
 
 
 def forget(transport: Transport) -> None:
@@ -170,32 +167,37 @@ def forget(transport: Transport) -> None:
 
 def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchConfig) -> Party:
     """A compute party over ``transport``. What the owner has to be shown goes to stderr."""
-    admission = Admission(launch.calibration_text, protocol.force, _show)
+    parties = protocol.compute_parties
     own: dict[str, Any] = {
-        "admission": admission,
+        "admission": Admission(launch.calibration_text, protocol.force, _show),
         "mode": protocol.mode,
         "quota": Quota(launch.session_tokens, launch.day_tokens),
+        "sharing": launch.beside(transport.rank, protocol.world, not is_distributed()),
     }
+    with unheard():
+        device, tape = _device(transport.rank, protocol, launch), _tape(protocol, launch, transport)
     if protocol.engine == "wire":
-        from crypten_llm.engines.wire import computing
         from crypten_llm.engines.wire.engine import WireEngine
 
         config = protocol.mode.wire()
-        with unheard():
-            device = computing.usable(launch.device_of(transport.rank))
-            tape = _tape(protocol, launch, transport)
         if tape:
             tape.compare(asdict(config))
         own["notary"] = Notary.of(transport, protocol, launch.tls, tape.manifest.id if tape else "")
-        engine: Engine = WireEngine(transport, config, tape, device=device, peer_memory=protocol.peer_memory)
-        return Party(engine, transport, protocol.compute_parties, **own)
+        engine = WireEngine(transport, config, tape, device=device, peer_memory=protocol.peer_memory)
+        return Party(engine, transport, parties, **own)
     from crypten_llm.engines.crypten.domain import CryptenConfig
     from crypten_llm.engines.crypten.engine import CryptenEngine
 
     own["notary"] = Notary.of(transport, protocol, launch.tls)
     settings = CryptenConfig(precision_bits=protocol.precision_bits)
-    engine = CryptenEngine(transport, protocol.compute_parties, settings)
-    return Party(engine, transport, protocol.compute_parties, **own)
+    return Party(CryptenEngine(transport, parties, settings, device=device), transport, parties, **own)
+
+
+def _device(rank: int, protocol: ProtocolConfig, launch: LaunchConfig) -> torch.device:
+    """Where that party computes, which is this one. Raises UsageError for a device that it cannot use."""
+    from crypten_llm.engines.wire import computing
+
+    return computing.usable(launch.device_of(rank), protocol.engine)
 
 
 def _show(text: str) -> None:
@@ -210,7 +212,8 @@ def serve(protocol: ProtocolConfig, launch: LaunchConfig, model_folder: str | Pa
         if transport.rank == protocol.compute_parties and protocol.engine == "crypten":
             from crypten_llm.engines.crypten import bridge
 
-            bridge.start_dealer(transport, protocol.compute_parties).serve()
+            device = _device(transport.rank, protocol, launch)
+            bridge.start_dealer(transport, protocol.compute_parties, device).serve()
         else:
             party = make_party(transport, protocol, launch)
             party.serve(model_folder, launch.progress and transport.rank == OWNER)
@@ -312,7 +315,7 @@ class LocalParties:
     def _start(self, rank: int, model_folder: str) -> None:
         # Of the client's own are the address that it gave, and the bars: the others' would be drawn over its own.
         text = self.launch.calibration_text if rank == OWNER else ""
-        device = self.launch.device_of(rank)
+        device = self.launch.of_all(self.protocol.world)
         launch = replace(self.launch, host="", link_port=0, progress=False, calibration_text=text, device=device)
         told = Child(replace(self.protocol, tape=self._tapes.get(rank, "")), launch, model_folder)
         process = self.processes[rank] = start_party(["party", "--child", told.to_json()], self.environment(rank))

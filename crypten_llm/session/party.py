@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import eviction
-from crypten_llm import limits, memory
+from crypten_llm import limits
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import PartyError, UsageError, unheard
 from crypten_llm.links.meter import Meter
@@ -24,8 +24,9 @@ from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER, role_names
-from crypten_llm.session import bench, counting, generation, messages, scheduler, sizes
+from crypten_llm.session import bench, counting, generation, messages, scheduler
 from crypten_llm.session.admission import Admission
+from crypten_llm.session.fits import Fits
 from crypten_llm.session.loading import loading_bar, read_weights
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.notary import Notary
@@ -53,6 +54,7 @@ class Party:
     from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner,
     whether its model is shared. mode: what this party lets the client learn of each step, all logits by default.
     quota: at the owner, how many tokens it answers with. notary: what makes its part of receipts; by default nothing.
+    sharing: ranks that are known to share this one's card, itself among them.
     """
 
     model: Llama  # once it has been loaded
@@ -71,6 +73,7 @@ class Party:
         mode: Mode | None = None,
         quota: Quota | None = None,
         notary: Notary | None = None,
+        sharing: Sequence[int] = (),
     ) -> None:
         self.engine = engine
         self.transport = transport
@@ -88,6 +91,7 @@ class Party:
         self.mode = mode or Mode()
         self.quota = quota if quota and self.is_owner else Quota()
         self.notary = notary or Notary()
+        self.fits = Fits(engine, self.rank, compute_parties, sharing)
         self.outside = ""  # why answers are not to be trusted, where the model was shared all the same
 
     @property
@@ -207,9 +211,8 @@ class Party:
         """
         with self._said_by(self.owner):
             config = LlamaConfig.from_dict(announced.config)
-            if not self.is_owner:  # which holds its weights already
-                needed = config.parameters * self.engine.number_bytes
-                memory.check(needed, f"a model of {config.parameters:,} parameters")
+            if not self.is_owner:  # which has asked before it read its weights
+                self.fits.model(config)
             if unknown := sorted(announced.norm_scales.keys() - checkpoint.expected_shapes(config).keys()):
                 raise UsageError(f"it gives a scale for {unknown[0]}, which this model does not have")
         return config, announced.norm_scales
@@ -233,8 +236,7 @@ class Party:
             check_turns(turns, len(plans), running)
             for plan, turn in zip(plans, turns or [None] * len(plans), strict=True):
                 plan.check(self.model.config, turn)
-            needed = sizes.of_requests(self.model.config, plans, self.engine.number_bytes)
-            memory.check(needed, f"{len(plans)} prompts of {sum(plan.prompt_tokens for plan in plans):,} tokens")
+            self.fits.requests(self.model.config, plans)
 
     def _open_model(self, folder: str | Path | None, progress: bool) -> tuple[messages.Announced, dict]:
         """At the owner: the public announcement, which the others get, and the weights, which stay."""
@@ -242,6 +244,8 @@ class Party:
             raise UsageError("the owner was started without a model; give it --model")
         with unheard():
             config = LlamaConfig.from_folder(folder)
+        self.fits.model(config)
+        with unheard():
             tokens = tokenizer.digest(Path(folder))
             beat = self._heartbeat()
             weights = read_weights(folder, config, progress, beat, self.notary.weigher())
@@ -307,7 +311,7 @@ class Party:
                     self.forget(conversation)
                 case messages.Bench(shape):
                     with self._said_by(self.client):
-                        memory.check(sizes.of_bench(shape, self.engine.number_bytes), "a bench of these sizes")
+                        self.fits.bench(shape)
                     bench.run(self, shape)
                 case messages.Statistics():
                     self.count(self.notary.running)
@@ -364,6 +368,7 @@ class Party:
 
     def request_bench(self, shape: Shape) -> dict:
         """At the client: times decode steps on random weights (see ``bench``)."""
+        self.fits.bench(shape)
         self.from_client(messages.Bench(shape))
         figures = bench.run(self, shape)
         assert figures is not None, "the client sees them"

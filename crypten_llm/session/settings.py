@@ -149,8 +149,8 @@ class ProtocolConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """device: torch's, where this party computes on engines ``plain`` and ``wire``; or one for each party of a run, by
-    rank, with commas between (``device_of``).
+    """device: torch's, where this party computes; or one for each party of a run, by rank, with commas between
+    (``device_of``).
     timeout: seconds any wait may last. network: "lan", "wan" or "RTTms,Mbit" to emulate between local parties.
     threads: of torch in each process; 0 divides this machine's cores among the local parties.
     host, link_port: address and port at which the others reach this process (found by itself when empty, 0). The
@@ -165,7 +165,7 @@ class LaunchConfig:
 
     device: str = _setting(
         "cpu",
-        "where engines plain and wire compute: cpu, cuda or cuda:N; or owner's,client's,dealer's (default: cpu)",
+        "where this party computes: cpu, cuda or cuda:N; or owner's,client's,dealer's (default: cpu)",
         metavar="DEVICE",
     )
     timeout: float = _setting(
@@ -214,6 +214,21 @@ class LaunchConfig:
         named = self.device.split(",")
         return named[rank] if len(named) > 1 else self.device
 
+    def of_all(self, world: int) -> str:
+        """The device of each party, by rank, where one is a GPU: who shares it shares its memory."""
+        return ",".join(map(self.device_of, range(world))) if "cuda" in self.device else self.device
+
+    def beside(self, rank: int, world: int, is_starter: bool) -> tuple[int, ...]:
+        """The ranks that are known to compute on the device of ``rank``, itself among them.
+
+        is_starter: whether this process starts the others. One that does not, and is told its own device alone, knows
+        of none.
+        """
+        if "," not in self.device and not is_starter:
+            return ()
+        mine = devices.numbered(self.device_of(rank))
+        return tuple(other for other in range(world) if devices.numbered(self.device_of(other)) == mine)
+
     def thread_count(self, local_processes: int) -> int:
         return self.threads or max(1, cores() // local_processes)
 
@@ -226,16 +241,16 @@ def cores() -> int:
 def split(settings: dict) -> tuple[ProtocolConfig, LaunchConfig]:
     """The two kinds from one set of keyword arguments.
 
-    Raises UsageError for a name that neither has, and for a device that the engine does not compute on.
+    Raises UsageError for a name that neither has, and for a device on which the engine cannot do what is asked.
     """
     kinds = (ProtocolConfig, LaunchConfig)
     check_names("setting", settings, [field.name for kind in kinds for field in fields(kind)])
     protocol, launch = ({f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in kinds)
     asked, launched = ProtocolConfig(**protocol), LaunchConfig(**launch)
-    if asked.engine == "crypten" and launched.device != "cpu":
+    if asked.engine == "crypten" and "cuda" in launched.device and asked.reveal != ALL:
         raise UsageError(
-            f"device is {launched.device!r}, and engine 'crypten' computes on the processor; leave --device out, or "
-            "use engine 'wire' or 'plain'"
+            f"device is {launched.device!r}, and engine 'crypten' chooses tokens on the processor alone; leave "
+            "--device or --reveal out, or use engine 'wire'"
         )
     if launched.device.count(",") + 1 not in (1, asked.world):
         raise UsageError(

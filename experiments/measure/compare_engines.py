@@ -2,6 +2,7 @@
 
     python -m experiments.measure.compare_engines --json --repeats 3
     python -m experiments.measure.compare_engines --json --repeats 3 --shapes SmolLM2 --engines crypten "wire, tape"
+    python -m experiments.measure.compare_engines --json F --shapes 7B --device cuda --steps 5 --engines crypten wire
 
 Each shape is measured on every engine in turn, ``--repeats`` times, as in ``crypten_llm bench``: random weights, a
 secret cache of the given length, all parties on this machine. SmolLM2's is a whole token after 256 others, from its id
@@ -12,6 +13,10 @@ of its links to both parties.
 
 With ``--json`` every measurement is written when it is done, and a run that is started again goes on from there; a
 Markdown table of the same name follows. At hidden size 4,096 a step of ``crypten`` takes half a minute and several GB.
+
+On a GPU (``--device cuda``) all parties of both engines are on the card: CrypTen takes its own path for one, and what
+it opens goes through sockets like the dealer's corrections. The first steps of ``wire`` compile and capture: count five
+or more, of which the median is taken.
 """
 
 from __future__ import annotations
@@ -44,9 +49,9 @@ BASELINE = "crypten"
 ENGINES = (BASELINE, "wire", "wire, tape")
 
 
-def measure(shape: Shape, engine: str, timeout: float) -> dict:
+def measure(shape: Shape, engine: str, timeout: float, device: str = "cpu") -> dict:
     """Figures of one step of ``shape``, the median of ``shape.steps`` after one that is not counted."""
-    settings = {"engine": engine.partition(",")[0], "timeout": timeout}
+    settings = {"engine": engine.partition(",")[0], "timeout": timeout, "device": device}
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
         if engine.endswith("tape"):
             settings["tape"] = str(Path(folder) / "tape")
@@ -64,18 +69,19 @@ def measure(shape: Shape, engine: str, timeout: float) -> dict:
     }
 
 
-def key(shape: Shape, engine: str, repeat: int) -> str:
+def key(shape: Shape, engine: str, repeat: int, device: str = "cpu") -> str:
     sizes = f"d={shape.hidden} ffn={shape.ffn} heads={shape.heads} T={shape.kv_len} layers={shape.layers}"
     sizes += f" vocab={shape.vocab}" if shape.vocab else ""
     sizes += f" sequences={shape.sequences}" if shape.sequences > 1 else ""
+    sizes += f" on {device}" if device != "cpu" else ""
     return f"{sizes}/{shape.steps} steps/{engine}/{repeat}"
 
 
-def summary(shapes: list[Shape], cells: dict[str, dict]) -> list[dict]:
+def summary(shapes: list[Shape], cells: dict[str, dict], device: str = "cpu") -> list[dict]:
     """A row for each shape and engine that has been measured; repeats whose baseline is missing have no ratio."""
     rows = []
     for shape in shapes:
-        by_engine = {engine: _repeats(shape, engine, cells) for engine in ENGINES}
+        by_engine = {engine: _repeats(shape, engine, cells, device) for engine in ENGINES}
         for engine, found in by_engine.items():
             if not found:
                 continue
@@ -85,7 +91,7 @@ def summary(shapes: list[Shape], cells: dict[str, dict]) -> list[dict]:
             exact = {name: first[name] for name in ("rounds", "dealer_rounds", "bytes_sent", "dealer_bytes")}
             rows.append(
                 {
-                    "shape": key(shape, "", 0).partition("/")[0],
+                    "shape": key(shape, "", 0, device).partition("/")[0],
                     "engine": engine,
                     "seconds": round(median(cell["seconds"] for cell in found.values()), 4),
                     "times_faster": round(median(ratios), 1) if ratios else None,
@@ -98,8 +104,8 @@ def summary(shapes: list[Shape], cells: dict[str, dict]) -> list[dict]:
     return rows
 
 
-def _repeats(shape: Shape, engine: str, cells: dict[str, dict]) -> dict[int, dict]:
-    start = key(shape, engine, 0)[:-1]
+def _repeats(shape: Shape, engine: str, cells: dict[str, dict], device: str) -> dict[int, dict]:
+    start = key(shape, engine, 0, device)[:-1]
     return {int(name[len(start) :]): cell for name, cell in cells.items() if name.startswith(start)}
 
 
@@ -108,8 +114,8 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(markdown_of(rows)) + "\n"
 
 
-def save(path: Path, shapes: list[Shape], result: dict) -> None:
-    result["summary"] = summary(shapes, result["cells"])
+def save(path: Path, shapes: list[Shape], result: dict, device: str) -> None:
+    result["summary"] = summary(shapes, result["cells"], device)
     kept.save(path, result)
     path.with_suffix(".md").write_text(markdown(result["summary"]), "utf-8")
 
@@ -121,6 +127,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES), metavar="ENGINE")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="pairs of each shape (default: 1)")
     parser.add_argument("--steps", type=int, metavar="N", help="counted steps instead of the shape's own")
+    parser.add_argument("--device", default="cpu", help="where all parties compute, as of bench (default: cpu)")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S")
     parser.add_argument("--quick", action="store_true", help="the small shape alone, two steps, once")
     parser.add_argument(
@@ -133,24 +140,25 @@ def main() -> None:
     if arguments.steps:
         shapes = [replace(shape, steps=arguments.steps) for shape in shapes]
     result = kept.load(arguments.json)
-    cells = result.setdefault("cells", {})
+    cells, device = result.setdefault("cells", {}), arguments.device
     todo = [
         (shape, engine, repeat)
         for shape in shapes
         for repeat in range(arguments.repeats)
         for engine in arguments.engines
-        if key(shape, engine, repeat) not in cells
+        if key(shape, engine, repeat, device) not in cells
     ]
     with tqdm(todo, unit="run", disable=not sys.stderr.isatty()) as bar:
         for shape, engine, repeat in bar:
-            bar.set_postfix_str(key(shape, engine, repeat))
-            cells[key(shape, engine, repeat)] = measure(shape, engine, arguments.timeout)
-            sign(result, "crypten")
+            name = key(shape, engine, repeat, device)
+            bar.set_postfix_str(name)
+            cells[name] = measure(shape, engine, arguments.timeout, device)
+            sign(result, "crypten", device=device)
             if arguments.json:
-                save(arguments.json, shapes, result)
+                save(arguments.json, shapes, result, device)
     if arguments.json:
-        save(arguments.json, shapes, result)
-    print(markdown(summary(shapes, cells)), end="")
+        save(arguments.json, shapes, result, device)
+    print(markdown(summary(shapes, cells, device)), end="")
 
 
 if __name__ == "__main__":

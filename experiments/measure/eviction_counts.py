@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from crypten_llm.commands.cost import Machine
+from crypten_llm.commands.machine import Machine
 from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import parse_network

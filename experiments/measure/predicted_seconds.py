@@ -3,7 +3,7 @@
     python -m experiments.measure.predicted_seconds --json runs/predicted_seconds.json
 
 Runs of engine ``wire`` with a tape, the parties on this machine: decode steps of ``bench`` at several sizes, and
-requests of the shipped model, prefill and steps apart. Each is held against ``commands.cost.Machine``, whose three
+requests of the shipped model, prefill and steps apart. Each is held against ``commands.machine.Machine``, whose three
 constants are then fitted anew to all of them: least squares of relative errors, no constant below zero. What to put
 there is printed last. Parties should have a core each; other work on the machine counts as theirs.
 
@@ -24,8 +24,9 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from crypten_llm.commands.cost import Machine, count_bench, predict
+from crypten_llm.commands.cost import count_bench, predict
 from crypten_llm.commands.deal import deal
+from crypten_llm.commands.machine import Machine
 from crypten_llm.models.checkpoint import SHIPPED
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.session.api import PrivateLlama

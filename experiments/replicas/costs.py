@@ -1,6 +1,6 @@
 """What a pass of one group costs, by what is in it: seconds as the command ``cost`` predicts them.
 
-Owns the table. Its constants are those of ``commands.cost.Machine``, fitted to measured runs
+Owns the table. Its constants are those of ``commands.machine.Machine``, fitted to measured runs
 (``experiments.measure.predicted_seconds``).
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 
-from crypten_llm.commands.cost import Machine, count_bench, predict
+from crypten_llm.commands.cost import count_bench, predict
+from crypten_llm.commands.machine import Machine
 from crypten_llm.links.network import Network
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.plan import Plan

@@ -8,23 +8,33 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from crypten_llm.session.settings import cores
 
 ROOT = Path(__file__).parents[2]
 
 
-def provenance(*packages: str) -> dict:
-    """Facts of this run. packages: those whose versions matter beside torch."""
+def provenance(*packages: str, device: str = "cpu") -> dict:
+    """Facts of this run. packages: those whose versions matter beside torch. device: where parties compute; of a GPU
+    the name is a fact too.
+    """
     return {
         "revision": revision(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", *packages)}},
         "machine": f"{cores()} cores, {processor()}",
+        **({"card": card()} if "cuda" in device else {}),
     }
 
 
-def sign(result: dict, *packages: str) -> None:
+def card() -> str:
+    """This machine's GPU, as its driver calls it."""
+    return torch.cuda.get_device_name()
+
+
+def sign(result: dict, *packages: str, device: str = "cpu") -> None:
     """Adds this run to those that made ``result`` (its ``made_by``), once; to be called when it adds a figure."""
-    mine, makers = provenance(*packages), result.setdefault("made_by", [])
+    mine, makers = provenance(*packages, device=device), result.setdefault("made_by", [])
     if mine not in makers:
         makers.append(mine)
 

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 from crypten_llm.commands import options as shared
 from crypten_llm.commands.command_line import Parser
 from crypten_llm.errors import UsageError
+from crypten_llm.session.settings import split
 
 if TYPE_CHECKING:
+    from crypten_llm.commands.machine import Card, Machine
     from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.plan import Plan
 
 HELP = "count what a request will cost on engine wire, from a model's sizes"
 
@@ -26,27 +29,52 @@ def options(parser: Parser) -> None:
     shared.add_public_count(parser)
     add("--new-tokens", type=int, default=2, metavar="N", help="length of the answer (default: 2)")
     parser.add_chunk()
-    parser.add_padded()
+    parser.add_padded(None)
     shared.add_policy(parser)
     shared.add_policy_weights(parser)
     shared.add_reveal(parser)
+    shared.add_device(parser)
+    add("--peer-memory", action="store_true", help="with --device cuda: owner and client are on GPUs of one host")
     add("--network", default="", metavar="lan|wan|RTTms,Mbit", help="the links between the parties (default: none)")
     parser.add_json()
     parser.add_offline_and_verbose()
 
 
 def run(arguments: Any) -> None:
-    from crypten_llm.commands.cost import predict
+    from crypten_llm import memory
+    from crypten_llm.commands.cost import check_fits, predict
+    from crypten_llm.commands.machine import Card
     from crypten_llm.commands.show import show_cost
     from crypten_llm.links.network import parse_network
     from crypten_llm.session.plan import Plan
 
     policy = shared.policy(arguments)
     prefix = shared.counted_prefix(arguments)
-    facts = {"policy": policy, "public_prefix": prefix, "padded": arguments.padded, **shared.revealed(arguments)}
+    padded = shared.padded(arguments)
+    facts = {"policy": policy, "public_prefix": prefix, "padded": padded, **shared.revealed(arguments)}
     plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, **facts)
     network = parse_network(arguments.network) if arguments.network else None
-    show_cost(predict(_config(arguments), plan, network), arguments.json)
+    named = arguments.device.split(",")
+    machine = _machine(named, arguments.peer_memory, plan)
+    prediction = predict(_config(arguments), plan, network, machine)
+    show_cost(prediction, arguments.json)
+    if isinstance(machine, Card):
+        check_fits(prediction.memory, named, lambda device: machine.memory if device != "cpu" else memory.left(device))
+
+
+def _machine(named: list[str], peer_memory: bool, plan: Plan) -> Machine | Card:
+    """Whose seconds are predicted: a card's, where both parties are on GPUs, of this machine if it has one.
+
+    Raises UsageError for a card that nobody measured.
+    """
+    from crypten_llm import devices
+    from crypten_llm.commands.machine import PROCESSOR, card
+
+    split({"device": ",".join(named), "peer_memory": peer_memory})  # raises for what names no devices
+    if any(devices.card(name) is None for name in (named * 2)[:2]):
+        return PROCESSOR
+    found = card(devices.card(named[0]) or "", peer_memory)
+    return found if plan.room() else found.from_python()
 
 
 def _config(arguments: Any) -> LlamaConfig:

@@ -12,6 +12,10 @@ HELP = "check this machine and run a tiny private inference; 'network A B': chec
 def options(parser: Parser) -> None:
     add = parser.add_argument
     what = "network A B: of these two roles, such as owner dealer; both run it, with RANK 0 and 1 and WORLD_SIZE 2"
+    placed = "check the GPUs on which --device of generate would place parties, and what lies between them"
+    add("--device", default="", metavar="DEVICE", help=placed)
+    add("--model", default="", metavar="M", help="whether this model fits there, or this machine")
+    add("--tokens", type=int, default=2048, metavar="N", help="of --model: prompt and answer together (default: 2048)")
     add("what", nargs="*", metavar="network A B", help=what)
     add("--timeout", type=float, default=120.0, metavar="S", help=argparse.SUPPRESS)
     add("--tls", default="", metavar="DIR", help="of network: this party's key and both certificates (see keys)")
@@ -28,8 +32,22 @@ def run(arguments: Any) -> None:
         return
     from crypten_llm.commands import doctor
 
-    if not doctor.run(arguments.timeout):
+    if not (_devices(arguments) if arguments.device or arguments.model else doctor.run(arguments.timeout)):
         raise CryptenLLMError("the machine is not ready; mend the lines marked NO, from the top")
+
+
+def _devices(arguments: Any) -> bool:
+    from crypten_llm.commands import doctor_device
+    from crypten_llm.models import checkpoint
+    from crypten_llm.models.config import LlamaConfig
+    from crypten_llm.session.settings import split
+
+    placement = arguments.device or "cpu"
+    split({"device": placement})  # raises for what names no devices
+    if arguments.tokens < 3:
+        raise UsageError(f"--tokens is {arguments.tokens}; give 3 or more")
+    model = arguments.model and LlamaConfig.from_folder(checkpoint.resolve_config(arguments.model))
+    return doctor_device.run(placement, arguments.timeout, model or None, arguments.tokens)
 
 
 def _network(arguments: Any) -> None:

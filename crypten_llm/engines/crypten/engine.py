@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crypten_llm.engines.base import Engine
+from crypten_llm.engines.base import Engine, Held
 from crypten_llm.engines.crypten import bridge
-from crypten_llm.engines.crypten.bridge import crypten
+from crypten_llm.engines.crypten.bridge import bare, crypten
 from crypten_llm.engines.crypten.domain import LONGEST, MASKED, CryptenConfig, calibrate
 from crypten_llm.engines.crypten.selection import CryptenSelection, row_maximum
 from crypten_llm.engines.domain import Calibration
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from crypten_llm.links.meter import Meter
     from crypten_llm.links.transport import Transport
     from crypten_llm.session.calibration import Ranges
+    from eviction import Policy
 
 
 MPCTensor = crypten.mpc.MPCTensor
@@ -53,12 +54,14 @@ class CryptenEngine(CryptenSelection, Engine):
         config: CryptenConfig | None = None,
         owner: int = 0,
         client: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.transport = transport
+        self.device, self.parties = torch.device(device), compute_parties
         self.rank = transport.rank
         self.owner, self.client = owner, client
         self.config = config = config or CryptenConfig()
-        self.dealer = bridge.start(transport, compute_parties, config.precision_bits)
+        self.dealer = bridge.start(transport, compute_parties, config.precision_bits, self.device)
         crypten.cfg.functions.exp_iterations = config.squarings
         crypten.cfg.functions.sqrt_nr_iters = config.rsqrt_iterations
         crypten.cfg.functions.reciprocal_nr_iters = config.reciprocal_iterations
@@ -67,6 +70,10 @@ class CryptenEngine(CryptenSelection, Engine):
     @property
     def meter(self) -> Meter:
         return self.transport.meter
+
+    def holds(self, rank: int) -> Held:
+        """A share is a word; the dealer, which answers requests, keeps nothing."""
+        return Held(8, 8) if rank < self.parties else Held(0, 0)
 
     def calibrate(self, measure: Callable[[], Ranges]) -> Calibration:
         return calibrate(self.config, measure())
@@ -91,11 +98,11 @@ class CryptenEngine(CryptenSelection, Engine):
 
     def _share(self, value: torch.Tensor | None, shape: Sequence[int], source: int) -> Handle:
         """Additive shares of ``value``, which only ``source`` holds. No message: zero is shared from common keys."""
-        share = ArithmeticSharedTensor.PRZS(torch.Size(shape)).share
+        share = ArithmeticSharedTensor.PRZS(torch.Size(shape), device=self.device).share
         if self.rank == source:
             assert value is not None, "its source has the value"
             assert value.shape == torch.Size(shape), f"{tuple(value.shape)} given, {tuple(shape)} announced"
-            share += (value.double() * 2**self.config.precision_bits).round().long()
+            share += (value.to(self.device).double() * 2**self.config.precision_bits).round().long()
         return MPCTensor.from_shares(share)
 
     def embed(self, one_hot: Handle, weight: Handle) -> Handle:
@@ -136,7 +143,7 @@ class CryptenEngine(CryptenSelection, Engine):
         """Local. Error: 3 u, and u |x| for the rounding of the tables."""
         half = x.shape[-1] // 2
         turned = self.cat([-x[..., half:], x[..., :half]], -1)
-        return x * cos + turned * sin
+        return x * cos.to(self.device) + turned * sin.to(self.device)
 
     def softmax(self, scores: Handle, mask: torch.Tensor | None = None) -> Handle:
         """Domain: seen scores differ by less than 2^k, N up to 2^14. Error: x^2 / 2^(k+1) + 2^k u relative to each
@@ -152,6 +159,7 @@ class CryptenEngine(CryptenSelection, Engine):
                 "shorten the prompt"
             )
         if mask is not None:
+            mask = mask.to(self.device)
             scores = scores + (mask.float() - 1) * MASKED
         numerator = (scores - row_maximum(scores)).exp()
         if mask is not None:
@@ -167,6 +175,14 @@ class CryptenEngine(CryptenSelection, Engine):
         at x = 0); ours start from a line. Cost: 24 rounds at 16 fractional bits.
         """
         return gate * self.sigmoid(gate) * up
+
+    def check_policy(self, policy: Policy) -> None:
+        if policy.uses and self.device.type != "cpu":
+            raise UsageError(
+                f"engine 'crypten' runs policy {policy.name} on the processor alone: CrypTen's tensors on a GPU "
+                "lack what choosing rows takes; leave --policy or --device out, or use engine 'wire'"
+            )
+        super().check_policy(policy)
 
     def check_sampling(self, temperature: float) -> None:
         if temperature:
@@ -193,5 +209,5 @@ class CryptenEngine(CryptenSelection, Engine):
         found = []
         for handle in x if isinstance(x, tuple) else (x,):
             total = handle.reveal(dst=rank)
-            found.append(None if total is None else (total.double() / handle.encoder.scale).float())
+            found.append(None if total is None else (bare(total).double() / handle.encoder.scale).float().cpu())
         return found[0] if found[0] is None or not isinstance(x, tuple) else tuple(found)

@@ -61,11 +61,13 @@ class CryptenBeside:
         if bridge.is_started():
             raise UsageError("CrypTen already runs in this process; give owner, client and dealer a process each")
         engine = self.engine
+        if engine.runtime.device.type != "cpu":
+            raise UsageError("CrypTen runs beside engine 'wire' on the processor alone; leave --device out")
         crypten.cfg.encoder.precision_bits = self.precision_bits
         crypten.CrypTensor.set_grad_enabled(False)
         if engine.rank == DEALER:
             communicator = _FollowingCommunicator(engine)
-            streams = dict.fromkeys(("prev", "next", "local", "global"))
+            streams: dict[str, dict] = {name: {bridge.PROCESSOR: None} for name in ("prev", "next", "local", "global")}
             compat.install_generators(_zeros, _zeros, streams)
             for sender in (None, OWNER):  # the parties agree on their keys
                 communicator.pass_by(bridge.KEY_BYTES, sender)

@@ -62,7 +62,7 @@ class CryptenSelection:
     def cat(self, handles: list[Handle], dim: int) -> Handle:
         """Error: none. Cost: none."""
         handles = _alike(handles)
-        return _handle(torch.cat([x.share for x in handles], dim), handles[0])
+        return _handle(crypten.common.util.torch_cat([x.share for x in handles], dim), handles[0])
 
     def public(self, value: torch.Tensor) -> Handle:
         """Error: u / 2. Cost: none."""

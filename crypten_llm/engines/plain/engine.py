@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from crypten_llm import devices
-from crypten_llm.engines.base import Engine
+from crypten_llm.engines.base import Engine, Held
 from crypten_llm.engines.plain.selection import PlainSelection
 from crypten_llm.links.meter import Meter
 from crypten_llm.protocols.dealer.randomness import Stream, fresh_key
@@ -21,7 +21,6 @@ class PlainEngine(PlainSelection, Engine):
 
     name = "plain"
     is_private = False
-    number_bytes = 4
     layer_error = 1e-4
     meter: Meter
 
@@ -37,6 +36,9 @@ class PlainEngine(PlainSelection, Engine):
     def on(cls, device: str) -> "PlainEngine":
         """An engine on a device of this machine; raises UsageError where torch cannot compute there."""
         return cls(devices.usable(device))
+
+    def holds(self, rank: int) -> Held:
+        return Held(4, 4)
 
     @cached_property
     def _stream(self) -> Stream:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crypten_llm.engines.base import Engine
+from crypten_llm.engines.base import Engine, Held
 from crypten_llm.engines.domain import Calibration
 from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, drawing, gathering, keeping, layers  # noqa: F401
 from crypten_llm.engines.wire.captured import Repeated
@@ -32,7 +32,7 @@ from crypten_llm.protocols.opening import Message
 from crypten_llm.protocols.rounds import Protocol, Rounds
 from crypten_llm.protocols.secret import Overflow, Secret
 from crypten_llm.protocols.sketch import Sketches
-from crypten_llm.roles import CLIENT, OWNER
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 
 if TYPE_CHECKING:
     from crypten_llm.links.meter import Meter
@@ -98,6 +98,12 @@ class WireEngine(Engine):
         self.runtime.begin(label)
         yield
         self.runtime.end()  # not after an error, which leaves a section half done
+
+    def holds(self, rank: int) -> Held:
+        """The owner's weights are integers of 32 bits, others have words; of a cached number parties have what was
+        opened and the part of its mask, the dealer the mask.
+        """
+        return {OWNER: Held(4, 16), DEALER: Held(8, 8)}.get(rank, Held(8, 16))
 
     def repeated(self, program: Callable[..., Secret]) -> Callable[..., Secret]:
         return program if self.runtime.device.type == "cpu" else Repeated(self, program)
