@@ -15,6 +15,7 @@ import torch
 
 from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.engines.wire.handles import Rows
+from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import Network
 from crypten_llm.models.config import LlamaConfig
@@ -117,15 +118,19 @@ class _AlikeLayers(Llama):
 
 @torch.inference_mode()
 def predict(
-    config: LlamaConfig, plan: Plan, network: Network | None = None, machine: Machine = Machine()
+    config: LlamaConfig,
+    plan: Plan,
+    network: Network | None = None,
+    machine: Machine = Machine(),
+    precision: str = "default",
 ) -> Prediction:
-    """What ``plan`` costs with a model of this configuration. A stop token may end an answer earlier.
+    """What ``plan`` costs with a model of this configuration, by that preset. A stop token may end an answer earlier.
 
     The load's bytes leave out the norms' scales, which are the weights' secret until the owner tells them.
 
     Raises UsageError for a plan that the model cannot run.
     """
-    links, party, alike = _loaded(config, [plan])
+    links, party, alike = _loaded(config, [plan], precision)
     counted = _entries(links, machine, network)
     cache = party.model.new_cache()
     party.start_request()
@@ -145,6 +150,7 @@ def predict_open(
     room: int,
     network: Network | None = None,
     machine: Machine = Machine(),
+    precision: str = "default",
 ) -> Prediction:
     """What ``courses`` cost in an open batch that nobody else joins, in which so many at a time have ``room``. A stop
     token may end an answer earlier. Memory is left out.
@@ -152,7 +158,7 @@ def predict_open(
     Raises: as ``predict``.
     """
     plans = [course.plan for course in courses]
-    links, party, _ = _loaded(config, plans, [course.cached_tokens for course in courses])
+    links, party, _ = _loaded(config, plans, precision, [course.cached_tokens for course in courses])
     coming = [scheduler.Newcomer(each.plan, _gone_through(party, number, each)) for number, each in enumerate(courses)]
 
     class Door:
@@ -192,7 +198,9 @@ class _Uncounted(Party):
         return []
 
 
-def _loaded(config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = ()) -> tuple[Links, Party, bool]:
+def _loaded(
+    config: LlamaConfig, plans: Sequence[Plan], precision: str, cached: Sequence[int] = ()
+) -> tuple[Links, Party, bool]:
     """Where ``plans`` are counted, the model loaded; whether the first two layers stand for all. cached: tokens that
     each goes on after.
 
@@ -209,7 +217,10 @@ def _loaded(config: LlamaConfig, plans: Sequence[Plan], cached: Sequence[int] = 
     make_model = Llama if differ else functools.partial(_AlikeLayers, links)
     there: Any = links  # stands for a transport
     mode = Mode.parse(plans[0].reveal)
-    party = _Uncounted(CostEngine(links, mode.wire()), there, compute_parties=2, make_model=make_model, mode=mode)
+    engine = CostEngine(links, mode.wire(precision))
+    for plan in plans:
+        engine.check_policy(parse_policy(plan.policy))
+    party = _Uncounted(engine, there, compute_parties=2, make_model=make_model, mode=mode)
     links.say(Announced(config.to_dict(), {}))
     party.load()
     return links, party, not differ
@@ -220,11 +231,11 @@ def _dealing(links: Links, cost: Cost, machine: Machine) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def count_bench(shape: bench.Shape, machine: Machine = Machine()) -> Cost:
+def count_bench(shape: bench.Shape, machine: Machine = Machine(), precision: str = "default") -> Cost:
     """What ``bench`` of this shape counts, in all its steps."""
     links = Links()
     there: Any = links  # stands for a transport
-    bench.run(Party(CostEngine(links), there, compute_parties=2), shape)
+    bench.run(Party(CostEngine(links, WireConfig.of(precision)), there, compute_parties=2), shape)
     entries = _entries(links, machine, None)
     return Cost(entries, len(entries))
 

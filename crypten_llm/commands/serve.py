@@ -94,7 +94,8 @@ def _opened(llama: PrivateLlama) -> None:
 def _counted(protocol: ProtocolConfig, launched: LaunchConfig, room: int) -> Any:
     if protocol.engine != "wire":
         return None
-    return partial(predict_open, room=room, network=parse_network(launched.network) if launched.network else None)
+    network = parse_network(launched.network) if launched.network else None
+    return partial(predict_open, room=room, network=network, precision=protocol.precision)
 
 
 def _asks(keys: list[str]) -> str:

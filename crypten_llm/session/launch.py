@@ -180,7 +180,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
         from crypten_llm.engines.wire import computing
         from crypten_llm.engines.wire.engine import WireEngine
 
-        config = protocol.mode.wire()
+        config = protocol.mode.wire(protocol.precision)
         with unheard():
             device = computing.usable(launch.device_of(transport.rank))
             tape = _tape(protocol, launch, transport)

@@ -30,6 +30,7 @@ def options(parser: Parser) -> None:
     shared.add_policy(parser)
     shared.add_policy_weights(parser)
     shared.add_reveal(parser)
+    shared.add_precision(parser)
     add("--network", default="", metavar="lan|wan|RTTms,Mbit", help="the links between the parties (default: none)")
     parser.add_json()
     parser.add_offline_and_verbose()
@@ -46,7 +47,7 @@ def run(arguments: Any) -> None:
     facts = {"policy": policy, "public_prefix": prefix, "padded": arguments.padded, **shared.revealed(arguments)}
     plan = Plan(arguments.prompt_tokens, arguments.new_tokens, arguments.chunk, **facts)
     network = parse_network(arguments.network) if arguments.network else None
-    show_cost(predict(_config(arguments), plan, network), arguments.json)
+    show_cost(predict(_config(arguments), plan, network, precision=arguments.precision), arguments.json)
 
 
 def _config(arguments: Any) -> LlamaConfig:
