@@ -29,6 +29,7 @@ CHANGED = {
         "insecure_links": True,
         "calibration_text": "asked.txt",
         "reveal": "top-7",
+        "precision": "quantised",
         "policy_weights": "gates.safetensors",
         "session_tokens": 100,
         "day_tokens": 1000,
@@ -36,7 +37,7 @@ CHANGED = {
     },
 }
 """Another value than the default for each setting."""
-ALONE = {"tape": "wire", "peer_memory": "wire", "device": "plain"}
+ALONE = {"tape": "wire", "precision": "wire", "peer_memory": "wire", "device": "plain"}
 """Settings that one engine alone has."""
 
 

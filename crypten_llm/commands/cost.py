@@ -20,6 +20,7 @@ from crypten_llm.errors import UsageError
 from crypten_llm.links.network import Network
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama
+from crypten_llm.protocols.products import NARROW
 from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation, scheduler
@@ -46,22 +47,27 @@ class Machine:
 
     The defaults are fitted to decode steps at hidden sizes 64 to 2,048 and to prefill passes of 128 rows of two parties
     with a core each (``python -m experiments.measure.predicted_seconds``); they reproduce each of these within a fifth.
-    ``deal`` is what is left of the seconds of a tape of the shipped model. Parties that share cores take longer.
+    ``deal`` is what is left of the seconds of a tape of the shipped model. ``narrow``: as ``product``, of two int32.
+    Parties that share cores take longer.
     """
 
     round: float = 2.35e-4
     product: float = 3.8e-10
     material: float = 1.0e-9
     deal: float = 1.6e-9
+    narrow: float = 0.8e-10
 
     def seconds(self, rounds: int, sent: int, work: dict, network: Network | None) -> float:
         """Of a party that finds its material ready: on a tape, or from a dealer that is ahead."""
-        computed = rounds * self.round + work["products"] * self.product + work["material"] * self.material
+        computed = rounds * self.round + self._products(work) + work["material"] * self.material
         return computed + (network.seconds(rounds, sent) if network else 0.0)
 
     def dealing(self, rounds: int, work: dict) -> float:
         """Of the dealer, which sends without waiting."""
-        return rounds * self.round + work["products"] * self.product + work["material"] * self.deal
+        return rounds * self.round + self._products(work) + work["material"] * self.deal
+
+    def _products(self, work: dict) -> float:
+        return work["products"] * self.product + work.get("narrow", 0) * self.narrow
 
 
 @dataclass(frozen=True)
@@ -254,15 +260,15 @@ def _entries(links: Links, machine: Machine, network: Network | None) -> list[di
 
 def _work_of(links: Links, phase: str) -> dict:
     works = [work for (where, _), work in links.work.items() if where == phase]
-    return {what: sum(work[what] for work in works) for what in ("products", "material")}
+    return {what: sum(work[what] for work in works) for what in ("products", "narrow", "material")}
 
 
 def _memory(model: Llama, cache: KVCache, alike: bool) -> dict[str, dict[str, int]]:
     """Bytes by role. A weight is 32-bit integers at the owner, or floats that no layer has taken in, and a word
-    elsewhere; a cached number is two words at a party, what was opened and the part of its mask, and one at the dealer;
-    so are the rows that a policy keeps beside the cache, such as those that stand for its blocks. A share that it keeps
-    is one word. Room to grow is not counted. alike: whether the first two layers stand for all, of which the others
-    were skipped.
+    elsewhere, half of one in a ring of 32 bits; a cached number is two words at a party, what was opened and the part
+    of its mask, and one at the dealer; so are the rows that a policy keeps beside the cache, such as those that stand
+    for its blocks. A share that it keeps is one word. Room to grow is not counted. alike: whether the first two layers
+    stand for all, of which the others were skipped.
     """
     layers = cache.layers[:2] if alike else cache.layers
     parts = [part for layer in layers for part in layer.parts]
@@ -272,11 +278,13 @@ def _memory(model: Llama, cache: KVCache, alike: bool) -> dict[str, dict[str, in
     rows += sum(note.shape.numel() for note in notes if isinstance(note, Rows))
     shares = sum(note.shape.numel() for note in notes if isinstance(note, Secret))
     weights = list(model.parameters())
-    operands = sum(matrix.shape.numel() for weight in weights for matrix in weight.matrices.values())
+    matrices = [matrix for weight in weights for matrix in weight.matrices.values()]
+    operands = sum(matrix.shape.numel() for matrix in matrices)
+    hidden = sum(matrix.shape.numel() * (WORD // 2 if matrix.bits <= NARROW else WORD) for matrix in matrices)
     plain = sum(weight.shape.numel() for weight in weights if len(weight.shape) == 1 or not weight.matrices)
     owner, client, dealer = role_names(2)
     return {
         owner: {"weights": 4 * operands + 4 * plain, "cache": WORD * (2 * rows + shares)},
-        client: {"weights": WORD * operands, "cache": WORD * (2 * rows + shares)},
-        dealer: {"weights": WORD * operands, "cache": WORD * (rows + shares)},
+        client: {"weights": hidden, "cache": WORD * (2 * rows + shares)},
+        dealer: {"weights": hidden, "cache": WORD * (rows + shares)},
     }

@@ -166,8 +166,8 @@ GELU_TANH = Activation("gelu tanh", _gelu_tanh, 1, 0, 4, 2.4, 2)
 @dataclass(frozen=True)
 class _Mode:
     """One cosine. Its two products are the rounded public factor, ``public`` fractional bits, and the dealt one, of
-    ``dealt``; both roundings weigh alike in the sum. up: what the product lacks of the sum's fractional bits, and so the
-    bits that its dealt words are narrower by: the smaller the coefficient, the more.
+    ``dealt``; both roundings weigh alike in the sum. up: what the product lacks of the sum's fractional bits, and so
+    the bits that its dealt words are narrower by: the smaller the coefficient, the more.
     """
 
     coefficient: float
@@ -202,10 +202,10 @@ def activate(
 ) -> Protocol[tuple[Secret, Secret]]:
     """f(x) at 16 fractional bits, valid modulo 2^28, from x' = x / unit; and whether x is near the end of its domain.
 
-    These, and all that follows, with the 14 fractional bits that an activation has unless it says so; else ``scale`` and
-    ``width`` of it. x: x' at 14 fractional bits or more, of which the others are dropped, valid modulo 2^28 after that. positions: P, a
-    power of two from 32 on. The second result is the flag of each element, 0 or 1 modulo 2, so its shares are words 0
-    or 1 whose xor it is; it costs nothing.
+    These, and all that follows, with the 14 fractional bits that an activation has unless it says so; else ``scale``
+    and ``width`` of it. x: x' at 14 fractional bits or more, of which the others are dropped, valid modulo 2^28 after
+    that, which is its ``ring``. positions: P, a power of two from 32 on. The second result is the flag of each element,
+    0 or 1 modulo 2, so its shares are words 0 or 1 whose xor it is; it costs nothing.
 
     Domain: f(x) is right for -P/2 <= x' <= P/2 - 1. The flag is 0 for all |x'| <= P/2 - 3 and 1 for all |x'| from
     P/2 - 2 to P/2 + 2; between these it is either. Beyond, x' is read modulo P, and what has jumped over those values

@@ -100,9 +100,10 @@ def weigh(
     whose scores are between -low - 50 and low' - 16, where low' = q - low: none was missed in 20,000. A row whose only
     large score is d bits below low' is missed with probability about d 2^-d (measured: a half at 2, 1/15 at 6, 1/400 at
     12). What is outside of these counts modulo q, as another score, without a sign.
-    Cost: 4 rounds. A score: ``exponents.opened`` bits each way; dealer q bits to the client. With w = q - dropped and b the bits of
-    q - 1, a row: q + w + b + 2 bits each way; dealer 2 q bits to the client, and to both a comparison key of w - 5
-    levels at 16 + 1/4 bytes and b bits, and b bits for each second power of two from 2^(LEAST + 2) up (2.9 kB).
+    Cost: 4 rounds. A score: ``exponents.opened`` bits each way; dealer q bits to the client. With w = q - dropped and b
+    the bits of q - 1, a row: q + w + b + 2 bits each way; dealer 2 q bits to the client, and to both a comparison key
+    of w - 5 levels at 16 + 1/4 bytes and b bits, and b bits for each second power of two from 2^(LEAST + 2) up (2.9
+    kB).
     Source: ours; comparison keys of Boyle et al. (EUROCRYPT 2021).
     """
     kernels, q, rows, opened = runtime.kernels, exponents.size, counts.shape[0], exponents.opened

@@ -47,7 +47,8 @@ class Mode:
         return cls("top-k", int(found[1]))
 
     def wire(self, precision: str = "default") -> WireConfig:
-        """The numbers of engine ``wire``, by its preset: logits that are compared on shares need more bits behind the point."""
+        """The numbers of engine ``wire``, by its preset; logits that are compared on shares need more bits behind the
+        point."""
         from crypten_llm.engines.wire.numbers import WireConfig  # not where a command line is read
 
         return WireConfig.of(precision) if self.kind == ALL else WireConfig.choosing(precision)

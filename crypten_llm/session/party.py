@@ -234,6 +234,7 @@ class Party:
             check_turns(turns, len(plans), running)
             for plan, turn in zip(plans, turns or [None] * len(plans), strict=True):
                 plan.check(self.model.config, turn)
+                self.engine.check_policy(parse_policy(plan.policy))
             needed = sizes.of_requests(self.model.config, plans, self.engine.number_bytes)
             memory.check(needed, f"{len(plans)} prompts of {sum(plan.prompt_tokens for plan in plans):,} tokens")
 

@@ -34,7 +34,8 @@ class Agreement:
 
     program: digest of the code. torch: its version, whatever device it was built for. What tapes are for is compared
     when they are opened (``Tape.compare``).
-    precision_bits: None on an engine that has none. precision: of engine ``wire``. force: whether all take a model that leaves the engine's ranges.
+    precision_bits: None on an engine that has none. precision: of engine ``wire``. force: whether all take a model that
+    leaves the engine's ranges.
     """
 
     version: Word

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from crypten_llm import records
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.engines.wire.handles import OneHot, Weight
+from crypten_llm.engines.wire.handles import Normed, OneHot, Weight
 from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.links.frames import HEADER
 from crypten_llm.links.meter import Meter
@@ -20,6 +20,7 @@ from crypten_llm.links.transport import encode_json
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.material import FRAME
 from crypten_llm.protocols.dealer.runtime import PARTIES, Piece
+from crypten_llm.protocols.products import MANY, NARROW
 from crypten_llm.roles import DEALER
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ GO_ON = {"stop": False}
 class Links:
     """The dealer's links, and the counters of the parties that would be at their ends.
 
-    times: how often whatever is counted now happens. work: by (phase, kind), the words that a party multiplies and
-    adds in the matrix products of layers and attention (``products``; not those with which a policy moves rows), and
-    the dealer's material (``material``), in bytes.
+    times: how often whatever is counted now happens. work: by (phase, kind), the words that a party multiplies and adds
+    in the matrix products of layers and attention (``products``, and ``narrow`` of int32; not those with which a policy
+    moves rows), and the dealer's material (``material``), in bytes.
     """
 
     rank = DEALER
@@ -105,6 +106,11 @@ class Links:
         self.meters[party].count(channel, *counts, 0.0, cells)
 
 
+def _kind(bits: int) -> str:
+    """What products in a ring of that many bits are counted as."""
+    return "narrow" if bits <= NARROW else "products"
+
+
 class _Material:
     """Material that is only measured, in the frames that a live dealer would send (see ``material.Sending``)."""
 
@@ -149,13 +155,17 @@ class CostEngine(WireEngine):
         return super().embed(one_hot, weight)
 
     def linear(self, x: Any, weight: Weight, bias: Weight | None = None) -> Any:
-        self._links.note("products", x.shape[:-1].numel() * weight.shape.numel())
+        c = self.config
+        bits = c.width_of(weight.name) if isinstance(x, Normed) else c.input_of(weight.name)[1]
+        self._links.note(_kind(bits), x.shape[:-1].numel() * weight.shape.numel())
         return super().linear(x, weight, bias)
 
     def scores(self, query: Any, keys: Any, mask: Any = None) -> Any:
-        self._links.note("products", 2 * query.shape.numel() * keys.shape[1])
+        kind = _kind(self.config.key_width if query.shape[1] >= MANY else 64)
+        self._links.note(kind, 2 * query.shape.numel() * keys.shape[1])
         return super().scores(query, keys, mask)
 
     def mix(self, weights: Any, values: Any) -> Any:
-        self._links.note("products", 2 * weights.shape.numel() * values.shape[-1])
+        kind = _kind(self.config.mixed_width if weights.shape[1] >= MANY else 64)
+        self._links.note(kind, 2 * weights.shape.numel() * values.shape[-1])
         return super().mix(weights, values)
