@@ -61,7 +61,7 @@ def test_products_of_int32(rows, depth, columns):
     """Whose upper halves count for nothing."""
     x, w = (words(n, depth, seed=n, bound=2**31).int() for n in (rows, columns))
     due = ring.low_bits(cpu.matmul_nt(x, w), 32)
-    for found in (kernels.matmul_nt(x.cuda(), w.cuda()), kernels.matmul_nn(x.cuda(), w.cuda().T)):
+    for found in (cuda.matmul_nt(x.cuda(), w.cuda()), cuda.matmul_nn(x.cuda(), w.cuda().T)):
         assert torch.equal(ring.low_bits(found.cpu(), 32), due)
 
 
