@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from crypten_llm import records
 from crypten_llm.engines.wire.engine import WireEngine
 from crypten_llm.engines.wire.handles import Normed, OneHot, Weight
-from crypten_llm.engines.wire.numbers import WireConfig
+from crypten_llm.engines.wire.numbers import WORD, WireConfig
 from crypten_llm.links.frames import HEADER
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import encode_json
@@ -106,11 +106,6 @@ class Links:
         self.meters[party].count(channel, *counts, 0.0, cells)
 
 
-def _kind(bits: int) -> str:
-    """What products in a ring of that many bits are counted as."""
-    return "narrow" if bits <= NARROW else "products"
-
-
 class _Material:
     """Material that is only measured, in the frames that a live dealer would send (see ``material.Sending``)."""
 
@@ -157,15 +152,26 @@ class CostEngine(WireEngine):
     def linear(self, x: Any, weight: Weight, bias: Weight | None = None) -> Any:
         c = self.config
         bits = c.width_of(weight.name) if isinstance(x, Normed) else c.input_of(weight.name)[1]
-        self._links.note(_kind(bits), x.shape[:-1].numel() * weight.shape.numel())
+        self._multiplied(bits, x.shape[:-1].numel(), weight.shape.numel())
         return super().linear(x, weight, bias)
 
     def scores(self, query: Any, keys: Any, mask: Any = None) -> Any:
-        kind = _kind(self.config.key_width if query.shape[1] >= MANY else 64)
-        self._links.note(kind, 2 * query.shape.numel() * keys.shape[1])
+        bits = self.config.key_width if query.shape[1] >= MANY else WORD
+        self._multiplied(bits, query.shape[1], 2 * query.shape[0] * query.shape[2] * keys.shape[1])
         return super().scores(query, keys, mask)
 
     def mix(self, weights: Any, values: Any) -> Any:
-        kind = _kind(self.config.mixed_width if weights.shape[1] >= MANY else 64)
-        self._links.note(kind, 2 * weights.shape.numel() * values.shape[-1])
+        bits = self.config.mixed_width if weights.shape[1] >= MANY else WORD
+        self._multiplied(bits, weights.shape[1], 2 * weights.shape[0] * weights.shape[2] * values.shape[-1])
         return super().mix(weights, values)
+
+    def _multiplied(self, bits: int, rows: int, each: int) -> None:
+        """``each`` products for each row. Of int32 few rows are bound by memory, of which half as much is read at the
+        client and as much as ever at the owner.
+        """
+        if bits > NARROW:
+            self._links.note("products", rows * each)
+        elif rows < MANY:
+            self._links.note("products", rows * each * 3 // 4)
+        else:
+            self._links.note("narrow", rows * each)
