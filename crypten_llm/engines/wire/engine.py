@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from eviction.policy import Policy
 
 
-LAYER_ERROR, LAYER_ERROR_QUANTISED = 0.01, 0.25  # of a layer of random weights
+LAYER_ERROR, LAYER_ERROR_QUANTISED = 0.01, 1.0  # of a layer of random weights, whose results are a few
 LEFT_DOMAIN = (
     "attention scores or hidden states left the range in which engine 'wire' is right, so the answer ends here; tokens "
     "before this one are right, and 'debug-compare' shows the owner where it happens on a prompt of its own"
