@@ -24,6 +24,11 @@ def tensors(value):
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
+def is_captured():
+    """Whether this thread's kernels are."""
+    return getattr(_now, "recording", None) is not None
+
+
 class _Recording(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -83,7 +88,7 @@ class RecordedGraphs:
         return launch
 
     def abandon(self):
-        if getattr(_now, "recording", None) is not None:
+        if is_captured():
             self.end()
 
     def has_room(self, count):
@@ -91,7 +96,7 @@ class RecordedGraphs:
         return self._asked  # every other time there is none, and it is made
 
     def make_room(self, count):
-        assert getattr(_now, "recording", None) is None, "memory is made while kernels are captured"
+        assert not is_captured(), "memory is made while kernels are captured"
 
     def sent(self, message):
         return message

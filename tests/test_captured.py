@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from recorded_graphs import RecordedGraphs, RecordedKernels
+from recorded_graphs import RecordedGraphs, RecordedKernels, is_captured
 from wire_parties import CLIENT, OWNER
 
 from crypten_llm.commands.cost import predict
@@ -112,15 +112,24 @@ def expected(folder, plan, ids=IDS):
 PLANS = [Plan(5, 4, padded=8), Plan(4, 3, padded=8), Plan(8, 1, padded=8), Plan(9, 2, padded=5)]
 
 
-def test_material_in_many_chunks(recorded, monkeypatch):
-    """Of the device's memory, and read in many windows."""
-    monkeypatch.setattr(dealer_captured, "CHUNK", 3000)
-    monkeypatch.setattr(dealer_captured, "WINDOW", 500)
+def test_material_in_many_windows(recorded, monkeypatch):
+    """In memory that is none of the captured kernels', which they would write on before it is read."""
+    monkeypatch.setattr(StreamReader, "window", 500)
+    made = []
+
+    def room(*given, **named):
+        assert not is_captured(), "room for material is made while kernels are captured"
+        made.append(dealer_room(*given, **named))
+        return made[-1]
+
+    dealer_room = dealer_captured._Room
+    monkeypatch.setattr(dealer_captured, "_Room", room)
 
     def job(transport):
         return bench(Party(WireEngine(transport), transport, compute_parties=2), SHAPE)
 
     assert run_roles(job, timeout=60.0)[CLIENT]["max_abs_err"] < 0.02
+    assert len(made) == 3 * 3, "at each role one of what it reads, and one for each party"
 
 
 def test_answers_in_room_that_serves_one_after_another(recorded, folder):

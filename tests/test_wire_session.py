@@ -65,13 +65,18 @@ def test_only_these_places_send_anything():
         ("captured.py", "Captured._travel"): "the same, each time that it is launched",
         ("captured.py", "Captured._post"): "the same, from card to card",
         ("mailbox.py", "Mailbox.swap"): "what it is handed",
+        ("peer.py", "tap"): "where material from card to card is to be put",
         ("peer.py", "connect"): "where messages from card to card are to be put, and numbers that try it",
         ("peer.py", "_check_pace"): "zeros, to see how long it takes",
         ("counting.py", "Counting.exchange"): "nothing: it counts",
         ("audit.py", "audited.Audited.exchange"): "the same, once it has been checked",
         ("tape.py", "Tape.compare"): "which tape this is, before anything is masked",
     }
-    dealer = {("material.py", "_Courier._send"), ("roles.py", "agree_on_keys")}  # from the dealer to one party
+    dealer = {
+        ("material.py", "_Courier._send"),
+        ("roles.py", "agree_on_keys"),
+        ("peer.py", "pour"),
+    }  # from the dealer to one party
     found = {(path.name, where) for path in ENGINE for where, name in calls(path) if name in SENDING}
     assert found == set(allowed) | dealer
 

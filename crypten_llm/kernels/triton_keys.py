@@ -1,7 +1,9 @@
 """Kernels in Triton: comparison keys (see ``kernels.dcf``, whose keys these are, bit by bit).
 
-Owns the walk through all levels in one launch: a lane is a point of a key, or a key while it is made. A number of a
-group is up to four words, two of 64 bits a number above 64 bits; what a group lacks is 0.
+Owns the walk through all levels in one launch. A row of lanes is a point of a key, or a key while it is made: each
+level waits for the one before, so what there is to expand of a level is spread over the lanes of its row, and what is
+to be loaded is asked for before. A number of a group is up to four words, two of 64 bits a number above 64 bits; what a
+group lacks is 0.
 """
 
 from functools import lru_cache
@@ -20,7 +22,7 @@ from crypten_llm.kernels.triton_chacha import ND_1, SIX_BY, block
 from crypten_llm.kernels.triton_wide import subtract_wide
 from crypten_llm.kernels.triton_words import flat, pack_rows, unpack_rows
 
-_LANES = 32
+_LANES = 32  # of a program
 
 
 @triton.jit
@@ -43,14 +45,60 @@ def _block_of(s0, s1, counter):
 
 
 @triton.jit
-def _expanded(s0, s1, SIZE: tl.constexpr):
-    """Sixteen words that a seed makes, of which the first 4 + 3 SIZE count."""
-    w = _block_of(s0, s1, 0)
-    if SIZE > 1:
-        v = _block_of(s0, s1, 1)
-    else:
-        v = w
+def _one(x, which, at):
+    """What the lane ``at`` of each row has, in all of them."""
+    return tl.xor_sum(tl.where(which == at, x, x * 0), 1, keep_dims=True)
+
+
+@triton.jit
+def _part(w, which, at):
+    return (
+        _one(w[0], which, at), _one(w[1], which, at), _one(w[2], which, at), _one(w[3], which, at),
+        _one(w[4], which, at), _one(w[5], which, at), _one(w[6], which, at), _one(w[7], which, at),
+    )  # fmt: skip
+
+
+@triton.jit
+def _sixteen(w, v):
     return w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]
+
+
+@triton.jit
+def _expanded(s0, s1, SIZE: tl.constexpr):
+    """Sixteen words that a seed makes, of which the first 4 + 3 SIZE count. Seeds: [B, 1], and so are the words."""
+    if SIZE > 1:
+        which = tl.arange(0, 2)[None, :]
+        both = _block_of(s0, s1, which.to(tl.uint32))
+        w, v = _part(both, which, 0), _part(both, which, 1)
+    else:
+        w = _block_of(s0, s1, tl.zeros((1, 1), tl.uint32))
+        v = w
+    return _sixteen(w, v)
+
+
+@triton.jit
+def _both_expanded(a0, a1, b0, b1, SIZE: tl.constexpr):
+    """What two seeds make, spread over the lanes of a row (``_of_seed``)."""
+    if SIZE > 1:
+        which = tl.arange(0, 4)[None, :]
+        is_first, counter = which < 2, (which & 1).to(tl.uint32)
+    else:
+        which = tl.arange(0, 2)[None, :]
+        is_first, counter = which < 1, (which * 0).to(tl.uint32)
+    return _block_of(tl.where(is_first, a0, b0), tl.where(is_first, a1, b1), counter)
+
+
+@triton.jit
+def _of_seed(words, second: tl.constexpr, SIZE: tl.constexpr):
+    """As ``_expanded``, of the first seed or the second."""
+    if SIZE > 1:
+        which = tl.arange(0, 4)[None, :]
+        w, v = _part(words, which, 2 * second), _part(words, which, 2 * second + 1)
+    else:
+        which = tl.arange(0, 2)[None, :]
+        w = _part(words, which, second)
+        v = w
+    return _sixteen(w, v)
 
 
 @triton.jit
@@ -160,7 +208,7 @@ def _compare(
     lanes, many, levels, last, slots, party, width, limbs, keep, lift,
     SIZE: tl.constexpr, WIDE: tl.constexpr, Q: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    lane = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[:, None]
     ok = lane < lanes
     key, point = lane // many, lane % many
     end, slot = tl.load(ends + point, ok, 0), tl.load(slot_of + point, ok, 0)
@@ -170,23 +218,21 @@ def _compare(
     t = s0 * 0 + party.to(tl.uint64)
     sums, found = _none(s0), _none(s0)
     for level in range(last + 1):
-        w = _expanded(s0, s1, SIZE)
-        here = (end == level) & ok
-        corrected = _read(leaves, key * slots + slot, here, SIZE)
-        total = _plus(sums, _plus(_value(w, 4 + 2 * SIZE, SIZE, Q), _either(t, corrected, _none(t)), WIDE), WIDE)
-        found = _either(here.to(tl.uint64), total, found)
-        going = (end > level) & ok
-        place = width - 2 - level
+        here, going = (end == level) & ok, (end > level) & ok
+        row, place = key * levels + level, width - 2 - level
         shown = tl.load(points + lane * limbs + place // 64, going, 0).to(tl.uint64, bitcast=True)
-        bit = (shown >> (place % 64).to(tl.uint64)) & 1
-        side = _either(bit, _value(w, 4 + SIZE, SIZE, Q), _value(w, 4, SIZE, Q))
-        row = key * levels + level
-        corrected = _read(values, row, going, SIZE)
-        sums = _plus(sums, _plus(side, _either(t, corrected, _none(t)), WIDE), WIDE)
-        first, second = tl.where(bit != 0, w[2], w[0]), tl.where(bit != 0, w[3], w[1])
         flag = tl.load(flags + row, going, 0).to(tl.uint64, bitcast=True)
         c0 = tl.load(corrections + row * 2, going, 0).to(tl.uint64, bitcast=True)
         c1 = tl.load(corrections + row * 2 + 1, going, 0).to(tl.uint64, bitcast=True)
+        corrected = _read(values, row, going, SIZE)
+        leaf = _read(leaves, key * slots + slot, here, SIZE)
+        w = _expanded(s0, s1, SIZE)
+        total = _plus(sums, _plus(_value(w, 4 + 2 * SIZE, SIZE, Q), _either(t, leaf, _none(t)), WIDE), WIDE)
+        found = _either(here.to(tl.uint64), total, found)
+        bit = (shown >> (place % 64).to(tl.uint64)) & 1
+        side = _either(bit, _value(w, 4 + SIZE, SIZE, Q), _value(w, 4, SIZE, Q))
+        sums = _plus(sums, _plus(side, _either(t, corrected, _none(t)), WIDE), WIDE)
+        first, second = tl.where(bit != 0, w[2], w[0]), tl.where(bit != 0, w[3], w[1])
         s0 = (first & 0xFFFFFFFFFFFFFFFE) ^ tl.where(t != 0, c0, 0)
         s1 = second ^ tl.where(t != 0, c1, 0)
         t = (first ^ ((flag >> bit) & t)) & 1
@@ -205,7 +251,7 @@ def _make(
     keys, levels, slots, width, limbs, keep, lift,
     SIZE: tl.constexpr, WIDE: tl.constexpr, Q: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    key = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    key = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[:, None]
     ok = key < keys
     a0 = tl.load(seed0 + key * 2, ok, 0).to(tl.uint64, bitcast=True) & 0xFFFFFFFFFFFFFFFE
     a1 = tl.load(seed0 + key * 2 + 1, ok, 0).to(tl.uint64, bitcast=True)
@@ -218,15 +264,16 @@ def _make(
     inverted = tl.load(masks + key * limbs + place // 64, ok, 0).to(tl.uint64, bitcast=True)
     inverted = (inverted >> (place % 64).to(tl.uint64)) & 1
     for level in range(levels + 1):
-        v, w = _expanded(a0, a1, SIZE), _expanded(b0, b1, SIZE)
         slot = tl.load(slot_at + level)
+        going = ok & (level < levels)
+        place = width - 2 - level
+        shown = tl.load(masks + key * limbs + place // 64, going, 0).to(tl.uint64, bitcast=True)
+        both = _both_expanded(a0, a1, b0, b1, SIZE)
+        v, w = _of_seed(both, 0, SIZE), _of_seed(both, 1, SIZE)
         apart_now = _minus(_value(w, 4 + 2 * SIZE, SIZE, Q), _value(v, 4 + 2 * SIZE, SIZE, Q), WIDE)
         due = _plus(_minus(apart_now, apart, WIDE), _either(inverted, paid, _none(ta)), WIDE)
         due = _reduced(_either(tb, _minus(_none(ta), due, WIDE), due), keep, lift, Q, WIDE)
         _write(leaves, key * slots + slot, ok & (slot >= 0), due, SIZE)
-        going = ok & (level < levels)
-        place = width - 2 - level
-        shown = tl.load(masks + key * limbs + place // 64, going, 0).to(tl.uint64, bitcast=True)
         bit = (shown >> (place % 64).to(tl.uint64)) & 1
         left_a, right_a = _value(v, 4, SIZE, Q), _value(v, 4 + SIZE, SIZE, Q)
         left_b, right_b = _value(w, 4, SIZE, Q), _value(w, 4 + SIZE, SIZE, Q)
@@ -295,10 +342,11 @@ def compare_keys(comparison: Comparison, mask: Tensor, payload: Tensor, seed0: T
     leaves = torch.empty((count, slots * group.count, group.limbs), dtype=torch.int64, device=device)
     flags = torch.empty((count, levels, 1), dtype=torch.int64, device=device)
     if count:
-        _make[(triton.cdiv(count, _LANES),)](
+        keys = _LANES // (4 if group.count * group.limbs > 1 else 2)  # of a program, a row of lanes each
+        _make[(triton.cdiv(count, keys),)](
             flat(seed0), flat(seed1), flat(mask), flat(payload), _walks(comparison, device).slot_at,
             corrections, values, leaves, flags,
-            count, levels, slots, comparison.width, limbs, *numbers, *static, _LANES,
+            count, levels, slots, comparison.width, limbs, *numbers, *static, keys, num_warps=1,
         )  # fmt: skip
     packed = (pack_rows(rows, bits) for rows, bits in ((values, group.bits), (leaves, group.bits), (flags, 2)))
     return [corrections, *packed]
@@ -321,10 +369,10 @@ def compare(
     walks = _walks(comparison, opened.device)
     points = subtract_wide(opened[:, None], walks.words, 64 * limbs)
     numbers, static = _group(group)
-    lanes = count * many
-    _compare[(triton.cdiv(lanes, _LANES),)](
+    lanes, rows = count * many, _LANES // (2 if group.count * group.limbs > 1 else 1)
+    _compare[(triton.cdiv(lanes, rows),)](
         flat(seed), flat(corrections), values, leaves, flags, points, walks.ends, walks.slots,
         flat(payload), out, lanes, many, levels, walks.last, slots, int(party), comparison.width, limbs,
-        *numbers, *static, _LANES,
+        *numbers, *static, rows, num_warps=1,
     )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ class StreamReader:
     """
 
     unit = 1  # bytes of which what is read at once takes a whole number
+    window = 1 << 20  # bytes that are best read at once, about: by then more has come
 
     def __init__(
         self, next_piece: Callable[[], memoryview], there_is: Callable[[], bool], name: str, staging: Staging

@@ -9,7 +9,7 @@ length of which it has seen the last query alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -38,8 +38,9 @@ from crypten_llm.models.llama import (
     score_factors,
 )
 from crypten_llm.models.rope import rope_frequencies
+from crypten_llm.protocols.dealer.randomness import KEY_BYTES, Stream, derive_key
 from crypten_llm.records import Count, Tokens
-from crypten_llm.roles import OWNER
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 from crypten_llm.session.plan import parse_policy
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 WARM_UP = 1
 LARGEST = 64.0  # of the random numbers that stand for queries, keys and values
+BYTES = 8  # of a word
 FIRST_QUERY = 2_000_000
 FIRST_INPUT = 1_000_000  # seeds of inputs, apart from those of weights: a row of W times itself is no typical gate
 
@@ -103,7 +105,7 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
     name = f"bench {party.requests}"
     with engine.meter.phase("load"), engine.section(f"{name} weights"):
         built = _build(engine, config, shape, engine.balances)
-    plain = PlainEngine(softmax_base=engine.softmax_base)
+    plain = PlainEngine(getattr(engine, "device", "cpu"), softmax_base=engine.softmax_base)
     reference = _build(plain, config, shape, engine.balances) if party.is_client else None
     seconds, errors = [], []
     for step in range(WARM_UP + shape.steps):
@@ -120,7 +122,7 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
             )
         if reference is not None:
             assert value is not None, "the client sees the output"
-            expected = reference.decode(given, grows)
+            expected = reference.decode(given, grows).cpu()
             errors.append((value - expected).abs().max().item())
     if not party.is_client:
         return None
@@ -132,6 +134,16 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
             f"declares {bound:.2g}: its results cannot be used here; please report the command"
         )
     return {"seconds_per_step": median(seconds[WARM_UP:]), "max_abs_err": error, "steps": shape.steps}
+
+
+def _wait_for_the_client(party: Party) -> None:
+    """At the dealer, which has nothing to load: it would be ahead of the client for longer than a step may take."""
+    transport = party.transport
+    if transport is not None and transport.world > DEALER:
+        if transport.rank == CLIENT:
+            transport.send_json(DEALER, True)
+        elif transport.rank == DEALER:
+            transport.recv_json(CLIENT, bool, timeout=math.inf)
 
 
 @dataclass
@@ -191,7 +203,7 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape, balanced: bool) ->
     """Weights and cached keys and values, all held by the owner; all sequences have the same. balanced: whether as
     ``balance`` leaves weights, and values as small as these make them.
     """
-    is_owner = engine.rank == OWNER
+    is_owner, device = engine.rank == OWNER, getattr(engine, "device", "cpu")
     value_factor = REACH / math.sqrt(config.hidden_size) if balanced else 1.0
     query_factor, key_factor = score_factors(engine, config.head_dim)
 
@@ -200,17 +212,22 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape, balanced: bool) ->
 
     def attended(seed: int, size: tuple[int, ...], factor: float) -> Handle:
         """Numbers as attention meets them, which policies know to be small."""
-        secret = engine.secret(_random(seed, size) * factor if is_owner else None, size, OWNER)
+        secret = engine.secret(_random(seed, size, device) * factor if is_owner else None, size, OWNER)
         able: Any = engine
         return able.within(secret, LARGEST)
 
-    sizes, weights = expected_shapes(config), {}
-    if is_owner:
-        named = enumerate(sizes.items())
-        weights = {name: prepare(name, _as_weight(name, _random(seed, size)), config) for seed, (name, size) in named}
-        if balanced:
-            balance(weights, config)
-    handles = {name: engine.parameter(weights.pop(name, None), size) for name, size in sizes.items()}
+    handles, sizes = {}, expected_shapes(config)
+
+    def made() -> Iterator[tuple[str, torch.Tensor]]:
+        for seed, (name, size) in enumerate(sizes.items()):
+            yield name, prepare(name, _as_weight(name, _random(seed, size, device)), config)
+
+    weights = dict(made()) if balanced and is_owner else {}
+    if weights:
+        balance(weights, config)
+    given = iter(weights.items()) if weights else made()
+    for name, size in sizes.items():
+        handles[name] = engine.parameter(next(given)[1] if is_owner else None, size)
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     model = Llama(engine, config, handles) if shape.vocab else None
     layers = model.blocks if model is not None else _layers(engine, config, handles)
@@ -242,8 +259,11 @@ def _layers(engine: Engine, config: LlamaConfig, handles: dict[str, Handle]) -> 
     return [DecoderLayer(engine, config, body.within(f"layers.{i}"), i, {}) for i in range(config.num_hidden_layers)]
 
 
-def _random(seed: int, size: Iterable[int]) -> torch.Tensor:
-    return torch.randn(tuple(size), generator=torch.Generator().manual_seed(seed % 2**32))
+def _random(seed: int, size: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Public numbers, float32, about normal, the same wherever they are made: sums of a word's eight bytes."""
+    words = Stream(derive_key(bytes(KEY_BYTES), f"bench {seed}"), device).words(math.prod(size))
+    sums = words.view(torch.int8).view(*size, BYTES).sum(-1, dtype=torch.int32)
+    return (sums + BYTES / 2) * (12 / BYTES / (2**16 - 1)) ** 0.5
 
 
 def _as_weight(name: str, value: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ sketches are gathered.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,15 +28,14 @@ class Repeated:
     """A program of sections that are alike, to be called once in each, right behind its begin.
 
     What the first call is given stays; each other call puts what it is given in its place. What a call returns is gone
-    with the next one. The first call compiles kernels and moves constants, the second is captured, and those that
-    follow launch what it launched (``protocols.dealer.captured``). Messages and material are those of the program, so
+    with the next one. The first call is measured, the second is captured, and those that follow launch what it
+    launched (``protocols.dealer.captured``). Messages and material are those of the program, so
     parties need not agree on it.
     """
 
     def __init__(self, engine: WireEngine, program: Callable[..., Secret]) -> None:
         self._engine, self._program = engine, program
-        self._graphs = graphs.Graphs(engine.runtime.device)
-        self._captured: Captured | None = None
+        self._captured = Captured(engine.runtime, graphs.Graphs(engine.runtime.device))
         self._inputs: tuple[Input, ...] | None = None
         self._none: list[torch.Tensor] = []  # the gathered words that captured kernels begin with, and end with
         self._noted: list[torch.Tensor] = []
@@ -44,21 +44,19 @@ class Repeated:
     def __call__(self, *inputs: Input) -> Secret:
         if self._inputs is None:
             self._inputs = tuple(map(_again, inputs))
-            return self._program(*inputs)
+            return self._captured.measure(partial(self._program, *inputs))
         for place, new in zip(self._inputs, inputs, strict=True):
             _put(place, new)
         gathered: tuple[Gathered, ...] = self._engine.checks, self._engine.sketches
         before = [words.take() for words in gathered]
-        if self._captured is None:
+        if self._result is None:
             self._none = [words.current for words in gathered]
-            self._captured = Captured(self._engine.runtime, self._graphs)
             self._result = self._captured.capture(self._run)
             self._noted = [words.take() for words in gathered]
         else:
             self._captured.replay()
         for words, earlier, noted in zip(gathered, before, self._noted, strict=True):
             words.join(earlier ^ noted)
-        assert self._result is not None, "what was captured has a result"
         return self._result
 
     def _run(self) -> Secret:

@@ -82,8 +82,9 @@ class WireEngine(Engine):
         self.dealer_follows = material is None
         self._material = material
         self.runtime = runtime or roles.make(transport, material, device)
+        self.device = self.runtime.device
         if peer_memory:
-            self.runtime.open_mailbox()
+            self.runtime.open_memory()
         self.rounds = Rounds(self.runtime)
         self.checks = Flags(self.runtime, self.rounds)
         self.sketches = Sketches(self.runtime, self.rounds)

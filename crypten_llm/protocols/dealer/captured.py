@@ -27,23 +27,21 @@ if TYPE_CHECKING:
     from crypten_llm.protocols.dealer.runtime import Runtime
 
 Result = TypeVar("Result")
-CHUNK = 16 << 20  # bytes of the device's memory in which material lies, at least
-WINDOW = 1 << 20  # bytes of material that are read at a time, about
 ALIGNED = 16  # bytes at whose multiples numbers of any kind may begin
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Bytes ``start`` to ``stop`` of a chunk of the device's memory, of which ``counted`` are material."""
+    """Bytes ``start`` to ``stop`` of a room's memory, of which ``counted`` are material."""
 
-    chunk: Tensor
+    room: Tensor
     start: int
     stop: int
     counted: int
 
     @property
     def memory(self) -> Tensor:
-        return self.chunk[self.start : self.stop]
+        return self.room[self.start : self.stop]
 
     @property
     def size(self) -> int:
@@ -51,28 +49,34 @@ class _Part:
 
     def and_then(self, other: _Part) -> _Part | None:
         """Both as one, where the other lies right behind this one."""
-        if self.chunk is not other.chunk or self.stop != other.start:
+        if self.room is not other.room or self.stop != other.start:
             return None
-        return _Part(self.chunk, self.start, other.stop, self.counted + other.counted)
+        return _Part(self.room, self.start, other.stop, self.counted + other.counted)
 
 
 class _Room:
     """Memory of the device in which pieces of material lie as they travel, each in whole units of bytes; it stays where
-    it is. zeros: what a piece does not fill of its last unit.
+    it is. size: bytes of all of them. zeros: what a piece does not fill of its last unit.
+
+    It is made before anything is captured: in memory of the captured kernels' own, what they wrote there before would
+    be written over what has been read into it.
     """
 
-    def __init__(self, device: torch.device, unit: int, zeros: bool) -> None:
-        self._device, self._unit = device, unit
-        self._make = torch.zeros if zeros and unit > 1 else torch.empty
-        self._chunk, self._used = torch.empty(0, dtype=torch.uint8, device=device), 0
+    def __init__(self, device: torch.device, unit: int, size: int, zeros: bool) -> None:
+        make = torch.zeros if zeros and unit > 1 else torch.empty
+        self._memory, self._unit, self._used = make(size, dtype=torch.uint8, device=device), unit, 0
 
     def take(self, count: int) -> _Part:
         """For the next piece, of ``count`` bytes."""
-        size = -(-count // self._unit) * self._unit
-        if self._chunk.numel() - self._used < size:
-            self._chunk, self._used = self._make(max(CHUNK, size), dtype=torch.uint8, device=self._device), 0
-        start, self._used = self._used, self._used + size
-        return _Part(self._chunk, start, self._used, count)
+        start, self._used = self._used, self._used + whole(count, self._unit)
+        if self._used > self._memory.numel():
+            raise OneTimeError("a section that is captured takes more material than the one before it, and is no like")
+        return _Part(self._memory, start, self._used, count)
+
+
+def whole(count: int, unit: int) -> int:
+    """Bytes of as many units as ``count`` bytes need."""
+    return -(-count // unit) * unit
 
 
 class _InOneSection:
@@ -85,6 +89,28 @@ class _InOneSection:
         raise OneTimeError("a section ends within what is captured of it")
 
 
+class _Gauge(_InOneSection):
+    """In the place of a section's material: how much of it there is, in bytes of whole units. taken: at a party;
+    written: at the dealer, for each party.
+    """
+
+    def __init__(self, material: Any) -> None:
+        self._material = material
+        self.taken, self.written = 0, {OWNER: 0, CLIENT: 0}
+
+    def read(self, count: int, counted: int | None = None) -> Tensor:
+        self.taken += whole(count, self._material.unit)
+        given: Tensor = self._material.read(count, counted)
+        return given
+
+    def write(self, party: int, data: Tensor) -> None:
+        self.written[party] += whole(data.numel(), self._material.unit)
+        self._material.write(party, data)
+
+    def flush(self, party: int) -> None:
+        self._material.flush(party)
+
+
 class _Reads(_InOneSection):
     """At a party: where captured kernels read material.
 
@@ -92,8 +118,8 @@ class _Reads(_InOneSection):
     earlier one. new: what the stretch that is being captured will read.
     """
 
-    def __init__(self, device: torch.device, unit: int) -> None:
-        self._room = _Room(device, unit, zeros=False)
+    def __init__(self, device: torch.device, unit: int, size: int, window: int) -> None:
+        self._room, self._window = _Room(device, unit, size, zeros=False), window
         self.windows: list[_Part] = []
         self.new: list[_Part] = []
 
@@ -102,7 +128,7 @@ class _Reads(_InOneSection):
         if count:
             self.new.append(part)
             last = self.windows[-1] if self.windows else None
-            longer = last.and_then(part) if last is not None and last.size < WINDOW else None
+            longer = last.and_then(part) if last is not None and last.size < self._window else None
             if longer is None:
                 self.windows.append(part)
             else:
@@ -114,8 +140,8 @@ class _Reads(_InOneSection):
 class _Writes(_InOneSection):
     """At the dealer: where captured kernels leave material. parts: in its order; ``None`` where it is flushed."""
 
-    def __init__(self, device: torch.device, unit: int) -> None:
-        self._rooms = {party: _Room(device, unit, zeros=True) for party in (OWNER, CLIENT)}
+    def __init__(self, device: torch.device, unit: int, sizes: dict[int, int]) -> None:
+        self._rooms = {party: _Room(device, unit, size, zeros=True) for party, size in sizes.items()}
         self.parts: list[tuple[int, _Part | None]] = []
 
     def write(self, party: int, data: Tensor) -> None:
@@ -156,9 +182,10 @@ class _Stretch:
 
 
 class Captured:
-    """One program of sections that are alike: ``capture`` runs it in the first of them, ``replay`` in every other.
+    """One program of sections that are alike: ``measure`` runs it as it is in the first of them, ``capture`` in the
+    second, ``replay`` in every other.
 
-    Either is called right behind the section's begin. The program finds its inputs in tensors that stay where they are,
+    Each is called right behind the section's begin. The program finds its inputs in tensors that stay where they are,
     and so does its result, until the next section writes over it. It may not wait for the device, and takes nothing
     from the processor but constants that are on the device already (``Runtime.constant``).
     """
@@ -167,15 +194,21 @@ class Captured:
         self._runtime, self._graphs = runtime, graphs
         self._posted: list[_Swap] = []  # messages that captured kernels exchange themselves
         self._material: Any = runtime.material
-        unit = self._material.unit
-        self._reads, self._writes = _Reads(runtime.device, unit), _Writes(runtime.device, unit)
+        self._gauge = _Gauge(self._material)
         self._stretches: list[_Stretch] = []
         self._loaded = 0  # windows, in the section that is run
         self._marks: list[Mark] = []
 
+    def measure(self, program: Callable[[], Result]) -> Result:
+        """What the program returns, which also compiles kernels and moves constants; its material is measured."""
+        with self._runtime.replaced(self._gauge, None):
+            return program()
+
     def capture(self, program: Callable[[], Result]) -> Result:
         """What the program returns."""
-        runtime = self._runtime
+        runtime, unit = self._runtime, self._material.unit
+        self._reads = _Reads(runtime.device, unit, self._gauge.taken, self._material.window)
+        self._writes = _Writes(runtime.device, unit, self._gauge.written)
         mine = self._writes if runtime.role == DEALER else self._reads
         with self._graphs.apart(), runtime.replaced(mine, self._post if runtime.mailbox else self._swap):
             try:
@@ -259,8 +292,8 @@ class Captured:
         as the program gave it.
         """
         transport = self._runtime.transport
-        if self._posted and self._runtime.mailbox:
-            wait(transport, self._runtime.mailbox, self._posted[0].other, self._material.receive_ahead)
+        if self._posted and self._runtime.waiting:
+            wait(transport, self._runtime.waiting, self._posted[0].other, self._material.receive_ahead)
         for swap in self._posted:
             with transport.meter.within(swap.scope):
                 transport.count_swap(swap.message.numel(), swap.count, swap.cells)

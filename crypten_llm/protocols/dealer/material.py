@@ -21,9 +21,12 @@ CHANNEL = "dealer"
 
 
 class Given(Protocol):
-    """At a party: where its material comes from. unit: bytes of which each piece takes a whole number."""
+    """At a party: where its material comes from. unit: bytes of which each piece takes a whole number. window: bytes
+    that are best read at a time, about.
+    """
 
     unit: int
+    window: int
 
     def begin(self, label: str) -> None:
         """Goes to the section of that label."""
@@ -39,9 +42,10 @@ class Given(Protocol):
 
 
 class Taken(Protocol):
-    """At the dealer: where its material goes. unit: as of ``Given``."""
+    """At the dealer: where its material goes. unit, window: as of ``Given``; at this end nothing is read."""
 
     unit: int
+    window: int
 
     def begin(self, label: str) -> None:
         """Starts a section."""
@@ -143,7 +147,7 @@ class Sending:
     does not read waits for the other party, whose material up to that step has left the dealer (``flush``).
     """
 
-    unit = 1
+    unit, window = 1, 0
 
     def __init__(self, transport: Transport) -> None:
         self._couriers = [_Courier(transport, party) for party in (OWNER, CLIENT)]

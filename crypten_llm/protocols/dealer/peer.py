@@ -1,65 +1,129 @@
-"""A way around the sockets for two parties on GPUs of one host: messages go from card to card.
+"""A way around the sockets for processes on GPUs of one host: messages and material go from card to card.
 
-Owns how the parties open it to each other, over the link that they have already. What is said with it is what would be
-said over that link, and counted as that. It hides nothing from the host, on which both parties and both cards are.
+Owns how they open it to each other, over the link that they have already. What is said with it is what would be said
+over that link, and counted as that; material, of which no messages are made, as a tape's. It hides nothing from the
+host, on which all of these cards are.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import torch
 from msgspec import Meta
 
 from crypten_llm.errors import PartyError, UsageError, first_line
-from crypten_llm.kernels.mailbox import HANDLE_BYTES, Mailbox
+from crypten_llm.kernels.mailbox import Mailbox
+from crypten_llm.kernels.opened import HANDLE_BYTES, Waiting, card_of
+from crypten_llm.kernels.pipe import Inlet, Outlet
+from crypten_llm.protocols.dealer.piped import Pouring, Tapped
 from crypten_llm.records import Record
+from crypten_llm.roles import CLIENT, DEALER, OWNER
 
 if TYPE_CHECKING:
     from crypten_llm.links.transport import Transport
 
+PARTIES = (OWNER, CLIENT)
 LEAVE = "give each a card of its own (--device cuda:0,cuda:1), or leave --peer-memory out"
 MESSAGES = 50  # with which a card that both are on is tried
 SLOWEST = 2e-4  # seconds of one; of processes that take turns, a turn has a millisecond or two
+PAUSE = 2e-4  # seconds until a dealer looks again whether there is room
 PATIENCE = 0.2  # seconds of a wait for the device after which the links are looked at, now and then
 
 
 class Offer(Record, frozen=True):
-    """A party's card, by the number that the driver gives it, and the handle of its mailbox, in hexadecimal digits."""
+    """A process's card, by the number that the driver gives it, and the handle of memory that it opens, in hexadecimal
+    digits; neither of a dealer that is on no card, and sends what it deals over the links.
+    """
 
     card: Annotated[str, Meta(max_length=100)]
-    handle: Annotated[str, Meta(pattern=f"^[0-9a-f]{{{2 * HANDLE_BYTES}}}$")]
+    handle: Annotated[str, Meta(pattern=f"^([0-9a-f]{{{2 * HANDLE_BYTES}}})?$")]
 
 
-def connect(transport: Transport, other: int, device: torch.device) -> Mailbox:
+def connect(transport: Transport, other: int, device: torch.device, waiting: Waiting) -> Mailbox:
     """This party's mailbox, open to the other and tried. Both call this.
 
-    Raises UsageError on a processor, on one card on which they take turns, and where the cards do not reach each other.
+    Raises UsageError on one card on which they take turns, and where the cards do not reach each other.
     """
-    if device.type != "cuda":
-        raise UsageError(f"--peer-memory is for GPUs, and this party computes on {device.type}; {LEAVE}")
-    try:
-        mailbox = Mailbox(device, transport.timeout)
-        transport.send_json(other, Offer(mailbox.card, mailbox.handle.hex()))
+    with _telling():
+        mailbox = Mailbox(device, waiting)
+        mine = Offer(card_of(device), mailbox.handle.hex())
+        transport.send_json(other, mine)
         theirs = transport.recv_json(other, Offer)
         mailbox.open(bytes.fromhex(theirs.handle))
-    except RuntimeError as error:
-        raise UsageError(f"the cards of this host do not share memory ({first_line(error)}); {LEAVE}") from None
     numbers = torch.arange(1000, device=device)
     for count in (1000, 0):
         came = mailbox.swap(((numbers + transport.rank) & 255).to(torch.uint8)[:count], count, 0)
         mailbox.advance(1)
-        wait(transport, mailbox, other)
+        wait(transport, waiting, other)
         if not torch.equal(came, ((numbers + other) & 255).to(torch.uint8)[:count]):
             raise UsageError(f"the cards of this host do not read what each other wrote; {LEAVE}")
-    if theirs.card == mailbox.card:
-        _check_pace(transport, mailbox, other)
+    if theirs.card == mine.card:
+        _check_pace(transport, mailbox, waiting, other)
     return mailbox
 
 
-def _check_pace(transport: Transport, mailbox: Mailbox, other: int) -> None:
+def waiting_on(device: torch.device, seconds: float) -> Waiting:
+    """For what comes from another card. Raises UsageError on a processor."""
+    if device.type != "cuda":
+        raise UsageError(f"--peer-memory is for GPUs, and this party computes on {device.type}; {LEAVE}")
+    return Waiting(device, seconds)
+
+
+def tap(transport: Transport, device: torch.device, waiting: Waiting) -> Tapped | None:
+    """At a party: what a live dealer on this host pours into its card's memory; none of a dealer without a card."""
+    offer = transport.recv_json(DEALER, Offer)
+    if not offer.handle:
+        return None
+    with _telling():
+        outlet = Outlet(device, waiting)
+        transport.send_json(DEALER, Offer(card_of(device), outlet.handle.hex()))
+        outlet.open(bytes.fromhex(offer.handle))
+    return Tapped(outlet, transport.meter, lambda: wait(transport, waiting, DEALER))
+
+
+def pour(transport: Transport, device: torch.device) -> Pouring | None:
+    """At a live dealer, as ``tap`` at both parties."""
+    if device.type != "cuda":
+        for party in PARTIES:
+            transport.send_json(party, Offer("", ""))
+        return None
+    inlets = {}
+    for party in PARTIES:
+        with _telling():
+            inlets[party] = Inlet(device, partial(_pause, transport, party))
+            transport.send_json(party, Offer(card_of(device), inlets[party].handle.hex()))
+            inlets[party].open(bytes.fromhex(transport.recv_json(party, Offer).handle))
+    return Pouring(inlets)
+
+
+def _pause(transport: Transport, party: int, seconds: float) -> None:
+    """Of a dealer that is as far ahead of a party as there is room. Raises PartyError where that has read nothing for
+    so long, or has gone.
+    """
+    transport.check_open()
+    if seconds > transport.timeout:
+        raise PartyError(
+            f"{transport.name(party)} took nothing out of its card's memory for {transport.timeout:g} s "
+            f"({transport.meter.where}); start all parties again"
+        )
+    time.sleep(PAUSE)
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Raises UsageError where the cards do not reach each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UsageError(f"the cards of this host do not share memory ({first_line(error)}); {LEAVE}") from None
+
+
+def _check_pace(transport: Transport, mailbox: Mailbox, waiting: Waiting, other: int) -> None:
     """Raises UsageError where the two processes take turns on one card: a message then takes as long as a turn."""
     byte = torch.zeros(1, dtype=torch.uint8, device=transport.staging.device)
     seconds = []
@@ -68,7 +132,7 @@ def _check_pace(transport: Transport, mailbox: Mailbox, other: int) -> None:
         for step in range(MESSAGES):
             mailbox.swap(byte, 1, step)
         mailbox.advance(MESSAGES)
-        wait(transport, mailbox, other)
+        wait(transport, waiting, other)
         seconds.append((time.perf_counter() - started) / MESSAGES)
     if min(seconds) > SLOWEST:
         raise UsageError(
@@ -77,20 +141,20 @@ def _check_pace(transport: Transport, mailbox: Mailbox, other: int) -> None:
         )
 
 
-def wait(transport: Transport, mailbox: Mailbox, other: int, meanwhile: Callable[[], bool] = lambda: False) -> None:
+def wait(transport: Transport, waiting: Waiting, other: int, meanwhile: Callable[[], bool] = lambda: False) -> None:
     """Until the device has done all that was launched. meanwhile: what may be done before, a little at a time; whether
-    there was anything to do. Raises PartyError where a message did not come in time, or the other party has gone.
+    there was anything to do. Raises PartyError where something did not come in time, or another process has gone.
     """
-    mailbox.mark()
+    waiting.mark()
     looked = time.perf_counter()
-    while not mailbox.is_done():
+    while not waiting.is_done():
         if not meanwhile():
             time.sleep(0)
         if time.perf_counter() - looked > PATIENCE:
             transport.check_open()
             looked = time.perf_counter()
-    if mailbox.failed():
+    if waiting.failed():
         raise PartyError(
-            f"{transport.name(other)} wrote nothing to this card's memory for {transport.timeout:g} s "
+            f"{transport.name(other)} wrote nothing to the card's memory for {transport.timeout:g} s "
             f"({transport.meter.where}); start all parties again"
         )

@@ -105,7 +105,7 @@ class Stream:
         limbs = ring.limbs(bits)
         drawn = self.words(math.prod(shape) * limbs).view(*shape, limbs)
         if bits % 64:
-            drawn[..., -1] &= (1 << (bits % 64)) - 1
+            drawn[..., -1].bitwise_and_((1 << (bits % 64)) - 1)
         return drawn
 
     def below(self, size: Sequence[int] | int, modulus: int) -> torch.Tensor:

@@ -44,7 +44,7 @@ _NO_DIGEST = "0" * 64
 class _Written:
     """What is written has no needs: it takes any program, at any pace."""
 
-    unit = WORD
+    unit, window = WORD, 0
 
     def expect(self, verb: str, facts: dict, request: int) -> None:
         pass

@@ -39,11 +39,15 @@ class Party(Runtime):
         """material: where it comes from; a live dealer's when ``None``."""
         given = transport.stream_from(DEALER, FRAME, CHANNEL) if material is None else material
         super().__init__(transport, keys, given, device)
-        if material is None:
+        self._is_live = material is None
+        if self._is_live:
             self.begin("setup")
 
-    def open_mailbox(self) -> None:
-        self.mailbox = peer.connect(self.transport, self.other, self.device)
+    def open_memory(self) -> None:
+        self.waiting = peer.waiting_on(self.device, self.transport.timeout)
+        self.mailbox = peer.connect(self.transport, self.other, self.device, self.waiting)
+        if self._is_live:
+            self._material = peer.tap(self.transport, self.device, self.waiting) or self._material
 
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         return Parts(self._streams[0].ring(shape, bits))
@@ -149,7 +153,7 @@ class Owner(Party):
         return share + known
 
     def drop(self, share: Words, count: int) -> Words:
-        return -(-share >> count) if count else share
+        return (share + ((1 << count) - 1)) >> count if count else share
 
     def _offset(self, piece: Piece) -> int:
         return piece.offset
@@ -197,8 +201,8 @@ class Dealer(Runtime):
         if material is None:
             self.begin("setup")
 
-    def open_mailbox(self) -> None:
-        """It has nobody to exchange messages with."""
+    def open_memory(self) -> None:
+        self._material = peer.pour(self.transport, self.device) or self._material
 
     def mask(self, shape: Sequence[int], bits: int = 64) -> Parts:
         owner, client = (stream.ring(shape, bits) for stream in self._streams)

@@ -30,6 +30,7 @@ from crypten_llm.roles import CLIENT, OWNER
 
 if TYPE_CHECKING:
     from crypten_llm.kernels.mailbox import Mailbox
+    from crypten_llm.kernels.opened import Waiting
     from crypten_llm.links.transport import Transport
 
 PARTIES = (OWNER, CLIENT)
@@ -114,6 +115,7 @@ class Runtime(ABC):
         self._material = material
         self._swap: Swap | None = None  # in the place of the transport's
         self.mailbox: Mailbox | None = None  # of a party whose captured messages go from card to card
+        self.waiting: Waiting | None = None  # such a party's kernels for what comes
         self._streams: list[Stream] = []
         self._begun: set[str] = set()
         self._owned = Owned()
@@ -144,8 +146,10 @@ class Runtime(ABC):
         return Stream(derive_key(key, label), self.device)
 
     @abstractmethod
-    def open_mailbox(self) -> None:
-        """At a party: what is captured from now on is exchanged from card to card (``peer``)."""
+    def open_memory(self) -> None:
+        """What is captured from now on is exchanged from card to card, and so is all material of a live dealer that is
+        on a card too (``peer``). Behind the roles' making, before anything is dealt.
+        """
 
     # What ``captured`` puts others in the place of.
 
@@ -160,7 +164,7 @@ class Runtime(ABC):
         return self._streams
 
     @contextmanager
-    def replaced(self, material: Any, swap: Swap) -> Iterator[None]:
+    def replaced(self, material: Any, swap: Swap | None) -> Iterator[None]:
         """A with block with another source or sink of material, and another way to exchange a message."""
         before = self._material, self._swap
         self._material, self._swap = material, swap

@@ -167,7 +167,7 @@ def _short(value: object, longest: int = _SHOWN) -> str:
 class Tape:
     """At a party: material from its file."""
 
-    unit = WORD
+    unit, window = WORD, 1 << 20
 
     def __init__(
         self, path: str | Path, party: int, transport: Transport, is_local: bool = False, signers: Sequence[str] = ()
