@@ -199,7 +199,7 @@ def _given(shape: Shape, seed: int) -> torch.Tensor:
     return _random(seed, (shape.sequences, shape.hidden))
 
 
-def _build(engine: Engine, config: LlamaConfig, shape: Shape, balanced: bool) -> _Built:
+def _build(engine: Engine, config: LlamaConfig, shape: Shape, balanced: bool = False) -> _Built:
     """Weights and cached keys and values, all held by the owner; all sequences have the same. balanced: whether as
     ``balance`` leaves weights, and values as small as these make them.
     """
