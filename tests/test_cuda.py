@@ -56,6 +56,15 @@ def test_products(small, batch, rows, depth, columns):
     check("matmul_nn", x, right.transpose(-2, -1))
 
 
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 1000, 77), (17, 40, 21), (100, 8200, 70)])
+def test_products_of_int32(rows, depth, columns):
+    """Whose upper halves count for nothing."""
+    x, w = (words(n, depth, seed=n, bound=2**31).int() for n in (rows, columns))
+    due = ring.low_bits(cpu.matmul_nt(x, w), 32)
+    for found in (cuda.matmul_nt(x.cuda(), w.cuda()), cuda.matmul_nn(x.cuda(), w.cuda().T)):
+        assert torch.equal(ring.low_bits(found.cpu(), 32), due)
+
+
 def test_products_of_the_largest_limbs():
     """Sums of as many of them as are added up at a time."""
     extreme = -0x7F7F7F7F7F7F7F80  # -128 in every limb

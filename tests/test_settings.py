@@ -30,6 +30,7 @@ CHANGED = {
         "insecure_links": True,
         "calibration_text": "asked.txt",
         "reveal": "top-7",
+        "precision": "quantised",
         "policy_weights": "gates.safetensors",
         "session_tokens": 100,
         "day_tokens": 1000,
@@ -42,7 +43,7 @@ CHANGED = {
 }
 """Another value than the default for each setting."""
 ALONE = {
-    **{"tape": "wire", "peer_memory": "wire", "device": "plain", "stock": "wire"},
+    **{"tape": "wire", "precision": "wire", "peer_memory": "wire", "device": "plain", "stock": "wire"},
     **{"helper": "wire", "helper_at": "wire", "owner_at": "wire"},
 }
 """Settings that one engine alone has."""

@@ -10,7 +10,7 @@ from wire_parties import CLIENT, DEALER, OWNER, run
 
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.engines.wire.numbers import SHOWN, WireConfig
+from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.kernels import ring
 from crypten_llm.models import checkpoint
 from crypten_llm.models.config import LlamaConfig
@@ -143,9 +143,9 @@ def test_what_is_shown_is_rounded():
 
     found = run(job, engine=True)
     scale, width, value = found.results[CLIENT]
-    assert scale > SHOWN and max(len(frame.payload) for frame in found.frames[OWNER][-1:]) == ring.packed_size(
-        400, width - scale + SHOWN
-    )
+    assert scale > WireConfig.shown and max(
+        len(frame.payload) for frame in found.frames[OWNER][-1:]
+    ) == ring.packed_size(400, width - scale + WireConfig.shown)
     close(value, x * x, 2 * x.abs().max() * UNIT)
 
 

@@ -18,10 +18,12 @@ from crypten_llm import memory
 from crypten_llm.commands.machine import PROCESSOR, Card, Machine
 from crypten_llm.engines.wire.counted import CostEngine, Links
 from crypten_llm.engines.wire.handles import Rows
+from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.links.network import Network
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama
+from crypten_llm.protocols.products import NARROW
 from crypten_llm.protocols.secret import Secret
 from crypten_llm.roles import role_names
 from crypten_llm.session import bench, generation, scheduler
@@ -110,16 +112,17 @@ def predict(
     machine: Machine | Card = PROCESSOR,
     helper: bool = False,
     from_stock: bool = False,
+    precision: str = "default",
 ) -> Prediction:
-    """What ``plan`` costs with a model of this configuration. A stop token may end an answer earlier. helper: for a
-    thin client. from_stock: with material that was dealt before (``protocols.dealer.stock``).
+    """What ``plan`` costs with a model of this configuration, by that preset. A stop token may end an answer earlier.
+    helper: for a thin client. from_stock: with material that was dealt before (``protocols.dealer.stock``).
 
     The load's bytes leave out the norms' scales, which are the weights' secret until the owner tells them.
 
     Raises UsageError for a plan that the model cannot run.
     """
     side = CountedSide() if helper else None
-    links, party, alike = _loaded(config, [plan], side=side, dealer_follows=not from_stock)
+    links, party, alike = _loaded(config, [plan], precision, side=side, dealer_follows=not from_stock)
     counted = _entries(links, machine, network)
     cache = party.model.new_cache()
     party.start_request()
@@ -154,6 +157,7 @@ def predict_open(
     room: int,
     network: Network | None = None,
     machine: Machine | Card = PROCESSOR,
+    precision: str = "default",
 ) -> Prediction:
     """What ``courses`` cost in an open batch that nobody else joins, in which so many at a time have ``room``. A stop
     token may end an answer earlier. Memory is left out.
@@ -161,7 +165,7 @@ def predict_open(
     Raises: as ``predict``.
     """
     plans = [course.plan for course in courses]
-    links, party, _ = _loaded(config, plans, [course.cached_tokens for course in courses])
+    links, party, _ = _loaded(config, plans, precision, [course.cached_tokens for course in courses])
     coming = [scheduler.Newcomer(each.plan, _gone_through(party, number, each)) for number, each in enumerate(courses)]
 
     class Door:
@@ -189,6 +193,7 @@ def predict_turns(
     courses: Sequence[Course],
     network: Network | None = None,
     machine: Machine | Card = PROCESSOR,
+    precision: str = "default",
 ) -> Prediction:
     """What ``courses`` cost a thin client's parties, one after another. A stop token may end an answer earlier. Memory
     and the client's own bytes are left out.
@@ -196,7 +201,7 @@ def predict_turns(
     Raises: as ``predict``.
     """
     plans = [course.plan for course in courses]
-    links, party, _ = _loaded(config, plans, [course.cached_tokens for course in courses], CountedSide())
+    links, party, _ = _loaded(config, plans, precision, [course.cached_tokens for course in courses], CountedSide())
     turns = [_gone_through(party, number, each) for number, each in enumerate(courses)]
     entries, dealing = list[dict](), Counter[str]()
     for plan, turn in zip(plans, turns, strict=True):
@@ -231,6 +236,7 @@ class _Uncounted(Party):
 def _loaded(
     config: LlamaConfig,
     plans: Sequence[Plan],
+    precision: str,
     cached: Sequence[int] = (),
     side: Side | None = None,
     dealer_follows: bool = True,
@@ -252,7 +258,10 @@ def _loaded(
     there: Any = links  # stands for a transport
     mode = Mode.parse(plans[0].reveal)
     given: dict[str, Any] = {"compute_parties": 2, "make_model": make_model, "mode": mode, "stocked": Known()}
-    party = _Uncounted(CostEngine(links, mode.wire()), there, side=side, **given)
+    engine = CostEngine(links, mode.wire(precision))
+    for plan in plans:
+        engine.check_policy(parse_policy(plan.policy))
+    party = _Uncounted(engine, there, side=side, **given)
     links.say(Announced(config.to_dict(), {}, series="" if dealer_follows else "counted"))
     party.load()
     return links, party, not differ
@@ -263,11 +272,11 @@ def _dealing(links: Links, cost: Cost, machine: Machine | Card) -> dict[str, flo
 
 
 @torch.inference_mode()
-def count_bench(shape: bench.Shape, machine: Machine | Card = PROCESSOR) -> Cost:
+def count_bench(shape: bench.Shape, machine: Machine | Card = PROCESSOR, precision: str = "default") -> Cost:
     """What ``bench`` of this shape counts, in all its steps."""
     links = Links()
     there: Any = links  # stands for a transport
-    bench.run(Party(CostEngine(links), there, compute_parties=2), shape)
+    bench.run(Party(CostEngine(links, WireConfig.of(precision)), there, compute_parties=2), shape)
     entries = _entries(links, machine, None)
     return Cost(entries, len(entries))
 
@@ -286,15 +295,15 @@ def _entries(links: Links, machine: Machine | Card, network: Network | None) -> 
 
 def _work_of(links: Links, phase: str) -> dict:
     works = [work for (where, _), work in links.work.items() if where == phase]
-    return {what: sum(work[what] for work in works) for what in ("products", "material")}
+    return {what: sum(work[what] for work in works) for what in ("products", "narrow", "material")}
 
 
 def _memory(model: Llama, cache: KVCache, alike: bool) -> dict[str, dict[str, int]]:
     """Bytes by role. A weight is 32-bit integers at the owner, or floats that no layer has taken in, and a word
-    elsewhere; a cached number is two words at a party, what was opened and the part of its mask, and one at the dealer;
-    so are the rows that a policy keeps beside the cache, such as those that stand for its blocks. A share that it keeps
-    is one word. Room to grow is not counted. alike: whether the first two layers stand for all, of which the others
-    were skipped.
+    elsewhere, half of one in a ring of 32 bits; a cached number is two words at a party, what was opened and the part
+    of its mask, and one at the dealer; so are the rows that a policy keeps beside the cache, such as those that stand
+    for its blocks. A share that it keeps is one word. Room to grow is not counted. alike: whether the first two layers
+    stand for all, of which the others were skipped.
     """
     layers = cache.layers[:2] if alike else cache.layers
     parts = [part for layer in layers for part in layer.parts]
@@ -304,11 +313,13 @@ def _memory(model: Llama, cache: KVCache, alike: bool) -> dict[str, dict[str, in
     rows += sum(note.shape.numel() for note in notes if isinstance(note, Rows))
     shares = sum(note.shape.numel() for note in notes if isinstance(note, Secret))
     weights = list(model.parameters())
-    operands = sum(matrix.shape.numel() for weight in weights for matrix in weight.matrices.values())
+    matrices = [matrix for weight in weights for matrix in weight.matrices.values()]
+    operands = sum(matrix.shape.numel() for matrix in matrices)
+    hidden = sum(matrix.shape.numel() * (WORD // 2 if matrix.bits <= NARROW else WORD) for matrix in matrices)
     plain = sum(weight.shape.numel() for weight in weights if len(weight.shape) == 1 or not weight.matrices)
     owner, client, dealer = role_names(2)
     return {
         owner: {"weights": 4 * operands + 4 * plain, "cache": WORD * (2 * rows + shares)},
-        client: {"weights": WORD * operands, "cache": WORD * (2 * rows + shares)},
-        dealer: {"weights": WORD * operands, "cache": WORD * (rows + shares)},
+        client: {"weights": hidden, "cache": WORD * (2 * rows + shares)},
+        dealer: {"weights": hidden, "cache": WORD * (rows + shares)},
     }

@@ -64,12 +64,14 @@ def deal(
     progress: bool = False,
     tls: str = "",
     device: str | torch.device = "cpu",
+    precision: str = "default",
 ) -> Manifest:
     """Writes the tape for ``requests`` times ``work`` to the new folder ``out``, a folder in it for each party; returns
     its manifest.
 
     config: of the model, for a ``Plan``. say: called with each line about the run. tls: the dealer's folder of keys,
-    with whose own it signs; else a key for this tape alone does. device: on which it is dealt.
+    with whose own it signs; else a key for this tape alone does. device: on which it is dealt. precision:
+    the preset that both parties will run.
 
     Raises UsageError for a request that no model can run, a key that cannot be read, and when ``out`` cannot be
     written.
@@ -94,7 +96,7 @@ def deal(
             Party(WireEngine(links, engine, material, role(links, material)), links, 2, mode=mode).serve()
 
     mode = Mode.parse(work.reveal) if isinstance(work, Plan) else Mode()
-    engine, sizes = mode.wire(), Sizes()
+    engine, sizes = mode.wire(precision), Sizes()
     run(sizes, Counting)
     total = [sizes.total(party) for party in (OWNER, CLIENT)]
     say(f"tape for {requests} x {verb}: {size(total[OWNER])} for the owner, {size(total[CLIENT])} for the client")

@@ -32,13 +32,15 @@ class Machine:
 
     The defaults are fitted to decode steps at hidden sizes 64 to 2,048 and to prefill passes of 128 rows of two parties
     with a core each (``python -m experiments.measure.predicted_seconds``); they reproduce each of these within a fifth.
-    ``deal`` is what is left of the seconds of a tape of the shipped model. Parties that share cores take longer.
+    ``deal`` is what is left of the seconds of a tape of the shipped model. ``narrow``: as ``product``, of two int32.
+    Parties that share cores take longer.
     """
 
     round: float = 2.35e-4
     product: float = 3.8e-10
     material: float = 1.0e-9
     deal: float = 1.6e-9
+    narrow: float = 0.8e-10
 
     name = "a core a party"
     dealer_waits = False  # for each token of a streamed answer, so that its seconds come on top
@@ -49,12 +51,15 @@ class Machine:
 
     def seconds(self, rounds: int, sent: int, work: dict, network: Network | None) -> float:
         """Of a party that finds its material ready: on a tape, or from a dealer that is ahead."""
-        computed = rounds * self.round + work["products"] * self.product + work["material"] * self.material
+        computed = rounds * self.round + self._products(work) + work["material"] * self.material
         return computed + (network.seconds(rounds, sent) if network else 0.0)
 
     def dealing(self, rounds: int, work: dict) -> float:
         """Of the dealer, which sends without waiting."""
-        return rounds * self.round + work["products"] * self.product + work["material"] * self.deal
+        return rounds * self.round + self._products(work) + work["material"] * self.deal
+
+    def _products(self, work: dict) -> float:
+        return work["products"] * self.product + work.get("narrow", 0) * self.narrow
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from crypten_llm.commands.command_line import Parser, read_text, whole_numbers
 from crypten_llm.errors import UsageError
-from crypten_llm.session.settings import LaunchConfig, ProtocolConfig
+from crypten_llm.session.settings import PRECISIONS, LaunchConfig, ProtocolConfig
 
 if TYPE_CHECKING:
     from crypten_llm.session.bench import Shape
@@ -112,6 +112,12 @@ def add_reveal(parser: Parser) -> None:
     parser.add_argument("--reveal", default="logits", metavar="MODE", help=what)
     drawn = "of tokens that are drawn on shares, with --reveal tokens (default: 0, the likeliest)"
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=drawn)
+
+
+def add_precision(parser: Parser) -> None:
+    """Of what is counted or dealt."""
+    what = "bits of the numbers: default, or quantised (default: default)"
+    parser.add_argument("--precision", default=PRECISIONS[0], choices=PRECISIONS, help=what)
 
 
 def revealed(arguments: Any) -> dict:

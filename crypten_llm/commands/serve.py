@@ -70,7 +70,7 @@ def serve(place: Place, usual: Usual, model: str, tokenizer: str | None, **setti
     kept = Kept(place.keeping, queue)
     metrics = Metrics(lambda: len(queue), lambda: len(service.running), lambda: len(kept))
     pricer = Pricer(_counted(protocol, launched, room), protocol.engine)
-    alone = Pricer(_counted_from_stock(launched) if protocol.engine == "wire" else None, protocol.engine)
+    alone = Pricer(_counted_from_stock(protocol, launched) if protocol.engine == "wire" else None, protocol.engine)
     stocking = Stocking(alone, pricer, metrics, place.only_alone)
     reopens = not is_distributed()
     opening = partial(PrivateLlama.from_pretrained, model, tokenizer=tokenizer, shielded=True, **settings)
@@ -103,15 +103,17 @@ def _counted(protocol: ProtocolConfig, launched: LaunchConfig, room: int) -> Any
         return None
     network = parse_network(launched.network) if launched.network else None
     return (
-        partial(predict_turns, network=network)
+        partial(predict_turns, network=network, precision=protocol.precision)
         if launched.is_thin
-        else partial(predict_open, room=room, network=network)
+        else partial(predict_open, room=room, network=network, precision=protocol.precision)
     )
 
 
-def _counted_from_stock(launched: LaunchConfig) -> Any:
+def _counted_from_stock(protocol: ProtocolConfig, launched: LaunchConfig) -> Any:
     network = parse_network(launched.network) if launched.network else None
-    return lambda config, courses: predict(config, courses[0].plan, network, from_stock=True)
+    return lambda config, courses: predict(
+        config, courses[0].plan, network, from_stock=True, precision=protocol.precision
+    )
 
 
 def _asks(keys: list[str]) -> str:

@@ -53,6 +53,7 @@ class Engine(ABC):
     softmax_base: float = math.e  # scores are exponents of this
     tells_range: bool = False  # whether it tells both parties, with each value that is opened, if any left its range
     pads: bool = False  # whether it has ``padded`` caches
+    balances: bool = False  # whether it takes weights as ``models.balance`` leaves them
     dealer_follows: bool = False  # whether the dealer runs the same program, ahead of the parties' need
     dealer: Any = None  # or the engine's link to a dealer that answers requests
     rounds: Any = None  # where programs can share rounds: what runs them side by side

@@ -122,9 +122,10 @@ class CompareEngine(TrackedEngine):
         if isinstance(x, Normed):
             name, matrix = "linear of a norm", matrix * self._plain_weight(x.gamma) * x.size**0.5
             expected = row @ matrix.T + added
-            bound = linear_bound(60, c.weight, row, matrix)  # the row is the wire's own
+            bound = linear_bound(60, c.weight_of(weight.name, True), row, matrix)  # the row is the wire's own
         else:
-            bound = linear_bound(c.input_of(weight.name)[0], c.other_weight, row, matrix) + unit(c.hidden)
+            bound = linear_bound(c.input_of(weight.name)[0], c.weight_of(weight.name, False), row, matrix)
+            bound += unit(c.hidden)
             left = outside(c, "residual added", expected)
         self.findings.append(worst(self.meter.where, name, seen, expected, bound, left))
         return out

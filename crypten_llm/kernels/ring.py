@@ -91,13 +91,13 @@ class Kernels(Protocol):
     def KeyStream(self, key: bytes) -> Bytes:
         """ChaCha20 (RFC 8439) under a key of 32 bytes, with nonce 0 and Bernstein's counter of 64 bits, from 0."""
 
-    # Matrix products modulo 2^64.
+    # Matrix products modulo 2^64; of int32 by int32 modulo 2^32, in words whose upper halves count for nothing.
 
     def matmul_nt(self, x: Tensor, w: Tensor) -> Tensor:
-        """x @ w.T: words [..., M, K] by words or int32 [..., N, K] to words [..., M, N]."""
+        """x @ w.T: words [..., M, K] by words or int32 [..., N, K], or int32 by int32, to words [..., M, N]."""
 
     def matmul_nn(self, x: Tensor, w: Tensor) -> Tensor:
-        """x @ w: words [..., M, K] by words or int32 [..., K, N] to words [..., M, N]."""
+        """x @ w: words [..., M, K] by words or int32 [..., K, N], or int32 by int32, to words [..., M, N]."""
 
     # What travels.
 

@@ -27,7 +27,7 @@ def _nt(x, w, out, rows, columns, depth, BN: tl.constexpr, BK: tl.constexpr):
     total = tl.zeros((BN, BK), dtype=tl.int64)
     for start in range(0, depth, BK):
         ok = start + k < depth
-        factor = tl.load(of_x + start + k, ok, 0)
+        factor = tl.load(of_x + start + k, ok, 0).to(tl.int64)
         found = tl.load(of_w + start, there[:, None] & ok[None, :], 0).to(tl.int64)
         total += found * factor[None, :]
     tl.store(out + (batch * rows + m) * columns + n, tl.sum(total, 1), there)
@@ -45,7 +45,7 @@ def _nn(x, w, out, rows, columns, depth, part, BN: tl.constexpr, BK: tl.constexp
     total = tl.zeros((BK, BN), dtype=tl.int64)
     for start in range(first, last, BK):
         ok = start + k < last
-        factor = tl.load(x + (batch * rows + m) * depth + start + k, ok, 0)
+        factor = tl.load(x + (batch * rows + m) * depth + start + k, ok, 0).to(tl.int64)
         of_w = w + (batch * depth + (start + k).to(tl.int64))[:, None] * columns + n[None, :]
         found = tl.load(of_w, ok[:, None] & there[None, :], 0).to(tl.int64)
         total += found * factor[:, None]
@@ -112,7 +112,9 @@ def _multiplied(x: Tensor, w: Tensor, transposed: bool) -> Tensor:
 
 
 def by_limbs(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """out = x @ w.T: [M, K], [N, K] of any layout, [M, N] in one piece. Of int32, which five limbs hold."""
+    """out = x @ w.T: [M, K], [N, K] of any layout, [M, N] in one piece. Five limbs hold an int32,
+    and four modulo 2^32.
+    """
     for start in range(0, x.shape[1], _DEPTH):
         part = slice(start, start + _DEPTH)
         _by_limbs(x[:, part], w[:, part], out, start > 0)
@@ -121,16 +123,17 @@ def by_limbs(x: Tensor, w: Tensor, out: Tensor) -> None:
 def _by_limbs(x: Tensor, w: Tensor, out: Tensor, more: bool) -> None:
     (rows, depth), columns = x.shape, w.shape[0]
     width, high, wide = -(-depth // 16) * 16, max(32, -(-rows // 16) * 16), -(-columns // 16) * 16
-    planes = _PLACES if w.dtype == torch.int64 else 5
-    left, right = limbs_of(x, high, width, _PLACES, False), limbs_of(w, wide, width, planes, True)
-    sums = torch.empty((_PLACES, high, wide), dtype=torch.int32, device=x.device)
-    for place in range(_PLACES):
+    places = _PLACES if x.dtype == torch.int64 else _PLACES // 2
+    planes = min(places, _PLACES if w.dtype == torch.int64 else 5)
+    left, right = limbs_of(x, high, width, places, False), limbs_of(w, wide, width, planes, True)
+    sums = torch.empty((places, high, wide), dtype=torch.int32, device=x.device)
+    for place in range(places):
         first = max(0, place - planes + 1)  # of x's limbs; w's are there from the highest one back
         behind = (planes - 1 - place + first) * width
         ours = left[:, first * width : (place + 1) * width]
         torch._int_mm(ours, right[:, behind : behind + ours.shape[1]].t(), out=sums[place])
     sums = sums[:, :rows, :columns].contiguous()
-    _gather[(triton.cdiv(out.numel(), 1024),)](sums, out, out.numel(), _PLACES, more, 1024)
+    _gather[(triton.cdiv(out.numel(), 1024),)](sums, out, out.numel(), places, more, 1024)
 
 
 def limbs_of(w: Tensor, rows: int, width: int, planes: int, back: bool) -> Tensor:

@@ -28,18 +28,18 @@ from crypten_llm.kernels import ring
 from crypten_llm.protocols import fits
 from crypten_llm.protocols.comparison import bit_opening, times_bits
 from crypten_llm.protocols.dealer.runtime import Runtime
-from crypten_llm.protocols.frequencies import PERIOD, CosineFit
+from crypten_llm.protocols.frequencies import CosineFit
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, shares_of
 
-FRACTION = 14  # bits of x', of what is opened of f(x), and of a position
-SCALE, WIDTH = 16, 28  # of the result
+FRACTION = 14  # bits of x', of what is opened of f(x), and of a position, unless told
+SCALE, WIDTH = 16, 28  # of the result then
+_UP = SCALE - FRACTION  # bits that a result has more than is opened
+_ABOVE = WIDTH - SCALE  # of the result's ring before the point
 LEAST = 32  # positions
 MARGIN = 2  # positions at either end that are near it
-RING = FRACTION + PERIOD  # of x', whose ring is the period of the cosines
-_RESULT = WIDTH - SCALE + FRACTION  # of f(x) at FRACTION bits, to which it is lifted
-_SUM = 2 * FRACTION  # fractional bits of the sum of cosines
+_FINEST = 12  # fractional bits of the sum of cosines are twice ``fraction``, or twice this
 _GUARD = 1  # bits of a word beyond what its coefficient's size asks for
 BLOCK = 1 << 14  # elements at a time
 
@@ -48,9 +48,11 @@ BLOCK = 1 << 14  # elements at a time
 class Activation:
     """One function f, and how it is cut.
 
-    name: in ``fits.EVEN_TARGETS`` that of f(x) - x / 2 as a function of x'. function: the plaintext twin. times,
+    name: in ``fits.EVEN_TARGETS`` that of f(x) - x / 2 as a function of x', whose period is that of the ring in which
+    x' is opened. function: the plaintext twin. times,
     halvings: x = unit * x' with unit = times / 2^halvings. last: J, the last position inside. middle, bits:
-    |f(x) - middle| < 2^bits for all |x| <= (J + 1) unit, errors included.
+    |f(x) - middle| < 2^bits for all |x| <= (J + 1) unit, errors included. fraction: bits of x' and of what is opened of
+    f(x).
     """
 
     name: str
@@ -60,6 +62,7 @@ class Activation:
     last: int
     middle: float
     bits: int
+    fraction: int = FRACTION
 
     @property
     def unit(self) -> float:
@@ -72,7 +75,27 @@ class Activation:
     @property
     def opened(self) -> int:
         """Bits of f(x) - middle that are opened."""
-        return self.bits + FRACTION + 2
+        return self.bits + self.fraction + 2
+
+    @property
+    def ring(self) -> int:
+        """Bits in which x' is opened: the period of the cosines."""
+        return self.fraction + self.fit.period
+
+    @property
+    def scale(self) -> int:
+        """Fractional bits of the result."""
+        return self.fraction + _UP
+
+    @property
+    def width(self) -> int:
+        """Bits of the result's ring: what x' leaves of ``_ABOVE`` before the point."""
+        return self.scale + min(_ABOVE, self.fit.period + (self.times.bit_length() - 1) - self.halvings)
+
+    @property
+    def summed(self) -> int:
+        """Fractional bits of the sum of cosines."""
+        return 2 * max(self.fraction, _FINEST)
 
     def bound(self, positions: int = 256) -> float:
         """``activate`` computes f(x) for |x| <= this, without raising a flag."""
@@ -97,22 +120,22 @@ class Activation:
         if positions < LEAST or positions & (positions - 1):
             raise Overflow(f"{self.name}: {positions} positions; give a power of two from {LEAST} on")
         bits = (math.ceil(positions // 2 * self.unit) - 1).bit_length()
-        if bits + SCALE > WIDTH - 1:
+        if bits + self.scale > self.width - 1:
             raise Overflow(
-                f"{self.name}: |x| < 2^{bits}, which {positions} positions reach, at scale 2^{SCALE} does not fit a "
-                f"share valid modulo 2^{WIDTH}"
+                f"{self.name}: |x| < 2^{bits}, which {positions} positions reach, at scale 2^{self.scale} does not "
+                f"fit a share valid modulo 2^{self.width}"
             )
         return bits
 
     @property
     def error(self) -> float:
         """How far ``activate`` may be from f: beside the fit's error each mode's two products have two factors rounded,
-        and the sum is rounded to ``FRACTION`` bits; or what the form far from zero lacks at J units.
+        and the sum is rounded to ``fraction`` bits; or what the form far from zero lacks at J units.
         """
-        modes = _modes(self.name)
+        modes = _modes(self.name, self.summed)
         rounded = sum(2.0**-mode.public + abs(mode.coefficient) * 2.0**-mode.dealt for mode in modes)
         end = torch.tensor([-self.last * self.unit], dtype=torch.float64)
-        return max(self.fit.error + rounded / math.sqrt(2) + 2.0**-FRACTION, self.function(end).abs().item())
+        return max(self.fit.error + rounded / math.sqrt(2) + 2.0**-self.fraction, self.function(end).abs().item())
 
     def sets(self, positions: int) -> Tensor:
         """Which j, modulo ``positions``, are inside, right, and near the end: bool [3, positions]."""
@@ -135,6 +158,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 SILU = Activation("silu", torch.nn.functional.silu, 2, 0, 5, 6.0, 3)
+SILU_SHORT = Activation("silu short", torch.nn.functional.silu, 2, 0, 5, 6.0, 3, fraction=9)
 GELU = Activation("gelu", _gelu, 1, 0, 4, 2.4, 2)
 GELU_TANH = Activation("gelu tanh", _gelu_tanh, 1, 0, 4, 2.4, 2)
 
@@ -142,8 +166,8 @@ GELU_TANH = Activation("gelu tanh", _gelu_tanh, 1, 0, 4, 2.4, 2)
 @dataclass(frozen=True)
 class _Mode:
     """One cosine. Its two products are the rounded public factor, ``public`` fractional bits, and the dealt one, of
-    ``dealt``; both roundings weigh alike in the sum. up: what the product lacks of ``_SUM`` fractional bits, and so the
-    bits that its dealt words are narrower by: the smaller the coefficient, the more.
+    ``dealt``; both roundings weigh alike in the sum. up: what the product lacks of the sum's fractional bits, and so
+    the bits that its dealt words are narrower by: the smaller the coefficient, the more.
     """
 
     coefficient: float
@@ -153,21 +177,21 @@ class _Mode:
 
 
 @functools.cache
-def _modes(name: str) -> list[_Mode]:
+def _modes(name: str, summed: int) -> list[_Mode]:
     coefficients = fits.stored_even(name).coefficients.tolist()
     sizes = [math.frexp(a)[1] for a in coefficients]  # |a| < 2^size
     modes = []
     for a, size in zip(coefficients, sizes, strict=True):
         up = max(0, sizes[0] - size - _GUARD)
-        dealt = (_SUM - up + size) // 2
-        modes.append(_Mode(a, _SUM - up - dealt, dealt, up))
+        dealt = (summed - up + size) // 2
+        modes.append(_Mode(a, summed - up - dealt, dealt, up))
     return modes
 
 
 @functools.cache
-def _tables(name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(name: str, summed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each mode the public factor, what the dealt one is multiplied by, and ``up``."""
-    modes = _modes(name)
+    modes = _modes(name, summed)
     factors = torch.tensor([mode.coefficient * 2.0**mode.public for mode in modes], dtype=torch.float64)
     scales = torch.tensor([2.0**mode.dealt for mode in modes], dtype=torch.float64)
     return factors, scales, torch.tensor([mode.up for mode in modes])
@@ -178,9 +202,10 @@ def activate(
 ) -> Protocol[tuple[Secret, Secret]]:
     """f(x) at 16 fractional bits, valid modulo 2^28, from x' = x / unit; and whether x is near the end of its domain.
 
-    x: x' at 14 fractional bits or more, of which the others are dropped, valid modulo 2^28 after that. positions: P, a
-    power of two from 32 on. The second result is the flag of each element, 0 or 1 modulo 2, so its shares are words 0
-    or 1 whose xor it is; it costs nothing.
+    These, and all that follows, with the 14 fractional bits that an activation has unless it says so; else ``scale``
+    and ``width`` of it. x: x' at 14 fractional bits or more, of which the others are dropped, valid modulo 2^28 after
+    that, which is its ``ring``. positions: P, a power of two from 32 on. The second result is the flag of each element,
+    0 or 1 modulo 2, so its shares are words 0 or 1 whose xor it is; it costs nothing.
 
     Domain: f(x) is right for -P/2 <= x' <= P/2 - 1. The flag is 0 for all |x'| <= P/2 - 3 and 1 for all |x'| from
     P/2 - 2 to P/2 + 2; between these it is either. Beyond, x' is read modulo P, and what has jumped over those values
@@ -196,26 +221,31 @@ def activate(
     Attrapadung et al. (PoPETs 2022), XOR-shared, for the intervals.
     """
     bits = activation.reach(positions)
-    truncate = x.scale - FRACTION
-    (wire,) = yield [Opening(x, truncate=truncate, ring=RING + truncate, function=True)]
+    fraction, result = activation.fraction, activation.width - _UP
+    truncate = x.scale - fraction
+    (wire,) = yield [Opening(x, truncate=truncate, ring=activation.ring + truncate, function=True)]
     near = _near(runtime, wire, activation)
-    bits_of = _bits(runtime, wire, runtime.constant(activation.sets(positions)))
-    opened, chosen = yield [Opening(near, truncate=_SUM - FRACTION, lifted=_RESULT), bit_opening(bits_of[..., :2])]
+    bits_of = _bits(runtime, wire, runtime.constant(activation.sets(positions)), fraction)
+    cut = activation.summed - fraction
+    opened, chosen = yield [Opening(near, truncate=cut, lifted=result), bit_opening(bits_of[..., :2])]
     inside = times_bits(runtime, chosen.map(lambda t: t[..., 0]), _shifted(opened, activation.middle))
-    whole = dataclasses.replace(wire, width=_RESULT + activation.halvings)  # what the result needs of x'
+    whole = dataclasses.replace(
+        wire, width=min(wire.width, result + activation.halvings)
+    )  # what the result needs of x'
     right = times_bits(runtime, chosen.map(lambda t: t[..., 1]), whole)
     share = (inside.share << activation.halvings) + right.share * activation.times
-    up = SCALE - FRACTION - activation.halvings
-    return Secret(share << up, SCALE, WIDTH, bits), bits_of[..., 2]
+    up = _UP - activation.halvings
+    return Secret(share << up, activation.scale, activation.width, bits), bits_of[..., 2]
 
 
 def _near(runtime: Runtime, wire: Wire, activation: Activation) -> Secret:
-    """f(x) - middle by cosines, which holds inside; at 28 fractional bits. Dealer: the words of each mode."""
-    kernels, fit, modes = runtime.kernels, activation.fit, _modes(activation.name)
-    width, turn = activation.opened + _SUM - FRACTION, 64 - RING
-    tables = (fit.frequencies, *_tables(activation.name))
+    """f(x) - middle by cosines, which holds inside; at ``summed`` fractional bits. Dealer: the words of each mode."""
+    kernels, fit, summed = runtime.kernels, activation.fit, activation.summed
+    modes, fraction = _modes(activation.name, summed), activation.fraction
+    width, turn = activation.opened + summed - fraction, 64 - activation.ring
+    tables = (fit.frequencies, *_tables(activation.name, summed))
     frequencies, factors, scales, ups = (runtime.constant(table) for table in tables)
-    constant = runtime.plus(0, round((fit.constant - activation.middle) * 2.0**_SUM))
+    constant = runtime.plus(0, round((fit.constant - activation.middle) * 2.0**summed))
     mask, raw, blocks = wire.mask.held.reshape(-1), None, []
     if wire.public is not None:
         raw = wire.public.reshape(-1)
@@ -232,18 +262,18 @@ def _near(runtime: Runtime, wire: Wire, activation: Activation) -> Secret:
             blocks.append(kernels.add_cosines(raw[part], turn, frequencies, factors, ups, shares, constant))
 
     def share() -> Tensor:  # and x / 2
-        half = activation.times << (_SUM - FRACTION - activation.halvings - 1)
+        half = activation.times << (summed - fraction - activation.halvings - 1)
         return torch.cat(blocks).view(wire.shape) + half * shares_of(runtime, wire)
 
-    return Secret(runtime.share(wire.shape, share), _SUM, width, activation.bits)
+    return Secret(runtime.share(wire.shape, share), summed, width, activation.bits)
 
 
-def _bits(runtime: Runtime, wire: Wire, sets: Tensor) -> Secret:
+def _bits(runtime: Runtime, wire: Wire, sets: Tensor, fraction: int) -> Secret:
     """Whether j is in each of ``sets``, bool [S, P], modulo 2: [...] to [..., S]. Dealer: P bits an element."""
     kernels, size, shape = runtime.kernels, sets.shape[1] // 8, (*wire.shape, len(sets))
-    places, turns, blocks = ring.shift_right(wire.mask.held.reshape(-1), FRACTION), None, []
+    places, turns, blocks = ring.shift_right(wire.mask.held.reshape(-1), fraction), None, []
     if wire.public is not None:
-        turns = ring.shift_right(wire.public.reshape(-1), FRACTION)
+        turns = ring.shift_right(wire.public.reshape(-1), fraction)
     for part in runtime.blocks(places.numel(), BLOCK):
 
         def flipped(words: Tensor, part: slice = part) -> Tensor:

@@ -9,13 +9,13 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from crypten_llm.protocols.frequencies import CosineFit, search
+from crypten_llm.protocols.frequencies import PERIOD, CosineFit, search
 
 _GRIDS = 3000
 
@@ -111,14 +111,19 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class EvenTarget:
-    """What a stored fit at free frequencies approximates: an even function on |x| <= high."""
+    """What a stored fit at free frequencies approximates: an even function on |x| <= high, by whole turns in
+    2^period.
+    """
 
     function: Callable[[Tensor], Tensor]
     high: float
     modes: int
+    period: int = PERIOD
 
     def fit(self, name: str) -> CosineFit:
-        return search(name, self.function, self.high, self.modes)
+        longer = 2.0 ** (PERIOD - self.period)  # the same fit, seen from where the period is the usual one
+        made = search(name, lambda x: self.function(x / longer), self.high * longer, self.modes)
+        return replace(made, high=self.high, period=self.period)
 
 
 def _silu_even(x: Tensor) -> Tensor:
@@ -138,6 +143,7 @@ def _gelu_tanh_even(x: Tensor) -> Tensor:
 
 EVEN_TARGETS = {
     "silu": EvenTarget(_silu_even, 6.0, 7),
+    "silu short": EvenTarget(_silu_even, 6.0, 7, 9),
     "gelu": EvenTarget(_gelu_even, 5.0, 4),
     "gelu tanh": EvenTarget(_gelu_tanh_even, 5.0, 4),
 }
@@ -166,8 +172,9 @@ def stored_even(name: str) -> CosineFit:
     entry = _entry(_EVEN + name)
     coefficients = torch.tensor(entry["coefficients"], dtype=torch.float64) * _UNIT
     frequencies = torch.tensor(entry["frequencies"], dtype=torch.int64)
-    high = EVEN_TARGETS[name].high
-    return CosineFit(name, high, entry["constant"] * _UNIT, frequencies, coefficients, entry["error"])
+    target = EVEN_TARGETS[name]
+    constant = entry["constant"] * _UNIT
+    return CosineFit(name, target.high, constant, frequencies, coefficients, entry["error"], target.period)
 
 
 def _entry(name: str) -> dict:

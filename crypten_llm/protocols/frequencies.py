@@ -24,7 +24,7 @@ _SHARPEN = 0.7  # how fast weights go where the error is large
 
 @dataclass(frozen=True)
 class CosineFit:
-    """An even f(x) for |x| <= high as constant + sum over j of a_j cos(k_j w x), w = 2 pi / 2^PERIOD.
+    """An even f(x) for |x| <= high as constant + sum over j of a_j cos(k_j w x), w = 2 pi / 2^period.
 
     frequencies: integers k, int64 [modes]. coefficients: a, float64 [modes], the largest first. error: largest
     deviation on the domain, measured on a fine grid.
@@ -36,6 +36,7 @@ class CosineFit:
     frequencies: Tensor
     coefficients: Tensor
     error: float
+    period: int = PERIOD
 
     @property
     def modes(self) -> int:
@@ -43,7 +44,10 @@ class CosineFit:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The sum in floating point: the plaintext twin."""
-        return self.constant + _angles(x.double(), self.frequencies).cos() @ self.coefficients
+        return (
+            self.constant
+            + _angles(x.double() * 2.0 ** (PERIOD - self.period), self.frequencies).cos() @ self.coefficients
+        )
 
 
 def _angles(x: Tensor, frequencies: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Softmax of whatever scores: exponents modulo 2^q - 1.
 
-Owns ``weigh``. A score y, in units of which q / 2^OPENED make a factor of two, is opened modulo 2^OPENED, so only y
+Owns ``weigh``. A score y, in units of which q / 2^b make a factor of two, is opened modulo 2^b, so only y
 modulo that much is ever needed and nothing overflows. In Z_N with N = 2^q - 1 a power of two is a rotation, and 2^q is
 1: the dealer's 2^(rho - r), r being the mask, is rotated by the public M to 2^(y + rho). The row's secret rotation rho
 hides which power of two the row's sum is, so that this can be opened: K = k + rho. Rotated back by K, the top bits are
@@ -22,7 +22,7 @@ from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire
 from crypten_llm.protocols.wide import ResidueOpening, WideOpening
 
-OPENED = 22  # bits of a score that are opened: its ring stands for q bits of exponent
+OPENED = 22  # b, bits of a score that are opened, unless told: its ring stands for q bits of exponent
 MANTISSA = 14  # bits of what a power of two is multiplied by, in each of two factors
 HEADROOM = 22  # bits between the largest sum of a row and the ring
 LEAST = 8  # a row's sum without the dropped bits is 2^8 or more: its weights are as exact as that
@@ -32,13 +32,16 @@ LOWEST_SUM = -58  # log2 of a row's sum of 2^y may be this, or somewhat more in 
 
 @dataclass(frozen=True)
 class Exponents:
-    """The ring of exponents: q = ``size`` bits, a multiple of 4 from 68 to 512. The rest follows, in bits (a score is
-    ln 2 times as much).
+    """The ring of exponents: q = ``size`` bits, a multiple of 4 from 68 to 512; ``opened``, b above, from 10 to 22. The
+    rest follows, in bits (a score is ln 2 times as much).
     """
 
     size: int = 256
+    opened: int = OPENED
 
     def __post_init__(self) -> None:
+        if not 10 <= self.opened <= OPENED:
+            raise Overflow(f"a score is opened in 10 to {OPENED} bits, not {self.opened}")
         if not 68 <= self.size <= 512 or self.size % 4:
             raise Overflow(f"the ring of exponents has a multiple of 4 bits from 68 to 512, not {self.size}")
 
@@ -86,7 +89,7 @@ def weigh(
 ) -> Protocol[Rows]:
     """Softmax weights, up to their sum, of rows of ``counts`` scores, one behind the other.
 
-    scores: shares [n] of y, valid modulo 2^(OPENED + drop) at ``drop`` bits more than ``MANTISSA``. counts: public
+    scores: shares [n] of y, valid modulo 2^(opened + drop), of which ``drop`` bits are dropped. counts: public
     int64 [R]. fraction, width: bits of the weights, and of their ring. seen: public words [n], 0 where a score is none:
     its weight is 0 then, whatever it is, and the sum is of the others.
 
@@ -97,26 +100,27 @@ def weigh(
     whose scores are between -low - 50 and low' - 16, where low' = q - low: none was missed in 20,000. A row whose only
     large score is d bits below low' is missed with probability about d 2^-d (measured: a half at 2, 1/15 at 6, 1/400 at
     12). What is outside of these counts modulo q, as another score, without a sign.
-    Cost: 4 rounds. A score: OPENED bits each way; dealer q bits to the client. With w = q - dropped and b the bits of
-    q - 1, a row: q + w + b + 2 bits each way; dealer 2 q bits to the client, and to both a comparison key of w - 5
-    levels at 16 + 1/4 bytes and b bits, and b bits for each second power of two from 2^(LEAST + 2) up (2.9 kB).
+    Cost: 4 rounds. A score: ``exponents.opened`` bits each way; dealer q bits to the client. With w = q - dropped and b
+    the bits of q - 1, a row: q + w + b + 2 bits each way; dealer 2 q bits to the client, and to both a comparison key
+    of w - 5 levels at 16 + 1/4 bytes and b bits, and b bits for each second power of two from 2^(LEAST + 2) up (2.9
+    kB).
     Source: ours; comparison keys of Boyle et al. (EUROCRYPT 2021).
     """
-    kernels, q, rows = runtime.kernels, exponents.size, counts.shape[0]
+    kernels, q, rows, opened = runtime.kernels, exponents.size, counts.shape[0], exponents.opened
     total, counts = scores.shape[0], runtime.moved(counts)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     rho = runtime.mask_below((rows,), q)
-    (wire,) = yield [Opening(Secret(scores, 0, OPENED + drop, 0), drop, ring=OPENED + drop, function=True)]
+    (wire,) = yield [Opening(Secret(scores, 0, opened + drop, 0), drop, ring=opened + drop, function=True)]
 
     def turned(words: Tensor) -> Tensor:
         turns = rho.held.repeat_interleave(counts, output_size=total)
-        return kernels.turned_exponents(wire.mask.held, turns, OPENED, q, words)
+        return kernels.turned_exponents(wire.mask.held, turns, opened, q, words)
 
     dealt = runtime.deal_ones((total,), q, turned).held
     held: list[Tensor] = []  # 2^(y + rho), a party's shares, until its window is known
 
     def summed() -> Tensor:
-        held.append(kernels.read_exponents(dealt, wire.seen, exponents.low, OPENED, q))
+        held.append(kernels.read_exponents(dealt, wire.seen, exponents.low, opened, q))
         if seen is not None:
             held[0] = held[0] * seen[:, None]
         return kernels.sum_ones(held[0], starts, q)

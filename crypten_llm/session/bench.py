@@ -9,7 +9,7 @@ length of which it has seen the last query alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -22,6 +22,7 @@ from msgspec import Meta
 from crypten_llm import limits
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import CryptenLLMError, UsageError
+from crypten_llm.models.balance import REACH, balance
 from crypten_llm.models.cache import KVCache, Stretch
 from crypten_llm.models.checkpoint import expected_shapes
 from crypten_llm.models.config import LlamaConfig
@@ -103,9 +104,9 @@ def run(party: Party, shape: Shape, grows: bool = False) -> dict | None:
     party.start_request()
     name = f"bench {party.requests}"
     with engine.meter.phase("load"), engine.section(f"{name} weights"):
-        built = _build(engine, config, shape)
+        built = _build(engine, config, shape, engine.balances)
     plain = PlainEngine(getattr(engine, "device", "cpu"), softmax_base=engine.softmax_base)
-    reference = _build(plain, config, shape) if party.is_client else None
+    reference = _build(plain, config, shape, engine.balances) if party.is_client else None
     seconds, errors = [], []
     for step in range(WARM_UP + shape.steps):
         given = _given(shape, FIRST_INPUT + step)
@@ -198,13 +199,16 @@ def _given(shape: Shape, seed: int) -> torch.Tensor:
     return _random(seed, (shape.sequences, shape.hidden))
 
 
-def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
-    """Weights and cached keys and values, all held by the owner; all sequences have the same."""
+def _build(engine: Engine, config: LlamaConfig, shape: Shape, balanced: bool = False) -> _Built:
+    """Weights and cached keys and values, all held by the owner; all sequences have the same. balanced: whether as
+    ``balance`` leaves weights, and values as small as these make them.
+    """
     is_owner, device = engine.rank == OWNER, getattr(engine, "device", "cpu")
+    value_factor = REACH / math.sqrt(config.hidden_size) if balanced else 1.0
     query_factor, key_factor = score_factors(engine, config.head_dim)
 
     def rows(seed: int, size: tuple[int, ...], values: bool = False) -> Handle:
-        return engine.rows(attended(seed, size, 1.0 if values else key_factor), values)
+        return engine.rows(attended(seed, size, value_factor if values else key_factor), values)
 
     def attended(seed: int, size: tuple[int, ...], factor: float) -> Handle:
         """Numbers as attention meets them, which policies know to be small."""
@@ -212,10 +216,18 @@ def _build(engine: Engine, config: LlamaConfig, shape: Shape) -> _Built:
         able: Any = engine
         return able.within(secret, LARGEST)
 
-    handles = {}
-    for seed, (name, size) in enumerate(expected_shapes(config).items()):
-        value = prepare(name, _as_weight(name, _random(seed, size, device)), config) if is_owner else None
-        handles[name] = engine.parameter(value, size)
+    handles, sizes = {}, expected_shapes(config)
+
+    def made() -> Iterator[tuple[str, torch.Tensor]]:
+        for seed, (name, size) in enumerate(sizes.items()):
+            yield name, prepare(name, _as_weight(name, _random(seed, size, device)), config)
+
+    weights = dict(made()) if balanced and is_owner else {}
+    if weights:
+        balance(weights, config)
+    given = iter(weights.items()) if weights else made()
+    for name, size in sizes.items():
+        handles[name] = engine.parameter(next(given)[1] if is_owner else None, size)
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     model = Llama(engine, config, handles) if shape.vocab else None
     layers = model.blocks if model is not None else _layers(engine, config, handles)

@@ -180,7 +180,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
     if protocol.engine == "wire":
         from crypten_llm.engines.wire.engine import WireEngine
 
-        config = protocol.mode.wire()
+        config = protocol.mode.wire(protocol.precision)
         if tape:
             tape.compare(asdict(config))
         own["notary"] = Notary.of(transport, protocol, launch.tls, tape.manifest.id if tape else "")

@@ -46,11 +46,12 @@ class Mode:
             )
         return cls("top-k", int(found[1]))
 
-    def wire(self) -> WireConfig:
-        """The numbers of engine ``wire``: logits that are compared on shares need more bits behind the point."""
+    def wire(self, precision: str = "default") -> WireConfig:
+        """The numbers of engine ``wire``, by its preset; logits that are compared on shares need more bits behind the
+        point."""
         from crypten_llm.engines.wire.numbers import WireConfig  # not where a command line is read
 
-        return WireConfig() if self.kind == ALL else WireConfig.choosing()
+        return WireConfig.of(precision) if self.kind == ALL else WireConfig.choosing(precision)
 
     def __str__(self) -> str:
         return f"top-{self.count}" if self.count else self.kind

@@ -21,6 +21,7 @@ from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import PartyError, UsageError, unheard
 from crypten_llm.links.meter import Meter
 from crypten_llm.models import checkpoint, tokenizer
+from crypten_llm.models.balance import balance
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
 from crypten_llm.roles import CLIENT, OWNER, role_names
@@ -249,6 +250,7 @@ class Party:
             check_turns(turns, len(plans), running)
             for plan, turn in zip(plans, turns or [None] * len(plans), strict=True):
                 plan.check(self.model.config, turn)
+                self.engine.check_policy(parse_policy(plan.policy))
             self.fits.requests(self.model.config, plans)
 
     def _open_model(self, folder: str | Path | None, progress: bool) -> tuple[messages.Announced, dict]:
@@ -262,6 +264,8 @@ class Party:
             tokens = tokenizer.digest(Path(folder))
             beat = self._heartbeat()
             weights = read_weights(folder, config, progress, beat, self.notary.weigher())
+            if self.engine.balances:
+                balance(weights, config)
         alive = partial(beat, len(weights), len(weights))
         found, outside = self.admission.decide(self.engine, Path(folder), config, weights, alive, progress)
         announced = messages.Announced(config.to_dict(), found.norm_scales, tokens, outside)
@@ -289,6 +293,8 @@ class Party:
         plain, config = PlainEngine(softmax_base=self.engine.softmax_base), self.model.config
         weights = checkpoint.load_weights(folder, config)
         prepared = {name: plain.parameter(prepare(name, value, config), value.shape) for name, value in weights}
+        if self.engine.balances:
+            balance(prepared, config)
         return Llama(plain, config, prepared)
 
     def _await(self, progress: bool) -> messages.Announced:

@@ -25,6 +25,7 @@ from crypten_llm.session.mode import ALL, Mode
 DEFAULT_ENGINE = "wire"
 DEFAULT_PRECISION_BITS = 15  # CryptenConfig's
 DEFAULT_TIMEOUT = 300.0
+PRECISIONS = "default", "quantised"  # of engine ``wire`` (engines.wire.numbers)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Agreement:
 
     program: digest of the code. torch: its version, whatever device it was built for. What tapes are for is compared
     when they are opened (``Tape.compare``).
-    precision_bits: None on an engine that has none. force: whether all take a model that leaves the engine's ranges.
+    precision_bits: None on an engine that has none. precision: of engine ``wire``. force: whether all take a model that
+    leaves the engine's ranges.
     """
 
     version: Word
@@ -42,6 +44,7 @@ class Agreement:
     engine: Word
     compute_parties: int
     precision_bits: int | None
+    precision: str
     force: bool
     reveal: str
     peer_memory: bool
@@ -55,7 +58,8 @@ def _setting(default: Any, help: str, metavar: str | None = None, option: str = 
 @dataclass(frozen=True)
 class ProtocolConfig:
     """engine: see ``engines``. compute_parties: how many hold shares; the dealer comes on top.
-    precision_bits: fractional bits of a share on engine ``crypten``. tape: this party's file of a tape that was dealt
+    precision_bits: fractional bits of a share on engine ``crypten``. precision: of the presets of engine ``wire``
+    (docs/precision.md). tape: this party's file of a tape that was dealt
     for engine ``wire``, or the folder that holds it; there is no dealer then. force: share a model that leaves the
     engine's ranges by the owner's measurement; every answer is marked. reveal: what the client learns of each step
     (``mode.Mode``). peer_memory: messages of repeated steps go from the owner's card to the client's, of one host.
@@ -71,6 +75,11 @@ class ProtocolConfig:
         DEFAULT_PRECISION_BITS,
         f"fractional bits of a secret on engine crypten (default: {DEFAULT_PRECISION_BITS})",
         metavar="F",
+    )
+    precision: str = _setting(
+        PRECISIONS[0],
+        "bits of engine wire's numbers: default, or quantised, which sends less and rounds more (default: default)",
+        metavar="PRESET",
     )
     tape: str = _setting(
         "", "this party's file of a tape, or its folder: takes the dealer's place (see deal)", metavar="PATH"
@@ -101,6 +110,13 @@ class ProtocolConfig:
             raise UsageError("engine 'plain' has no range that a model could leave; leave --force out (force=False)")
         if self.peer_memory and self.engine != "wire":
             raise UsageError(f"engine {self.engine!r} has no use for --peer-memory; leave it out (peer_memory=False)")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision is {str(self.precision)[:40]!r}; it must be {' or '.join(PRECISIONS)}")
+        if self.precision != PRECISIONS[0] and self.engine != "wire":
+            raise UsageError(
+                f"engine {self.engine!r} has no precision {self.precision!r}; use engine 'wire' (--engine wire), or "
+                "leave --precision out"
+            )
         if self.tape and self.engine != "wire":
             raise UsageError(f"engine {self.engine!r} reads no tape; use engine 'wire' (--engine wire), or no tape")
         if _not_integer(self.compute_parties) or self.compute_parties < 2:
@@ -148,6 +164,7 @@ class ProtocolConfig:
             self.engine,
             self.compute_parties,
             bits,
+            self.precision,
             self.force,
             self.reveal,
             self.peer_memory,

@@ -18,13 +18,14 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.engines.wire.numbers import WireConfig
+from crypten_llm.engines.wire.numbers import DEFAULT, PRECISIONS, WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.links.transport import Transport
@@ -140,12 +141,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=21, metavar="N")
     parser.add_argument("--length", type=int, default=96, metavar="T", help="tokens of a prompt")
     parser.add_argument("--exponent", type=int, default=WireConfig.exponent, help="bits of softmax's ring of exponents")
+    parser.add_argument("--precision", default=DEFAULT, choices=PRECISIONS, help="bits of numbers (docs/precision.md)")
     parser.add_argument("--json", type=Path, help="results are kept here; an interrupted run goes on from them")
     arguments = parser.parse_args()
 
     model = str(resolve_model(arguments.model or real_model.found()))
     run = (
         f"{Path(model).stem}, {arguments.text.name}, {arguments.length} tokens, exponents in {arguments.exponent} bits"
+        f"{'' if arguments.precision == DEFAULT else ', ' + arguments.precision}"
     )
     prompts = in_the_clear(model, arguments.text.read_text("utf-8"), arguments.prompts, arguments.length)
     named = {f"{run}, {i + 1} of {len(prompts)}": prompt for i, prompt in enumerate(prompts)}
@@ -159,7 +162,8 @@ def main() -> None:
         kept.save(arguments.json, result)
 
     if missing := {name: prompt for name, prompt in named.items() if name not in found}:
-        measure(Path(model), WireConfig(exponent=arguments.exponent), missing, save)
+        config = replace(WireConfig.of(arguments.precision), exponent=arguments.exponent)
+        measure(Path(model), config, missing, save)
     print_table([summary([found[name] for name in named])])
 
 

@@ -36,6 +36,7 @@ def options(parser: Parser) -> None:
     shared.add_device(parser)
     add("--peer-memory", action="store_true", help="with --device cuda: owner and client are on GPUs of one host")
     add("--helper", action="store_true", help="of a thin client, whose own bytes are counted too")
+    shared.add_precision(parser)
     add("--network", default="", metavar="lan|wan|RTTms,Mbit", help="the links between the parties (default: none)")
     parser.add_json()
     parser.add_offline_and_verbose()
@@ -57,7 +58,8 @@ def run(arguments: Any) -> None:
     network = parse_network(arguments.network) if arguments.network else None
     named = arguments.device.split(",")
     machine = _machine(named, arguments.peer_memory, plan)
-    prediction = predict(_config(arguments), plan, network, machine, arguments.helper)
+    asked = {"helper": arguments.helper, "precision": arguments.precision}
+    prediction = predict(_config(arguments), plan, network, machine, **asked)
     show_cost(prediction, arguments.json)
     if isinstance(machine, Card):
         check_fits(prediction.memory, named, lambda device: machine.memory if device != "cpu" else memory.left(device))

@@ -28,6 +28,7 @@ def options(parser: Parser) -> None:
     shared.add_policy(parser)
     shared.add_policy_weights(parser)
     shared.add_reveal(parser)
+    shared.add_precision(parser)
 
 
 def run(arguments: Any) -> None:
@@ -51,4 +52,5 @@ def run(arguments: Any) -> None:
         work = Plan(arguments.prompt_tokens, arguments.max_new_tokens, arguments.chunk, **facts)
         config = LlamaConfig.from_folder(checkpoint.resolve_config(arguments.model, arguments.offline))
     device = computing.usable(arguments.device)
-    deal(work, arguments.out, config, arguments.requests, say, sys.stderr.isatty(), arguments.tls, device)
+    precision = arguments.precision
+    deal(work, arguments.out, config, arguments.requests, say, sys.stderr.isatty(), arguments.tls, device, precision)

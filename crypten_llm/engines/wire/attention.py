@@ -33,7 +33,7 @@ from crypten_llm.protocols import fits, products, smooth
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Overflow, Secret, Wire, as_secret, joined
-from crypten_llm.protocols.softmax import MANTISSA, OPENED, weigh
+from crypten_llm.protocols.softmax import MANTISSA, weigh
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -148,7 +148,7 @@ def scores(engine: WireEngine, query: Handle, keys: Rows, mask: Mask = None) -> 
     scale = query.opened.scale + operand.scale
     room = min(query.opened.width, operand.width) - scale - 2
     visible = mask.expand(query.shape[0], *mask.shape) if isinstance(mask, torch.Tensor) else None
-    drop = max(0, scale - MANTISSA)
+    drop = max(0, scale - c.score)
     return products.matmul(
         engine.runtime, query.opened, operand, transposed=True, bits=room, dropped=drop, visible=visible
     )
@@ -160,7 +160,8 @@ def _weighed(engine: TrackedEngine, out: Tracked, scores: Tracked, mask: torch.T
     """
     errors = scores.error if mask is None else scores.error.masked_fill(~mask, 0.0)
     base = math.log(engine.softmax_base)
-    rounded = errors + (unit(MANTISSA) if scores.secret.scale > MANTISSA else 0.0)
+    score = engine.config.score
+    rounded = errors + (unit(score) if scores.secret.scale > score else 0.0)
     turned = out.value * ((rounded + rounded.amax(-1, keepdim=True)) * base).expm1()
     expected = out.value + turned
     own = expected * 2 * unit(MANTISSA - 1) + 4 * unit(engine.config.attention) * (1.0 if mask is None else mask)
@@ -185,8 +186,8 @@ def softmax(engine: WireEngine, scores: Secret, mask: Mask = None) -> Protocol[W
         places = engine.runtime.moved(mask.reshape(-1).nonzero()[:, 0])
         flat = scores.share.reshape(heads, rows * length)[:, places].reshape(-1)
         counts = mask.sum(1).repeat(heads)
-    drop = scores.scale - MANTISSA
-    if scores.width - drop < OPENED:
+    drop = scores.scale - c.score
+    if scores.width - drop < c.exponents.opened:
         raise Overflow(f"softmax: scores valid modulo 2^{scores.width - scores.scale} do not tell their exponents")
     if drop < 0:
         flat, drop = flat << -drop, 0
@@ -195,18 +196,18 @@ def softmax(engine: WireEngine, scores: Secret, mask: Mask = None) -> Protocol[W
     return Weights(found.weights, shape, places)
 
 
-def inverse_sum() -> float:
+def inverse_sum(config: WireConfig) -> float:
     """Of 1 / sum of a row's weights, relative to a sum of 1, the largest: a unit of ``inverse`` bits of half of it, and
     the reciprocal's fit."""
     fit = fits.stored("reciprocal")
-    return 2 * (unit(WireConfig.inverse) + fit.error + fits.rounding(fit, 22))
+    return 2 * (unit(config.inverse) + fit.error + fits.rounding(fit, 22))
 
 
 def _mixed(engine: TrackedEngine, out: Tracked, weights: Tracked, values: Tracked) -> torch.Tensor:
     """One unit of the product, for a sum of weights of 1/4 or more, and of the reciprocal of the sum that it is divided
     by, with the reciprocal's fit.
     """
-    own = 1.1 * (4 * unit(engine.config.mixed) + inverse_sum() * out.value.abs().max())
+    own = 1.1 * (4 * unit(engine.config.mixed) + inverse_sum(engine.config) * out.value.abs().max())
     return own + weights.error @ (values.value.abs() + values.error) + weights.value @ values.error
 
 
@@ -242,7 +243,7 @@ def _drawn(engine: TrackedEngine, out: Tracked, weights: Tracked, queries: torch
     queries, wire = queries.double(), weights.secret.wires[0]
     kept = wire.width - wire.scale - bits_for(queries.abs().sum().item()) - 2
     far = weights.value + weights.error
-    own = inverse_sum() * torch.einsum("gmn,m->gn", far, queries.abs()) + 2 * unit(kept) * far.sum(1)
+    own = inverse_sum(engine.config) * torch.einsum("gmn,m->gn", far, queries.abs()) + 2 * unit(kept) * far.sum(1)
     return torch.einsum("gmn,m->gn", weights.error, queries.abs()) + 1.1 * own + unit(out.secret.scale)
 
 

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 from crypten_llm import records
 from crypten_llm.engines.base import Held
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.engines.wire.handles import OneHot, Weight
-from crypten_llm.engines.wire.numbers import WireConfig
+from crypten_llm.engines.wire.handles import Normed, OneHot, Weight
+from crypten_llm.engines.wire.numbers import WORD, WireConfig
 from crypten_llm.links.frames import HEADER
 from crypten_llm.links.meter import Meter
 from crypten_llm.links.transport import encode_json
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.material import FRAME
 from crypten_llm.protocols.dealer.runtime import PARTIES, Piece
+from crypten_llm.protocols.products import MANY, NARROW
 from crypten_llm.roles import DEALER
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ class Links:
     """The dealer's links, and the counters of the parties that would be at their ends.
 
     times: how often whatever is counted now happens. work: by (phase, kind), the words that a party multiplies and
-    adds in the matrix products of layers and attention (``products``; not those with which a policy moves rows), and
-    the dealer's material (``material``), in bytes. dealer_follows: else all material is on files, dealt before.
+    adds in the matrix products of layers and attention (``products``, and ``narrow`` of int32; not those with which a
+    policy moves rows), and the dealer's material (``material``), in bytes. dealer_follows: else all material is on
+    files, dealt before.
     """
 
     rank = DEALER
@@ -154,13 +156,28 @@ class CostEngine(WireEngine):
         return super().embed(one_hot, weight)
 
     def linear(self, x: Any, weight: Weight, bias: Weight | None = None) -> Any:
-        self._links.note("products", x.shape[:-1].numel() * weight.shape.numel())
+        c = self.config
+        bits = c.width_of(weight.name) if isinstance(x, Normed) else c.input_of(weight.name)[1]
+        self._multiplied(bits, x.shape[:-1].numel(), weight.shape.numel())
         return super().linear(x, weight, bias)
 
     def scores(self, query: Any, keys: Any, mask: Any = None) -> Any:
-        self._links.note("products", 2 * query.shape.numel() * keys.shape[1])
+        bits = self.config.key_width if query.shape[1] >= MANY else WORD
+        self._multiplied(bits, query.shape[1], 2 * query.shape[0] * query.shape[2] * keys.shape[1])
         return super().scores(query, keys, mask)
 
     def mix(self, weights: Any, values: Any) -> Any:
-        self._links.note("products", 2 * weights.shape.numel() * values.shape[-1])
+        bits = self.config.mixed_width if weights.shape[1] >= MANY else WORD
+        self._multiplied(bits, weights.shape[1], 2 * weights.shape[0] * weights.shape[2] * values.shape[-1])
         return super().mix(weights, values)
+
+    def _multiplied(self, bits: int, rows: int, each: int) -> None:
+        """``each`` products for each row. Of int32 few rows are bound by memory, of which half as much is read at the
+        client and as much as ever at the owner.
+        """
+        if bits > NARROW:
+            self._links.note("products", rows * each)
+        elif rows < MANY:
+            self._links.note("products", rows * each * 3 // 4)
+        else:
+            self._links.note("narrow", rows * each)

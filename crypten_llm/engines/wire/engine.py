@@ -21,7 +21,7 @@ from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, dr
 from crypten_llm.engines.wire.captured import Repeated
 from crypten_llm.engines.wire.handles import Handle, OneHot, Rows, Weight, value
 from crypten_llm.engines.wire.known import known_rows
-from crypten_llm.engines.wire.numbers import EMBEDDING, SHOWN, WireConfig
+from crypten_llm.engines.wire.numbers import EMBEDDING, WireConfig
 from crypten_llm.engines.wire.operations import OPERATIONS, Operation
 from crypten_llm.engines.wire.padding import PaddedRows, Places
 from crypten_llm.errors import LeftRange, OneTimeError, UsageError
@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from crypten_llm.protocols.dealer.runtime import Runtime
     from crypten_llm.protocols.dealer.tape import Tape
     from crypten_llm.session.calibration import Ranges
+    from eviction.policy import Policy
 
 
+LAYER_ERROR, LAYER_ERROR_QUANTISED = 0.01, 1.0  # of a layer of random weights, whose results are a few
 LEFT_DOMAIN = (
     "attention scores or hidden states left the range in which engine 'wire' is right, so the answer ends here; tokens "
     "before this one are right, and 'debug-compare' shows the owner where it happens on a prompt of its own"
@@ -56,9 +58,8 @@ class WireEngine(Engine):
     name = "wire"
     is_private = pads = True
     tells_range = True
-    layer_error = 0.01
     shown_dtype = torch.float32  # of values that are opened
-    shown_bits = SHOWN  # fractional bits of them
+    shown_bits: int | None = None  # fractional bits of them, unless ``config.shown``
 
     def __init__(
         self,
@@ -78,6 +79,8 @@ class WireEngine(Engine):
         self.transport = transport
         self.rank = transport.rank
         self.config = config or WireConfig()
+        self.balances = self.config.balanced
+        self.layer_error = LAYER_ERROR_QUANTISED if self.config.short else LAYER_ERROR
         self.softmax_base = 2.0 ** (self.config.exponent / 256)
         self.dealer_follows = material is None
         self._material = material
@@ -144,6 +147,16 @@ class WireEngine(Engine):
     def turning(self, table: torch.Tensor) -> torch.Tensor:
         return attention.turned_by(self, table).clone()
 
+    def check_policy(self, policy: Policy) -> None:
+        """Raises UsageError also for a policy that acts, with numbers of the quantised preset: scores and values there
+        are others than those that policies' thresholds and trained weights were made for."""
+        super().check_policy(policy)
+        if self.config.balanced and policy.acts:
+            raise UsageError(
+                f"policy {policy.name} computes with scores and values of the default precision; use --policy full, or "
+                "leave --precision out"
+            )
+
     def expect(self, verb: str, facts: dict, request: int) -> None:
         if self._material is not None:
             self._material.expect(verb, facts, request)
@@ -184,7 +197,7 @@ class WireEngine(Engine):
                 assert gamma.value is not None, "the owner has all weights"
                 factors = gamma.value.double() * factors
             width = c.width_of(weight.name) if after else c.input_of(weight.name)[1]
-            fraction = c.weight if after else c.other_weight
+            fraction = c.weight_of(weight.name, after)
             made = yield from products.own(self.runtime, weight.value, weight.shape, fraction, width, factors)
             weight.matrices[gamma] = made
         return weight.matrices[gamma]
@@ -247,11 +260,11 @@ class WireEngine(Engine):
     # What comes out.
 
     def open_to(self, x: Handle | tuple[Handle, ...], rank: int) -> Any:
-        """The other party sends its share without the bits below the ``shown_bits``th: they would show how the value
+        """The other party sends its share without the bits below the ``shown``th: they would show how the value
         was computed, such as a factor that all logits have in common.
 
-        Reveals: to ``rank``, x rounded to ``shown_bits`` fractional bits; to both parties, whether any number since the
-        last time left its range. Error: half a unit of ``shown_bits``.
+        Reveals: to ``rank``, x rounded to ``shown`` fractional bits; to both parties, whether any number since the
+        last time left its range. Error: half a unit of ``shown`` bits.
         Cost: 1 round of 16 bytes each way, and 1 of l - d bits an element one way, for a ring of l bits and d bits
         dropped; of several handles together.
         Raises: LeftRange, at both parties, instead of opening what is wrong; PartyError as ``Sketches.checked``.
@@ -268,7 +281,7 @@ class WireEngine(Engine):
 
     def _pass_on(self, x: Handle | tuple[Handle, ...], rank: int, pad: Pad | None) -> Protocol[list[Padded]]:
         several = yield from self._checked(x)
-        cuts, sender = [max(0, each.scale - self.shown_bits) for each in several], OWNER + CLIENT - rank
+        cuts, sender = self._cuts(several), OWNER + CLIENT - rank
         messages = []
         for each, cut in zip(several, cuts, strict=True):
             shape, bits = tuple(each.shape), each.width - cut
@@ -295,9 +308,14 @@ class WireEngine(Engine):
                 raise LeftRange(LEFT_DOMAIN)
         return several
 
+    def _cuts(self, several: list[Secret]) -> list[int]:
+        """Bits of each that are dropped before it is shown."""
+        shown = self.config.shown if self.shown_bits is None else self.shown_bits
+        return [max(0, each.scale - shown) for each in several]
+
     def _show(self, x: Handle | tuple[Handle, ...], rank: int) -> Protocol[Any]:
         several = yield from self._checked(x)
-        cuts, sender = [max(0, x.scale - self.shown_bits) for x in several], OWNER + CLIENT - rank
+        cuts, sender = self._cuts(several), OWNER + CLIENT - rank
         pieces = zip(several, cuts, strict=True)
         others = yield [Message(sender, tuple(x.shape), x.width - cut, x.share >> cut) for x, cut in pieces]
         if others[0] is None:

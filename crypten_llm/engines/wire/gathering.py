@@ -18,7 +18,6 @@ from crypten_llm.protocols import products
 from crypten_llm.protocols.opening import Opening, Request
 from crypten_llm.protocols.rounds import Protocol
 from crypten_llm.protocols.secret import Secret, Wire, shares_of
-from crypten_llm.protocols.softmax import MANTISSA, OPENED
 
 if TYPE_CHECKING:
     from crypten_llm.engines.wire.engine import WireEngine
@@ -39,15 +38,16 @@ def gather(engine: WireEngine, picks: Secret, x: Handle) -> Protocol[Secret]:
 
 
 def _gathered(engine: TrackedEngine, out: Tracked, choice: Choice, scores: Tracked) -> torch.Tensor:
-    return engine.twin.gather_scores(valued(choice), scores.error + unit(MANTISSA))
+    return engine.twin.gather_scores(valued(choice), scores.error + unit(engine.config.score))
 
 
 @operation(bound=_gathered)
 def gather_scores(engine: WireEngine, choice: Choice, scores: Secret) -> Protocol[Secret]:
-    """Error: a unit of the scores that softmax sees, of which it sees no more than ``OPENED`` bits, so that only these
+    """Error: a unit of the scores that softmax sees, of which it sees no more than it opens, so that only these bits
     are gathered. Cost: that of ``gather`` for [G, k, C] by [G, C, M * size]; none without picks.
     """
-    scores = _as_read(at(engine, scores, MANTISSA))
+    seen = engine.config.exponents.opened
+    scores = _as_read(at(engine, scores, engine.config.score), seen)
     parts = [scores[..., engine.runtime.moved(choice.rows)]] if len(choice.rows) else []
     if choice.picks is not None:
         heads, queries, _ = scores.shape
@@ -55,7 +55,7 @@ def gather_scores(engine: WireEngine, choice: Choice, scores: Secret) -> Protoco
         stretch = scores[..., choice.first : choice.first + blocks * choice.size]
         stretch = stretch.reshape(heads, queries, blocks, choice.size).permute(0, 2, 1, 3)
         stretch = stretch.reshape(heads, blocks, queries * choice.size)
-        found = yield from _pick(engine, choice.picks, stretch, 0, OPENED)
+        found = yield from _pick(engine, choice.picks, stretch, 0, seen)
         found = found.reshape(heads, count, queries, choice.size).permute(0, 2, 1, 3)
         parts.append(found.reshape(heads, queries, count * choice.size))
     if len(parts) == 1:
@@ -107,9 +107,9 @@ def scatter_weights(engine: WireEngine, choice: Choice, weights: Weights, count:
     return Weights(Secret(share.reshape(-1), wire.scale, found.width, x.bits), shape)
 
 
-def _as_read(scores: Secret) -> Secret:
-    """Scores as softmax reads them: modulo 2^``OPENED``, whatever their size."""
-    return Secret(scores.share, scores.scale, min(scores.width, OPENED), 0)
+def _as_read(scores: Secret, opened: int) -> Secret:
+    """Scores as softmax reads them: modulo 2^``opened``, whatever their size."""
+    return Secret(scores.share, scores.scale, min(scores.width, opened), 0)
 
 
 def hot_wire(engine: WireEngine, picks: Secret, width: int) -> Protocol[Wire]:

@@ -12,7 +12,7 @@ import torch
 from crypten_llm.engines.wire.handles import Handle, Normed, OneHot, Weight, add_bias, alike, at, value
 from crypten_llm.engines.wire.operations import Domain, operation, unit
 from crypten_llm.protocols import embedding, products
-from crypten_llm.protocols.activation import SILU, activate
+from crypten_llm.protocols.activation import activate
 from crypten_llm.protocols.norm import ROOT, unit_rows
 from crypten_llm.protocols.opening import Opening
 from crypten_llm.protocols.rounds import Protocol
@@ -103,31 +103,34 @@ def rms_norm(engine: WireEngine, x: Handle, weight: Weight, eps: float, scale: f
 
 
 def _activated(engine: TrackedEngine, out: Tracked, gate: Tracked, up: Tracked) -> float:
-    """The fit of silu, one unit of its value at ``up`` bits, and one of ``up``."""
+    """The fit of silu, one unit of its value at ``silu`` bits, and one of ``up``."""
     c = engine.config
     silu = torch.nn.functional.silu(gate.value)
-    slip = SILU.error + unit(c.up)
+    slip = c.gate.error + unit(c.silu)
     return slip * (_largest(up.value) + unit(c.up)) + unit(c.up) * _largest(silu)
 
 
 @operation(
     bound=_activated,
-    gates=Domain("gates", lambda c: -SILU.bound(c.gates), lambda c: SILU.bound(c.gates)),
+    gates=Domain("gates", lambda c: -c.gate.bound(c.gates), lambda c: c.gate.bound(c.gates)),
     up=Domain("what gates are multiplied with", lambda c: -(2.0**c.up_bits), lambda c: 2.0**c.up_bits),
 )
 def swiglu(engine: WireEngine, gate: Handle, up: Handle) -> Protocol[Secret]:
-    """Error: ``activation.activate``'s, and a unit of ``up`` bits of silu and of ``up``. Cost: 3 rounds."""
+    """Error: ``activation.activate``'s, a unit of ``silu`` bits of silu and one of ``up`` bits of ``up``.
+
+    Cost: 3 rounds.
+    """
     runtime, c = engine.runtime, engine.config
     gate, up = (yield from value(engine, gate)), (yield from value(engine, up))
     width = c.gated_width
     up_drop, up = up.scale - c.up, Secret(up.share, up.scale, up.width, min(up.bits, c.up_bits))
     running = engine.rounds.start(_opened(Opening(up, up_drop, ring=c.up + c.up_bits + 2 + up_drop, lifted=width)))
     half = Secret(gate.share, gate.scale + 1, gate.width, gate.bits)  # the same integers, read as gate / 2
-    activated, _ = yield from activate(runtime, half, SILU, c.gates)
-    drop = activated.scale - c.up
+    activated, _ = yield from activate(runtime, half, c.gate, c.gates)
+    drop = activated.scale - c.silu
     (wire,) = yield [Opening(activated, drop, lifted=width)]
     assert running.is_done, "up was opened with the gate"
-    return products.multiply(runtime, wire, running.result, dropped=2 * c.up - c.product)
+    return products.multiply(runtime, wire, running.result, dropped=c.silu + c.up - c.product)
 
 
 def _opened(opening: Opening) -> Protocol:
