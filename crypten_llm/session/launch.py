@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,11 @@ from crypten_llm.links.transport import Transport
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session import thin
 from crypten_llm.session.admission import WARNING, Admission
+from crypten_llm.session.agreeing import compare
 from crypten_llm.session.notary import Notary
 from crypten_llm.session.party import Party
 from crypten_llm.session.quota import Quota
-from crypten_llm.session.settings import Agreement, Child, LaunchConfig, ProtocolConfig
+from crypten_llm.session.settings import Child, LaunchConfig, ProtocolConfig
 from crypten_llm.session.stocked import Stocked
 from crypten_llm.session.weights import know_weights
 
@@ -112,7 +113,7 @@ def join(
     if parties:
         parties.met()
     with guarded(transport):
-        _compare(transport, protocol.agreement())
+        compare(transport, protocol.agreement())
     transport.beat(_followers(protocol, rank))
     return transport
 
@@ -233,22 +234,6 @@ def guarded(transport: Transport) -> Any:
     except BaseException as error:
         transport.abort(public_words(error))
         raise
-
-
-def _compare(transport: Transport, mine: Agreement) -> None:
-    """Raises UsageError when this party's settings differ from the owner's."""
-    if transport.rank == OWNER:
-        for peer in range(1, transport.world):
-            transport.send_json(peer, asdict(mine))
-        return
-    theirs = transport.recv_json(OWNER, Agreement)
-    for field in fields(Agreement):
-        here, there = getattr(mine, field.name), getattr(theirs, field.name)
-        if here != there:
-            raise UsageError(
-                f"the parties disagree on {field.name}: {here!r} at {transport.name(transport.rank)}, {there!r} at "
-                f"{transport.name(OWNER)}; start every party with the same settings"
-            )
 
 
 def start_party(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""The owner's weights as they come from their files, and the bar that shows how far they are."""
+"""The owner's weights as they come from their files, its model in the clear, and the bar that shows how far it is."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.models import checkpoint
-from crypten_llm.models.llama import prepare
+from crypten_llm.models.balance import balance
+from crypten_llm.models.llama import Llama, prepare
 
 if TYPE_CHECKING:
     import torch
 
+    from crypten_llm.engines.base import Engine
     from crypten_llm.models.config import LlamaConfig
 
 
@@ -34,6 +37,19 @@ def read_weights(
             bar.update()
             beat(len(weights), total)
     return weights
+
+
+def in_the_clear(engine: Engine, model: Llama, folder: str | Path | None) -> Llama:
+    """The owner's model on engine ``plain``. A private engine has let the floats go; they are read again."""
+    assert folder, "the owner has loaded a model"
+    if not engine.is_private:
+        return model
+    plain, config = PlainEngine(softmax_base=engine.softmax_base), model.config
+    weights = checkpoint.load_weights(folder, config)
+    prepared = {name: plain.parameter(prepare(name, value, config), value.shape) for name, value in weights}
+    if engine.balances:
+        balance(prepared, config)
+    return Llama(plain, config, prepared)
 
 
 def loading_bar(total: int | None, progress: bool) -> tqdm:

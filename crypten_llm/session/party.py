@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import eviction
 from crypten_llm import limits
-from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.errors import PartyError, UsageError, unheard
 from crypten_llm.links.meter import Meter
 from crypten_llm.models import checkpoint, tokenizer
 from crypten_llm.models.balance import balance
 from crypten_llm.models.config import LlamaConfig
-from crypten_llm.models.llama import Llama, prepare
+from crypten_llm.models.llama import Llama
 from crypten_llm.roles import CLIENT, OWNER, role_names
 from crypten_llm.session import bench, counting, generation, messages, scheduler, thin
 from crypten_llm.session.admission import Admission
 from crypten_llm.session.fits import Fits
-from crypten_llm.session.loading import loading_bar, read_weights
+from crypten_llm.session.loading import in_the_clear, loading_bar, read_weights
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.notary import Notary
 from crypten_llm.session.padded import Padded
@@ -56,9 +55,8 @@ class Party:
     from its text; one that watches another, such as a ``Recorder``, can take its place. admission: at the owner,
     whether its model is shared. mode: what this party lets the client learn of each step, all logits by default.
     quota: at the owner, how many tokens it answers with. notary: what makes its part of receipts; by default nothing.
-    sharing: ranks that are known to share this one's card, itself among them.
-    side: its side of thin clients, where a helper stands for them.
-    stocked: what was dealt before, for requests to come.
+    sharing: ranks that are known to share this one's card, itself among them. side: its side of thin clients, where a
+    helper stands for them. stocked: what was dealt before, for requests to come.
     """
 
     model: Llama  # once it has been loaded
@@ -214,7 +212,7 @@ class Party:
                     handles[name] = self.engine.parameter(weights.pop(name, None), shape)
                 self.model = self.stocked.owning(self.make_model(self.engine, config, handles, scales))
         self.prefixes = Prefixes(
-            self.engine, self.model, partial(self._in_the_clear, folder) if self.is_owner else None
+            self.engine, self.model, partial(in_the_clear, self.engine, self.model, folder) if self.is_owner else None
         )
         self.load_reveals = self.reveals
 
@@ -284,18 +282,6 @@ class Party:
                 told = perf_counter()
 
         return beat
-
-    def _in_the_clear(self, folder: str | Path | None) -> Llama:
-        """At the owner: its model on engine ``plain``. A private engine has let the floats go; they are read again."""
-        assert folder, "the owner has loaded a model"
-        if not self.engine.is_private:
-            return self.model
-        plain, config = PlainEngine(softmax_base=self.engine.softmax_base), self.model.config
-        weights = checkpoint.load_weights(folder, config)
-        prepared = {name: plain.parameter(prepare(name, value, config), value.shape) for name, value in weights}
-        if self.engine.balances:
-            balance(prepared, config)
-        return Llama(plain, config, prepared)
 
     def _await(self, progress: bool) -> messages.Announced:
         """The owner's announcement. A large checkpoint takes its time; meanwhile the owner shows that it lives."""
