@@ -171,11 +171,13 @@ def test_who_leaves_in_the_midst_leaves_the_helper_to_others(parties, model, exp
 
 
 def test_a_conversation_is_its_clients_alone(parties, model):
+    from crypten_llm.session import stocked
     from crypten_llm.session.plan import Turn
+    from crypten_llm.session.request import Taken
 
     def turn(llama, cached):
         request = llama.prepare(_request(), turn=Turn(1, cached))
-        return llama._events([request.plan], [request.answer(None)], [], (request.turn,))
+        return stocked.run(llama.party, [request.plan], [request.answer(None)], Taken(), (request.turn,))
 
     def _request():
         from crypten_llm.session.request import Request

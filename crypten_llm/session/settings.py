@@ -294,8 +294,10 @@ def split(settings: dict) -> tuple[ProtocolConfig, LaunchConfig]:
             f"device is {launched.device!r}, and engine 'crypten' chooses tokens on the processor alone; leave "
             "--device or --reveal out, or use engine 'wire'"
         )
-    if launched.stock and (asked.tape or asked.engine != "wire"):
-        raise UsageError("a stock is of engine 'wire' with its dealer; leave --stock out, or --tape and --engine")
+    if launched.stock and (asked.tape or asked.engine != "wire" or asked.helper):
+        raise UsageError(
+            "a stock is of engine 'wire' with its dealer; leave --stock out, or --tape, --engine and --helper"
+        )
     if launched.device.count(",") + 1 not in (1, asked.world):
         raise UsageError(
             f"device is {launched.device!r}, and this run has {asked.world} processes; name one device, or one each"

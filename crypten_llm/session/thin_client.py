@@ -31,6 +31,7 @@ from crypten_llm.session.plan import Plan, Turns
 from crypten_llm.session.prompted import Answer, Progress, Prompted, Step
 from crypten_llm.session.report import Counters, added, ledger
 from crypten_llm.session.reveal import choice_of
+from crypten_llm.session.stocked import Stocked
 from crypten_llm.session.thin import KEY, TOKENS, pad_of, seed_of
 from crypten_llm.session.thin_words import GO_ON, STOP
 
@@ -68,6 +69,7 @@ class ThinParty:
         self.model = SimpleNamespace(config=config, frequencies_hold=unchanged_up_to(config))
         self.engine = self.notary = self  # what a session asks of either is here
         self.tokens_digest, self.outside = ready.tokens, ready.outside
+        self.stocked = Stocked()  # none: parties alone have halves of a block
         self.reveals = self.load_reveals = Ledger(ready.revealed)
         self.kept: dict[int, Any] = {}
         self._key, self._numbers, self._pads = key, 0, 0
