@@ -21,6 +21,7 @@ from hf_models import BASE, tiny
 from policy_table import ROWS
 from public_configs import ACCEPTED
 
+from crypten_llm.engines.base import Held
 from crypten_llm.errors import CryptenLLMError
 from crypten_llm.links import frames
 from crypten_llm.links.meter import Meter
@@ -186,7 +187,7 @@ def message() -> Reader:
                     each.check(known, turn)
                 of_requests(known, plans, 8)
             case messages.Bench(asked):
-                of_bench(asked, 8)
+                of_bench(asked, Held(8, 16))
             case messages.Announced(config):
                 checkpoint.expected_shapes(LlamaConfig.from_dict(config))
         if len(reasons) == len(kinds):

@@ -74,10 +74,10 @@ def test_a_device_that_there_is_not(device):
         PrivateLlama.from_pretrained("shipped", engine="plain", device=device)
 
 
-def test_engine_crypten_has_none():
+def test_engine_crypten_chooses_tokens_on_the_processor():
     for call in (PrivateLlama.from_pretrained, PrivateLlama.serve):
-        with pytest.raises(UsageError, match="device is 'cuda', and engine 'crypten' computes on the processor"):
-            call("shipped", engine="crypten", device="cuda")
+        with pytest.raises(UsageError, match="device is 'cuda', and engine 'crypten' chooses tokens on the processor"):
+            call("shipped", engine="crypten", device="cuda", reveal="tokens")
 
 
 def test_a_machine_without_it_says_so(monkeypatch):

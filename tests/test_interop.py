@@ -7,7 +7,6 @@ import pytest
 import torch
 from parties import run
 
-from crypten_llm.commands.deal import _Absent
 from crypten_llm.engines.crypten import bridge
 from crypten_llm.engines.crypten.interop import CryptenBeside
 from crypten_llm.engines.wire.counted import CostEngine, Links
@@ -19,6 +18,7 @@ from crypten_llm.protocols.dealer import roles
 from crypten_llm.protocols.dealer.counting import Counting
 from crypten_llm.protocols.dealer.manifest import make_manifest
 from crypten_llm.protocols.dealer.recording import Recording, Sizes
+from crypten_llm.session.producing import Absent
 
 UNIT = 2.0**-interop_jobs.PRECISION
 
@@ -87,7 +87,7 @@ def test_a_tape_serves_crypten_too(tmp_path):
     x, w = numbers(3, 5), numbers(5, 5, seed=1, size=0.4)
 
     def deal(material, role):
-        links = _Absent(iter(()))
+        links = Absent(iter(()))
         runtime = role(links, material)
         interop_jobs.masked_rectifier(WireEngine(links, material=material, runtime=runtime), x, w)
 

@@ -31,7 +31,7 @@ from crypten_llm.protocols.dealer.randomness import Stream, fresh_key
 from crypten_llm.protocols.dealer.roles import Owner
 from crypten_llm.protocols.dealer.stock import Stock
 from crypten_llm.roles import CLIENT, OWNER
-from crypten_llm.session import counting, launch
+from crypten_llm.session import agreeing, counting, launch
 from crypten_llm.session.party import Party
 from crypten_llm.session.settings import ProtocolConfig
 
@@ -241,16 +241,16 @@ def test_a_party_with_another_program_is_named(name, theirs):
         with pytest.raises(
             UsageError, match=rf"the parties disagree on {name}: .* at rank 1 \(client\), '{theirs}' at"
         ):
-            launch._compare(client, mine)
+            agreeing.compare(client, mine)
 
 
 def test_parties_of_one_program_agree():
     mine = ProtocolConfig().agreement()
     assert (mine.program, mine.torch) == (program.digest()[:16], torch.__version__.partition("+")[0])
     with linked() as (owner, client):
-        other = threading.Thread(target=launch._compare, args=(owner, replace(mine)))
+        other = threading.Thread(target=agreeing.compare, args=(owner, replace(mine)))
         other.start()
-        launch._compare(client, mine)
+        agreeing.compare(client, mine)
         other.join()
 
 
@@ -308,7 +308,8 @@ def test_others_are_told_counts_and_no_clocks():
 
 
 def test_what_a_party_tells_of_itself_is_in_the_list():
-    engine = SimpleNamespace(meter=Meter(), dealer=None, dealer_follows=True)
+    cpu = torch.device("cpu")
+    engine = SimpleNamespace(meter=Meter(), dealer=None, dealer_follows=True, device=cpu)
     for rank in (OWNER, CLIENT):
         party = Party(engine, SimpleNamespace(rank=rank), 2)
         sent = counting.statistics(party)

@@ -16,6 +16,8 @@ DEFAULTS = {  # of a command, a request or a measurement, and the one policy tha
     "crypten_llm/session/request.py": "full",
     "crypten_llm/session/bench.py": "full",
     "crypten_llm/session/plan.py": "full",
+    "crypten_llm/session/delivery.py": "full",
+    "crypten_llm/serving/stock_metrics.py": "full",
     "experiments/measure/agreement.py": "full",
     "experiments/tune.py": "mpcache",
 }

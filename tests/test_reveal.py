@@ -20,11 +20,12 @@ from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import CryptenLLMError, LeftRange, UsageError
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols.tournament import place_bits
+from crypten_llm.session import stocked
 from crypten_llm.session.mode import MOST, Mode
 from crypten_llm.session.party import Party
 from crypten_llm.session.plan import Plan
 from crypten_llm.session.prompted import Answer, Step
-from crypten_llm.session.request import Request
+from crypten_llm.session.request import Request, Taken
 from crypten_llm.session.sampling import Sampler, SamplingConfig
 
 IDS = [5, 6, 7, 8]
@@ -204,7 +205,7 @@ def test_answers_that_had_ended_when_a_step_left_its_range_are_shown(clear, monk
         raise LeftRange("a step left it")
 
     monkeypatch.setattr(clear.party, "request_together", together)
-    events = clear._events([Plan(4, 2, hide_length=True)], [], [], None)
+    events = stocked.run(clear.party, [Plan(4, 2, hide_length=True)], [], Taken(), ())
     assert next(events) is step
     with pytest.raises(LeftRange, match="a step left it"):
         next(events)

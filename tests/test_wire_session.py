@@ -56,6 +56,7 @@ def test_only_these_places_send_anything():
         ("sketch.py", "Sketches._noted"): "sums of labels xor fresh masks",
         ("flags.py", "differ"): "a share that the other party has too, or else uniform: the one bit that it tells",
         ("engine.py", "WireEngine._show"): "a result, by order of the reveal module",
+        ("engine.py", "WireEngine._pass_on"): "the same behind a pad of the client's, who is no party",
         ("wide.py", "WideOpening.prepare"): "x + r for a fresh mask r",
         ("wide.py", "ResidueOpening.prepare"): "x + r for a mask r that was drawn for it",
         ("rounds.py", "Rounds._round"): "what running protocols have prepared of all these",

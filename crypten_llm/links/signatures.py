@@ -11,14 +11,12 @@ import hashlib
 import hmac
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from crypten_llm.errors import UsageError
-from crypten_llm.links.tls import certificate_path, key_path
 
 LONGEST = 72  # bytes of a signature
 
@@ -38,6 +36,8 @@ class Signer:
     @classmethod
     def of_role(cls, folder: str | Path, role: str) -> Signer:
         """The key of a role's certificate. Raises UsageError for what cannot be read, or is no such key."""
+        from crypten_llm.links.tls import key_path  # X.509, which blocks and tapes do not need
+
         path = key_path(Path(folder), role)
         try:
             key = serialization.load_pem_private_key(path.read_bytes(), None)
@@ -63,6 +63,10 @@ class Signer:
 
 def public_keys(folder: str | Path, role: str) -> list[str]:
     """Those of a role's certificates, as ``Signer.public``. Raises UsageError for what cannot be read."""
+    from cryptography import x509  # which blocks and tapes do not need
+
+    from crypten_llm.links.tls import certificate_path
+
     path = certificate_path(Path(folder), role)
     try:
         return [_as_text(each.public_key()) for each in x509.load_pem_x509_certificates(path.read_bytes())]
