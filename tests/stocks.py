@@ -55,7 +55,7 @@ def put_all(producer, folder, plan, out):
 
 
 def take(stock, half):
-    return stock.take(half, links_of(stock.party))
+    return stock.take(half, links_of(stock.party), ENGINE)
 
 
 @contextmanager

@@ -191,8 +191,8 @@ def test_the_consumer_of_a_stream_is_not_in_inference_mode(plain):
 def test_unknown_settings_suggest_the_nearest(model):
     with pytest.raises(UsageError, match="unknown setting 'timeuot'; did you mean 'timeout'?"):
         PrivateLlama.from_pretrained(str(model), timeuot=3)
-    with pytest.raises(UsageError, match="unknown setting 'precision'; did you mean 'precision_bits'?"):
-        PrivateLlama.from_pretrained(str(model), precision=12)
+    with pytest.raises(UsageError, match="unknown setting 'precision_bit'; did you mean 'precision_bits'?"):
+        PrivateLlama.from_pretrained(str(model), precision_bit=12)
 
 
 def test_a_request_is_refused_without_a_model():

@@ -11,6 +11,7 @@ from crypten_llm.commands.doctor import TINY
 from crypten_llm.engines.base import Engine, Held
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire.engine import WireEngine
+from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.roles import CLIENT, DEALER, OWNER
@@ -79,7 +80,7 @@ class Elsewhere(Engine):
     """On a card with ``free`` bytes, of which the driver tells 1,000 fewer that torch keeps unused."""
 
     device = torch.device("cuda:0")
-    holds = WireEngine.holds
+    holds, config = WireEngine.holds, WireConfig()
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from wire_parties import OWNER, joined, play, run, share
 from crypten_llm.commands.cost import predict
 from crypten_llm.engines.plain.engine import PlainEngine
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.engines.wire.numbers import PRECISIONS, WireConfig
+from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.kernels import cpu, cuda, reference, ring
 from crypten_llm.models import checkpoint
 from crypten_llm.models.balance import REACH, balance
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.llama import Llama, prepare
+from crypten_llm.precisions import PRECISIONS
 from crypten_llm.protocols.activation import SILU_SHORT, activate
-from crypten_llm.session import settings
 from crypten_llm.session.calibration import proofs
 from crypten_llm.session.mode import Mode
 from crypten_llm.session.plan import Plan
@@ -102,7 +102,6 @@ def test_fewer_bytes_in_as_many_rounds():
 
 
 def test_what_is_no_precision_is_refused():
-    assert settings.PRECISIONS == PRECISIONS
     with pytest.raises(UsageError, match="precision is 'int8'; it must be default or quantised"):
         ProtocolConfig(precision="int8")
     with pytest.raises(UsageError, match="engine 'plain' has no precision 'quantised'"):

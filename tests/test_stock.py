@@ -132,11 +132,11 @@ def test_without_a_padded_cache_lengths_are_those_that_were_dealt():
 
 
 def test_a_series_is_of_what_decides_which_words_are_hidden(tmp_path):
-    given = b"w" * 32, {"hidden_size": 8}, "logits", {"torch": "2"}
+    given = b"w" * 32, {"hidden_size": 8}, "logits", "default", {"torch": "2"}
     first = series.of_weights(tmp_path, *given)
     assert series.of_weights(tmp_path, *given) == first == series.read(tmp_path)
     assert (tmp_path / series.FILE).stat().st_mode & 0o777 == 0o600
-    for place, other in enumerate([b"v" * 32, {"hidden_size": 9}, "tokens", {"torch": "3"}]):
+    for place, other in enumerate([b"v" * 32, {"hidden_size": 9}, "tokens", "quantised", {"torch": "3"}]):
         changed = [other if at == place else value for at, value in enumerate(given)]
         assert series.of_weights(tmp_path, *changed).key != first.key
     assert series.of_weights(tmp_path, *given).key != first.key, "a key that hid other words is not taken up again"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from endpoints import client, opened, service
 from hf_models import tiny, with_tokenizer
+from msgspec import structs
 from stocks import put_all
 
 from crypten_llm.commands.cost import predict, predict_open
@@ -34,12 +35,12 @@ def expected(model):
         return llama.generate(input_ids=IDS, max_new_tokens=3, eos_token_id=[], logprobs=0)
 
 
-def from_stock(folder, model):
+def from_stock(folder, model, **settings):
     """Opens sessions; the last of them, and whoever deals for it."""
     made = SimpleNamespace(llama=None, producer=None)
 
     def open_session():
-        made.llama = opened(model, engine="wire", stock=str(folder), timeout=60)()
+        made.llama = opened(model, engine="wire", stock=str(folder), timeout=60, **settings)()
         made.producer = Producer(series.read(folder / "owner"))
         return made.llama
 
@@ -151,6 +152,22 @@ def test_what_a_session_keeps_of_its_weights_is_no_blocks(tmp_path):
                     counted = predict(llama.config, run, from_stock=True)
                     assert found.cost.bytes_sent() == counted.cost.bytes_sent()
                     assert found.cost.dealer_bytes() == counted.cost.dealer_bytes()
+
+
+def test_a_block_is_of_the_sessions_precision(model, tmp_path):
+    """A producer deals for what the owner tells it; what another has dealt for the same weights is not used."""
+    folder, asked = tmp_path / "stock", {"input_ids": IDS, "max_new_tokens": 3, "eos_token_id": []}
+    session, open_session = from_stock(folder, model, precision="quantised")
+    with open_session() as llama:
+        live = llama.generate(**asked, logprobs=0)
+        name = put_all(session.producer, folder, Level(5, 4, 1).plan(), tmp_path / "one")
+        found = llama.generate(**asked, logprobs=0)
+        assert (live.block, found.block) == ("", name)
+        likely = [[step.logprob for step in each.logprobs] for each in (found, live)]
+        assert likely[0] == pytest.approx(likely[1], abs=0.1)
+        other = Producer(structs.replace(session.producer.series, precision="default"))
+        put_all(other, folder, Level(5, 4, 1).plan(), tmp_path / "two")
+        assert llama.generate(**asked).block == "", "it was dealt for other numbers"
 
 
 def test_a_stock_is_of_the_engine_with_a_dealer(model, tmp_path):

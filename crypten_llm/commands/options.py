@@ -5,13 +5,16 @@ Owns the options of a run, which are made from the fields of its settings, and t
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from crypten_llm.commands.command_line import Parser, read_text, whole_numbers
 from crypten_llm.errors import UsageError
-from crypten_llm.session.settings import PRECISIONS, LaunchConfig, ProtocolConfig
+from crypten_llm.precisions import DEFAULT, PRECISIONS
+from crypten_llm.session.settings import LaunchConfig, ProtocolConfig
 
 if TYPE_CHECKING:
     from crypten_llm.session.bench import Shape
@@ -117,7 +120,7 @@ def add_reveal(parser: Parser) -> None:
 def add_precision(parser: Parser) -> None:
     """Of what is counted or dealt."""
     what = "bits of the numbers: default, or quantised (default: default)"
-    parser.add_argument("--precision", default=PRECISIONS[0], choices=PRECISIONS, help=what)
+    parser.add_argument("--precision", default=DEFAULT, choices=PRECISIONS, help=what)
 
 
 def revealed(arguments: Any) -> dict:
@@ -285,6 +288,20 @@ def asks(arguments: Any) -> bool:
     if protocol.is_private:
         serve(arguments)
     return False
+
+
+def told_by_parent(arguments: Any) -> Any:
+    """At a process that another one has started with ``--child``: what it was told (``settings.Child``)."""
+    from crypten_llm.links import keyring
+    from crypten_llm.session.lifeline import end_with_parent
+    from crypten_llm.session.settings import Child
+
+    os.environ[keyring.VARIABLE] = end_with_parent()
+    told = Child.from_json(arguments.child)
+    arguments.verbose = told.launch.verbose
+    if told.launch.shielded:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return told
 
 
 def serve(arguments: Any) -> None:

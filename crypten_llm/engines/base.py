@@ -43,6 +43,9 @@ class Held(NamedTuple):
     cached: int
 
 
+HELD = Held(8, 16)  # at a party of engine ``wire`` that has no weights of its own
+
+
 class Engine(ABC):
     """Operations on handles. Shapes: T rows of hidden states, H hidden, V vocabulary, N keys in the cache."""
 

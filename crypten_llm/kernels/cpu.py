@@ -22,54 +22,58 @@ _WORTH_TURNING = 8  # rows from which a transposed copy of the right matrix pays
 
 @compiled
 def _row_by_rows(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
-    """out[0, j] = sum_k x[0, k] w[j, k]: what is read once is read in its order, which memory is fastest in."""
-    row = x[0]
+    """out[0, j] = sum_k x[0, k] w[j, k] in numbers as x's: what is read once is read in its order, which memory is
+    fastest in.
+    """
+    row, number = x[0], x.dtype.type
     for j in range(w.shape[0]):
-        total, weights = np.int64(0), w[j]
+        total, weights = number(0), w[j]
         for k in range(row.shape[0]):
-            total += row[k] * np.int64(weights[k])
+            total = number(total + number(row[k] * number(weights[k])))
         out[0, j] = total
 
 
 @compiled
 def _rows_by_rows(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
-    """out[m, j] = sum_k x[m, k] w[j, k], two rows of x by four of w at a time: eight sums for six loads."""
-    rows, columns, depth = x.shape[0], w.shape[0], x.shape[1]
+    """out[m, j] = sum_k x[m, k] w[j, k] in numbers as x's, two rows of x by four of w at a time: eight sums for six
+    loads. Of int32 an instruction makes sixteen products, where words allow eight slower ones.
+    """
+    rows, columns, depth, number = x.shape[0], w.shape[0], x.shape[1], x.dtype.type
     even, full = rows - rows % 2, columns - columns % 4
     for j in range(0, full, 4):
         w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
         for m in range(0, even, 2):
             first, second = x[m], x[m + 1]
-            a, b, c, d = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
-            e, f, g, h = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+            a, b, c, d = number(0), number(0), number(0), number(0)
+            e, f, g, h = number(0), number(0), number(0), number(0)
             for k in range(depth):
                 u, v = first[k], second[k]
-                p, q, y, z = np.int64(w0[k]), np.int64(w1[k]), np.int64(w2[k]), np.int64(w3[k])
-                a += u * p
-                b += u * q
-                c += u * y
-                d += u * z
-                e += v * p
-                f += v * q
-                g += v * y
-                h += v * z
+                p, q, y, z = number(w0[k]), number(w1[k]), number(w2[k]), number(w3[k])
+                a = number(a + number(u * p))
+                b = number(b + number(u * q))
+                c = number(c + number(u * y))
+                d = number(d + number(u * z))
+                e = number(e + number(v * p))
+                f = number(f + number(v * q))
+                g = number(g + number(v * y))
+                h = number(h + number(v * z))
             out[m, j], out[m, j + 1], out[m, j + 2], out[m, j + 3] = a, b, c, d
             out[m + 1, j], out[m + 1, j + 1], out[m + 1, j + 2], out[m + 1, j + 3] = e, f, g, h
         for m in range(even, rows):
             row = x[m]
-            a, b, c, d = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+            a, b, c, d = number(0), number(0), number(0), number(0)
             for k in range(depth):
                 v = row[k]
-                a += v * np.int64(w0[k])
-                b += v * np.int64(w1[k])
-                c += v * np.int64(w2[k])
-                d += v * np.int64(w3[k])
+                a = number(a + number(v * number(w0[k])))
+                b = number(b + number(v * number(w1[k])))
+                c = number(c + number(v * number(w2[k])))
+                d = number(d + number(v * number(w3[k])))
             out[m, j], out[m, j + 1], out[m, j + 2], out[m, j + 3] = a, b, c, d
     for j in range(full, columns):
         for m in range(rows):
-            a = np.int64(0)
+            a = number(0)
             for k in range(depth):
-                a += x[m, k] * np.int64(w[j, k])
+                a = number(a + number(x[m, k] * number(w[j, k])))
             out[m, j] = a
 
 
@@ -93,60 +97,13 @@ def _rows_by_columns(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
                 row[j] += factor * np.int64(w0[j])
 
 
-@compiled
-def _narrow_rows(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
-    """``_rows_by_rows`` of int32, modulo 2^32: sixteen products an instruction where words allow eight slower ones."""
-    rows, columns, depth = x.shape[0], w.shape[0], x.shape[1]
-    even, full = rows - rows % 2, columns - columns % 4
-    for j in range(0, full, 4):
-        w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
-        for m in range(0, even, 2):
-            first, second = x[m], x[m + 1]
-            a, b, c, d = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
-            e, f, g, h = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
-            for k in range(depth):
-                u, v, p, q, y, z = first[k], second[k], w0[k], w1[k], w2[k], w3[k]
-                a = np.int32(a + np.int32(u * p))
-                b = np.int32(b + np.int32(u * q))
-                c = np.int32(c + np.int32(u * y))
-                d = np.int32(d + np.int32(u * z))
-                e = np.int32(e + np.int32(v * p))
-                f = np.int32(f + np.int32(v * q))
-                g = np.int32(g + np.int32(v * y))
-                h = np.int32(h + np.int32(v * z))
-            out[m, j], out[m, j + 1], out[m, j + 2], out[m, j + 3] = a, b, c, d
-            out[m + 1, j], out[m + 1, j + 1], out[m + 1, j + 2], out[m + 1, j + 3] = e, f, g, h
-        for m in range(even, rows):
-            row = x[m]
-            a, b, c, d = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
-            for k in range(depth):
-                v = row[k]
-                a = np.int32(a + np.int32(v * w0[k]))
-                b = np.int32(b + np.int32(v * w1[k]))
-                c = np.int32(c + np.int32(v * w2[k]))
-                d = np.int32(d + np.int32(v * w3[k]))
-            out[m, j], out[m, j + 1], out[m, j + 2], out[m, j + 3] = a, b, c, d
-    for j in range(full, columns):
-        for m in range(rows):
-            a = np.int32(0)
-            for k in range(depth):
-                a = np.int32(a + np.int32(x[m, k] * w[j, k]))
-            out[m, j] = a
-
-
 def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
-    return _batched(_by_rows(x, w), x, w, w.shape[-2])
-
-
-def _by_rows(x: Tensor, w: Tensor) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
-    if x.dtype == w.dtype == torch.int32:
-        return _narrow_rows
-    return _row_by_rows if x.shape[-2] == 1 else _rows_by_rows
+    return _batched(_row_by_rows if x.shape[-2] == 1 else _rows_by_rows, x, w, w.shape[-2])
 
 
 def matmul_nn(x: Tensor, w: Tensor) -> Tensor:
     if x.shape[-2] >= _WORTH_TURNING:
-        return _batched(_by_rows(x, w), x, w.transpose(-2, -1), w.shape[-1])
+        return _batched(_rows_by_rows, x, w.transpose(-2, -1), w.shape[-1])
     return _batched(_rows_by_columns, x, w, w.shape[-1])
 
 

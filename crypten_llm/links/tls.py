@@ -119,8 +119,9 @@ class Links:
     ) -> None:
         self._folder, self._many = Path(folder), many
         self._named = [(named or {}).get(place, [role]) for place, role in enumerate(roles)]
-        self._certificates = [[each for role in names for each in self._read(role)] for names in self._named]
-        self._tell_apart()
+        held = {role: self._read(role) for names in self._named for role in names}
+        self._tell_apart(held)
+        self._certificates = [[each for role in names for each in held[role]] for names in self._named]
         self._dialling, self._answering = (
             self._context(purpose, self._named[rank][0])
             for purpose in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)
@@ -149,11 +150,10 @@ class Links:
         shown = secured.getpeercert(binary_form=True) if isinstance(secured, ssl.SSLSocket) else None
         return shown in self._certificates[peer]
 
-    def _tell_apart(self) -> None:
-        """Whoever holds the key of two roles could pose as either."""
+    def _tell_apart(self, held: Mapping[str, Sequence[bytes]]) -> None:
+        """Whoever holds the key of two roles could pose as either. held: certificates by role."""
         keys: dict[bytes, str] = {}
-        named = [(role, each) for names in self._named for role in names for each in self._read(role)]
-        for role, certificate in named:
+        for role, certificate in ((role, each) for role, certificates in held.items() for each in certificates):
             public = x509.load_der_x509_certificate(certificate).public_key()
             form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
             other = keys.setdefault(public.public_bytes(*form), role)

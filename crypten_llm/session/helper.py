@@ -147,7 +147,7 @@ class Helper:
 
     def _turn(self, guest: Guest, said: Knock) -> None:
         mine, theirs = self.llama.protocol.agreement(), said.settings
-        for name in ("version", "program", "torch", "engine", "compute_parties", "force", "reveal"):
+        for name in ("version", "program", "torch", "engine", "compute_parties", "force", "reveal", "precision"):
             if getattr(mine, name) != getattr(theirs, name):
                 here, there = getattr(mine, name), getattr(theirs, name)
                 guest.refuse(f"the helper has {name} {here!r} and this client {there!r}; start both alike")

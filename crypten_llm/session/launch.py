@@ -186,7 +186,7 @@ def make_party(transport: Transport, protocol: ProtocolConfig, launch: LaunchCon
             tape.compare(asdict(config))
         own["notary"] = Notary.of(transport, protocol, launch.tls, tape.manifest.id if tape else "")
         own["side"] = thin.side_of(protocol, launch, transport.rank)
-        own["stocked"] = Stocked.of(launch, transport, is_local())
+        own["stocked"] = Stocked.of(protocol, launch, transport, is_local())
         engine = WireEngine(transport, config, tape, device=device, peer_memory=protocol.peer_memory)
         return Party(engine, transport, parties, **own)
     from crypten_llm.engines.crypten.domain import CryptenConfig

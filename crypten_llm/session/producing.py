@@ -83,6 +83,7 @@ class Producer:
     def __init__(self, series: Series, signer: Signer | None = None, device: str | torch.device = "cpu") -> None:
         self.series, self.signer = series, signer or Signer.fresh()
         self._mode, self._config = Mode.parse(series.reveal), LlamaConfig.from_dict(series.config)
+        self._engine = self._mode.wire(series.precision)  # its settings
         self._sizes: dict[Plan, Sizes] = {}
         keys = [fresh_key(), fresh_key()]  # of nothing: every section is of the series, or of a block
         self._dealing = self._party(lambda links: Dealer(links, keys, _Nothing(), device), device)
@@ -94,7 +95,7 @@ class Producer:
         links: Any = Absent(iter([said]))  # stands for a transport
         links.staging = Staging(device)
         runtime = role(links)
-        engine = WireEngine(links, self._mode.wire(), runtime.material, runtime)
+        engine = WireEngine(links, self._engine, runtime.material, runtime)
         party = Party(engine, links, 2, mode=self._mode, stocked=Known(self.series.masks))
         with torch.inference_mode():
             party.load()
@@ -112,7 +113,7 @@ class Producer:
         if plan not in self._sizes:
             self._sizes[plan] = sizes = Sizes()
             self._run(self._counting, plan, [], sizes)
-        facts = asdict(self._mode.wire()), self._config.to_dict(), "generate", plan.facts(), 1
+        facts = asdict(self._engine), self._config.to_dict(), "generate", plan.facts(), 1
         manifest = make_manifest(*facts, series=self.series.name)
         return Recording(out, manifest, self._sizes[plan], progress, self.signer)
 

@@ -19,24 +19,27 @@ from msgspec import Meta
 
 from crypten_llm import files, records
 from crypten_llm.errors import UsageError
+from crypten_llm.precisions import PRECISIONS
 from crypten_llm.protocols.dealer.layout import sync
 from crypten_llm.protocols.dealer.randomness import fresh_key
 from crypten_llm.records import Digest, Malformed, Record, Word, decode
 
 FILE = "series.json"
 LARGEST = 1 << 20  # bytes of it
+Precision = Annotated[str, Meta(pattern=f"^({'|'.join(PRECISIONS)})$")]
 Key = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Series(Record, frozen=True):
-    """key: of the weights' masks, in hex. bound: digest of what they hide. config: of the model, public. reveal: mode
-    of the session, on which the engine's settings depend.
+    """key: of the weights' masks, in hex. bound: digest of what they hide. config: of the model, public. reveal,
+    precision: of the session, on which the engine's settings depend.
     """
 
     key: Key
     bound: Digest
     config: dict[str, Any]
     reveal: Word
+    precision: Precision
 
     @property
     def name(self) -> str:
@@ -60,17 +63,17 @@ def read(folder: Path) -> Series | None:
         raise UsageError(f"{path} is damaged; remove it, and the blocks of this stock with it") from None
 
 
-def of_weights(folder: Path, weights: bytes, config: dict, reveal: str, facts: dict) -> Series:
+def of_weights(folder: Path, weights: bytes, config: dict, reveal: str, precision: str, facts: dict) -> Series:
     """At the owner: the series of these weights, the one of earlier sessions if nothing has changed, or a new one.
 
     weights: their digest. facts: all else that decides which words are hidden.
     """
-    told = {"weights": weights.hex(), "config": config, "reveal": reveal, **facts}
+    told = {"weights": weights.hex(), "config": config, "reveal": reveal, "precision": precision, **facts}
     bound = hashlib.sha256(records.encode(records.in_order(told))).hexdigest()
     known = read(folder)
     if known is not None and known.bound == bound:
         return known
-    made = Series(fresh_key().hex(), bound, config, reveal)
+    made = Series(fresh_key().hex(), bound, config, reveal, precision)
     new = folder / f".{FILE}.{os.getpid()}"
     try:
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:

@@ -18,6 +18,7 @@ from crypten_llm import devices, program
 from crypten_llm.engines import check_engine
 from crypten_llm.errors import UsageError, did_you_mean
 from crypten_llm.links.network import parse_network
+from crypten_llm.precisions import DEFAULT, PRECISIONS
 from crypten_llm.records import Malformed, Word, convert, plain
 from crypten_llm.roles import CLIENT, role_names
 from crypten_llm.session.mode import ALL, Mode
@@ -25,7 +26,6 @@ from crypten_llm.session.mode import ALL, Mode
 DEFAULT_ENGINE = "wire"
 DEFAULT_PRECISION_BITS = 15  # CryptenConfig's
 DEFAULT_TIMEOUT = 300.0
-PRECISIONS = "default", "quantised"  # of engine ``wire`` (engines.wire.numbers)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ProtocolConfig:
         metavar="F",
     )
     precision: str = _setting(
-        PRECISIONS[0],
+        DEFAULT,
         "bits of engine wire's numbers: default, or quantised, which sends less and rounds more (default: default)",
         metavar="PRESET",
     )
@@ -112,7 +112,7 @@ class ProtocolConfig:
             raise UsageError(f"engine {self.engine!r} has no use for --peer-memory; leave it out (peer_memory=False)")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision is {str(self.precision)[:40]!r}; it must be {' or '.join(PRECISIONS)}")
-        if self.precision != PRECISIONS[0] and self.engine != "wire":
+        if self.precision != DEFAULT and self.engine != "wire":
             raise UsageError(
                 f"engine {self.engine!r} has no precision {self.precision!r}; use engine 'wire' (--engine wire), or "
                 "leave --precision out"

@@ -21,6 +21,7 @@ import crypten_llm
 from crypten_llm import limits, program
 from crypten_llm.errors import LeftRange, UsageError, shown
 from crypten_llm.links.transport import bytes_of
+from crypten_llm.precisions import DEFAULT
 from crypten_llm.protocols.dealer.material import CHANNEL
 from crypten_llm.protocols.dealer.randomness import KEY_BYTES
 from crypten_llm.protocols.dealer.stock import GRACE_SECONDS, Half, Stock
@@ -37,23 +38,23 @@ if TYPE_CHECKING:
     from crypten_llm.session.plan import Plan, Turns
     from crypten_llm.session.prompted import Answer, Progress
     from crypten_llm.session.request import Taken
-    from crypten_llm.session.settings import LaunchConfig
+    from crypten_llm.session.settings import LaunchConfig, ProtocolConfig
 
 
 class Stocked:
     """stock: None where this party keeps none. signers: whose blocks are taken: of producers' keys where
-    links are under TLS; else anybody's that both parties have.
+    links are under TLS; else anybody's that both parties have. precision: of the session.
     """
 
-    def __init__(self, stock: Stock | None = None, signers: Sequence[str] = ()) -> None:
-        self.stock, self.signers = stock, signers
+    def __init__(self, stock: Stock | None = None, signers: Sequence[str] = (), precision: str = DEFAULT) -> None:
+        self.stock, self.signers, self._precision = stock, signers, precision
         self.series = ""  # of the session's weights
         self.block: Tape | None = None  # of the request that runs
         self._masks: bytes | None = None  # at the owner, of its weights
         self._chosen: Tape | None = None  # for the request that comes
 
     @classmethod
-    def of(cls, launch: LaunchConfig, transport: Transport, is_local: bool) -> Stocked:
+    def of(cls, protocol: ProtocolConfig, launch: LaunchConfig, transport: Transport, is_local: bool) -> Stocked:
         """Raises UsageError as ``Stock``, and for certificates that cannot be read."""
         if not launch.stock or transport.rank >= 2:
             return cls()
@@ -67,7 +68,7 @@ class Stocked:
                 raise UsageError(
                     f"--stock: {launch.tls} has the certificate of no producer; pin it (keys 'producer 1')"
                 )
-        return cls(Stock(launch.stock, transport.rank, is_local), signers)
+        return cls(Stock(launch.stock, transport.rank, is_local), signers, protocol.precision)
 
     @property
     def chosen(self) -> str:
@@ -95,7 +96,7 @@ class Stocked:
             "scales": announced.norm_scales,
         }
         weights = party.notary.weights
-        found = series.of_weights(self.stock.folder, weights, announced.config, str(party.mode), facts)
+        found = series.of_weights(self.stock.folder, weights, announced.config, str(party.mode), self._precision, facts)
         self._masks = found.masks
         return structs.replace(announced, series=found.name)
 
@@ -146,16 +147,18 @@ class Stocked:
         chosen = transport.recv_json(party.owner, messages.Chosen).block
         for half, plan in offered:
             if half.id == chosen:
-                self._chosen = self._taken(stock, half, transport)
+                self._chosen = self._taken(party, stock, half)
                 return [plan] if self._chosen else plans
         if chosen:
             raise transport.unexpected(party.owner, "which block is taken")
         return plans
 
-    def _taken(self, stock: Stock, half: Half, transport: Transport) -> Tape | None:
+    def _taken(self, party: Party, stock: Stock, half: Half) -> Tape | None:
         """None for one that another process has, or that cannot be used; this party is told why."""
+        engine: Any = party.engine
+        assert party.transport is not None, "an engine with a dealer has links"
         try:
-            return stock.take(half, transport, self.signers)
+            return stock.take(half, party.transport, asdict(engine.config), self.signers)
         except UsageError as error:
             print(shown(f"{WARNING}block {half.id} is not taken: {error}"), file=sys.stderr, flush=True)
             return None
@@ -192,7 +195,7 @@ class Stocked:
         for name, digest in said.blocks:
             half = there.get(name)
             if stock is not None and half is not None and half.digest == digest:
-                self._chosen = self._taken(stock, half, transport)
+                self._chosen = self._taken(party, stock, half)
                 if self._chosen:
                     break
         transport.send_json(party.client, messages.Chosen(self.chosen))

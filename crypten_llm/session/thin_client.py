@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from crypten_llm.engines.base import HELD, Held
 from crypten_llm.errors import LeftRange, PartyError, UsageError, public_words
 from crypten_llm.links import keyring
 from crypten_llm.links.meter import Meter, peak_bytes
@@ -24,6 +25,7 @@ from crypten_llm.models.config import LlamaConfig
 from crypten_llm.models.rope import unchanged_up_to
 from crypten_llm.protocols import points
 from crypten_llm.records import plain
+from crypten_llm.roles import CLIENT
 from crypten_llm.session import doors, messages, scheduler, thin_words
 from crypten_llm.session.doors import Introduction
 from crypten_llm.session.local_helper import LOCAL, LocalHelper
@@ -61,7 +63,7 @@ class ThinParty:
     """
 
     compute_parties = 2
-    number_bytes = 8  # of what the parties keep
+    rank = CLIENT  # of the helper, for what it keeps of this client
 
     def __init__(self, link: Transport, key: bytes, ready: thin_words.Ready, protocol: ProtocolConfig) -> None:
         self.transport, self.mode = link, protocol.mode
@@ -89,6 +91,10 @@ class ThinParty:
         """Raises UsageError for what a thin client cannot ask for."""
         if verb == "bench":
             raise UsageError("a bench is of the parties; start it without --helper")
+
+    def holds(self, rank: int) -> Held:
+        """What the helper keeps: the client keeps nothing."""
+        return HELD
 
     def check_sampling(self, temperature: float) -> None:
         """Any will do."""

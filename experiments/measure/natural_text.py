@@ -25,12 +25,13 @@ import torch
 from tqdm import tqdm
 
 from crypten_llm.engines.wire.engine import WireEngine
-from crypten_llm.engines.wire.numbers import DEFAULT, PRECISIONS, WireConfig
+from crypten_llm.engines.wire.numbers import WireConfig
 from crypten_llm.errors import UsageError
 from crypten_llm.insecure.one_process import run_roles
 from crypten_llm.links.transport import Transport
 from crypten_llm.models.checkpoint import resolve_model
 from crypten_llm.models.llama import Llama
+from crypten_llm.precisions import DEFAULT, PRECISIONS
 from crypten_llm.roles import CLIENT, OWNER
 from crypten_llm.session.api import PrivateLlama
 from crypten_llm.session.calibration import PROSE

@@ -2,8 +2,9 @@
 
     python -m experiments.measure.ring_kernels --json
 
-Products are modulo 2^64: int64 by int64, or by int32 as the owner's plain weights are. torch multiplies no int64 by
-int32, so its int64 product stands beside both. ``nt`` has the right side's rows along the sum (weights, scores), ``nn``
+Products are modulo 2^64: int64 by int64, or by int32 as the owner's plain weights are; and of int32 by int32 modulo
+2^32, as in the narrow rings of the quantised preset. torch multiplies no int64 by int32 and adds no int32 up in int32,
+so its int64 product stands beside all. ``nt`` has the right side's rows along the sum (weights, scores), ``nn``
 its columns (values). Ours and torch's take turns in one process on one thread; a row of the table holds medians, and
 ``ratio`` is the median of the pairs' ratios, above one where ours is faster. ``bandwidth`` is the bytes of both factors
 and of the result per second over those of a plain copy in the same run, read and written. What fits a cache beats
@@ -30,6 +31,7 @@ from experiments.tools.tables import print_table
 RESULTS = Path(__file__).parents[1] / "results" / "ring_kernels.json"
 COPY_BYTES = 1 << 28  # more than a last-level cache
 VECTORS, MATRICES = (256, 512, 1024, 2048, 4096), (64, 128, 256, 512)
+KINDS = (("int64", "int64"), ("int64", "int32"), ("int32", "int32"))  # of x and w
 PRODUCTS = {"nt": (cpu.matmul_nt, True), "nn": (cpu.matmul_nn, False)}
 
 
@@ -53,21 +55,25 @@ def words(generator: torch.Generator, *shape, narrow: bool = False) -> torch.Ten
     return torch.randint(-(2**63), 2**63 - 1, shape, generator=generator)
 
 
-def measure(product: str, rows: int, size: int, narrow: bool, bandwidth: float, repeats: int, seconds: float) -> dict:
+def measure(
+    product: str, rows: int, size: int, kind: tuple[str, str], bandwidth: float, repeats: int, seconds: float
+) -> dict:
     """One row of the table: [rows, size] by [size, size]; ``seconds`` is the least time of one repetition."""
+    narrow, short = (which == "int32" for which in kind)
     generator = torch.Generator().manual_seed(size)
     multiply, transposed = PRODUCTS[product]
-    x, w = words(generator, rows, size), words(generator, size, size, narrow=narrow)
+    x, w = words(generator, rows, size, narrow=narrow), words(generator, size, size, narrow=short)
     wide = w.long()
-    theirs = wide.T if transposed else wide
+    left, theirs = x.long(), wide.T if transposed else wide
 
     def ours_once():
         return multiply(x, w)
 
     def torch_once():
-        return x @ theirs
+        return left @ theirs
 
-    if not torch.equal(ours_once(), torch_once()):
+    ours, due = (found << 32 if narrow else found for found in (ours_once(), torch_once()))
+    if not torch.equal(ours, due):
         raise AssertionError(f"{product} of {rows} x {size} by {size} x {size} differs from torch's")
     times = max(1, round(seconds / max(_timed(ours_once, 1), 1e-6)))
     times_torch = max(1, round(seconds / max(_timed(torch_once, 1), 1e-6)))
@@ -79,7 +85,8 @@ def measure(product: str, rows: int, size: int, narrow: bool, bandwidth: float, 
         "product": product,
         "rows": rows,
         "size": size,
-        "w": "int32" if narrow else "int64",
+        "x": kind[0],
+        "w": kind[1],
         "microseconds": round(mine * 1e6, 1),
         "gmac_per_s": round(products / mine / 1e9, 2),
         "torch_gmac_per_s": round(products / other / 1e9, 2),
@@ -93,10 +100,10 @@ def run(vectors=VECTORS, matrices=MATRICES, repeats: int = 7, seconds: float = 0
     """All rows, and the copy's bandwidth before and after them (bytes a second)."""
     before = copy_bandwidth()
     cells = [(1, size) for size in vectors] + [(size, size) for size in matrices]
-    todo = [(name, *cell, narrow) for cell in cells for name in PRODUCTS for narrow in (False, True)]
+    todo = [(name, *cell, kind) for cell in cells for name in PRODUCTS for kind in KINDS]
     rows = [
-        measure(name, count, size, narrow, before, repeats, seconds)
-        for name, count, size, narrow in tqdm(todo, unit="product", disable=not progress, leave=False)
+        measure(name, count, size, kind, before, repeats, seconds)
+        for name, count, size, kind in tqdm(todo, unit="product", disable=not progress, leave=False)
     ]
     return {
         "made_by": [provenance("numba")],

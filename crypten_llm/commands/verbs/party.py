@@ -1,8 +1,6 @@
 """``party``: every party but the client, started by hand or by the client of a local run."""
 
 import argparse
-import os
-import signal
 from dataclasses import asdict
 from typing import Any
 
@@ -29,15 +27,7 @@ def run(arguments: Any) -> None:
 
 
 def _serve_parent(arguments: Any) -> None:
-    from crypten_llm.links import keyring
-    from crypten_llm.session.lifeline import end_with_parent
-    from crypten_llm.session.settings import Child
-
-    os.environ[keyring.VARIABLE] = end_with_parent()
-    told = Child.from_json(arguments.child)
-    arguments.verbose = told.launch.verbose
-    if told.launch.shielded:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    told = shared.told_by_parent(arguments)
     from crypten_llm.session.api import PrivateLlama
 
     PrivateLlama.serve(told.model, **asdict(told.protocol), **asdict(told.launch))

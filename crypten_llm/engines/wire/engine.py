@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crypten_llm.engines.base import Engine, Held
+from crypten_llm.engines.base import HELD, Engine, Held
 from crypten_llm.engines.domain import Calibration
 from crypten_llm.engines.passing import Pad, Padded
 from crypten_llm.engines.wire import arithmetic, attention, choosing, domain, drawing, gathering, keeping, layers  # noqa: F401
@@ -106,10 +106,11 @@ class WireEngine(Engine):
         self.runtime.end()  # not after an error, which leaves a section half done
 
     def holds(self, rank: int) -> Held:
-        """The owner's weights are integers of 32 bits, others have words; of a cached number parties have what was
-        opened and the part of its mask, the dealer the mask.
+        """The owner's weights are integers of 32 bits, others have words, or half of one in a preset's narrow rings; of
+        a cached number parties have what was opened and the part of its mask, the dealer the mask.
         """
-        return {OWNER: Held(4, 16), DEALER: Held(8, 8)}.get(rank, Held(8, 16))
+        weight = 4 if rank == OWNER or self.config.balanced else HELD.weight
+        return Held(weight, 8 if rank == DEALER else HELD.cached)
 
     @contextmanager
     def supplied(self, block: Tape) -> Iterator[None]:

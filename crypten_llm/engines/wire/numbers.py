@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 from crypten_llm.kernels.ring import broadcast
+from crypten_llm.precisions import DEFAULT
 from crypten_llm.protocols.activation import SILU, SILU_SHORT, Activation
 from crypten_llm.protocols.ladder import FINE
 from crypten_llm.protocols.secret import Overflow
@@ -26,8 +27,6 @@ WORD = 64  # bits of a share
 EMBEDDING = "embed_tokens"  # what the table's layer is called
 LOGITS = "lm_head"  # the layer that gives logits, whose weight may be the table
 RANGE = 8  # bits of a score before the point: its ring
-DEFAULT, QUANTISED = "default", "quantised"
-PRECISIONS = DEFAULT, QUANTISED
 
 
 @dataclass(frozen=True)

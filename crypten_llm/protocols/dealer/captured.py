@@ -209,9 +209,10 @@ class Captured:
         """What the program returns."""
         runtime, self._material = self._runtime, self._runtime.material
         unit = self._material.unit
-        self._reads = _Reads(runtime.device, unit, self._gauge.taken, self._material.window)
+        is_dealer = runtime.role == DEALER
+        self._reads = _Reads(runtime.device, unit, self._gauge.taken, 0 if is_dealer else self._material.window)
         self._writes = _Writes(runtime.device, unit, self._gauge.written)
-        mine = self._writes if runtime.role == DEALER else self._reads
+        mine = self._writes if is_dealer else self._reads
         with self._graphs.apart(), runtime.replaced(mine, self._post if runtime.mailbox else self._swap):
             try:
                 self._graphs.begin()

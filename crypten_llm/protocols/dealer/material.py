@@ -42,10 +42,9 @@ class Given(Protocol):
 
 
 class Taken(Protocol):
-    """At the dealer: where its material goes. unit, window: as of ``Given``; at this end nothing is read."""
+    """At the dealer: where its material goes. unit: as of ``Given``."""
 
     unit: int
-    window: int
 
     def begin(self, label: str) -> None:
         """Starts a section."""
@@ -151,7 +150,7 @@ class Sending:
     does not read waits for the other party, whose material up to that step has left the dealer (``flush``).
     """
 
-    unit, window = 1, 0
+    unit = 1
 
     def __init__(self, transport: Transport) -> None:
         self._couriers = [_Courier(transport, party) for party in (OWNER, CLIENT)]

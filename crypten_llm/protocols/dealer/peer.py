@@ -21,13 +21,13 @@ from crypten_llm.kernels.mailbox import Mailbox
 from crypten_llm.kernels.opened import HANDLE_BYTES, Waiting, card_of
 from crypten_llm.kernels.pipe import Inlet, Outlet
 from crypten_llm.protocols.dealer.piped import Pouring, Tapped
+from crypten_llm.protocols.dealer.runtime import PARTIES
 from crypten_llm.records import Record
-from crypten_llm.roles import CLIENT, DEALER, OWNER
+from crypten_llm.roles import DEALER
 
 if TYPE_CHECKING:
     from crypten_llm.links.transport import Transport
 
-PARTIES = (OWNER, CLIENT)
 LEAVE = "give each a card of its own (--device cuda:0,cuda:1), or leave --peer-memory out"
 MESSAGES = 50  # with which a card that both are on is tried
 SLOWEST = 2e-4  # seconds of one; of processes that take turns, a turn has a millisecond or two

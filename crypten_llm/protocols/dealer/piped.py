@@ -34,7 +34,7 @@ class Tapped:
 
     def read(self, count: int, counted: int | None = None) -> Tensor:
         """The next ``count`` bytes. That they never came is said by ``end``."""
-        self._meter.count(CHANNEL, 0, 0, 0, count if counted is None else counted, 0.0)
+        self._meter.count_received(CHANNEL, count if counted is None else counted)
         return self._outlet.read(count)
 
     def receive_ahead(self) -> bool:
@@ -48,8 +48,6 @@ class Tapped:
 
 class Pouring:
     """At the dealer, which waits only where a party's room is full."""
-
-    window = 0
 
     def __init__(self, inlets: dict[int, Inlet]) -> None:
         self._inlets = inlets

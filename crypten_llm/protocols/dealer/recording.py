@@ -45,7 +45,7 @@ _NO_DIGEST = "0" * 64
 class _Written:
     """What is written has no needs: it takes any program, at any pace."""
 
-    unit, window = WORD, 0
+    unit = WORD
 
     def expect(self, verb: str, facts: dict, request: int) -> None:
         pass

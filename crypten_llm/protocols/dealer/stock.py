@@ -119,16 +119,19 @@ class Stock:
             self._read += len(whole)
             return self._used
 
-    def take(self, half: Half, transport: Transport, signers: Sequence[str] = ()) -> Tape:
+    def take(self, half: Half, transport: Transport, engine: dict, signers: Sequence[str] = ()) -> Tape:
         """The half, burned: nobody finds it any more. Its material is read from the file, which has no name now.
 
-        Raises UsageError for one that another process has taken, or that cannot be burned; and as ``Tape`` does.
+        Raises UsageError for one that another process has taken, that cannot be burned, or that was dealt for other
+        settings than ``engine``; and as ``Tape`` does.
         """
         path = self._path(half.id)
         tape = Tape(path, self.party, transport, True, signers, half.series, is_known=True)
         try:
             if digest_of(tape.manifest) != half.digest or self.has_used(half.id):
                 raise UsageError(f"{path} is not the block that it was; nothing was used")
+            if tape.manifest.engine != engine:
+                raise UsageError(f"{path} was dealt for other settings of the engine; nothing was used")
             self._write_off(half.id)
             tape.burn()
             path.unlink(missing_ok=True)
