@@ -32,15 +32,15 @@ class Machine:
 
     The defaults are fitted to decode steps at hidden sizes 64 to 2,048 and to prefill passes of 128 rows of two parties
     with a core each (``python -m experiments.measure.predicted_seconds``); they reproduce each of these within a fifth.
-    ``deal`` is what is left of the seconds of a tape of the shipped model. ``narrow``: as ``product``, of two int32.
-    Parties that share cores take longer.
+    ``deal`` is what is left of the seconds of a tape of the shipped model. ``narrow``: as ``product``, of two int32,
+    from a prompt of 256 tokens in either precision (docs/precision.md). Parties that share cores take longer.
     """
 
     round: float = 2.35e-4
     product: float = 3.8e-10
     material: float = 1.0e-9
     deal: float = 1.6e-9
-    narrow: float = 0.8e-10
+    narrow: float = 3.2e-10
 
     name = "a core a party"
     dealer_waits = False  # for each token of a streamed answer, so that its seconds come on top

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from crypten_llm.commands.options import PADDED_ON_A_GPU
+from crypten_llm.precisions import DEFAULT, PRECISIONS
 from crypten_llm.session.api import PrivateLlama
 from experiments.tools.command import command
 from experiments.tools.real_model import resolved
@@ -38,7 +39,14 @@ def asked(llama: PrivateLlama, ids: list[int], tokens: int, **options) -> tuple[
 
 
 def measure(
-    model: str, device: str, prompt_tokens: int, tokens: int, requests: int, peer_memory: bool, hide_length: bool
+    model: str,
+    device: str,
+    prompt_tokens: int,
+    tokens: int,
+    requests: int,
+    peer_memory: bool,
+    hide_length: bool,
+    precision: str,
 ) -> list[dict]:
     """A row for each request of one session."""
     options = {"prefill_chunk": prompt_tokens, "padded": PADDED_ON_A_GPU if "cuda" in device else 0}
@@ -48,7 +56,8 @@ def measure(
         expected = [asked(llama, prompt, tokens)[0] for prompt in prompts]
     rows = []
     started = time.perf_counter()
-    with PrivateLlama.from_pretrained(model, engine="wire", device=device, peer_memory=peer_memory) as llama:
+    settings = {"device": device, "peer_memory": peer_memory, "precision": precision}
+    with PrivateLlama.from_pretrained(model, engine="wire", **settings) as llama:
         loading = time.perf_counter() - started
         for prompt, due in zip(prompts, expected, strict=True):
             found, seconds = asked(llama, prompt, tokens, hide_length=hide_length, **options)
@@ -71,11 +80,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1, metavar="N", help="one after another (default: 1)")
     parser.add_argument("--peer-memory", action="store_true", help="as of generate")
     parser.add_argument("--hide-length", action="store_true", help="show the tokens after the last step")
+    parser.add_argument("--precision", default=DEFAULT, choices=PRECISIONS, help="as of generate")
     given = parser.parse_args()
     if given.tokens <= SETTLED:
         parser.error(f"--tokens is {given.tokens}; give more than {SETTLED}")
     sizes = given.prompt_tokens, given.tokens, given.requests
-    print_table(measure(resolved(given.model), given.device, *sizes, given.peer_memory, given.hide_length))
+    print_table(
+        measure(resolved(given.model), given.device, *sizes, given.peer_memory, given.hide_length, given.precision)
+    )
 
 
 if __name__ == "__main__":
