@@ -18,7 +18,20 @@ LONGEST = 400  # lines
 
 # From the ground up; a room may know those on lower floors, and not another on its own.
 FLOORS = (
-    {"crypten_llm", "roles", "errors", "compat", "units", "records", "limits", "files", "memory", "process", "program"}
+    {
+        "crypten_llm",
+        "roles",
+        "errors",
+        "compat",
+        "units",
+        "records",
+        "limits",
+        "files",
+        "memory",
+        "precisions",
+        "process",
+        "program",
+    }
     | {"devices", "eviction"},  # the first is the package's own __init__
     {"kernels", "links", "models"},
     {"protocols"},

@@ -174,9 +174,9 @@ MISUSES = """
     stock = Stock(STOCK, 1, is_local=True)
     (half,) = stock.halves()
     whole = (stock.folder / f"{half.id}.block").read_bytes()
-    stock.take(half, links(1))
+    stock.take(half, links(1), tape.manifest.engine)
     (stock.folder / f"{half.id}.block").write_bytes(whole)
-    refused(Stock(STOCK, 1, is_local=True).take, half, links(1))
+    refused(Stock(STOCK, 1, is_local=True).take, half, links(1), tape.manifest.engine)
     refused(stock.arriving, half.id)
 """
 

@@ -109,8 +109,8 @@ class WireEngine(Engine):
         """The owner's weights are integers of 32 bits, others have words, or half of one in a preset's narrow rings; of
         a cached number parties have what was opened and the part of its mask, the dealer the mask.
         """
-        weight = 4 if rank == OWNER or self.config.balanced else HELD.weight
-        return Held(weight, 8 if rank == DEALER else HELD.cached)
+        weight = 4 if self.config.balanced else HELD.weight
+        return {OWNER: Held(4, HELD.cached), DEALER: Held(weight, 8)}.get(rank, Held(weight, HELD.cached))
 
     @contextmanager
     def supplied(self, block: Tape) -> Iterator[None]:
