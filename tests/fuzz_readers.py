@@ -29,9 +29,10 @@ from crypten_llm.links.transport import Transport
 from crypten_llm.models import checkpoint, gguf_file, gguf_tokenizer, tokenizer
 from crypten_llm.models.config import LlamaConfig
 from crypten_llm.protocols.dealer.layout import Header, begin, path_in, read_begin
+from crypten_llm.protocols.dealer.peer import Offer
 from crypten_llm.records import Malformed, decode, plain
 from crypten_llm.roles import OWNER
-from crypten_llm.session import messages, thin_words
+from crypten_llm.session import delivery, messages, thin_words
 from crypten_llm.session.bench import Shape
 from crypten_llm.session.counting import Told
 from crypten_llm.session.defaults import Defaults
@@ -39,6 +40,7 @@ from crypten_llm.session.doors import Introduction, Knock
 from crypten_llm.session.generation import Decision
 from crypten_llm.session.plan import Plan, Turn, check_turns
 from crypten_llm.session.scheduler import Next
+from crypten_llm.session.series import Series
 from crypten_llm.session.settings import Agreement, ProtocolConfig
 from crypten_llm.session.sizes import of_bench, of_requests
 from crypten_llm.session.thin_words import Ended, Form, Ready, Shown
@@ -159,6 +161,10 @@ def message() -> Reader:
         *(messages.Forget(1), messages.Bench(shape), messages.Statistics(), messages.Close(), messages.Loading(1, 2)),
         *(messages.Enter("0" * 64), Knock("0" * 64, ProtocolConfig().agreement()), Introduction("0" * 64, "a" * 64)),
         *(Shown((Form((1, 97), 34, 16), Form((5,), 17, 0))), Ready(SMALL, None, "", ()), Ended([], (), None)),
+        *(messages.Offered((("a" * 16, "0" * 64),)), messages.Stocks(("a" * 16,)), messages.Chosen("a" * 16)),
+        *(delivery.Ask("b" * 16), delivery.Reserve("a" * 16, 100), delivery.Deliver(), delivery.Order(plan, 3, 0.5)),
+        delivery.Terms(Series("a" * 64, "0" * 64, SMALL, "logits", "default")),
+        Offer("GPU-1", "0" * 128),
         messages.Announced(SMALL, {"model.norm.weight": 4.0}, "0" * 64, "scores"),
         *(
             Decision([0, 1]),
@@ -170,6 +176,7 @@ def message() -> Reader:
     )
     kinds = (messages.Request, messages.OwnerSays, Decision, Next, Agreement, Told)
     kinds += (thin_words.Request, Knock, Introduction, thin_words.Event, Ready | thin_words.Refused)
+    kinds += (delivery.FromProducer, delivery.Terms, delivery.Order, delivery.Answer, messages.Chosen, Offer)
     known = LlamaConfig.from_dict(SMALL)
 
     def read(data: bytes) -> None:
@@ -188,6 +195,8 @@ def message() -> Reader:
                 of_requests(known, plans, 8)
             case messages.Bench(asked):
                 of_bench(asked, Held(8, 16))
+            case delivery.Terms(series) if series is not None:
+                LlamaConfig.from_dict(series.config)
             case messages.Announced(config):
                 checkpoint.expected_shapes(LlamaConfig.from_dict(config))
         if len(reasons) == len(kinds):
